@@ -1,0 +1,20 @@
+"""Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
+
+from ppvae import families, likelihoods, nn
+from ppvae.families import Family
+from ppvae.fit import Fit, fit
+from ppvae.guides import FamilyGuide
+from ppvae.vae import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "Family",
+    "FamilyGuide",
+    "Fit",
+    "families",
+    "fit",
+    "likelihoods",
+    "nn",
+]

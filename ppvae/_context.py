@@ -1,0 +1,81 @@
+"""Context managers that leave things as they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import nn
+
+__all__ = ["eval_mode", "private_modules", "random_state", "train_mode", "unchecked"]
+
+
+@contextmanager
+def private_modules() -> Iterator[None]:
+    """Keeps the parameters of modules out of Pyro's param store, and off each other.
+
+    Inside a module's call, Pyro registers its parameters by name in one store for the process, and
+    two modules with equal names are then taken for one. Here they live in a store of their own.
+    Plain `pyro.param` statements of a model are the user's and go through, in and out.
+    """
+    store = pyro.get_param_store()
+    with store.scope(_plain(store.get_state())) as inside:
+        yield
+    store.set_state(_plain(inside))
+    dict(store.items())  # reading a parameter restores the weak reference that get_state takes off
+
+
+def _plain(state: Any) -> Any:
+    """The part of a store's state that was made by `pyro.param` and not by a module."""
+    params = {k: v for k, v in state["params"].items() if not isinstance(v, nn.Parameter)}
+    return {"params": params, "constraints": {k: state["constraints"][k] for k in params}}
+
+
+@contextmanager
+def random_state(seed: int | None, *, keep: bool = False) -> Iterator[None]:
+    """Seeds the random numbers inside; outside they go on as if nothing had been drawn.
+
+    Args:
+        seed: the seed; None draws from the caller's stream, which then moves on.
+        keep: with no seed, leave the caller's stream where it was all the same.
+    """
+    if seed is None and not keep:
+        yield
+        return
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _mode(training: bool, *programs: Any) -> Iterator[None]:
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    before = [m.training for m in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
+
+
+def eval_mode(*programs: Any) -> Any:
+    """Evaluation mode for those programs that are modules; their modes come back at the end."""
+    return _mode(False, *programs)
+
+
+def train_mode(*programs: Any) -> Any:
+    """Training mode for those programs that are modules; their modes come back at the end."""
+    return _mode(True, *programs)
+
+
+def unchecked() -> Any:
+    """Pyro's and PyTorch's argument checks are off inside, for speed."""
+    names = ["poutine", "infer", "distributions_pyro", "distributions_torch"]
+    return pyro.settings.context(**{f"validate_{name}": False for name in names})

@@ -1,0 +1,323 @@
+"""One guide for every family: it samples each latent site of a model from the family's head."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from ppvae._context import eval_mode, private_modules, random_state
+from ppvae.families import Prior
+from ppvae.sites import Site, data_frame, is_real, latent_nodes, read_site, same_support
+
+__all__ = ["FamilyGuide"]
+
+_numbers = itertools.count()
+
+
+class _Part(NamedTuple):
+    """One head and the sites that it serves; several sites, or odd plates, go by a flat draw."""
+
+    key: str
+    shape: torch.Size
+    sites: tuple[Site, ...]
+    flat: bool
+
+
+class FamilyGuide(AutoGuide):
+    r"""A guide that draws every latent site of a model from one family.
+
+    With an encoder the latents are local: for each datum, features `h = encoder(*args)` fill the
+    channels of `q(z | x)`. Without, they are global: the channels are free parameters.
+
+    Families over the reals reach a constrained site through `biject_to(support)`, with the
+    log-determinant counted; a family over another support (`Family(dist.Gamma)`) is used as it is
+    where its support is the site's. A joint family (`full_rank`, `low_rank`, `flow`) spans all
+    sites at once. A point (`deterministic`, `zero`) is a point of the constrained space, as in
+    Pyro's `AutoDelta`; its objective is a penalised log-likelihood and no bound.
+
+    The parameters are made by the first call, or explicitly by `setup(*args)`, or by
+    `load_state_dict`; and at once, if the model offers `example()`, as `VAE` does.
+
+    Args:
+        model: any Pyro model with latent sites; the guide takes the same arguments.
+        family: a guide family, such as `families.mean_scale`.
+        encoder: a module `*args -> features` of shape `(batch, features)`.
+        plate: name of the plate that the encoder's batch runs along; by default `data`, or else
+            the only plate that all latent sites share.
+        create_plates: as in Pyro's autoguides, a function of the model's arguments that returns
+            plates to use.
+
+    Raises:
+        TypeError: `family` or `encoder` is not what it should be.
+        ValueError: when the parameters are made: the family cannot represent a site, the encoder's
+            output does not fit, or the latent sites share no plate.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        family: Any,
+        encoder: nn.Module | None = None,
+        *,
+        plate: str | None = None,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if not hasattr(family, "channels"):
+            raise TypeError(f"family: expected a guide family, got {family!r}")
+        if encoder is not None and not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder: expected a torch.nn.Module, got {encoder!r}")
+        super().__init__(model, create_plates=create_plates)
+        # a name of its own: in Pyro's param store equal names would be one parameter
+        self._pyro_name = f"{type(self).__name__}_{next(_numbers)}"
+        self.family, self.plate = family, plate
+        self.encoder = encoder
+        self.heads = nn.ModuleDict()
+        self._head_shapes: dict[str, tuple[int, ...]] = {}
+        self._features: int | None = None
+        self._parts: list[_Part] | None = None
+        self._frame: Any = None
+        self._subsampled: set[str] = set()
+        if hasattr(model, "example"):
+            self.setup(*model.example())
+
+    def setup(self, *args: Any, **kwargs: Any) -> FamilyGuide:
+        """Looks at the model once, on its arguments, and makes the parameters.
+
+        Trains nothing, uses up no random numbers but those of the initial values, and changes no
+        buffer.
+        """
+        with torch.no_grad(), poutine.block(), private_modules(), eval_mode(self, self.model):
+            with random_state(None, keep=True):
+                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            nodes = latent_nodes(trace)
+            if not nodes:
+                raise ValueError("model: expected latent sites, got none")
+            if self.encoder is not None and not isinstance(self.family, Prior):
+                features = self._encode(self.encoder, args)
+                self._frame = data_frame(nodes, len(features), self.plate)
+                self._features = features.shape[-1]
+        # a plate that was told its rows has a `_Subsample` without a size
+        self._subsampled = {
+            name
+            for name, node in trace.nodes.items()
+            if site_is_subsample(node) and node["fn"].subsample_size not in (None, node["fn"].size)
+        }
+        if isinstance(self.family, Prior):
+            self._parts = []
+            return self
+        parts = self._divide([read_site(node, self._frame) for node in nodes])
+        self._build({part.key: part.shape for part in parts})
+        self._parts = parts
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every latent site; takes the model's arguments and returns the values by name."""
+        if self._parts is None:
+            self.setup(*args, **kwargs)
+        if isinstance(self.family, Prior):
+            latent = poutine.block(self.model, hide_fn=_is_not_latent)
+            trace = poutine.trace(latent).get_trace(*args, **kwargs)
+            return {node["name"]: node["value"] for node in latent_nodes(trace)}
+        encoder, heads, features = self.encoder, self.heads, None
+        if encoder is not None:
+            features = self._encode(encoder, args)
+        plates = self._plates(features, args, kwargs)
+        if features is not None:
+            features = self._align(features, plates[self._frame.name])
+        draws: dict[str, Tensor] = {}
+        for part in self._parts or []:
+            fn = heads[part.key](features)
+            draws.update(self._draw_flat(fn, part, plates) if part.flat else self._draw(fn, part, plates))
+        return draws
+
+    # -- structure ---------------------------------------------------------------------------
+
+    def _divide(self, sites: list[Site]) -> list[_Part]:
+        """Assigns the sites to heads: one for all, or, for an elementwise family, one for each."""
+        own = [site for site in sites if not self._is_over_reals(site)]
+        if self.family.joint:
+            (shape, site) = (sites[0].event_shape if own else sites[0].space, sites[0])
+            if len(sites) == 1 and len(shape) == 1 and not site.left + site.right:
+                return [_Part(_key(site), shape, (site,), flat=False)]
+            if own:
+                raise ValueError(self._misfit(own[0]))
+            size = torch.Size([sum(site.size for site in sites)])
+            return [_Part("joint", size, tuple(sites), flat=True)]
+        parts = []
+        for site in sites:
+            if site.left and site in own:
+                raise ValueError(self._misfit(site) + ", beside a plate to the left of the data")
+            shape = site.right + (site.event_shape if site in own else site.space)
+            if site.left:
+                shape = torch.Size([site.size])
+            parts.append(_Part(_key(site), shape, (site,), flat=bool(site.left)))
+        return parts
+
+    def _is_over_reals(self, site: Site) -> bool:
+        """Whether the family lives on the reals, and reaches the site through a bijection."""
+        with torch.no_grad(), random_state(None, keep=True):
+            fn = self.family.head(None, torch.Size([2] if self.family.joint else []))(None)
+        if isinstance(fn, (Tensor, dist.Delta)) or is_real(fn.support):
+            if site.support.is_discrete:
+                raise ValueError(self._misfit(site))
+            return True
+        if not same_support(fn.support, site.support):
+            raise ValueError(self._misfit(site))
+        return False
+
+    def _misfit(self, site: Site) -> str:
+        return (
+            f"family: {self.family.name} cannot represent the latent site {site.name!r}, whose "
+            f"support is {site.support} with event shape {tuple(site.event_shape)}"
+        )
+
+    def _build(self, shapes: dict[str, Iterable[int]]) -> None:
+        """Makes the heads that are not there yet, beside the encoder's parameters."""
+        near = None if self.encoder is None else next(self.encoder.parameters(), None)
+        for key, shape in shapes.items():
+            shape = tuple(shape)
+            if self._head_shapes.setdefault(key, shape) != shape:
+                raise ValueError(
+                    f"model: expected a latent of shape {self._head_shapes[key]} for the head "
+                    f"{key!r}, as at the first call; got {shape}"
+                )
+            if key not in self.heads:
+                head = self.family.head(self._features, torch.Size(shape))
+                self.heads[key] = head if near is None else head.to(near.device, near.dtype)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The shapes from which `load_state_dict` makes the heads, before any call."""
+        shapes = {key: list(shape) for key, shape in self._head_shapes.items()}
+        return {"features": self._features, "shapes": shapes}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Does nothing: the heads were made before their parameters were read."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state = state_dict.get(prefix + "_extra_state")
+        if state and not self._head_shapes:
+            self._features = state["features"]
+            self._build(state["shapes"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # -- sampling ----------------------------------------------------------------------------
+
+    def _encode(self, encoder: nn.Module, args: tuple[Any, ...]) -> Tensor:
+        came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+        try:
+            features = encoder(*args)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"encoder: expected a module that takes {came}; {error}") from error
+        width = "features" if self._features is None else self._features
+        shape = tuple(getattr(features, "shape", ()))
+        if len(shape) != 2 or width not in ("features", shape[-1]):
+            raise ValueError(
+                f"encoder: expected features of shape (batch, {width}) for arguments {came}, got "
+                f"{shape or type(features).__name__}"
+            )
+        return features
+
+    def _plates(self, features: Tensor | None, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The plates by name; that of the data has the length of the batch at hand."""
+        if self.master is not None:
+            return self.master().plates
+        given = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
+        plates = {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
+        for frame in {f.name: f for part in self._parts for s in part.sites for f in s.frames}.values():
+            if frame.name in plates:
+                continue
+            full, size = frame.full_size or frame.size, frame.size
+            if features is not None and frame.name == self._frame.name and len(features) != full:
+                full, size = len(features) if full == size else full, len(features)
+            if frame.name in self._subsampled:
+                plates[frame.name] = pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
+            else:  # the model knows its rows: the guide must not choose them
+                with poutine.block():
+                    rows = torch.arange(size)
+                    plates[frame.name] = pyro.plate(frame.name, full, subsample=rows, dim=frame.dim)
+        return plates
+
+    def _align(self, features: Tensor, plate: Any) -> Tensor:
+        """Picks the rows of a subsample and puts the batch where the data plate is."""
+        if len(features) != plate.subsample_size:
+            if len(features) != plate.size:
+                raise ValueError(
+                    f"encoder: expected features of shape ({plate.subsample_size}, features), the "
+                    f"first as the plate {plate.name!r}; got {tuple(features.shape)}"
+                )
+            features = features[plate.indices]
+        return features.reshape(len(features), *[1] * (-plate.dim - 1), features.shape[-1])
+
+    def _draw(self, fn: Any, part: _Part, plates: dict[str, Any]) -> dict[str, Tensor]:
+        """Samples one site from its own distribution."""
+        (site,) = part.sites
+        if isinstance(fn, Tensor):
+            fn = dist.Delta(fn)
+        if isinstance(fn, dist.Delta):
+            value = fn.v if is_real(site.support) else site.transform(fn.v)
+            fn = dist.Delta(value, event_dim=len(site.event_shape))
+        else:
+            through = is_real(fn.support) and not is_real(site.support)
+            if not self.family.joint:
+                fn = fn.to_event(len(site.space if through else site.event_shape))
+            if through:
+                fn = dist.TransformedDistribution(fn, [site.transform])
+        with ExitStack() as stack:
+            for frame in site.frames:
+                stack.enter_context(plates[frame.name])
+            return {site.name: pyro.sample(site.name, fn)}
+
+    def _draw_flat(self, fn: Any, part: _Part, plates: dict[str, Any]) -> dict[str, Tensor]:
+        """Samples all coordinates at once and hands each site its piece, as `AutoContinuous`."""
+        with ExitStack() as stack:
+            if self._frame is not None:
+                stack.enter_context(plates[self._frame.name])
+            name = f"_{self._pyro_name}_{part.key}"
+            joint = fn if self.family.joint else fn.to_event(1)
+            flat = pyro.sample(name, joint, infer={"is_auxiliary": True})
+        draws = {}
+        pieces = flat.split([site.size for site in part.sites], dim=-1)
+        for site, piece in zip(part.sites, pieces, strict=True):
+            with ExitStack() as stack:
+                for frame in site.frames:
+                    stack.enter_context(plates[frame.name])
+                value = unconstrained = self._shape(piece, site)
+                if not is_real(site.support):
+                    value = site.transform(unconstrained)
+                    if not isinstance(fn, dist.Delta):
+                        # a factor, and not Delta's log_density, which analytic KL would forget
+                        slope = site.transform.log_abs_det_jacobian(unconstrained, value)
+                        pyro.factor(f"{name}_{site.name}_log_det", -slope, has_rsample=True)
+                fn_site = dist.Delta(value, event_dim=len(site.event_shape))
+                draws[site.name] = pyro.sample(site.name, fn_site)
+        return draws
+
+    def _shape(self, piece: Tensor, site: Site) -> Tensor:
+        """Shapes `(*draws, batch, size)` as `(*draws, *left, batch, *right, *event)`."""
+        batch = piece.shape[:-1]
+        if self._frame is None:
+            draws = batch[: max(len(batch) - len(site.right), 0)]
+            return piece.reshape(draws + site.right + site.space)
+        at = len(batch) + self._frame.dim
+        draws, rows = batch[: max(at - len(site.left), 0)], batch[at : at + 1]
+        right = site.right or torch.Size([1] * (-self._frame.dim - 1))
+        value = piece.reshape(draws + rows + site.left + right + site.space)
+        return value.movedim(len(draws), len(draws) + len(site.left))
+
+
+def _is_not_latent(msg: dict[str, Any]) -> bool:
+    return msg["type"] != "sample" or msg["is_observed"]
+
+
+def _key(site: Site) -> str:
+    return site.name.replace(".", "_")

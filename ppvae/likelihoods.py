@@ -1,0 +1,64 @@
+"""Likelihoods: objects that turn what a decoder puts out into a distribution over the data.
+
+**To add a likelihood**, write a module whose forward takes the decoder's output, of shape
+`(*, *event)`, and returns a Pyro distribution over its elements; `VAE` declares the event dims.
+"""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Bernoulli", "Normal", "Poisson"]
+
+
+class Bernoulli(nn.Module):
+    """Binary data; the decoder puts out logits."""
+
+    def forward(self, output: Tensor) -> dist.Distribution:
+        """One Bernoulli distribution per element."""
+        return dist.Bernoulli(logits=output)
+
+
+class Poisson(nn.Module):
+    """Counts; the decoder puts out log-rates."""
+
+    def forward(self, output: Tensor) -> dist.Distribution:
+        """One Poisson distribution per element."""
+        return dist.Poisson(output.exp())
+
+
+class Normal(nn.Module):
+    """Real data; the decoder puts out means, and the scale is the same for all data.
+
+    `Normal(0.1)` has a fixed scale, `Normal(1.0, learned=True)` one learned scale that starts at 1,
+    and `Normal(torch.ones(64), learned=True)` a learned scale per feature.
+
+    Args:
+        scale: standard deviation, a positive number, or a tensor that broadcasts to one event.
+        learned: whether training moves it.
+
+    Raises:
+        ValueError: `scale` is not positive and finite.
+    """
+
+    def __init__(self, scale: float | Tensor = 1.0, *, learned: bool = False) -> None:
+        super().__init__()
+        value = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+        if not (torch.isfinite(value) & (value > 0)).all():
+            raise ValueError(f"scale: expected positive finite numbers, got {scale}")
+        log_scale = value.detach().clone().log()
+        if learned:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation, of the shape it was given in."""
+        return self.log_scale.exp()
+
+    def forward(self, output: Tensor) -> dist.Distribution:
+        """One Normal distribution per element."""
+        return dist.Normal(output, self.scale)
