@@ -1,6 +1,8 @@
 """Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
 
-from ppvae import families, likelihoods, nn
+from ppvae import data, families, likelihoods, nn, plots
+from ppvae.convert import from_pyro_svi
+from ppvae.evaluate import evaluate
 from ppvae.families import Family
 from ppvae.fit import Fit, fit
 from ppvae.guides import FamilyGuide
@@ -13,8 +15,12 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "data",
+    "evaluate",
     "families",
     "fit",
+    "from_pyro_svi",
     "likelihoods",
     "nn",
+    "plots",
 ]

@@ -25,9 +25,9 @@ class Batches:
         if isinstance(data, DataLoader):
             if batch_size is not None and shuffle:
                 raise ValueError(f"batch_size: expected None with a DataLoader, got {batch_size}")
-            self.loader, self.size, self.batch_size = data, len(data.dataset), data.batch_size
+            self.loader, self.size, self.batch_size = data, length_of(data), data.batch_size
         elif isinstance(data, Dataset):
-            self.size = len(data)
+            self.size = length_of(data)
             self.batch_size = self._checked(name, batch_size)
             self.loader = DataLoader(data, self.batch_size, shuffle=shuffle)
         else:
@@ -64,8 +64,8 @@ class Batches:
             yield tuple(tensor[rows] for tensor in self.tensors)
 
 
-def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
-    """A tuple of finite tensors with equal first dimension."""
+def as_tensors(name: str, data: Any, *, equal: bool = True) -> tuple[Tensor, ...]:
+    """A tuple of finite tensors, with equal first dimensions unless told otherwise."""
     items = tuple(data) if isinstance(data, (tuple, list)) else (data,)
     tensors = []
     for item in items:
@@ -83,7 +83,7 @@ def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
             raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite")
         tensors.append(item)
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
-    if len(lengths) != 1:
+    if equal and len(lengths) != 1:
         raise ValueError(f"{name}: expected equal first dimensions, got {sorted(lengths)}")
     return tuple(tensors)
 
@@ -91,7 +91,7 @@ def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
 def length_of(data: Any) -> int:
     """Number of data in what `Batches` takes."""
     if isinstance(data, DataLoader):
-        return len(data.dataset)
+        data = data.dataset
     return len(data[0]) if isinstance(data, (tuple, list)) else len(data)
 
 
@@ -99,6 +99,8 @@ def slices(args: tuple[Any, ...], rows: int, batch_size: int) -> Iterator[tuple[
     """The arguments in minibatches: every tensor of that many rows is cut, the others stay."""
     for start in range(0, rows, batch_size):
         yield tuple(
-            a[start : start + batch_size] if isinstance(a, Tensor) and a.dim() and len(a) == rows else a
+            a[start : start + batch_size]
+            if isinstance(a, Tensor) and a.dim() and len(a) == rows
+            else a
             for a in args
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,14 @@ import pyro
 import torch
 from torch import nn
 
-__all__ = ["eval_mode", "private_modules", "random_state", "train_mode", "unchecked"]
+__all__ = ["eval_mode", "private_modules", "random_state", "train_mode", "unchecked", "unique_name"]
+
+_numbers = itertools.count()
+
+
+def unique_name(module: nn.Module) -> str:
+    """A name for a module's parameters: in Pyro's param store equal names are one parameter."""
+    return f"{type(module).__name__}_{next(_numbers)}"
 
 
 @contextmanager
@@ -53,7 +61,7 @@ def random_state(seed: int | None, *, keep: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _mode(training: bool, *programs: Any) -> Iterator[None]:
+def _mode(*programs: Any, training: bool) -> Iterator[None]:
     modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
     before = [m.training for m in modules]
     try:
@@ -67,12 +75,12 @@ def _mode(training: bool, *programs: Any) -> Iterator[None]:
 
 def eval_mode(*programs: Any) -> Any:
     """Evaluation mode for those programs that are modules; their modes come back at the end."""
-    return _mode(False, *programs)
+    return _mode(*programs, training=False)
 
 
 def train_mode(*programs: Any) -> Any:
     """Training mode for those programs that are modules; their modes come back at the end."""
-    return _mode(True, *programs)
+    return _mode(*programs, training=True)
 
 
 def unchecked() -> Any:

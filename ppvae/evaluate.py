@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 import xarray as xr
 from torch import Tensor
 
 from ppvae._batches import as_tensors, slices
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
-from ppvae.objective import Terms, draws_plate, terms, trace_pair
-from ppvae.vae import VAE
+from ppvae.objective import Terms, draws_plate, is_vectorized, terms, trace_pair
+from ppvae.sites import latent_nodes
 
 __all__ = ["evaluate"]
 
@@ -54,7 +53,7 @@ def evaluate(
         num_samples: draws per datum, at least 2.
         batch_size: data per run.
         vectorized: run many draws at once, which the model must be written for (all operations
-            leave leading dims alone); by default only where that is known, for `VAE`.
+            leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.
         plate: name of the data plate; by default `data`, or else the outermost one.
 
@@ -71,17 +70,17 @@ def evaluate(
         raise ValueError(
             f"num_samples, batch_size: expected at least 2 and 1, got {num_samples}, {batch_size}"
         )
-    as_tensors("args", tuple(a for a in args if isinstance(a, Tensor)))
+    as_tensors("args", tuple(a for a in args if isinstance(a, Tensor)), equal=False)
     if vectorized is None:
-        vectorized = isinstance(model, VAE)
-    context = (torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide))
-    with context[0], context[1], context[2], context[3], unchecked():
-        parts = _read(model, guide, args, plate)[0]
-        rows = _rows(parts)
-        batches = [
-            _evaluate_batch(model, guide, batch, num_samples, vectorized, plate)
-            for batch in slices(args, rows, min(batch_size, rows))
-        ]
+        vectorized = is_vectorized(model)
+    with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
+        with unchecked():
+            parts = _read(model, guide, args, plate)[0]
+            rows = _rows(parts)
+            batches = [
+                _evaluate_batch(model, guide, batch, num_samples, plate, vectorized=vectorized)
+                for batch in slices(args, rows, min(batch_size, rows))
+            ]
     return _dataset(batches, num_samples)
 
 
@@ -90,14 +89,8 @@ def _read(
 ) -> tuple[Terms, dict[str, Any]]:
     model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
     parts = terms(model_trace, guide_trace, plate)
-    sites = {n["name"]: (guide_trace.nodes[n["name"]], n) for n in _latent(model_trace)}
+    sites = {n["name"]: (guide_trace.nodes[n["name"]], n) for n in latent_nodes(model_trace)}
     return parts, sites
-
-
-def _latent(trace: Any) -> list[Any]:
-    from ppvae.sites import latent_nodes
-
-    return latent_nodes(trace)
 
 
 def _rows(parts: Terms) -> int:
@@ -117,8 +110,9 @@ def _evaluate_batch(
     guide: Any,
     args: tuple[Any, ...],
     num_samples: int,
-    vectorized: bool,
     plate: str | None,
+    *,
+    vectorized: bool,
 ) -> dict[str, np.ndarray]:
     parts, sites = _read(model, guide, args, plate)
     point = not parts.log_guide

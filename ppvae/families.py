@@ -29,15 +29,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints, transforms
-from pyro.nn import ConditionalDenseNN, DenseNN
+from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.distributions import transform_to
+
+from ppvae.heads import Channel, FlowHead, Head, Shared, event_dim_of, fixed
 
 __all__ = [
     "LADDER",
@@ -62,35 +61,6 @@ __all__ = [
 
 Constraint = constraints.Constraint
 
-# Where a free parameter starts, for the arguments that set a width: narrow, as Pyro's autoguides.
-_FREE_START = {"scale": 0.1, "scale_tril": 0.1, "cov_diag": 0.01}
-
-
-@dataclass(frozen=True)
-class Channel:
-    """Marks an argument as a channel, where its constraint or shape has to be said.
-
-    Args:
-        constraint: what the values must satisfy; by default what the distribution asks for.
-        columns: last dimension of a matrix argument of shape `(size, columns)`, for arguments such
-            as `cov_factor`; by default a matrix is square.
-    """
-
-    constraint: Constraint | None = None
-    columns: int | None = None
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Marks an argument as learned and the same for all data and all coordinates.
-
-    Args:
-        constraint: what the value must satisfy; by default what the distribution asks for.
-    """
-
-    constraint: Constraint | None = None
-
-
 shared = Shared()
 
 
@@ -107,7 +77,7 @@ class Family:
         **arguments: rules for the arguments of the distribution, as above.
 
     Raises:
-        TypeError: `distribution` is not a class of `pyro.distributions`, or a rule has a wrong type.
+        TypeError: `distribution` is no class of `pyro.distributions`, or a rule has a wrong type.
         ValueError: the distribution has no argument of that name, or no value can satisfy the rule.
 
     Example:
@@ -144,7 +114,7 @@ class Family:
     def joint(self) -> bool:
         """Whether one distribution spans several coordinates, which it can then correlate."""
         own = self.distribution.arg_constraints
-        return any(_event_dim(own[name]) > 0 for name in self.rules)
+        return any(event_dim_of(own[name]) > 0 for name in self.rules)
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
         """Builds the module that makes the distribution.
@@ -157,7 +127,7 @@ class Family:
             A module; its forward takes features of shape `(*, features)` (or None) and returns a
             distribution over `(*, *shape)`, whose last dimension is the event of a joint family.
         """
-        return _Head(self, features, torch.Size(shape))
+        return Head(self, features, torch.Size(shape))
 
     def __repr__(self) -> str:
         given = [f", {name}={_show(rule)}" for name, rule in self.arguments.items()]
@@ -180,11 +150,11 @@ class Prior:
 
 
 class Flow:
-    r"""A conditional normalizing flow: `z = loc + scale * T(eps)`, with everything from the features.
+    r"""A conditional normalizing flow: `z = loc + scale * T(eps)`, all of it from the features.
 
     `T` chains affine couplings (which bend and correlate) and one elementwise spline (which
     reshapes the marginals). All parts have closed-form inverses, so both sampling and scoring cost
-    one pass. It starts at the identity, so that the family contains `mean_scale` and begins there.
+    one pass. It starts near the identity, so that the family contains `mean_scale` and begins there.
 
     Args:
         layers: number of affine couplings; used in pairs of opposite order, so an even number.
@@ -215,122 +185,10 @@ class Flow:
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
         """Builds the flow's module; arguments and result as those of `Family.head`."""
-        return _FlowHead(self, features, shape[0])
+        return FlowHead(self, features, shape[0])
 
     def __repr__(self) -> str:
         return f"Flow(layers={self.layers}, hidden={self.hidden}, bins={self.bins})"
-
-
-class _Argument(nn.Module):
-    """One learned argument: a linear function of the features, or a free parameter."""
-
-    def __init__(
-        self,
-        constraint: Constraint,
-        shape: torch.Size,
-        features: int | None,
-        start: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.constraint = constraint
-        self.triangular = constraint is constraints.lower_cholesky
-        if self.triangular:  # only the entries that count, so that no parameter is idle
-            rows, columns = torch.tril_indices(shape[-2], shape[-1])
-            self.register_buffer("place", rows * shape[-1] + columns, persistent=False)
-            self.shape, self.raw_shape = shape, torch.Size([len(rows)])
-        else:
-            self.shape = self.raw_shape = torch.Size(transform_to(constraint).inverse_shape(shape))
-        self.linear = self.raw = None
-        if features is not None:
-            self.linear = nn.Linear(features, self.raw_shape.numel())
-        else:
-            raw = 0.01 * torch.randn(self.raw_shape)
-            if start is not None:
-                with torch.no_grad():
-                    if self.triangular:
-                        raw[rows == columns] += torch.tensor(start).log()
-                    else:
-                        raw += transform_to(constraint).inv(torch.full(shape, start))
-            self.raw = nn.Parameter(raw)
-
-    def forward(self, features: Tensor | None) -> Tensor:
-        if self.linear is None:
-            raw = self.raw
-        else:
-            raw = self.linear(features)
-            raw = raw.reshape(raw.shape[:-1] + self.raw_shape)
-        if self.triangular:
-            flat = raw.new_zeros(raw.shape[:-1] + (self.shape.numel(),))
-            index = self.place.expand(raw.shape)
-            raw = flat.scatter(-1, index, raw).reshape(raw.shape[:-1] + self.shape)
-        return transform_to(self.constraint)(raw)
-
-
-class _Head(nn.Module):
-    """Applies the family's distribution to its arguments."""
-
-    def __init__(self, family: Family, features: int | None, shape: torch.Size) -> None:
-        super().__init__()
-        self.family, self.shape = family, shape
-        own = family.distribution.arg_constraints
-        for name, rule in family.rules.items():
-            if isinstance(rule, (Channel, Shared)):
-                constraint = rule.constraint or own[name]
-                if constraints.is_dependent(constraint):  # Delta's value: any real number
-                    constraint = constraints.real
-                size = _argument_shape(rule, own[name], family.joint, shape)
-                source = features if isinstance(rule, Channel) else None
-                start = _FREE_START.get(name) if features is None else None
-                self.add_module(name, _Argument(constraint, size, source, start))
-            else:
-                value = _fixed(rule, _event_dim(own[name]), shape)
-                self.register_buffer(name, value, persistent=False)
-
-    def forward(self, features: Tensor | None = None) -> Any:
-        values = {}
-        for name in self.family.rules:
-            value = getattr(self, name)
-            values[name] = value(features) if isinstance(value, _Argument) else value
-        batch = features.shape[:-1] if features is not None else torch.Size()
-        fn = self.family.distribution(**values)
-        return fn.expand(batch if self.family.joint else batch + self.shape)
-
-
-class _FlowHead(nn.Module):
-    def __init__(self, family: Flow, features: int | None, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.context = None if features is not None else nn.Parameter(torch.zeros(1))
-        width = features or 1
-        shape, free = torch.Size([size]), features is None
-        self.loc = _Argument(constraints.real, shape, features)
-        self.scale = _Argument(constraints.positive, shape, features, 0.1 if free else None)
-        left, hidden = size // 2, [family.hidden]
-        self.couplings = nn.ModuleList()
-        for _ in range(family.layers if size > 1 else 0):
-            net = ConditionalDenseNN(left, width, hidden, [size - left] * 2, nn.Tanh())
-            nn.init.zeros_(net.layers[-1].weight)
-            nn.init.zeros_(net.layers[-1].bias)
-            self.couplings.append(transforms.ConditionalAffineCoupling(left, net))
-        knots = [size * family.bins, size * family.bins, size * (family.bins - 1)]
-        net = DenseNN(width, hidden, [*knots, size * family.bins], nn.Tanh())
-        nn.init.zeros_(net.layers[-1].weight)
-        nn.init.zeros_(net.layers[-1].bias)
-        # slopes are softplus(raw) and must be 1 inside, as outside, for the identity
-        nn.init.constant_(net.layers[-1].bias[2 * knots[0] : sum(knots)], 0.5413248)
-        self.spline = transforms.ConditionalSpline(net, size, family.bins)
-
-    def forward(self, features: Tensor | None = None) -> Any:
-        context = self.context if features is None else features
-        loc, scale = self.loc(features), self.scale(features)
-        flip = torch.arange(self.size - 1, -1, -1, device=loc.device)
-        chain: list[Any] = []
-        for coupling in self.couplings:
-            chain += [coupling.condition(context), transforms.Permute(flip)]
-        chain.append(self.spline.condition(context))
-        chain.append(transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1))
-        base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
-        return dist.TransformedDistribution(base, chain)
 
 
 def _rules(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -366,35 +224,12 @@ def _rules(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_fixed(name: str, value: Any, constraint: Constraint) -> None:
-    tensor = _fixed(value, _event_dim(constraint), torch.Size([1]))
+    tensor = fixed(value, event_dim_of(constraint), torch.Size([1]))
     ok = torch.isfinite(tensor).all()
     if not constraints.is_dependent(constraint):
         ok = ok and constraint.check(tensor).all()
     if not ok:
         raise ValueError(f"{name}: expected a finite value in {constraint}, got {value}")
-
-
-def _fixed(value: Any, event_dim: int, shape: torch.Size) -> Tensor:
-    """A fixed argument as a tensor; one number fills a vector, or the diagonal of a matrix."""
-    tensor = torch.as_tensor(value, dtype=torch.get_default_dtype())
-    if tensor.dim() or event_dim == 0:
-        return tensor
-    return tensor.expand(shape) if event_dim == 1 else tensor * torch.eye(shape[-1])
-
-
-def _event_dim(constraint: Constraint) -> int:
-    return 0 if constraints.is_dependent(constraint) else constraint.event_dim
-
-
-def _argument_shape(rule: Any, own: Constraint, joint: bool, shape: torch.Size) -> torch.Size:
-    """Shape of a learned argument for a latent of the given shape."""
-    event_dim = _event_dim(own)
-    if event_dim == 0:
-        return torch.Size() if joint or isinstance(rule, Shared) else shape
-    if event_dim == 1:
-        return shape
-    columns = getattr(rule, "columns", None) or shape[-1]
-    return torch.Size([shape[-1], columns])
 
 
 def _show(rule: Any) -> str:

@@ -40,9 +40,12 @@ class Fit(NamedTuple):
     best_epoch: int
 
     @property
-    def history(self) -> dict[str, list[float]]:
+    def history(self) -> dict[str, list[Any]]:
         """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
-        columns = {"epoch": list(range(len(self.losses))), "loss": self.losses}
+        columns: dict[str, list[Any]] = {
+            "epoch": list(range(len(self.losses))),
+            "loss": self.losses,
+        }
         if self.validation_losses:
             columns["validation_loss"] = self.validation_losses
         return columns
@@ -119,13 +122,17 @@ def fit(
     if patience is not None and (held_out is None or patience < 1):
         raise ValueError(f"patience: expected at least 1 and `validation` data, got {patience}")
     start = time.perf_counter()
-    losses, validation_losses, steps, best, stale = [], [], 0, (math.inf, -1, []), 0
+    losses: list[float] = []
+    validation_losses: list[float] = []
+    best: tuple[float, int, list[Tensor]] = (math.inf, -1, [])
+    steps = stale = 0
     with private_modules(), random_state(seed), train_mode(model, guide):
         parameters = _parameters(model, guide, batches)
         if check_support:
             _check_support(model, batches)
-        optimizer = optimizer or _adam
-        stepper = _Stepper(model, guide, parameters, optimizer(parameters, lr=learning_rate))
+        # without parameters (a guide without channels on a model without any) it only measures
+        moved = (optimizer or _adam)(parameters, lr=learning_rate) if parameters else None
+        stepper = _Stepper(model, guide, parameters, moved)
         label = progress if isinstance(progress, str) else "fit"
         epochs = tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
         for epoch in epochs:
@@ -164,7 +171,6 @@ class _Stepper:
 
     def step(self, batch: tuple[Tensor, ...], size: int, number: int) -> float:
         def closure() -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
             with unchecked() if number else nullcontext():
                 loss = negative_elbo(self.model, self.guide, *batch, size=size)
             if not math.isfinite(loss.item()):
@@ -174,12 +180,14 @@ class _Stepper:
                     f"the loss is {loss.item()} at step {number}, from {blame}; the parameters are "
                     "those of the last finite loss"
                 )
-            with torch.no_grad():
-                torch._foreach_copy_(self.good, self.parameters)
-            loss.backward()
+            if self.optimizer is not None:
+                with torch.no_grad():
+                    torch._foreach_copy_(self.good, self.parameters)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
             return loss.detach()
 
-        return self.optimizer.step(closure).item()
+        return (closure() if self.optimizer is None else self.optimizer.step(closure)).item()
 
     def _blame(self, batch: tuple[Tensor, ...]) -> str:
         """Names the terms that are not finite."""
@@ -215,12 +223,10 @@ def _parameters(model: Any, guide: Any, batches: Batches) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
             pair = trace_pair(model, guide, *batch)
     _check_rows(pair[0], len(batch[0]))
-    sites = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+    nodes: Any = capture.trace.nodes
+    sites = [node["value"].unconstrained() for node in nodes.values()]
     found = [p for module in modules for p in module.parameters()] + sites
-    unique = {id(p): p for p in found if p.requires_grad}
-    if not unique:
-        raise ValueError("model, guide: expected parameters to train, got none")
-    return list(unique.values())
+    return list({id(p): p for p in found if p.requires_grad}.values())
 
 
 def _check_rows(trace: Any, rows: int) -> None:

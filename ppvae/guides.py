@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -12,16 +11,15 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ppvae._context import eval_mode, private_modules, random_state
+from ppvae._context import eval_mode, private_modules, random_state, unique_name
 from ppvae.families import Prior
 from ppvae.sites import Site, data_frame, is_real, latent_nodes, read_site, same_support
 
 __all__ = ["FamilyGuide"]
-
-_numbers = itertools.count()
 
 
 class _Part(NamedTuple):
@@ -77,14 +75,14 @@ class FamilyGuide(AutoGuide):
         if encoder is not None and not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder: expected a torch.nn.Module, got {encoder!r}")
         super().__init__(model, create_plates=create_plates)
-        # a name of its own: in Pyro's param store equal names would be one parameter
-        self._pyro_name = f"{type(self).__name__}_{next(_numbers)}"
+        self._pyro_name = unique_name(self)
         self.family, self.plate = family, plate
         self.encoder = encoder
         self.heads = nn.ModuleDict()
         self._head_shapes: dict[str, tuple[int, ...]] = {}
         self._features: int | None = None
-        self._parts: list[_Part] | None = None
+        self._parts: list[_Part] = []
+        self._is_set_up = False
         self._frame: Any = None
         self._subsampled: set[str] = set()
         if hasattr(model, "example"):
@@ -113,16 +111,16 @@ class FamilyGuide(AutoGuide):
             if site_is_subsample(node) and node["fn"].subsample_size not in (None, node["fn"].size)
         }
         if isinstance(self.family, Prior):
-            self._parts = []
+            self._is_set_up = True
             return self
         parts = self._divide([read_site(node, self._frame) for node in nodes])
         self._build({part.key: part.shape for part in parts})
-        self._parts = parts
+        self._parts, self._is_set_up = parts, True
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every latent site; takes the model's arguments and returns the values by name."""
-        if self._parts is None:
+        if not self._is_set_up:
             self.setup(*args, **kwargs)
         if isinstance(self.family, Prior):
             latent = poutine.block(self.model, hide_fn=_is_not_latent)
@@ -133,11 +131,12 @@ class FamilyGuide(AutoGuide):
             features = self._encode(encoder, args)
         plates = self._plates(features, args, kwargs)
         if features is not None:
-            features = self._align(features, plates[self._frame.name])
+            features = self._rows(features, plates[self._frame.name])
         draws: dict[str, Tensor] = {}
-        for part in self._parts or []:
-            fn = heads[part.key](features)
-            draws.update(self._draw_flat(fn, part, plates) if part.flat else self._draw(fn, part, plates))
+        for part in self._parts:
+            aligned = features if features is None else self._align(features, part)
+            draw = self._draw_flat if part.flat else self._draw
+            draws.update(draw(heads[part.key](aligned), part, plates))
         return draws
 
     # -- structure ---------------------------------------------------------------------------
@@ -146,9 +145,10 @@ class FamilyGuide(AutoGuide):
         """Assigns the sites to heads: one for all, or, for an elementwise family, one for each."""
         own = [site for site in sites if not self._is_over_reals(site)]
         if self.family.joint:
-            (shape, site) = (sites[0].event_shape if own else sites[0].space, sites[0])
-            if len(sites) == 1 and len(shape) == 1 and not site.left + site.right:
-                return [_Part(_key(site), shape, (site,), flat=False)]
+            first = sites[0]
+            shape = first.event_shape if own else first.space
+            if len(sites) == 1 and len(shape) == 1 and not first.left + first.right:
+                return [_Part(_key(first), shape, (first,), flat=False)]
             if own:
                 raise ValueError(self._misfit(own[0]))
             size = torch.Size([sum(site.size for site in sites)])
@@ -233,30 +233,39 @@ class FamilyGuide(AutoGuide):
             return self.master().plates
         given = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
         plates = {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
-        for frame in {f.name: f for part in self._parts for s in part.sites for f in s.frames}.values():
+        for frame in {
+            f.name: f for part in self._parts for s in part.sites for f in s.frames
+        }.values():
             if frame.name in plates:
                 continue
             full, size = frame.full_size or frame.size, frame.size
             if features is not None and frame.name == self._frame.name and len(features) != full:
                 full, size = len(features) if full == size else full, len(features)
             if frame.name in self._subsampled:
-                plates[frame.name] = pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
+                plates[frame.name] = pyro.plate(
+                    frame.name, full, subsample_size=size, dim=frame.dim
+                )
             else:  # the model knows its rows: the guide must not choose them
                 with poutine.block():
                     rows = torch.arange(size)
                     plates[frame.name] = pyro.plate(frame.name, full, subsample=rows, dim=frame.dim)
         return plates
 
-    def _align(self, features: Tensor, plate: Any) -> Tensor:
-        """Picks the rows of a subsample and puts the batch where the data plate is."""
-        if len(features) != plate.subsample_size:
-            if len(features) != plate.size:
-                raise ValueError(
-                    f"encoder: expected features of shape ({plate.subsample_size}, features), the "
-                    f"first as the plate {plate.name!r}; got {tuple(features.shape)}"
-                )
-            features = features[plate.indices]
-        return features.reshape(len(features), *[1] * (-plate.dim - 1), features.shape[-1])
+    def _rows(self, features: Tensor, plate: Any) -> Tensor:
+        """Picks the rows of a subsample, where the encoder saw all the data."""
+        if len(features) == plate.subsample_size:
+            return features
+        if len(features) == plate.size:
+            return features[plate.indices]
+        raise ValueError(
+            f"encoder: expected features of shape ({plate.subsample_size}, features), the first as "
+            f"the plate {plate.name!r}; got {tuple(features.shape)}"
+        )
+
+    def _align(self, features: Tensor, part: _Part) -> Tensor:
+        """Puts the batch where the data plate is: before the dims to its right."""
+        ones = 0 if not part.flat and part.sites[0].right else -self._frame.dim - 1
+        return features.reshape(len(features), *[1] * ones, features.shape[-1])
 
     def _draw(self, fn: Any, part: _Part, plates: dict[str, Any]) -> dict[str, Tensor]:
         """Samples one site from its own distribution."""
@@ -294,7 +303,7 @@ class FamilyGuide(AutoGuide):
                 value = unconstrained = self._shape(piece, site)
                 if not is_real(site.support):
                     value = site.transform(unconstrained)
-                    if not isinstance(fn, dist.Delta):
+                    if not isinstance(fn, dist.Delta) and am_i_wrapped():
                         # a factor, and not Delta's log_density, which analytic KL would forget
                         slope = site.transform.log_abs_det_jacobian(unconstrained, value)
                         pyro.factor(f"{name}_{site.name}_log_det", -slope, has_rsample=True)
@@ -315,7 +324,7 @@ class FamilyGuide(AutoGuide):
         return value.movedim(len(draws), len(draws) + len(site.left))
 
 
-def _is_not_latent(msg: dict[str, Any]) -> bool:
+def _is_not_latent(msg: Any) -> bool:
     return msg["type"] != "sample" or msg["is_observed"]
 
 

@@ -21,7 +21,17 @@ from torch.distributions import kl_divergence
 
 from ppvae.sites import latent_nodes
 
-__all__ = ["Terms", "closed_kl", "data_plate", "draws_plate", "loss_of", "negative_elbo", "terms", "trace_pair"]
+__all__ = [
+    "Terms",
+    "closed_kl",
+    "data_plate",
+    "draws_plate",
+    "is_vectorized",
+    "loss_of",
+    "negative_elbo",
+    "terms",
+    "trace_pair",
+]
 
 
 class Terms(NamedTuple):
@@ -104,9 +114,7 @@ def check_sites(model_trace: Any, guide_trace: Any) -> None:
     """Raises a ValueError unless model and guide have the same latent sites."""
     latent = {node["name"] for node in latent_nodes(model_trace)}
     drawn = {
-        node["name"]
-        for node in latent_nodes(guide_trace)
-        if not node["infer"].get("is_auxiliary")
+        node["name"] for node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
     }
     if latent - drawn:
         raise ValueError(f"guide: expected every latent site; it misses {sorted(latent - drawn)}")
@@ -256,7 +264,12 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
 
 
-def _counts(node: dict[str, Any]) -> bool:
+def is_vectorized(model: Any) -> bool:
+    """Whether a model says that it can run inside further plates to the left of its own."""
+    return bool(getattr(model, "vectorized", False))
+
+
+def _counts(node: Any) -> bool:
     """Whether a sample statement carries a density: no subsampling, nothing deterministic."""
     return not (site_is_subsample(node) or node["infer"].get("_deterministic", False))
 

@@ -105,7 +105,9 @@ def data_frame(nodes: list[dict[str, Any]], length: int, plate: str | None) -> A
     stacks = [node["cond_indep_stack"] for node in nodes]
     shared = {f.name: f for f in stacks[0] if all(f in stack for stack in stacks)}
     if not shared:
-        where = ", ".join(f"{n['name']!r} in {[f.name for f in n['cond_indep_stack']]}" for n in nodes)
+        where = ", ".join(
+            f"{n['name']!r} in {[f.name for f in n['cond_indep_stack']]}" for n in nodes
+        )
         raise ValueError(
             f"encoder: expected all latent sites in one plate, got {where}; give global latents "
             "a guide without encoder and combine the two by AutoGuideList"
@@ -113,7 +115,9 @@ def data_frame(nodes: list[dict[str, Any]], length: int, plate: str | None) -> A
     if plate is None and "data" in shared:
         plate = "data"
     if plate is None:
-        fits = [f.name for f in shared.values() if len(shared) == 1 or length in (f.size, f.full_size)]
+        fits = [
+            f.name for f in shared.values() if len(shared) == 1 or length in (f.size, f.full_size)
+        ]
         plate = fits[0] if len(fits) == 1 else None
     if plate not in shared:
         raise ValueError(f"plate: expected one of {list(shared)}, got {plate!r}")

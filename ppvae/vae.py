@@ -10,7 +10,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppvae._context import eval_mode, random_state
+from ppvae._context import eval_mode, random_state, unique_name
 
 __all__ = ["VAE"]
 
@@ -18,8 +18,9 @@ __all__ = ["VAE"]
 class VAE(PyroModule):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
 
-    Sites `z` and `x`, in the plate `data`. What is usually called the encoder is no part of it: that
-    is a guide (`FamilyGuide`). Called with data the model conditions on it, without it draws some.
+    Sites `z` and `x`, in the plate `data`. What is usually called the encoder is no part of it:
+    that is a guide (`FamilyGuide`). Called with data the model conditions on them, without it draws
+    some.
 
     Args:
         decoder: a module `(batch, latent) -> (batch, *event)`.
@@ -44,6 +45,9 @@ class VAE(PyroModule):
         torch.Size([3, 5])
     """
 
+    #: every operation leaves leading dims alone, so that many draws can be made in one run
+    vectorized = True
+
     def __init__(
         self,
         decoder: nn.Module,
@@ -51,7 +55,7 @@ class VAE(PyroModule):
         likelihood: nn.Module,
         prior: Any | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(name=unique_name(self))
         for name, module in {"decoder": decoder, "likelihood": likelihood}.items():
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {module!r}")
@@ -113,3 +117,11 @@ class VAE(PyroModule):
             return self.decoder(z)
         output = self.decoder(z.reshape(-1, self.latent))
         return output.reshape(z.shape[:-1] + output.shape[1:])
+
+    def mean(self, z: Tensor) -> Tensor:
+        """The mean of `p(x | z)` for latents of shape `(*, latent)`, of shape `(*, *event)`."""
+        return self.likelihood(self.decode(z)).mean
+
+    def draw_prior(self, size: int) -> Tensor:
+        """Draws of the latent from the prior, of shape `(size, latent)`."""
+        return self._prior().expand([size]).sample()

@@ -1,0 +1,287 @@
+"""From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import arviz_base
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from pyro import poutine
+from torch import Tensor
+
+from ppvae._batches import as_tensors, slices
+from ppvae._context import eval_mode, private_modules, random_state, unchecked
+from ppvae.objective import data_plate, draws_plate, is_vectorized, terms, trace_pair
+from ppvae.sites import latent_nodes
+
+__all__ = ["from_pyro_svi"]
+
+# Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
+_BUDGET = 4_000_000
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+
+def from_pyro_svi(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 256,
+    vectorized: bool | None = None,
+    seed: int | None = None,
+    plate: str | None = None,
+) -> xr.DataTree:
+    r"""Draws from a fitted guide and lays out what ArviZ works with.
+
+    Works for every model and guide with local latents (in the data plate), global ones, or both.
+    The groups of the tree, each with dims `chain` and `draw`:
+
+    - `posterior`: draws of the guide, and the model's deterministic sites;
+    - `posterior_predictive`: the observed sites drawn anew, given those draws;
+    - `log_likelihood`: log p(x | z) per datum, in nats;
+    - `sample_stats`: `log_p` = log p(x, z) and `log_q` = log q(z) of the draws, per datum where all
+      latents are local and one number per draw otherwise, as `loo_approximate_posterior` wants them
+      (there is no `log_q` for a point guide, which has no density);
+    - `prior` and `prior_predictive`: draws of the model alone, its observations taken off;
+    - `observed_data`, without the two dims.
+
+    The data plate is the dim `datum`, and the coordinates of a single latent vector `latent`.
+    Local latents are drawn in minibatches. Nothing is trained or changed.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        *args: their arguments.
+        num_samples: number of draws, at least 1.
+        coords: coordinate values by dim.
+        dims: names of the dims after `chain` and `draw` by variable, in place of the names above.
+        batch_size: data per run, where all latents are local.
+        vectorized: run many draws at once, which the model must be written for (all operations
+            leave leading dims alone); by default only where the model says so, as `VAE` does.
+        seed: seeds the draws, without a trace outside; None uses the caller's stream.
+        plate: name of the data plate; by default `data`, or else the outermost one.
+
+    Returns:
+        A tree in ArviZ's schema; on arviz 0.x, `arviz.from_datatree` gives `InferenceData`.
+
+    Raises:
+        ValueError: an argument is out of its range, the data are not finite, guide and model do not
+            fit, or the model draws its own subsample.
+    """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_samples, batch_size: expected at least 1, got {num_samples} and {batch_size}"
+        )
+    as_tensors("args", tuple(a for a in args if isinstance(a, Tensor)), equal=False)
+    vectorized = is_vectorized(model) if vectorized is None else vectorized
+    with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
+        with unchecked():
+            layout = _Layout(model, guide, args, plate, batch_size)
+            pieces = [
+                _draw_batch(model, guide, batch, num_samples, layout, vectorized=vectorized)
+                for batch in layout.batches
+            ]
+    data = _joined(pieces, layout)
+    names = {**layout.dims, **{key: list(value) for key, value in (dims or {}).items()}}
+    attrs = {"/": {"inference_library": "pyro-ppl", "inference_library_version": pyro.__version__}}
+    return arviz_base.from_dict(data, coords=dict(coords or {}), dims=names, attrs=attrs)
+
+
+class _Layout:
+    """What the shape of the model says of the tree: the data plate, the batches, the dims."""
+
+    def __init__(self, model: Any, guide: Any, args: Any, plate: str | None, size: int) -> None:
+        trace, _ = trace_pair(model, guide, *args)
+        self.frame = data_plate(trace, plate)
+        self.plate = plate
+        frame = self.frame
+        if frame is not None and trace.nodes.get(frame.name, {}).get("fn") is not None:
+            wanted = trace.nodes[frame.name]["fn"].subsample_size
+            if wanted not in (None, frame.full_size):
+                raise ValueError(
+                    f"model: the plate {frame.name!r} draws a subsample of {frame.size} in each "
+                    "run; expected a model that takes all its data, or is told its rows"
+                )
+        latents = latent_nodes(trace)
+        self.local = frame is not None and all(self.is_local(node) for node in latents)
+        self.batches = [args]
+        if self.local and frame.size > size:
+            cut = list(slices(args, frame.size, size))
+            if _can_cut(model, guide, cut[0], size, plate):
+                self.batches = cut
+        single = len(latents) == 1
+        self.dims: dict[str, list[str]] = {}
+        for node in trace.nodes.values():
+            if node["type"] != "sample" or not _is_shown(node):
+                continue
+            name, stack = node["name"], node["cond_indep_stack"]
+            names = ["datum"] if self.is_local(node) else []
+            names += [f.name for f in _sorted(stack) if frame is None or f.name != frame.name]
+            events = len(node["fn"].event_shape)
+            if events == 1 and single and node is latents[0]:
+                names.append("latent")
+            else:
+                names += [f"{name}_dim_{i}" for i in range(events)]
+            self.dims[name] = names
+        if self.local:
+            self.dims |= {"log_p": ["datum"], "log_q": ["datum"]}
+
+    def is_local(self, node: dict[str, Any]) -> bool:
+        frame = self.frame
+        return frame is not None and frame.name in {f.name for f in node["cond_indep_stack"]}
+
+    def array(self, node: dict[str, Any], draws: int | None) -> np.ndarray:
+        """A node's value as `(draws, datum, *other plates, *event)`, without idle dims."""
+        value, stack = node["value"], node["cond_indep_stack"]
+        events = len(node["fn"].event_shape)
+        batch = value.shape[: value.dim() - events]
+        dims = {f.name: f.dim for f in stack if f.dim is not None}
+        if len(batch) < max(
+            (-d for d in dims.values()), default=0
+        ):  # never broadcast by its plates
+            batch = torch.Size([1] * (max(-d for d in dims.values()) - len(batch))) + batch
+            value = value.reshape(batch + value.shape[value.dim() - events :])
+        first = [dims[n] for n in ("_draws", getattr(self.frame, "name", None)) if n in dims]
+        kept = [d for d in range(-len(batch), 0) if d in dims.values() or batch[d] > 1]
+        order = first + [d for d in kept if d not in first]
+        idle = [d for d in range(-len(batch), 0) if d not in order]
+        at = [len(batch) + d for d in order + idle]
+        value = value.permute([*at, *range(len(batch), value.dim())])
+        shape = tuple(batch[d] for d in order) + tuple(node["fn"].event_shape)
+        if draws is None:
+            shape = (1, *shape)
+        return value.reshape(shape).cpu().numpy()
+
+
+def _can_cut(model: Any, guide: Any, args: Any, size: int, plate: str | None) -> bool:
+    """Whether the model's plate follows the length of its arguments."""
+    try:
+        trace, _ = trace_pair(model, guide, *args)
+    except Exception:
+        return False
+    frame = data_plate(trace, plate)
+    return frame is not None and frame.size == size
+
+
+def _draw_batch(
+    model: Any, guide: Any, args: Any, num_samples: int, layout: _Layout, *, vectorized: bool
+) -> Groups:
+    """All groups for one minibatch, from as many runs as the draws need."""
+    open_model = poutine.uncondition(model)
+    widest = 1
+    if vectorized:
+        trace = poutine.trace(model).get_trace(*args)
+        values = [n["value"] for n in trace.nodes.values() if n["type"] == "sample"]
+        widest = max(v.numel() for v in values if isinstance(v, Tensor))
+    at_once = max(1, min(num_samples, _BUDGET // widest)) if vectorized else 1
+    runs: list[Groups] = []
+    for start in range(0, num_samples, at_once):
+        count = min(at_once, num_samples - start)
+        draws = draws_plate(model, *args, draws=count) if vectorized else None
+        traces = trace_pair(model, guide, *args, draws=draws)
+        again = _trace(poutine.replay(open_model, trace=traces[1]), args, draws)
+        prior = _trace(open_model, args, draws)
+        runs.append(_groups(traces, again, prior, layout, None if draws is None else count))
+    joined: Groups = {}
+    for group in runs[0]:
+        joined[group] = {
+            name: np.concatenate([run[group][name] for run in runs]) for name in runs[0][group]
+        }
+    observed = _trace(model, args, None)
+    joined["observed_data"] = {
+        node["name"]: layout.array(node, None)[0]
+        for node in observed.nodes.values()
+        if node["type"] == "sample" and _is_shown(node) and _is_data(node)
+    }
+    return joined
+
+
+def _trace(program: Any, args: Any, draws: Any) -> Any:
+    if draws is None:
+        return poutine.trace(program).get_trace(*args)
+    with draws:
+        return poutine.trace(program).get_trace(*args)
+
+
+def _groups(traces: Any, again: Any, prior: Any, layout: _Layout, draws: int | None) -> Groups:
+    """Reads the groups off the traces of one run."""
+    model_trace, guide_trace = traces
+    groups: Groups = {
+        group: {}
+        for group in (
+            "posterior",
+            "posterior_predictive",
+            "log_likelihood",
+            "sample_stats",
+            "prior",
+            "prior_predictive",
+        )
+    }
+    for trace, latent, observed in (
+        (model_trace, "posterior", None),
+        (again, None, "posterior_predictive"),
+        (prior, "prior", "prior_predictive"),
+    ):
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample" or not _is_shown(node):
+                continue
+            group = observed if _is_data(node) else latent
+            if group is not None:
+                groups[group][name] = layout.array(node, draws)
+    parts = terms(model_trace, guide_trace, layout.plate)
+
+    def stacked(value: Tensor) -> np.ndarray:
+        """Shape `(draws, ...)`; a value that no draw changes is repeated."""
+        value = value if draws is None else value.expand(draws, *value.shape[1:])
+        return (value[None] if draws is None else value).cpu().numpy()
+
+    groups["log_likelihood"] = {k: stacked(v) for k, v in parts.log_likelihood.items()}
+    totals = {"log_p": {**parts.log_likelihood, **parts.log_prior}, "log_q": parts.log_guide}
+    for name, values in totals.items():
+        if values:
+            total: Any = 0.0
+            for site, value in values.items():
+                summed = site in parts.local and not layout.local
+                total = total + (value.sum(-1) if summed else value)
+            groups["sample_stats"][name] = stacked(total)
+    return groups
+
+
+def _joined(pieces: list[Groups], layout: _Layout) -> Groups:
+    """Puts the minibatches together along `datum`, and a chain in front."""
+    data: Groups = {}
+    for group in pieces[0]:
+        sampled = group != "observed_data"
+        axis = 1 if sampled else 0
+        data[group] = {}
+        for name in pieces[0][group]:
+            arrays = [piece[group][name] for piece in pieces]
+            whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+            data[group][name] = whole[None] if sampled else whole
+    return {group: values for group, values in data.items() if values}
+
+
+def _is_shown(node: dict[str, Any]) -> bool:
+    """Whether a sample site is a variable: no subsample and no factor."""
+    return type(node["fn"]).__name__ not in ("_Subsample", "Unit")
+
+
+def _is_data(node: dict[str, Any]) -> bool:
+    """Whether a site is observed, or was until its observation was taken off."""
+    if node["infer"].get("_deterministic"):
+        return False
+    return node["is_observed"] or node["infer"].get("was_observed", False)
+
+
+def _sorted(stack: Any) -> list[Any]:
+    """The plates from left to right, those of draws left out."""
+    return sorted(
+        (f for f in stack if f.dim is not None and f.name != "_draws"), key=lambda f: f.dim
+    )

@@ -1,0 +1,142 @@
+"""The registry: every generic test runs over these families and these models."""
+
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import nn
+
+from ppvae import Family, families
+from ppvae.nn import mlp
+
+FAMILIES: dict[str, Any] = {
+    **families.LADDER,
+    "asymmetric_laplace": Family(dist.AsymmetricLaplace),
+    "half_scale": Family(dist.Normal, scale=0.5),
+    "bounded": Family(dist.Normal, loc=constraints.interval(-1.0, 1.0), scale=1.0),
+    "shared_cholesky": Family(dist.MultivariateNormal, scale_tril=families.shared),
+    "big_flow": families.Flow(layers=4, hidden=8, bins=4),
+}
+
+DENSITIES = {name: f for name, f in FAMILIES.items() if name not in ("deterministic", "zero")}
+
+
+class Case(NamedTuple):
+    model: Any
+    args: tuple[Any, ...]
+    encoder: Any = None
+    latents: dict[str, tuple[int, ...]] = {}
+
+
+N = 6
+
+
+def _one(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True) + torch.zeros(3), 0.5).to_event(1), obs=x)
+
+
+def _scalar(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None] + torch.zeros(3), 0.5).to_event(1), obs=x)
+
+
+def _positive(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        loc = (a.sum(-1) + b)[..., None] + torch.zeros(3)
+        pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+
+def _simplex(x):
+    with pyro.plate("data", len(x)):
+        s = pyro.sample("s", dist.Dirichlet(torch.ones(4)))
+        g = pyro.sample("g", dist.Gamma(2.0, 1.0))
+        pyro.sample("x", dist.Normal(s[..., :3] * g[..., None], 0.5).to_event(1), obs=x)
+
+
+def _left_of_pixels(x):
+    """Latents in a plate that is not the rightmost one."""
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("pixels", 3, dim=-1):
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+
+
+def _right_of_steps(x):
+    """Several latents per datum, in a plate to the left of the data."""
+    with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x[:, :2].T)
+
+
+def _steps_inside(x):
+    """Several latents per datum, in a plate to the right of the data."""
+    with pyro.plate("data", len(x), dim=-2), pyro.plate("steps", 3, dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def _told_rows(x, rows):
+    with pyro.plate("data", 4 * N, subsample=rows):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x[:, 0])
+
+
+def _own_rows(x):
+    with pyro.plate("data", len(x), subsample_size=4) as rows:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x[rows, 0])
+
+
+def _regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((w * x).sum(-1), s), obs=y)
+
+
+def _hierarchy(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 4):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(theta.sum(-1, keepdim=True), 1.0), obs=x[:, 0])
+
+
+class _Encoder(nn.Module):
+    """Takes whatever the model takes and looks at the first argument only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(3, 8)
+
+    def forward(self, x, *rest):
+        return self.net(x)
+
+
+def cases() -> dict[str, Case]:
+    """Models with local latents (an encoder) and global ones (none)."""
+    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+    rows, y = torch.arange(N), x.sum(-1)
+    return {
+        "one vector": Case(_one, (x,), _Encoder(), {"z": (N, 2)}),
+        "one scalar": Case(_scalar, (x,), _Encoder(), {"z": (N,)}),
+        "positive": Case(_positive, (x,), _Encoder(), {"a": (N, 2), "b": (N,)}),
+        "simplex": Case(_simplex, (x,), _Encoder(), {"s": (N, 4), "g": (N,)}),
+        "left of pixels": Case(_left_of_pixels, (x,), _Encoder(), {"z": (N, 1, 2)}),
+        "right of steps": Case(_right_of_steps, (x,), _Encoder(), {"z": (2, N, 2)}),
+        "steps inside": Case(_steps_inside, (x,), _Encoder(), {"z": (N, 3)}),
+        "told rows": Case(_told_rows, (x, rows), _Encoder(), {"z": (N, 2)}),
+        "own rows": Case(_own_rows, (x,), _Encoder(), {"z": (4, 2)}),
+        "regression": Case(_regression, (x, y), None, {"w": (3,), "s": ()}),
+        "hierarchy": Case(_hierarchy, (x,), None, {"mu": (), "theta": (4,)}),
+    }
+
+
+CASES = list(cases())

@@ -1,0 +1,38 @@
+"""What every test gets: double precision, Pyro's checks on, and a guard against traces left."""
+
+import pyro
+import pytest
+import torch
+
+
+def _settings():
+    store = pyro.get_param_store()
+    return {
+        "dtype": torch.get_default_dtype(),
+        "validation": pyro.settings.get(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "parameters": {name for name in store if not name.startswith("user")},
+    }
+
+
+@pytest.fixture(autouse=True)
+def guard():
+    """Fails any test that leaves a global setting or a parameter behind."""
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    torch.set_default_dtype(torch.float64)
+    before = _settings()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    after = _settings()
+    torch.set_default_dtype(torch.float32)
+    assert after == before, "a global setting was changed"
+
+
+@pytest.fixture
+def plain_pyro():
+    """For tests that run plain Pyro, which registers parameters in its global store."""
+    with pyro.get_param_store().scope():
+        yield
