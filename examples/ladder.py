@@ -9,6 +9,7 @@ Every family gets the same networks, data and number of steps; only the guide fa
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +23,17 @@ COLUMNS = ("rate", "distortion", "objective", "log p(x)", "+-", "active", "secon
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ladder = list(families.LADDER)
-    parser.add_argument(
-        "--families", nargs="+", default=ladder, metavar="FAMILY", help=", ".join(ladder)
-    )
-    parser.add_argument(
-        "--data", default="digits", help="digits, mnist5k, or a .npy, .npz, .csv file"
-    )
-    parser.add_argument("--latent", type=int, default=8, help="length of the latent")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the hidden layers")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=1, help="runs per family; shows mean and sd")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/ladder"), help="folder to write to"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--linear", action="store_true", help="linear networks, Gaussian likelihood"
-    )
+    add, ladder = parser.add_argument, list(families.LADDER)
+    add("--families", nargs="+", default=ladder, metavar="FAMILY", help=", ".join(ladder))
+    add("--data", default="digits", help="digits, mnist5k, or a .npy, .npz or .csv file")
+    add("--latent", type=int, default=8, help="length of the latent")
+    add("--hidden", type=int, default=256, help="width of the hidden layers")
+    add("--epochs", type=int, default=60)
+    add("--seeds", type=int, default=1, help="runs per family; the table shows mean and sd")
+    add("--seed", type=int, default=0, help="the first seed")
+    add("--out", type=Path, default=Path("results/ladder"), help="folder to write to")
+    add("--device", default="cpu")
+    add("--linear", action="store_true", help="linear networks, Gaussian likelihood")
     args = parser.parse_args(argv)
     for name in args.families:
         if name not in families.LADDER:
@@ -50,49 +43,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def build(
-    name: str, x: torch.Tensor, latent: int, args: argparse.Namespace
-) -> tuple[VAE, FamilyGuide]:
-    """The model and the guide of one family."""
-    size = x.shape[-1]
-    if args.linear:
-        decoder, encoder = mlp(latent, out=size), mlp(size, out=2 * size)
-    else:
-        decoder, encoder = mlp(latent, args.hidden, out=size), mlp(size, args.hidden)
+def train(
+    name: str, x: torch.Tensor, latent: int, epochs: int, seed: int, args: argparse.Namespace
+):
+    """The model and the guide of one family, trained."""
+    torch.manual_seed(seed)
+    size, hidden = x.shape[-1], () if args.linear else (args.hidden,)
+    decoder = mlp(latent, *hidden, out=size)
+    encoder = mlp(size, *hidden) if hidden else torch.nn.Identity()  # each channel is linear in it
     binary = bool(((x == 0) | (x == 1)).all()) and not args.linear
     likelihood = likelihoods.Bernoulli() if binary else likelihoods.Normal(1.0, learned=True)
     model = VAE(decoder, latent, likelihood).to(args.device)
-    return model, FamilyGuide(model, families.LADDER[name], encoder.to(args.device))
-
-
-def run(
-    name: str, seed: int, train: torch.Tensor, test: torch.Tensor, args: argparse.Namespace
-) -> tuple[VAE, FamilyGuide, dict[str, float]]:
-    """Trains one family with one seed and measures it on the test set."""
-    torch.manual_seed(seed)
-    model, guide = build(name, train, args.latent, args)
-    label, batch = f"{name} (seed {seed})", min(128, len(train))
+    guide = FamilyGuide(model, families.LADDER[name], encoder.to(args.device)).to(args.device)
     result = fit(
-        model, guide, train, num_epochs=args.epochs, batch_size=batch, learning_rate=2e-3,
-        seed=seed, progress=label,
+        model, guide, x, num_epochs=epochs, batch_size=min(128, len(x)), learning_rate=2e-3,
+        seed=seed, progress=f"{name}, {latent} latents, seed {seed}",
     )  # fmt: skip
+    return model, guide, result
+
+
+def measure(model: VAE, guide: FamilyGuide, test: torch.Tensor) -> dict[str, float]:
+    """One row of the table."""
     found = evaluate(model, guide, test)
-    row = {key: float(found[key].mean()) for key in ("rate", "distortion", "objective")}
+    row = {name: float(found[name].mean()) for name in ("rate", "distortion", "objective")}
     row["log p(x)"] = float(found.log_likelihood.mean())
     row["+-"] = float(found.log_likelihood.std(ddof=1)) / len(test) ** 0.5
     row["active"] = float(found.active.sum())
-    row["seconds"] = result.seconds
-    row |= {"bound": found.bound, "stochastic": found.stochastic}
-    return model, guide, row
+    # without a channel the encoder stays idle
+    used = guide if guide.family.channels else guide.heads
+    row["parameters"] = sum(p.numel() for p in used.parameters())
+    return row | {"bound": found.bound, "stochastic": found.stochastic}
 
 
-def count_parameters(guide: FamilyGuide) -> int:
-    """Parameters that training moves: without a channel the encoder's stay idle."""
-    idle = 0 if guide.family.channels else sum(p.numel() for p in guide.encoder.parameters())
-    return sum(p.numel() for p in guide.parameters()) - idle
-
-
-def show(rows: dict[str, list[dict[str, float]]], parameters: dict[str, int]) -> None:
+def show(rows: dict[str, list[dict[str, float]]]) -> None:
     """Prints one line per family."""
     head = f"{'family':18s} {'channels':22s} {'guide par.':>10s} "
     print("\n" + head + " ".join(f"{c:>15s}" for c in COLUMNS) + "  two codes")
@@ -109,7 +92,9 @@ def show(rows: dict[str, list[dict[str, float]]], parameters: dict[str, int]) ->
         channels = ", ".join(families.LADDER[name].channels) or "none"
         differ = "differ" if runs[0]["stochastic"] else "equal"
         print(
-            f"{name:18s} {channels:22s} {parameters[name]:10d} " + " ".join(cells) + f"  {differ}"
+            f"{name:18s} {channels:22s} {runs[0]['parameters']:10d} "
+            + " ".join(cells)
+            + f"  {differ}"
         )
     print("\nNats per datum on the test set; in brackets the standard deviation over seeds.")
     print(
@@ -121,41 +106,32 @@ def show(rows: dict[str, list[dict[str, float]]], parameters: dict[str, int]) ->
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    train, test = data.split(data.load(args.data, binary=not args.linear))
-    train, test = train.to(args.device), test.to(args.device)
+    x, test = data.split(data.load(args.data, binary=not args.linear))
+    x, test = x.to(args.device), test.to(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{args.data}: {len(train)} training and {len(test)} test data of length {train.shape[-1]}"
-    )
+    print(f"{args.data}: {len(x)} training and {len(test)} test data of length {x.shape[-1]}")
     rows: dict[str, list[dict[str, float]]] = {}
-    parameters, rebuilt, sampled, codes = {}, {"data": test[:12].cpu()}, {}, {}
+    rebuilt, sampled, codes = {"data": test[:12].cpu()}, {}, {}
     for name in args.families:
+        rows[name] = []
         for seed in range(args.seed, args.seed + args.seeds):
-            model, guide, row = run(name, seed, train, test, args)
-            rows.setdefault(name, []).append(row)
-        parameters[name] = count_parameters(guide)
+            model, guide, result = train(name, x, args.latent, args.epochs, seed, args)
+            rows[name].append(measure(model, guide, test) | {"seconds": result.seconds})
+        tree = from_pyro_svi(model, guide, test[:100], num_samples=200, seed=args.seed)
+        tree.to_netcdf(args.out / f"{name}.nc")
+        # once more with two latents, for the picture
+        _, flat, _ = train(name, x, 2, max(1, args.epochs // 2), args.seed, args)
         with torch.no_grad():
             rebuilt[name] = model.mean(guide(test[:12])["z"]).cpu()
             sampled[name] = model.mean(model.draw_prior(12)).cpu()
-        tree = from_pyro_svi(model, guide, test[:100], num_samples=200, seed=args.seed)
-        tree.to_netcdf(args.out / f"{name}.nc")
-        flat, flat_guide = build(
-            name, train, 2, args
-        )  # once more with two latents, for the picture
-        fit(
-            flat, flat_guide, train, num_epochs=max(1, args.epochs // 2), batch_size=min(128, len(train)),
-            learning_rate=2e-3, seed=args.seed, progress=f"{name} (2-d)",
-        )  # fmt: skip
-        with torch.no_grad():
-            codes[name] = torch.stack([flat_guide(test[:6])["z"] for _ in range(200)], 1).cpu()
-    show(rows, parameters)
-    points = {
-        name: (r[-1]["rate"], r[-1]["distortion"]) for name, r in rows.items() if r[-1]["bound"]
-    }
+            codes[name] = torch.stack([flat(test[:6])["z"] for _ in range(200)], 1).cpu()
+    show(rows)
     figures = {"encodings": plots.encodings(codes)}
-    if points:
+    last = {name: runs[-1] for name, runs in rows.items() if runs[-1]["bound"]}
+    if last:
+        points = {name: (row["rate"], row["distortion"]) for name, row in last.items()}
         figures["rate_distortion"] = plots.rate_distortion(points)
-    if round(train.shape[-1] ** 0.5) ** 2 == train.shape[-1]:
+    if math.isqrt(x.shape[-1]) ** 2 == x.shape[-1]:
         figures["reconstructions"] = plots.images(rebuilt, title="Reconstructions")
         figures["samples"] = plots.images(sampled, title="Decoded draws from the prior")
     for name, figure in figures.items():

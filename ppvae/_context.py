@@ -38,7 +38,11 @@ def private_modules() -> Iterator[None]:
 
 def _plain(state: Any) -> Any:
     """The part of a store's state that was made by `pyro.param` and not by a module."""
-    params = {k: v for k, v in state["params"].items() if not isinstance(v, nn.Parameter)}
+    params = {
+        name: value
+        for name, value in state["params"].items()
+        if not (isinstance(value, nn.Parameter) or "$$$" in name)  # as `pyro.module` names them
+    }
     return {"params": params, "constraints": {k: state["constraints"][k] for k in params}}
 
 

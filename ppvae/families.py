@@ -154,7 +154,7 @@ class Flow:
 
     `T` chains affine couplings (which bend and correlate) and one elementwise spline (which
     reshapes the marginals). All parts have closed-form inverses, so both sampling and scoring cost
-    one pass. It starts near the identity, so that the family contains `mean_scale` and begins there.
+    one pass. It starts near the identity: the family contains `mean_scale` and begins there.
 
     Args:
         layers: number of affine couplings; used in pairs of opposite order, so an even number.

@@ -248,7 +248,7 @@ def _check_support(model: Any, batches: Batches) -> None:
                 if not ok.all():
                     raise ValueError(
                         f"data: expected values in the support of {name!r}, {node['fn'].support}; "
-                        f"{int((~ok).sum())} of {ok.numel()} are outside"
+                        f"{int((~ok).sum())} of {ok.numel()} data are outside"
                     )
 
 

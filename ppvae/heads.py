@@ -81,7 +81,7 @@ class Argument(nn.Module):
         self.raw = nn.Parameter(raw)
 
     def forward(self, features: Tensor | None) -> Tensor:
-        """The argument inside its constraint, of shape `(*, *shape)` for features `(*, features)`."""
+        """The argument inside its constraint: features `(*, features)` -> `(*, *shape)`."""
         if self.linear is None or features is None:
             value: Any = self.raw
         else:
@@ -167,7 +167,7 @@ class FlowHead(nn.Module):
 def _silence(net: Any) -> Tensor:
     """Makes the output of a network of Pyro's almost zero; returns the last bias, as data."""
     last = net.layers[-1]
-    nn.init.normal_(last.weight, std=1e-3)
+    nn.init.normal_(last.weight, std=1e-4)
     nn.init.zeros_(last.bias)
     return last.bias.data
 

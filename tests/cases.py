@@ -36,7 +36,9 @@ N = 6
 def _one(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True) + torch.zeros(3), 0.5).to_event(1), obs=x)
+        pyro.sample(
+            "x", dist.Normal(z.sum(-1, keepdim=True) + torch.zeros(3), 0.5).to_event(1), obs=x
+        )
 
 
 def _scalar(x):

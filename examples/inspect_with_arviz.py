@@ -1,0 +1,85 @@
+"""From a fitted guide to ArviZ: summary, predictive check, leave-one-out, and a file to keep.
+
+Two models: a VAE on the digits, whose latents are local to each image, and a linear regression,
+whose weights are global.
+
+    python examples/inspect_with_arviz.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import arviz_stats
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from sklearn.datasets import load_diabetes
+
+from ppvae import VAE, FamilyGuide, data, families, fit, from_pyro_svi, likelihoods
+from ppvae.nn import mlp
+
+
+def regression(X: torch.Tensor, y: torch.Tensor) -> None:
+    """Linear regression with unknown noise."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(X.shape[-1]), 0.5).to_event(1))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal((weight * X).sum(-1), noise), obs=y)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("results/arviz"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+
+    print("A VAE on the digits: what is known of the codes of the first two test images")
+    train, test = data.split(data.load("digits"))
+    model = VAE(mlp(4, 256, out=64), latent=4, likelihood=likelihoods.Bernoulli())
+    guide = FamilyGuide(model, families.mean_scale, encoder=mlp(64, 256))
+    fit(model, guide, train, num_epochs=args.epochs, batch_size=128, learning_rate=2e-3, seed=0)
+    tree = from_pyro_svi(
+        model, guide, test[:50], num_samples=500, seed=0, coords={"datum": np.arange(50)}
+    )
+    first = tree.posterior["z"].sel(datum=[0, 1])
+    print(arviz_stats.summary(first.to_dataset(), kind="stats", round_to=2))
+    ink = tree.observed_data["x"].sum("x_dim_0")
+    drawn = tree.prior_predictive["x"].sum("x_dim_0")
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    inside = float(((ink >= low) & (ink <= high)).mean())
+    print(f"\nImages whose number of black pixels lies in the model's 90 % interval: {inside:.0%}")
+    tree.to_netcdf(args.out / "fit.nc")
+    print(f"Everything is kept in {args.out / 'fit.nc'}\n")
+
+    print("A regression on the diabetes data: two guides, compared by leave-one-out")
+    X, y = load_diabetes(return_X_y=True)
+    X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    X, y = torch.as_tensor(X, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
+    for name in ("mean_scale", "full_rank"):
+        guide = FamilyGuide(regression, families.LADDER[name])
+        for rate in (0.02, 0.002, 0.0005):  # the noise of the gradient settles with the step size
+            fit(
+                regression, guide, (X, y), num_epochs=20 * args.epochs, learning_rate=rate, seed=0,
+                progress=f"{name} (learning rate {rate})",
+            )  # fmt: skip
+        tree = from_pyro_svi(regression, guide, X, y, num_samples=1000, seed=0)
+        print(f"\n{name}: sd of the first three weights", end=" ")
+        print(tree.posterior["weight"].std(("chain", "draw")).values[:3].round(3))
+        stats = tree.sample_stats
+        with warnings.catch_warnings():  # PSIS says itself, below, how far it can be trusted
+            warnings.simplefilter("ignore")
+            loo = arviz_stats.loo_approximate_posterior(
+                tree, stats["log_p"], stats["log_q"], var_name="y", pointwise=True
+            )
+        print(f"elpd_loo {loo.elpd:.2f} (se {loo.se:.2f}), largest Pareto k", end=" ")
+        print(f"{float(loo.pareto_k.max()):.2f} (above 0.7: not to be trusted)")
+
+
+if __name__ == "__main__":
+    main()

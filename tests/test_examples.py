@@ -1,0 +1,86 @@
+"""The example programs, with few steps."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import arviz_base
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from ppvae import families
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def single_precision(guard):
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, plain_pyro):
+    def call(name, *options):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_every_example_is_short_and_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "ladder.py",
+        "guide_for_your_model.py",
+        "inspect_with_arviz.py",
+    }
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 150, path
+
+
+def test_ladder(run, tmp_path):
+    out = run("ladder.py", "--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path)
+    for name in families.LADDER:
+        assert f"\n{name} " in out
+        with xr.open_datatree(tmp_path / f"{name}.nc") as tree:
+            assert tree["posterior/z"].shape == (1, 200, 100, 3)
+    assert "It is no bound" in out
+    pictures = {"encodings", "rate_distortion", "reconstructions", "samples"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+
+
+def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(150, 5)))
+    options = ["--linear", "--seeds", 2, "--epochs", 1, "--latent", 2, "--out", tmp_path / "out"]
+    out = run("ladder.py", "--data", tmp_path / "x.npy", "--families", "mean_scale", *options)
+    assert "120 training and 30 test data of length 5" in out
+    row = next(line for line in out.splitlines() if line.startswith("mean_scale"))
+    assert row.count("(") == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--families", "nonsense"], "got 'nonsense'"),
+        (["--epochs", "0"], "expected at least 1"),
+    ],
+)
+def test_ladder_refuses(run, options, message, capsys):
+    with pytest.raises(SystemExit):
+        run("ladder.py", *options)
+    assert message in capsys.readouterr().err
+
+
+def test_guide_for_your_model(run):
+    out = run("guide_for_your_model.py", "--steps", 2)
+    assert all(name in out for name in families.LADDER)
+
+
+def test_inspect_with_arviz(run, tmp_path):
+    with arviz_base.rc_context({}):
+        out = run("inspect_with_arviz.py", "--epochs", 2, "--out", tmp_path)
+    assert "elpd" in out and (tmp_path / "fit.nc").exists()
