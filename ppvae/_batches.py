@@ -46,6 +46,11 @@ class Batches:
             )
         return batch_size
 
+    @property
+    def whole(self) -> bool:
+        """Whether one batch is all the data."""
+        return self.loader is None and self.batch_size == self.size
+
     def to(self, device: torch.device) -> None:
         self.device = device
         self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
@@ -56,7 +61,7 @@ class Batches:
                 tensors = as_tensors("data", item)
                 yield tuple(tensor.to(self.device) for tensor in tensors)
             return
-        if self.batch_size == self.size:
+        if self.whole:
             yield self.tensors
             return
         order = torch.randperm(self.size) if self.shuffle else torch.arange(self.size)

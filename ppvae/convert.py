@@ -16,7 +16,7 @@ from torch import Tensor
 from ppvae._batches import as_tensors, slices
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
 from ppvae.objective import data_plate, draws_plate, is_vectorized, terms, trace_pair
-from ppvae.sites import latent_nodes
+from ppvae.sites import latent_nodes, prototype
 
 __all__ = ["from_pyro_svi"]
 
@@ -49,7 +49,8 @@ def from_pyro_svi(
     - `sample_stats`: `log_p` = log p(x, z) and `log_q` = log q(z) of the draws, per datum where all
       latents are local and one number per draw otherwise, as `loo_approximate_posterior` wants them
       (there is no `log_q` for a point guide, which has no density);
-    - `prior` and `prior_predictive`: draws of the model alone, its observations taken off;
+    - `prior` and `prior_predictive`: draws of the model alone, its observations taken off (left
+      out where a prior is improper);
     - `observed_data`, without the two dims.
 
     The data plate is the dim `datum`, and the coordinates of a single latent vector `latent`.
@@ -177,7 +178,7 @@ def _draw_batch(
     open_model = poutine.uncondition(model)
     widest = 1
     if vectorized:
-        trace = poutine.trace(model).get_trace(*args)
+        trace = prototype(model, args, {})
         values = [n["value"] for n in trace.nodes.values() if n["type"] == "sample"]
         widest = max(v.numel() for v in values if isinstance(v, Tensor))
     at_once = max(1, min(num_samples, _BUDGET // widest)) if vectorized else 1
@@ -187,14 +188,17 @@ def _draw_batch(
         draws = draws_plate(model, *args, draws=count) if vectorized else None
         traces = trace_pair(model, guide, *args, draws=draws)
         again = _trace(poutine.replay(open_model, trace=traces[1]), args, draws)
-        prior = _trace(open_model, args, draws)
+        try:
+            prior = _trace(open_model, args, draws)
+        except NotImplementedError:  # an improper prior has nothing to draw from
+            prior = poutine.Trace()
         runs.append(_groups(traces, again, prior, layout, None if draws is None else count))
     joined: Groups = {}
     for group in runs[0]:
         joined[group] = {
             name: np.concatenate([run[group][name] for run in runs]) for name in runs[0][group]
         }
-    observed = _trace(model, args, None)
+    observed = prototype(model, args, {})
     joined["observed_data"] = {
         node["name"]: layout.array(node, None)[0]
         for node in observed.nodes.values()

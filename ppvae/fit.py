@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ppvae._batches import Batches, length_of
 from ppvae._context import eval_mode, private_modules, random_state, train_mode, unchecked
+from ppvae._quasi_newton import applies, minimise
 from ppvae.objective import data_plate, negative_elbo, terms, trace_pair
 
 __all__ = ["Diverged", "Fit", "fit"]
@@ -85,7 +86,10 @@ def fit(
         batch_size: size of a minibatch; by default all the data, or 128 of more than 1024. The last
             one of an epoch may be smaller.
         learning_rate: step size.
-        optimizer: called as `optimizer(parameters, lr=learning_rate)`; by default Adam, fused.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`. By default Adam, fused; but
+            L-BFGS on fixed, moment-matched draws, for at most `num_epochs` steps, where the model
+            is vectorized (as `LinearRegression`), all latents are global, there are at most 500
+            parameters, and a batch is all the data: it reaches the optimum to many digits.
         seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream.
         validation: data of the same kind, evaluated after each epoch.
         patience: stop after this many epochs without a lower validation loss, and go back to the
@@ -130,6 +134,12 @@ def fit(
         parameters = _parameters(model, guide, batches)
         if check_support:
             _check_support(model, batches)
+        if optimizer is None and batches.whole and validation is None:
+            (batch,) = batches
+            if applies(model, guide, batch, parameters):
+                losses = minimise(model, guide, batch, parameters, steps=num_epochs, seed=seed or 0)
+                seconds = time.perf_counter() - start
+                return Fit(losses, [], seconds, len(losses), len(losses) - 1)
         # without parameters (a guide without channels on a model without any) it only measures
         moved = (optimizer or _adam)(parameters, lr=learning_rate) if parameters else None
         stepper = _Stepper(model, guide, parameters, moved)

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from ppvae._context import eval_mode, private_modules, random_state, unique_name
 from ppvae.families import Prior
-from ppvae.sites import Site, data_frame, is_real, latent_nodes, read_site, same_support
+from ppvae.sites import (
+    Site,
+    data_frame,
+    dtype_of,
+    is_real,
+    latent_nodes,
+    prototype,
+    read_site,
+    same_support,
+)
 
 __all__ = ["FamilyGuide"]
 
@@ -96,7 +105,7 @@ class FamilyGuide(AutoGuide):
         """
         with torch.no_grad(), poutine.block(), private_modules(), eval_mode(self, self.model):
             with random_state(None, keep=True):
-                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+                trace = prototype(self.model, args, kwargs)
             nodes = latent_nodes(trace)
             if not nodes:
                 raise ValueError("model: expected latent sites, got none")
@@ -104,17 +113,20 @@ class FamilyGuide(AutoGuide):
                 features = self._encode(self.encoder, args)
                 self._frame = data_frame(nodes, len(features), self.plate)
                 self._features = features.shape[-1]
+        nodes_by_name: dict[str, Any] = trace.nodes
         # a plate that was told its rows has a `_Subsample` without a size
         self._subsampled = {
             name
-            for name, node in trace.nodes.items()
+            for name, node in nodes_by_name.items()
             if site_is_subsample(node) and node["fn"].subsample_size not in (None, node["fn"].size)
         }
         if isinstance(self.family, Prior):
             self._is_set_up = True
             return self
         parts = self._divide([read_site(node, self._frame) for node in nodes])
-        self._build({part.key: part.shape for part in parts})
+        values = [node["value"] for node in nodes]
+        like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
+        self._build({part.key: part.shape for part in parts}, like)
         self._parts, self._is_set_up = parts, True
         return self
 
@@ -181,9 +193,9 @@ class FamilyGuide(AutoGuide):
             f"support is {site.support} with event shape {tuple(site.event_shape)}"
         )
 
-    def _build(self, shapes: dict[str, Iterable[int]]) -> None:
-        """Makes the heads that are not there yet, beside the encoder's parameters."""
-        near = None if self.encoder is None else next(self.encoder.parameters(), None)
+    def _build(self, shapes: dict[str, Iterable[int]], like: Tensor | None = None) -> None:
+        """Makes the heads that are not there yet, beside the encoder or like a latent."""
+        near = like if self.encoder is None else next(self.encoder.parameters(), like)
         for key, shape in shapes.items():
             shape = tuple(shape)
             if self._head_shapes.setdefault(key, shape) != shape:

@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppvae.sites import latent_nodes
+from ppvae.sites import latent_nodes, prototype
 
 __all__ = [
     "Terms",
@@ -103,8 +103,7 @@ def trace_pair(
 
 def draws_plate(model: Callable[..., Any], *args: Any, draws: int) -> Any:
     """A plate of draws to the left of all plates of a model, which must be vectorizable."""
-    with poutine.block(), torch.no_grad():
-        trace = poutine.trace(model).get_trace(*args)
+    trace = prototype(model, args, {})
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
     dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
     return pyro.plate("_draws", draws, dim=min(dims, default=0) - 1)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-__all__ = ["Site", "data_frame", "is_real", "latent_nodes", "read_site", "same_support"]
+__all__ = [
+    "Site",
+    "data_frame",
+    "dtype_of",
+    "is_real",
+    "latent_nodes",
+    "prototype",
+    "read_site",
+    "same_support",
+]
 
 
 class Site(NamedTuple):
@@ -53,6 +66,31 @@ class Site(NamedTuple):
 def latent_nodes(trace: Any) -> list[dict[str, Any]]:
     """The latent sample statements of a trace, without those that draw subsamples."""
     return [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+
+
+def dtype_of(*values: Any) -> torch.dtype:
+    """The widest floating dtype among some tensors; the default one, where there is none."""
+    found = [v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return reduce(torch.promote_types, found) if found else torch.get_default_dtype()
+
+
+def prototype(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A trace of the model, where an improper prior, which nothing can be drawn from, starts at 0.
+
+    Zero means zero in unconstrained space. Nothing outside sees the run.
+    """
+
+    def start(site: dict[str, Any]) -> Tensor:
+        fn = site["fn"]
+        try:
+            return fn.sample().detach()
+        except NotImplementedError:
+            transform = biject_to(fn.support)
+            zeros = torch.zeros(transform.inverse_shape(fn.shape()), dtype=dtype_of(*args))
+            return transform(zeros)
+
+    with poutine.block(), torch.no_grad():
+        return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
 
 
 def read_site(node: dict[str, Any], frame: Any | None) -> Site:

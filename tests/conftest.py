@@ -4,6 +4,8 @@ import pyro
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+
 
 def _settings():
     store = pyro.get_param_store()

@@ -1,0 +1,162 @@
+r"""Fitting global latents: a sample-average approximation of the ELBO, and a quasi-Newton method.
+
+With the random numbers held fixed the negative ELBO of K draws is a smooth deterministic function,
+and L-BFGS finds its minimum to many digits where stochastic gradients would wander. The draws are
+*moment-matched*: the standard normal numbers behind them have mean zero and identity covariance
+over the draws, exactly. The average of any quadratic function is then its expectation, so for a
+Gaussian family on a Gaussian model the minimum is that of the ELBO itself; elsewhere it differs by
+O(1/K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ppvae._context import random_state, unchecked
+from ppvae.objective import draws_plate, is_vectorized, loss_of, terms, trace_pair
+
+__all__ = ["applies", "minimise"]
+
+_MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
+
+
+class _MomentMatched(TorchFunctionMode):
+    """Makes the standard normal numbers of a run uncorrelated over its draws, exactly."""
+
+    def __init__(self, draws: int) -> None:
+        super().__init__()
+        self.draws = draws
+        self.basis = torch.ones(draws, 1) / draws**0.5
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs the function; `normal_` without arguments is matched."""
+        result = func(*args, **(kwargs or {}))
+        plain = func is torch.Tensor.normal_ and len(args) == 1 and not kwargs
+        return self._match(result) if plain and result.shape[:1] == (self.draws,) else result
+
+    def _match(self, normal: Tensor) -> Tensor:
+        basis = self.basis.to(normal)
+        flat = normal.reshape(self.draws, -1)
+        if flat.shape[1] + basis.shape[1] > self.draws:
+            return normal  # too many coordinates for so few draws
+        flat = flat - basis @ (basis.T @ flat)  # mean zero, and apart from earlier sites
+        orthogonal, triangle = torch.linalg.qr(flat)
+        orthogonal = orthogonal * triangle.diagonal().sign()
+        self.basis = torch.cat([basis, orthogonal], 1)
+        return (orthogonal * self.draws**0.5).reshape(normal.shape)
+
+
+def applies(model: Any, guide: Any, batch: tuple[Tensor, ...], parameters: list[Tensor]) -> bool:
+    """Whether there are few parameters, all latents are global, and draws can be made at once.
+
+    Many parameters (those of a flow) would fit the few draws instead of the posterior.
+    """
+    if not is_vectorized(model) or not 0 < sum(p.numel() for p in parameters) <= _MOST:
+        return False
+    with torch.no_grad(), random_state(None, keep=True):
+        _, guide_trace = trace_pair(model, guide, *batch)
+    nodes = prune_subsample_sites(guide_trace).nodes.values()
+    return not any(n["cond_indep_stack"] for n in nodes if n["type"] == "sample")
+
+
+def minimise(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: tuple[Tensor, ...],
+    parameters: list[Tensor],
+    *,
+    steps: int,
+    seed: int,
+    draws: int = 256,
+) -> list[float]:
+    """Moves the parameters to the minimum; returns the loss in nats per datum after each step.
+
+    Args:
+        model: a vectorized Pyro model.
+        guide: its guide, with global latents.
+        batch: all the data.
+        parameters: what to move.
+        steps: at most so many steps.
+        seed: chooses the random numbers.
+        draws: how many draws are held fixed.
+    """
+    plate = draws_plate(model, *batch, draws=draws)
+
+    def loss() -> Tensor:
+        with random_state(seed), _MomentMatched(draws), unchecked():
+            pair = trace_pair(model, guide, *batch, draws=plate)
+            return loss_of(terms(*pair), size)
+
+    size = len(batch[0])
+    sizes = [p.numel() for p in parameters]
+    start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
+
+    def place(flat: Tensor) -> None:
+        with torch.no_grad():
+            for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
+                parameter.copy_(piece.reshape(parameter.shape))
+
+    def value_and_slope() -> tuple[float, Tensor]:
+        value = loss()
+        slopes = torch.autograd.grad(value, parameters)
+        return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
+
+    def slope_at(flat: Tensor) -> Tensor:
+        place(flat)
+        return value_and_slope()[1]
+
+    def loss_at(flat: Tensor) -> float:
+        place(flat)
+        return value_and_slope()[0]
+
+    history: list[float] = []
+    for _ in range(3):  # again from the solution: units and memory that fit there
+        unit = _units(slope_at, start)
+        top = loss_at(start) * size + 1
+
+        def scaled(
+            move: np.ndarray, start: Tensor = start, unit: Tensor = unit, top: float = top
+        ) -> tuple[float, np.ndarray]:
+            place(start + unit * torch.as_tensor(move, device=start.device))
+            value, slope = value_and_slope()
+            if not (math.isfinite(value) and torch.isfinite(slope).all()):
+                return top + move @ move, 2 * move  # a slope that leads the line search back
+            return value * size, (slope * unit).cpu().numpy() * size
+
+        before = len(history)
+        result = scipy.optimize.minimize(
+            scaled,
+            np.zeros(len(start)),
+            jac=True,
+            method="L-BFGS-B",
+            callback=lambda intermediate_result: history.append(intermediate_result.fun / size),
+            options={"maxiter": steps, "maxcor": 50, "ftol": 1e-15, "gtol": 1e-10},
+        )
+        start = start + unit * torch.as_tensor(result.x, device=start.device)
+        if len(history) - before < 2:
+            break
+    place(start)
+    return [float(value) for value in history] or [float(result.fun) / size]
+
+
+def _units(slope: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Lengths in which the curvature of each parameter is one, by differences of the slope."""
+    step, base = 1e-4, slope(start)
+    curvature = torch.empty_like(start)
+    for index in range(len(start)):
+        moved = start.clone()
+        moved[index] += step
+        curvature[index] = ((slope(moved)[index] - base[index]) / step).abs()
+    curvature = curvature.nan_to_num(1.0, 1.0, 1.0)
+    return curvature.clamp_min(1e-8 * curvature.max().item() + 1e-300).rsqrt()

@@ -1,0 +1,17 @@
+"""Linear regression: the model as a Pyro program, and its exact posterior."""
+
+from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
+from ppvae.regression.exact import ExactPosterior, exact_posterior
+from ppvae.regression.leave_one_out import LeaveOneOut
+from ppvae.regression.model import Horseshoe, LinearRegression
+
+__all__ = [
+    "EvidenceMaximum",
+    "ExactPosterior",
+    "Horseshoe",
+    "LeaveOneOut",
+    "LinearRegression",
+    "evidence_maximum",
+    "exact_posterior",
+    "log_evidence_curve",
+]

@@ -1,0 +1,146 @@
+"""Linear regression as a Pyro program: the twin of the autoencoder, with global latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ppvae._context import unique_name
+
+__all__ = ["Horseshoe", "LinearRegression"]
+
+
+class Horseshoe:
+    r"""A prior for few large weights: `w_j ~ Normal(0, tau lambda_j)`, both scales half-Cauchy.
+
+    Adds the latent sites `global_scale` (tau) and `local_scale` (lambda, one per column).
+
+    Args:
+        scale: scale of the half-Cauchy prior of tau, positive.
+
+    Raises:
+        ValueError: `scale` is not positive.
+
+    Carvalho, Polson, Scott, The horseshoe estimator for sparse signals, 2010.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        if not scale > 0:
+            raise ValueError(f"scale: expected a positive number, got {scale}")
+        self.scale = scale
+
+    def __call__(self, like: Tensor) -> Any:
+        """Samples the scales and returns the distribution of the weights given them.
+
+        Args:
+            like: zeros of shape `(columns,)`.
+        """
+        tau = pyro.sample("global_scale", dist.HalfCauchy(like.new_tensor(self.scale)))
+        ones = torch.ones_like(like)
+        lam = pyro.sample("local_scale", dist.HalfCauchy(ones).to_event(1))
+        # inside a plate of draws tau has its dim and lambda one event dim more
+        return dist.Normal(like, (tau[..., None] if tau.dim() else tau) * lam).to_event(1)
+
+
+class LinearRegression(PyroModule):
+    r"""The model `y ~ Normal(X w, noise)` with priors on `w` and, where it is unknown, the noise.
+
+    Sites `weight` (shape `(columns,)`), `noise` (where it is unknown) and `y`, in the plate `data`.
+    `FamilyGuide(model, family)` without an encoder guides it: the channels are free parameters.
+
+    Args:
+        columns: number of columns of X, at least 1.
+        weight: prior of the weights: a univariate distribution with scalar or per-column
+            arguments (`dist.Normal(0.0, 1.0)`, `dist.Laplace(...)`, `dist.StudentT(...)`), a
+            `Horseshoe`, or None for a flat prior.
+        noise: standard deviation (scale) of the noise: a positive number where it is known, a
+            distribution on the positive reals, or None for a flat prior on it.
+        errors: makes the distribution of y from its location and scale; by default Normal. For
+            heavy tails `functools.partial(dist.StudentT, 4.0)`.
+
+    Raises:
+        ValueError: `columns` is below 1, a known noise is not positive, a prior has the wrong
+            shape, or, in a call, X and y do not fit.
+    """
+
+    #: every operation leaves leading dims alone, so that many draws can be made in one run
+    vectorized = True
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        weight: Any = dist.Normal(0.0, 1.0),  # noqa: B008 (distributions are immutable)
+        noise: Any = dist.HalfNormal(1.0),  # noqa: B008
+        errors: Callable[[Tensor, Tensor], Any] = dist.Normal,
+    ) -> None:
+        super().__init__(name=unique_name(self))
+        if columns < 1:
+            raise ValueError(f"columns: expected at least 1, got {columns}")
+        if isinstance(noise, (int, float)) and not noise > 0:
+            raise ValueError(f"noise: expected a positive number, got {noise}")
+        if hasattr(weight, "batch_shape") and weight.shape() not in ((), (1,), (columns,)):
+            raise ValueError(
+                f"weight: expected a prior of shape () or ({columns},), got {tuple(weight.shape())}"
+            )
+        if hasattr(noise, "shape") and callable(noise.shape) and noise.shape() != ():
+            raise ValueError(f"noise: expected a scalar prior, got shape {tuple(noise.shape())}")
+        self.columns, self.weight_prior = columns, weight
+        self.noise_prior, self.errors = noise, errors
+
+    def forward(self, X: Tensor, y: Tensor | None = None) -> Tensor:
+        """Runs the program.
+
+        Args:
+            X: shape `(rows, columns)`.
+            y: shape `(rows,)`, to condition on; None draws it.
+
+        Returns:
+            y, of shape `(rows,)`.
+        """
+        if X.dim() != 2 or X.shape[1] != self.columns:
+            raise ValueError(f"X: expected shape (rows, {self.columns}), got {tuple(X.shape)}")
+        if y is not None and y.shape != X.shape[:1]:
+            raise ValueError(f"y: expected shape ({len(X)},), as X has rows; got {tuple(y.shape)}")
+        weight = pyro.sample("weight", self._weight_prior(X.new_zeros(self.columns)))
+        noise = self._noise(X)
+        with pyro.plate("data", len(X), dim=-1):
+            return pyro.sample("y", self.errors(predict(X, weight), noise), obs=y)
+
+    def _weight_prior(self, like: Tensor) -> Any:
+        prior = self.weight_prior
+        if isinstance(prior, Horseshoe):
+            return prior(like)
+        if prior is None:
+            return dist.ImproperUniform(constraints.real_vector, (), like.shape)
+        if prior.event_shape:
+            prior = prior.base_dist
+        return _like(prior, like).expand(like.shape).to_event(1)
+
+    def _noise(self, X: Tensor) -> Tensor:
+        prior = self.noise_prior
+        if isinstance(prior, (int, float)):
+            return X.new_tensor(prior)
+        if prior is None:
+            return pyro.sample("noise", dist.ImproperUniform(constraints.positive, (), ()))
+        return pyro.sample("noise", _like(prior, X))
+
+
+def predict(X: Tensor, weight: Tensor) -> Tensor:
+    """`X w` of shape `(*, rows)`, for weights of shape `(columns,)` or `(*, 1, columns)`."""
+    if weight.dim() == 1:
+        return X @ weight
+    return weight.squeeze(-2) @ X.T
+
+
+def _like(prior: Any, like: Tensor) -> Any:
+    """The distribution with its arguments in the dtype and on the device of a tensor."""
+    values = {name: getattr(prior, name).to(like) for name in prior.arg_constraints}
+    return type(prior)(**values) if values else prior
