@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import torch
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ppvae._context import random_state, unchecked
 from ppvae.objective import draws_plate, is_vectorized, loss_of, terms, trace_pair
 
-__all__ = ["applies", "minimise"]
+__all__ = ["average_loss", "draws_needed", "minimise"]
 
 _MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
+_ROUNDS = 10  # a smooth minimum takes one or two, one with kinks (a Laplace prior) more
+_LARGEST = 50_000_000  # draws times data
 
 
 class _MomentMatched(TorchFunctionMode):
@@ -57,17 +58,45 @@ class _MomentMatched(TorchFunctionMode):
         return (orthogonal * self.draws**0.5).reshape(normal.shape)
 
 
-def applies(model: Any, guide: Any, batch: tuple[Tensor, ...], parameters: list[Tensor]) -> bool:
-    """Whether there are few parameters, all latents are global, and draws can be made at once.
+def draws_needed(
+    model: Any, guide: Any, batch: tuple[Tensor, ...], parameters: list[Tensor]
+) -> int:
+    """How many draws this method would hold fixed; 0 where it does not apply.
 
-    Many parameters (those of a flow) would fit the few draws instead of the posterior.
+    It applies to vectorized models with global latents, where there are few parameters (many, as
+    those of a flow, would fit the few draws instead of the posterior) and the draws fit in memory.
+    A point needs one draw.
     """
     if not is_vectorized(model) or not 0 < sum(p.numel() for p in parameters) <= _MOST:
-        return False
+        return 0
     with torch.no_grad(), random_state(None, keep=True):
-        _, guide_trace = trace_pair(model, guide, *batch)
-    nodes = prune_subsample_sites(guide_trace).nodes.values()
-    return not any(n["cond_indep_stack"] for n in nodes if n["type"] == "sample")
+        parts = terms(*trace_pair(model, guide, *batch))
+    latents = {**parts.log_prior, **parts.log_guide}
+    if any(name in parts.local for name in latents):
+        return 0
+    if not parts.log_guide:
+        return 1
+    draws = max(256, 2 * sum(p.numel() for p in parameters))
+    return draws if draws * len(batch[0]) <= _LARGEST else 0
+
+
+def average_loss(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: tuple[Tensor, ...],
+    *,
+    draws: int,
+    seed: int,
+) -> Callable[[], Tensor]:
+    """The negative ELBO in nats per datum as a function of the parameters, its draws held fixed."""
+    plate = draws_plate(model, *batch, draws=draws)
+
+    def loss() -> Tensor:
+        with random_state(seed), _MomentMatched(draws), unchecked():
+            pair = trace_pair(model, guide, *batch, draws=plate)
+            return loss_of(terms(*pair), len(batch[0]))
+
+    return loss
 
 
 def minimise(
@@ -78,7 +107,7 @@ def minimise(
     *,
     steps: int,
     seed: int,
-    draws: int = 256,
+    draws: int,
 ) -> list[float]:
     """Moves the parameters to the minimum; returns the loss in nats per datum after each step.
 
@@ -91,13 +120,7 @@ def minimise(
         seed: chooses the random numbers.
         draws: how many draws are held fixed.
     """
-    plate = draws_plate(model, *batch, draws=draws)
-
-    def loss() -> Tensor:
-        with random_state(seed), _MomentMatched(draws), unchecked():
-            pair = trace_pair(model, guide, *batch, draws=plate)
-            return loss_of(terms(*pair), size)
-
+    loss = average_loss(model, guide, batch, draws=draws, seed=seed)
     size = len(batch[0])
     sizes = [p.numel() for p in parameters]
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
@@ -109,7 +132,7 @@ def minimise(
 
     def value_and_slope() -> tuple[float, Tensor]:
         value = loss()
-        slopes = torch.autograd.grad(value, parameters)
+        slopes = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
 
     def slope_at(flat: Tensor) -> Tensor:
@@ -121,8 +144,9 @@ def minimise(
         return value_and_slope()[0]
 
     history: list[float] = []
-    for _ in range(3):  # again from the solution: units and memory that fit there
-        unit = _units(slope_at, start)
+    free = torch.ones_like(start, dtype=torch.bool)
+    for _ in range(_ROUNDS):
+        unit = _units(slope_at, start) * free
         top = loss_at(start) * size + 1
 
         def scaled(
@@ -134,7 +158,6 @@ def minimise(
                 return top + move @ move, 2 * move  # a slope that leads the line search back
             return value * size, (slope * unit).cpu().numpy() * size
 
-        before = len(history)
         result = scipy.optimize.minimize(
             scaled,
             np.zeros(len(start)),
@@ -144,10 +167,48 @@ def minimise(
             options={"maxiter": steps, "maxcor": 50, "ftol": 1e-15, "gtol": 1e-10},
         )
         start = start + unit * torch.as_tensor(result.x, device=start.device)
-        if len(history) - before < 2:
+        flat = np.abs(result.jac).max() < 1e-5
+        if flat and free.all():
+            break
+        if draws > 1:  # an average over draws has no kinks: once more, with units that fit here
+            if top - 1 - result.fun <= 1e-12 * abs(result.fun):
+                break
+            continue
+        # a kink (a Laplace prior has one at zero) stops the method short: put the parameters that
+        # belong on one there, and go on with the others
+        before = start
+        start, free = _on_kinks(slope_at, start)
+        if flat and torch.allclose(before, start, rtol=0.0, atol=1e-10):
             break
     place(start)
     return [float(value) for value in history] or [float(result.fun) / size]
+
+
+def _on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves each parameter whose best place, the others held, is a kink nearby onto that kink.
+
+    Returns:
+        The parameters, and which of them are not on a kink.
+    """
+    start, free = start.clone(), torch.ones_like(start, dtype=torch.bool)
+    for index in range(len(start)):
+
+        def at(place: float, index: int = index) -> float:
+            moved = start.clone()
+            moved[index] = place
+            return slope(moved)[index].item()
+
+        middle = start[index].item()
+        low, high = middle - 0.05, middle + 0.05
+        wide = at(high) - at(low)
+        if not at(low) < 0 < at(high):
+            continue
+        while high - low > 1e-11:
+            middle = (low + high) / 2
+            low, high = (middle, high) if at(middle) < 0 else (low, middle)
+        if at(high) - at(low) > 1e-3 * wide:  # the slope jumps
+            start[index], free[index] = high if abs(high) < abs(low) else low, False
+    return start, free
 
 
 def _units(slope: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ppvae._batches import Batches, length_of
 from ppvae._context import eval_mode, private_modules, random_state, train_mode, unchecked
-from ppvae._quasi_newton import applies, minimise
+from ppvae._quasi_newton import draws_needed, minimise
 from ppvae.objective import data_plate, negative_elbo, terms, trace_pair
 
 __all__ = ["Diverged", "Fit", "fit"]
@@ -136,11 +136,15 @@ def fit(
             _check_support(model, batches)
         if optimizer is None and batches.whole and validation is None:
             (batch,) = batches
-            if applies(model, guide, batch, parameters):
-                losses = minimise(model, guide, batch, parameters, steps=num_epochs, seed=seed or 0)
+            draws = draws_needed(model, guide, batch, parameters)
+            if draws:
+                losses = minimise(
+                    model, guide, batch, parameters, steps=num_epochs, draws=draws, seed=seed or 0
+                )
                 seconds = time.perf_counter() - start
                 return Fit(losses, [], seconds, len(losses), len(losses) - 1)
-        # without parameters (a guide without channels on a model without any) it only measures
+        if not parameters:  # a guide without channels on a model without parameters: only measure
+            num_epochs = 1
         moved = (optimizer or _adam)(parameters, lr=learning_rate) if parameters else None
         stepper = _Stepper(model, guide, parameters, moved)
         label = progress if isinstance(progress, str) else "fit"
@@ -161,7 +165,7 @@ def fit(
                 if validation_losses[-1] < best[0]:
                     copies = [p.detach().clone() for p in parameters] if patience else []
                     best, stale = (validation_losses[-1], epoch, copies), 0
-            epochs.set_postfix(shown)
+            epochs.set_postfix(shown, refresh=False)
             if patience is not None and stale >= patience:
                 break
         epochs.close()

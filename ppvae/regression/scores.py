@@ -1,0 +1,95 @@
+"""What a guide of a regression is worth: its objective, and its predictions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from scipy import special
+from torch import Tensor
+
+from ppvae._context import eval_mode, private_modules
+from ppvae._quasi_newton import average_loss
+from ppvae.regression.model import LinearRegression
+
+__all__ = ["PredictiveScores", "objective", "predictive_scores"]
+
+
+class PredictiveScores(NamedTuple):
+    """How well draws of a posterior predict data.
+
+    Attributes:
+        rmse: root mean square error of the predictive mean.
+        log_density: log predictive density in nats per datum, averaged over the data.
+        coverage: share of the data inside the central predictive interval.
+    """
+
+    rmse: float
+    log_density: float
+    coverage: float
+
+
+def objective(
+    model: LinearRegression,
+    guide: Any,
+    X: Tensor,
+    y: Tensor,
+    *,
+    num_samples: int = 256,
+    seed: int = 0,
+) -> float:
+    """The ELBO of a guide in nats, in total over the data; nothing is changed.
+
+    It is averaged over moment-matched draws, and therefore exact for a Gaussian guide where noise
+    and prior are Gaussian and known; else its error is that of so many draws, or less. For a point
+    guide it is the log joint density at the point, which is no bound.
+
+    Args:
+        model: the regression.
+        guide: its guide.
+        X: shape `(rows, columns)`.
+        y: shape `(rows,)`.
+        num_samples: number of draws, above the number of latent coordinates.
+        seed: chooses them; the caller's random numbers stay where they are.
+    """
+    with torch.no_grad(), private_modules(), eval_mode(model, guide):
+        loss = average_loss(model, guide, (X, y), draws=num_samples, seed=seed)
+        return -loss().item() * len(X)
+
+
+def predictive_scores(
+    X: ArrayLike, y: ArrayLike, weight: ArrayLike, noise: ArrayLike, *, level: float = 0.9
+) -> PredictiveScores:
+    r"""Scores the prediction `p(y) = mean_s N(y; x w_s, noise_s)` of draws of a posterior.
+
+    The integral over the noise is done in closed form for each draw: no data are drawn.
+
+    Args:
+        X: shape `(rows, columns)`.
+        y: shape `(rows,)`.
+        weight: draws of the weights, shape `(draws, columns)`; one row for a point.
+        noise: draws of the noise sd, shape `(draws,)`, or one number.
+        level: of the interval, in (0, 1).
+
+    Raises:
+        ValueError: shapes do not fit, or `level` is not in (0, 1).
+    """
+    X, y, weight = (np.asarray(a, dtype=float) for a in (X, y, weight))
+    if weight.ndim != 2 or X.shape != (len(y), weight.shape[1]):
+        raise ValueError(
+            f"weight: expected shape (draws, columns) for X of shape {X.shape} and y of shape "
+            f"{y.shape}, got {weight.shape}"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    means = X @ weight.T
+    z = (y[:, None] - means) / np.asarray(noise, dtype=float)
+    log_density = -(z**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
+    below = special.ndtr(z).mean(1)
+    return PredictiveScores(
+        rmse=float(np.sqrt(np.mean((y - means.mean(1)) ** 2))),
+        log_density=float((special.logsumexp(log_density, 1) - np.log(means.shape[1])).mean()),
+        coverage=float((abs(below - 0.5) <= level / 2).mean()),
+    )
