@@ -89,7 +89,7 @@ def test_inspect_with_arviz(run, tmp_path):
 
 
 def test_regression(run, tmp_path):
-    out = run("regression.py", "--draws", 50, "--nuts", 40, "--out", tmp_path)
+    out = run("regression.py", "--draws", 50, "--nuts", 100, "--out", tmp_path)
     assert "Log evidence of the 342 training data: -387.9509 nats" in out
     row = next(line for line in out.splitlines() if line.startswith("full_rank"))
     assert row.split()[1:3] == ["-387.9509", "0.0000"]
