@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppvae._context import eval_mode, private_modules, random_state, unique_name
 from ppvae.families import Prior
+from ppvae.parts import Part, divide
 from ppvae.sites import (
     Site,
     data_frame,
@@ -25,19 +26,9 @@ from ppvae.sites import (
     latent_nodes,
     prototype,
     read_site,
-    same_support,
 )
 
 __all__ = ["FamilyGuide"]
-
-
-class _Part(NamedTuple):
-    """One head and the sites that it serves; several sites, or odd plates, go by a flat draw."""
-
-    key: str
-    shape: torch.Size
-    sites: tuple[Site, ...]
-    flat: bool
 
 
 class FamilyGuide(AutoGuide):
@@ -90,7 +81,7 @@ class FamilyGuide(AutoGuide):
         self.heads = nn.ModuleDict()
         self._head_shapes: dict[str, tuple[int, ...]] = {}
         self._features: int | None = None
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._is_set_up = False
         self._frame: Any = None
         self._subsampled: set[str] = set()
@@ -123,7 +114,7 @@ class FamilyGuide(AutoGuide):
         if isinstance(self.family, Prior):
             self._is_set_up = True
             return self
-        parts = self._divide([read_site(node, self._frame) for node in nodes])
+        parts = divide(self.family, [read_site(node, self._frame) for node in nodes])
         values = [node["value"] for node in nodes]
         like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
         self._build({part.key: part.shape for part in parts}, like)
@@ -150,48 +141,6 @@ class FamilyGuide(AutoGuide):
             draw = self._draw_flat if part.flat else self._draw
             draws.update(draw(heads[part.key](aligned), part, plates))
         return draws
-
-    # -- structure ---------------------------------------------------------------------------
-
-    def _divide(self, sites: list[Site]) -> list[_Part]:
-        """Assigns the sites to heads: one for all, or, for an elementwise family, one for each."""
-        own = [site for site in sites if not self._is_over_reals(site)]
-        if self.family.joint:
-            first = sites[0]
-            shape = first.event_shape if own else first.space
-            if len(sites) == 1 and len(shape) == 1 and not first.left + first.right:
-                return [_Part(_key(first), shape, (first,), flat=False)]
-            if own:
-                raise ValueError(self._misfit(own[0]))
-            size = torch.Size([sum(site.size for site in sites)])
-            return [_Part("joint", size, tuple(sites), flat=True)]
-        parts = []
-        for site in sites:
-            if site.left and site in own:
-                raise ValueError(self._misfit(site) + ", beside a plate to the left of the data")
-            shape = site.right + (site.event_shape if site in own else site.space)
-            if site.left:
-                shape = torch.Size([site.size])
-            parts.append(_Part(_key(site), shape, (site,), flat=bool(site.left)))
-        return parts
-
-    def _is_over_reals(self, site: Site) -> bool:
-        """Whether the family lives on the reals, and reaches the site through a bijection."""
-        with torch.no_grad(), random_state(None, keep=True):
-            fn = self.family.head(None, torch.Size([2] if self.family.joint else []))(None)
-        if isinstance(fn, (Tensor, dist.Delta)) or is_real(fn.support):
-            if site.support.is_discrete:
-                raise ValueError(self._misfit(site))
-            return True
-        if not same_support(fn.support, site.support):
-            raise ValueError(self._misfit(site))
-        return False
-
-    def _misfit(self, site: Site) -> str:
-        return (
-            f"family: {self.family.name} cannot represent the latent site {site.name!r}, whose "
-            f"support is {site.support} with event shape {tuple(site.event_shape)}"
-        )
 
     def _build(self, shapes: dict[str, Iterable[int]], like: Tensor | None = None) -> None:
         """Makes the heads that are not there yet, beside the encoder or like a latent."""
@@ -274,12 +223,12 @@ class FamilyGuide(AutoGuide):
             f"the plate {plate.name!r}; got {tuple(features.shape)}"
         )
 
-    def _align(self, features: Tensor, part: _Part) -> Tensor:
+    def _align(self, features: Tensor, part: Part) -> Tensor:
         """Puts the batch where the data plate is: before the dims to its right."""
         ones = 0 if not part.flat and part.sites[0].right else -self._frame.dim - 1
         return features.reshape(len(features), *[1] * ones, features.shape[-1])
 
-    def _draw(self, fn: Any, part: _Part, plates: dict[str, Any]) -> dict[str, Tensor]:
+    def _draw(self, fn: Any, part: Part, plates: dict[str, Any]) -> dict[str, Tensor]:
         """Samples one site from its own distribution."""
         (site,) = part.sites
         if isinstance(fn, Tensor):
@@ -298,7 +247,7 @@ class FamilyGuide(AutoGuide):
                 stack.enter_context(plates[frame.name])
             return {site.name: pyro.sample(site.name, fn)}
 
-    def _draw_flat(self, fn: Any, part: _Part, plates: dict[str, Any]) -> dict[str, Tensor]:
+    def _draw_flat(self, fn: Any, part: Part, plates: dict[str, Any]) -> dict[str, Tensor]:
         """Samples all coordinates at once and hands each site its piece, as `AutoContinuous`."""
         with ExitStack() as stack:
             if self._frame is not None:
@@ -338,7 +287,3 @@ class FamilyGuide(AutoGuide):
 
 def _is_not_latent(msg: Any) -> bool:
     return msg["type"] != "sample" or msg["is_observed"]
-
-
-def _key(site: Site) -> str:
-    return site.name.replace(".", "_")
