@@ -38,8 +38,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in args.families:
         if name not in families.LADDER:
             parser.error(f"--families: expected names from {', '.join(ladder)}; got {name!r}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device: {args.device!r} is not a device of this machine; {error}")
     if min(args.latent, args.hidden, args.epochs, args.seeds) < 1:
         parser.error("--latent, --hidden, --epochs, --seeds: expected at least 1")
+    try:
+        x = data.load(args.data, binary=not args.linear)
+        args.split = [part.to(args.device) for part in data.split(x)]
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        parser.error(f"--data: {error}")
     return args
 
 
@@ -106,8 +115,7 @@ def show(rows: dict[str, list[dict[str, float]]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    x, test = data.split(data.load(args.data, binary=not args.linear))
-    x, test = x.to(args.device), test.to(args.device)
+    x, test = args.split
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.data}: {len(x)} training and {len(test)} test data of length {x.shape[-1]}")
     rows: dict[str, list[dict[str, float]]] = {}
@@ -119,7 +127,6 @@ def main(argv: list[str] | None = None) -> None:
             rows[name].append(measure(model, guide, test) | {"seconds": result.seconds})
         tree = from_pyro_svi(model, guide, test[:100], num_samples=200, seed=args.seed)
         tree.to_netcdf(args.out / f"{name}.nc")
-        # once more with two latents, for the picture
         _, flat, _ = train(name, x, 2, max(1, args.epochs // 2), args.seed, args)
         with torch.no_grad():
             rebuilt[name] = model.mean(guide(test[:12])["z"]).cpu()

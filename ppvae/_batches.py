@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-__all__ = ["Batches", "as_tensors", "length_of", "slices"]
+from ppvae.objective import data_plate, trace_pair
+from ppvae.sites import prototype
+
+__all__ = ["Batches", "as_tensors", "length_of", "minibatches", "prepared"]
 
 
 class Batches:
@@ -26,6 +29,7 @@ class Batches:
             if batch_size is not None and shuffle:
                 raise ValueError(f"batch_size: expected None with a DataLoader, got {batch_size}")
             self.loader, self.size, self.batch_size = data, length_of(data), data.batch_size
+            _check_some(name, self.size)
         elif isinstance(data, Dataset):
             self.size = length_of(data)
             self.batch_size = self._checked(name, batch_size)
@@ -36,11 +40,11 @@ class Batches:
             self.batch_size = self._checked(name, batch_size)
 
     def _checked(self, name: str, batch_size: int | None) -> int:
-        if self.size == 0:
-            raise ValueError(f"{name}: expected at least one datum, got none")
+        _check_some(name, self.size)
         if batch_size is None:
             return self.size if self.size <= 1024 else 128
-        if not 1 <= batch_size <= self.size:
+        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        if not (whole and 1 <= batch_size <= self.size):
             raise ValueError(
                 f"batch_size: expected 1 to {self.size}, the number of data; got {batch_size}"
             )
@@ -69,26 +73,28 @@ class Batches:
             yield tuple(tensor[rows] for tensor in self.tensors)
 
 
-def as_tensors(name: str, data: Any, *, equal: bool = True) -> tuple[Tensor, ...]:
-    """A tuple of finite tensors, with equal first dimensions unless told otherwise."""
+def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
+    """A tuple of finite tensors with equal first dimensions."""
     items = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+    if not items:
+        raise ValueError(f"{name}: expected at least one tensor or array, got none")
     tensors = []
     for item in items:
-        if isinstance(item, np.ndarray):
-            item = torch.from_numpy(item)
+        if isinstance(item, np.ndarray) and item.dtype.kind in "bifu":
+            item = torch.from_numpy(np.ascontiguousarray(item))
             if item.is_floating_point():
                 item = item.to(torch.get_default_dtype())
         if not isinstance(item, Tensor):
             raise TypeError(
-                f"{name}: expected tensors, arrays, a Dataset or a DataLoader, got "
-                f"{type(item).__name__}"
+                f"{name}: expected tensors, arrays of numbers, a Dataset or a DataLoader, got "
+                f"{getattr(item, 'dtype', '')} {type(item).__name__}"
             )
         if item.is_floating_point() and not torch.isfinite(item).all():
             bad = int((~torch.isfinite(item)).sum())
             raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite")
         tensors.append(item)
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
-    if equal and len(lengths) != 1:
+    if len(lengths) != 1:
         raise ValueError(f"{name}: expected equal first dimensions, got {sorted(lengths)}")
     return tuple(tensors)
 
@@ -97,15 +103,58 @@ def length_of(data: Any) -> int:
     """Number of data in what `Batches` takes."""
     if isinstance(data, DataLoader):
         data = data.dataset
+    if isinstance(data, IterableDataset):
+        raise TypeError("data: expected a Dataset with a length, got an IterableDataset")
     return len(data[0]) if isinstance(data, (tuple, list)) else len(data)
 
 
-def slices(args: tuple[Any, ...], rows: int, batch_size: int) -> Iterator[tuple[Any, ...]]:
-    """The arguments in minibatches: every tensor of that many rows is cut, the others stay."""
-    for start in range(0, rows, batch_size):
-        yield tuple(
-            a[start : start + batch_size]
-            if isinstance(a, Tensor) and a.dim() and len(a) == rows
-            else a
+def minibatches(
+    model: Any, guide: Any, args: tuple[Any, ...], frame: Any, size: int, plate: str | None
+) -> list[tuple[Any, ...]]:
+    """The arguments cut into minibatches, or whole, where the model's plate does not follow.
+
+    Every tensor with as many rows as the plate `frame` is cut.
+
+    Raises:
+        ValueError: the plate draws a subsample of its own.
+    """
+    if frame.full_size not in (None, frame.size):
+        trace = prototype(model, args, {})
+        drawn = trace.nodes[frame.name]["fn"].subsample_size
+        if drawn not in (None, frame.full_size):
+            raise ValueError(
+                f"model: the plate {frame.name!r} draws a subsample of {frame.size} in each run; "
+                "expected a model that takes all its data, or is told its rows"
+            )
+    rows = frame.size
+    if rows <= size:
+        return [args]
+    cut = [
+        tuple(
+            a[start : start + size] if isinstance(a, Tensor) and a.dim() and len(a) == rows else a
             for a in args
         )
+        for start in range(0, rows, size)
+    ]
+    try:
+        found = data_plate(trace_pair(model, guide, *cut[0])[0], plate)
+    except Exception:  # whatever a model may raise that was written for one number of data
+        return [args]
+    return cut if found is not None and found.size == size else [args]
+
+
+def prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call, arrays made tensors, numbers checked to be finite and some."""
+    ready = []
+    for arg in args:
+        if isinstance(arg, (np.ndarray, Tensor)):
+            (arg,) = as_tensors("args", arg)
+            if arg.dim():
+                _check_some("args", len(arg))
+        ready.append(arg)
+    return tuple(ready)
+
+
+def _check_some(name: str, size: int) -> None:
+    if size == 0:
+        raise ValueError(f"{name}: expected at least one datum, got none")

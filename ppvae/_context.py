@@ -9,9 +9,18 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["eval_mode", "private_modules", "random_state", "train_mode", "unchecked", "unique_name"]
+__all__ = [
+    "Named",
+    "eval_mode",
+    "private_modules",
+    "random_state",
+    "train_mode",
+    "unchecked",
+    "unique_name",
+]
 
 _numbers = itertools.count()
 
@@ -19,6 +28,17 @@ _numbers = itertools.count()
 def unique_name(module: nn.Module) -> str:
     """A name for a module's parameters: in Pyro's param store equal names are one parameter."""
     return f"{type(module).__name__}_{next(_numbers)}"
+
+
+class Named(PyroModule):
+    """A module with a name of its own in Pyro's param store, and so has every copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__(name=unique_name(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pyro_name = unique_name(self)
 
 
 @contextmanager

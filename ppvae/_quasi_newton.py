@@ -69,7 +69,7 @@ def draws_needed(
     """
     if not is_vectorized(model) or not 0 < sum(p.numel() for p in parameters) <= _MOST:
         return 0
-    with torch.no_grad(), random_state(None, keep=True):
+    with torch.no_grad(), random_state(None, keep=True), unchecked():
         parts = terms(*trace_pair(model, guide, *batch))
     latents = {**parts.log_prior, **parts.log_guide}
     if any(name in parts.local for name in latents):

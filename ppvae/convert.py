@@ -11,9 +11,10 @@ import pyro
 import torch
 import xarray as xr
 from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from ppvae._batches import as_tensors, slices
+from ppvae._batches import minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
 from ppvae.objective import data_plate, draws_plate, is_vectorized, terms, trace_pair
 from ppvae.sites import latent_nodes, prototype
@@ -80,7 +81,7 @@ def from_pyro_svi(
         raise ValueError(
             f"num_samples, batch_size: expected at least 1, got {num_samples} and {batch_size}"
         )
-    as_tensors("args", tuple(a for a in args if isinstance(a, Tensor)), equal=False)
+    args = prepared(args)
     vectorized = is_vectorized(model) if vectorized is None else vectorized
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
@@ -103,20 +104,12 @@ class _Layout:
         self.frame = data_plate(trace, plate)
         self.plate = plate
         frame = self.frame
-        if frame is not None and trace.nodes.get(frame.name, {}).get("fn") is not None:
-            wanted = trace.nodes[frame.name]["fn"].subsample_size
-            if wanted not in (None, frame.full_size):
-                raise ValueError(
-                    f"model: the plate {frame.name!r} draws a subsample of {frame.size} in each "
-                    "run; expected a model that takes all its data, or is told its rows"
-                )
         latents = latent_nodes(trace)
         self.local = frame is not None and all(self.is_local(node) for node in latents)
         self.batches = [args]
-        if self.local and frame.size > size:
-            cut = list(slices(args, frame.size, size))
-            if _can_cut(model, guide, cut[0], size, plate):
-                self.batches = cut
+        if frame is not None:
+            cut = minibatches(model, guide, args, frame, size, plate)
+            self.batches = cut if self.local else [args]
         single = len(latents) == 1
         self.dims: dict[str, list[str]] = {}
         for node in trace.nodes.values():
@@ -125,7 +118,7 @@ class _Layout:
             name, stack = node["name"], node["cond_indep_stack"]
             names = ["datum"] if self.is_local(node) else []
             names += [f.name for f in _sorted(stack) if frame is None or f.name != frame.name]
-            events = len(node["fn"].event_shape)
+            events = _event_dims(node)
             if events == 1 and single and node is latents[0]:
                 names.append("latent")
             else:
@@ -141,7 +134,7 @@ class _Layout:
     def array(self, node: dict[str, Any], draws: int | None) -> np.ndarray:
         """A node's value as `(draws, datum, *other plates, *event)`, without idle dims."""
         value, stack = node["value"], node["cond_indep_stack"]
-        events = len(node["fn"].event_shape)
+        events = _event_dims(node)
         batch = value.shape[: value.dim() - events]
         dims = {f.name: f.dim for f in stack if f.dim is not None}
         if len(batch) < max(
@@ -155,27 +148,25 @@ class _Layout:
         idle = [d for d in range(-len(batch), 0) if d not in order]
         at = [len(batch) + d for d in order + idle]
         value = value.permute([*at, *range(len(batch), value.dim())])
-        shape = tuple(batch[d] for d in order) + tuple(node["fn"].event_shape)
+        shape = tuple(batch[d] for d in order) + tuple(value.shape[len(batch) :])
         if draws is None:
             shape = (1, *shape)
         return value.reshape(shape).cpu().numpy()
 
 
-def _can_cut(model: Any, guide: Any, args: Any, size: int, plate: str | None) -> bool:
-    """Whether the model's plate follows the length of its arguments."""
-    try:
-        trace, _ = trace_pair(model, guide, *args)
-    except Exception:
-        return False
-    frame = data_plate(trace, plate)
-    return frame is not None and frame.size == size
+class _Uncondition(UnconditionMessenger):
+    """Takes the observations off, but leaves deterministic sites what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def _draw_batch(
     model: Any, guide: Any, args: Any, num_samples: int, layout: _Layout, *, vectorized: bool
 ) -> Groups:
     """All groups for one minibatch, from as many runs as the draws need."""
-    open_model = poutine.uncondition(model)
+    open_model = _Uncondition()(model)
     widest = 1
     if vectorized:
         trace = prototype(model, args, {})
@@ -275,6 +266,15 @@ def _joined(pieces: list[Groups], layout: _Layout) -> Groups:
 def _is_shown(node: dict[str, Any]) -> bool:
     """Whether a sample site is a variable: no subsample and no factor."""
     return type(node["fn"]).__name__ not in ("_Subsample", "Unit")
+
+
+def _event_dims(node: dict[str, Any]) -> int:
+    """Number of event dims; a deterministic site says nothing of them, so its plates tell."""
+    events, depth = len(node["fn"].event_shape), node["value"].dim()
+    if node["infer"].get("_deterministic") and events >= depth:
+        deepest = max((-f.dim for f in node["cond_indep_stack"] if f.dim is not None), default=0)
+        return max(depth - deepest, 0)
+    return events
 
 
 def _is_data(node: dict[str, Any]) -> bool:

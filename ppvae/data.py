@@ -80,8 +80,15 @@ def split(x: Tensor, *, test: float = 0.2, seed: int = 0) -> tuple[Tensor, Tenso
 def _read(path: Path) -> Any:
     if path.suffix == ".csv":
         return np.genfromtxt(path, delimiter=",", ndmin=2)
-    values = np.load(path)
-    return values[values.files[0]] if path.suffix == ".npz" else values
+    try:
+        values = np.load(path)
+        if path.suffix == ".npz":
+            if not values.files:
+                raise ValueError("an archive without arrays")
+            values = values[values.files[0]]
+    except ValueError as error:
+        raise ValueError(f"name: expected an array of numbers in {str(path)!r}; {error}") from None
+    return values
 
 
 def _checked(values: Any, path: Path) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ppvae._batches import as_tensors, slices
+from ppvae._batches import minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
 from ppvae.objective import Terms, draws_plate, is_vectorized, terms, trace_pair
 from ppvae.sites import latent_nodes
@@ -70,16 +70,16 @@ def evaluate(
         raise ValueError(
             f"num_samples, batch_size: expected at least 2 and 1, got {num_samples}, {batch_size}"
         )
-    as_tensors("args", tuple(a for a in args if isinstance(a, Tensor)), equal=False)
+    args = prepared(args)
     if vectorized is None:
         vectorized = is_vectorized(model)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
             parts = _read(model, guide, args, plate)[0]
-            rows = _rows(parts)
+            _check_local(parts)
             batches = [
                 _evaluate_batch(model, guide, batch, num_samples, plate, vectorized=vectorized)
-                for batch in slices(args, rows, min(batch_size, rows))
+                for batch in minibatches(model, guide, args, parts.plate, batch_size, plate)
             ]
     return _dataset(batches, num_samples)
 
@@ -93,7 +93,7 @@ def _read(
     return parts, sites
 
 
-def _rows(parts: Terms) -> int:
+def _check_local(parts: Terms) -> None:
     if parts.plate is None:
         raise ValueError("model: expected a plate over the data, got none")
     outside = (set(parts.log_prior) | set(parts.log_likelihood)) - parts.local
@@ -102,7 +102,6 @@ def _rows(parts: Terms) -> int:
             f"model: expected all sites in the plate {parts.plate.name!r}; outside: "
             f"{sorted(outside)}"
         )
-    return parts.plate.size
 
 
 def _evaluate_batch(

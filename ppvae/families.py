@@ -35,6 +35,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions import transform_to
 
 from ppvae.heads import Channel, FlowHead, Head, Shared, event_dim_of, fixed
 
@@ -194,6 +195,11 @@ class Flow:
 def _rules(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
     """One rule (a `Channel`, a `Shared` or a fixed value) for each argument that is used."""
     own = distribution.arg_constraints
+    if isinstance(own, property):
+        raise TypeError(
+            f"distribution: expected arguments with constraints of their own; those of "
+            f"{distribution.__name__} depend on one another"
+        )
     signature = inspect.signature(distribution.__init__).parameters
     names = [name for name in signature if name in own]
     for name, rule in given.items():
@@ -212,13 +218,15 @@ def _rules(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if name in alternatives and name not in chosen:
             continue
-        rule = given.get(name, Channel())
+        rule = given.get(name, 0.0 if name == "log_density" else Channel())
         if isinstance(rule, Constraint):
             rule = Channel(rule)
         if not isinstance(rule, (Channel, Shared)):
             _check_fixed(name, rule, own[name])
         elif not constraints.is_dependent(own[name]) and own[name].is_discrete:
             raise ValueError(f"{name}: expected a fixed number, since it is discrete; got {rule}")
+        elif rule.constraint is not None:
+            _check_inside(name, rule.constraint, own[name])
         rules[name] = rule
     return rules
 
@@ -232,6 +240,15 @@ def _check_fixed(name: str, value: Any, constraint: Constraint) -> None:
         raise ValueError(f"{name}: expected a finite value in {constraint}, got {value}")
 
 
+def _check_inside(name: str, inner: Constraint, outer: Constraint) -> None:
+    """Raises unless the values of one constraint satisfy the other, as far as some can tell."""
+    if event_dim_of(inner) or event_dim_of(outer) > 1 or constraints.is_dependent(outer):
+        return
+    values = transform_to(inner)(torch.linspace(-5.0, 5.0, 11))
+    if not outer.check(values).all():
+        raise ValueError(f"{name}: expected a constraint inside {outer}, got {inner}")
+
+
 def _show(rule: Any) -> str:
     return "shared" if rule == shared else f"{rule}"
 
@@ -240,14 +257,15 @@ def _ladder_name(family: Any) -> str | None:
     return next((name for name, member in LADDER.items() if member is family), None)
 
 
-deterministic = Family(dist.Delta, log_density=0.0)
-zero = Family(dist.Delta, v=0.0, log_density=0.0)
+deterministic = Family(dist.Delta)
+zero = Family(dist.Delta, v=0.0)
 noise_only = Prior()
 mean_only = Family(dist.Normal, scale=1.0)
 mean_only_bounded = Family(dist.Normal, loc=constraints.interval(-1.0, 1.0), scale=1.0)
 shared_scale = Family(dist.Normal, scale=shared)
 mean_scale = Family(dist.Normal)
-# df > 2: below, the variance is infinite, and with it the divergence from a Gaussian prior
+# df > 2: below, the variance is infinite, and with it the divergence from a Gaussian prior. (On a
+# positive site the tails go through an exponential, and means of the draws are infinite.)
 student_t = Family(dist.StudentT, df=constraints.greater_than(2.0))
 low_rank = Family(dist.LowRankMultivariateNormal, cov_factor=Channel(columns=2))
 full_rank = Family(dist.MultivariateNormal)

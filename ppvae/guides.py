@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ppvae._context import eval_mode, private_modules, random_state, unique_name
 from ppvae.families import Prior
 from ppvae.parts import Part, divide
+from ppvae.plates import Plates
 from ppvae.sites import (
     Site,
     data_frame,
@@ -83,8 +85,7 @@ class FamilyGuide(AutoGuide):
         self._features: int | None = None
         self._parts: list[Part] = []
         self._is_set_up = False
-        self._frame: Any = None
-        self._subsampled: set[str] = set()
+        self._plates = Plates({}, None, frozenset(), sees_all=True)
         if hasattr(model, "example"):
             self.setup(*model.example())
 
@@ -100,25 +101,32 @@ class FamilyGuide(AutoGuide):
             nodes = latent_nodes(trace)
             if not nodes:
                 raise ValueError("model: expected latent sites, got none")
+            data, sees_all = None, True
             if self.encoder is not None and not isinstance(self.family, Prior):
                 features = self._encode(self.encoder, args)
-                self._frame = data_frame(nodes, len(features), self.plate)
+                data = data_frame(nodes, len(features), self.plate)
+                sees_all = len(features) == data.full_size
                 self._features = features.shape[-1]
-        nodes_by_name: dict[str, Any] = trace.nodes
-        # a plate that was told its rows has a `_Subsample` without a size
-        self._subsampled = {
-            name
-            for name, node in nodes_by_name.items()
-            if site_is_subsample(node) and node["fn"].subsample_size not in (None, node["fn"].size)
-        }
-        if isinstance(self.family, Prior):
-            self._is_set_up = True
-            return self
-        parts = divide(self.family, [read_site(node, self._frame) for node in nodes])
-        values = [node["value"] for node in nodes]
-        like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
-        self._build({part.key: part.shape for part in parts}, like)
-        self._parts, self._is_set_up = parts, True
+        named: dict[str, Any] = trace.nodes
+        self._plates = Plates(
+            frames={frame.name: frame for node in nodes for frame in node["cond_indep_stack"]},
+            data=None if data is None else data.name,
+            # a plate that was told its rows has a `_Subsample` without a size
+            drawn=frozenset(
+                name
+                for name, node in named.items()
+                if site_is_subsample(node)
+                and node["fn"].subsample_size not in (None, node["fn"].size)
+            ),
+            sees_all=sees_all,
+        )
+        if not isinstance(self.family, Prior):
+            parts = divide(self.family, [read_site(node, data) for node in nodes])
+            values = [node["value"] for node in nodes]
+            like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
+            self._build({part.key: part.shape for part in parts}, like)
+            self._parts = parts
+        self._is_set_up = True
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -126,18 +134,20 @@ class FamilyGuide(AutoGuide):
         if not self._is_set_up:
             self.setup(*args, **kwargs)
         if isinstance(self.family, Prior):
-            latent = poutine.block(self.model, hide_fn=_is_not_latent)
-            trace = poutine.trace(latent).get_trace(*args, **kwargs)
-            return {node["name"]: node["value"] for node in latent_nodes(trace)}
+            return self._draw_from_prior(args, kwargs)
         encoder, heads, features = self.encoder, self.heads, None
         if encoder is not None:
             features = self._encode(encoder, args)
-        plates = self._plates(features, args, kwargs)
+        given = self._given_plates(args, kwargs)
+        plates = self._plates.make(self._model, features, args, kwargs, given)
         if features is not None:
-            features = self._rows(features, plates[self._frame.name])
+            features = self._plates.rows(features, plates)
         draws: dict[str, Tensor] = {}
         for part in self._parts:
-            aligned = features if features is None else self._align(features, part)
+            aligned = features
+            if features is not None:
+                right = bool(part.sites[0].right) and not part.flat
+                aligned = self._plates.align(features, right=right)
             draw = self._draw_flat if part.flat else self._draw
             draws.update(draw(heads[part.key](aligned), part, plates))
         return draws
@@ -155,6 +165,32 @@ class FamilyGuide(AutoGuide):
             if key not in self.heads:
                 head = self.family.head(self._features, torch.Size(shape))
                 self.heads[key] = head if near is None else head.to(near.device, near.dtype)
+
+    @property
+    def model(self) -> Any:
+        """The model that is guided."""
+        if self._model is None:
+            raise RuntimeError(
+                "model: expected the guide's model, which pickle leaves out; build the guide anew "
+                "and load its state_dict"
+            )
+        return self._model[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "master": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pyro_name = unique_name(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FamilyGuide:
+        """A guide of the same model, or of its copy, where both are copied together."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self._model is not None:
+            new._model = (memo.get(id(self.model), self.model),)
+        return new
 
     def get_extra_state(self) -> dict[str, Any]:
         """The shapes from which `load_state_dict` makes the heads, before any call."""
@@ -186,47 +222,36 @@ class FamilyGuide(AutoGuide):
                 f"encoder: expected features of shape (batch, {width}) for arguments {came}, got "
                 f"{shape or type(features).__name__}"
             )
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if tensors and not any(len(features) in a.shape for a in tensors):
+            raise ValueError(
+                f"encoder: expected features of shape (batch, {width}), with the batch of the "
+                f"arguments {came}; got {shape}"
+            )
         return features
 
-    def _plates(self, features: Tensor | None, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The plates by name; that of the data has the length of the batch at hand."""
+    def _given_plates(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The plates of the guide list that this guide is in, or those of the user."""
         if self.master is not None:
             return self.master().plates
         given = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
-        plates = {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
-        for frame in {
-            f.name: f for part in self._parts for s in part.sites for f in s.frames
-        }.values():
-            if frame.name in plates:
-                continue
-            full, size = frame.full_size or frame.size, frame.size
-            if features is not None and frame.name == self._frame.name and len(features) != full:
-                full, size = len(features) if full == size else full, len(features)
-            if frame.name in self._subsampled:
-                plates[frame.name] = pyro.plate(
-                    frame.name, full, subsample_size=size, dim=frame.dim
-                )
-            else:  # the model knows its rows: the guide must not choose them
-                with poutine.block():
-                    rows = torch.arange(size)
-                    plates[frame.name] = pyro.plate(frame.name, full, subsample=rows, dim=frame.dim)
-        return plates
+        return {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
 
-    def _rows(self, features: Tensor, plate: Any) -> Tensor:
-        """Picks the rows of a subsample, where the encoder saw all the data."""
-        if len(features) == plate.subsample_size:
-            return features
-        if len(features) == plate.size:
-            return features[plate.indices]
-        raise ValueError(
-            f"encoder: expected features of shape ({plate.subsample_size}, features), the first as "
-            f"the plate {plate.name!r}; got {tuple(features.shape)}"
-        )
+    def _draw_from_prior(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Runs the model's own latent statements, in the plates that are there."""
+        model, drawn = self.model, self._plates.drawn
+        if self.master is not None:
+            plates = self.master().plates
+            rows = {name: plates[name].indices for name in drawn if name in plates}
+            model = poutine.condition(model, data=rows)
 
-    def _align(self, features: Tensor, part: Part) -> Tensor:
-        """Puts the batch where the data plate is: before the dims to its right."""
-        ones = 0 if not part.flat and part.sites[0].right else -self._frame.dim - 1
-        return features.reshape(len(features), *[1] * ones, features.shape[-1])
+        def hide(msg: Any) -> bool:
+            if site_is_subsample(msg):  # recorded once: by this guide, or by the list it is in
+                return self.master is not None or msg["name"] not in drawn
+            return msg["type"] != "sample" or msg["is_observed"]
+
+        trace = poutine.trace(poutine.block(model, hide_fn=hide)).get_trace(*args, **kwargs)
+        return {node["name"]: node["value"] for node in latent_nodes(trace)}
 
     def _draw(self, fn: Any, part: Part, plates: dict[str, Any]) -> dict[str, Tensor]:
         """Samples one site from its own distribution."""
@@ -250,8 +275,8 @@ class FamilyGuide(AutoGuide):
     def _draw_flat(self, fn: Any, part: Part, plates: dict[str, Any]) -> dict[str, Tensor]:
         """Samples all coordinates at once and hands each site its piece, as `AutoContinuous`."""
         with ExitStack() as stack:
-            if self._frame is not None:
-                stack.enter_context(plates[self._frame.name])
+            if self._plates.data is not None:
+                stack.enter_context(plates[self._plates.data])
             name = f"_{self._pyro_name}_{part.key}"
             joint = fn if self.family.joint else fn.to_event(1)
             flat = pyro.sample(name, joint, infer={"is_auxiliary": True})
@@ -275,15 +300,12 @@ class FamilyGuide(AutoGuide):
     def _shape(self, piece: Tensor, site: Site) -> Tensor:
         """Shapes `(*draws, batch, size)` as `(*draws, *left, batch, *right, *event)`."""
         batch = piece.shape[:-1]
-        if self._frame is None:
+        if self._plates.data is None:
             draws = batch[: max(len(batch) - len(site.right), 0)]
             return piece.reshape(draws + site.right + site.space)
-        at = len(batch) + self._frame.dim
+        dim = self._plates.frames[self._plates.data].dim
+        at = len(batch) + dim
         draws, rows = batch[: max(at - len(site.left), 0)], batch[at : at + 1]
-        right = site.right or torch.Size([1] * (-self._frame.dim - 1))
+        right = site.right or torch.Size([1] * (-dim - 1))
         value = piece.reshape(draws + rows + site.left + right + site.space)
         return value.movedim(len(draws), len(draws) + len(site.left))
-
-
-def _is_not_latent(msg: Any) -> bool:
-    return msg["type"] != "sample" or msg["is_observed"]

@@ -17,8 +17,10 @@ __all__ = ["Argument", "Channel", "FlowHead", "Head", "Shared", "event_dim_of", 
 
 Constraint = constraints.Constraint
 
-# Where a free parameter starts, for the arguments that set a width: narrow, as Pyro's autoguides.
-_FREE_START = {"scale": 0.1, "scale_tril": 0.1, "cov_diag": 0.01}
+# Where an argument starts, if not at zero before its transform: tails like those of a Gaussian; and
+# narrow, as in Pyro's autoguides, where it is a free parameter.
+_START = {"df": 30.0}
+_FREE_START = {"scale": 0.1, "scale_tril": 0.1, "cov_diag": 0.01, **_START}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Argument(nn.Module):
         self.linear = self.raw = None
         if features is not None:
             self.linear = nn.Linear(features, raw_shape.numel())
+            if start is not None:
+                shift = transform_to(constraint).inv(torch.full(shape, start))
+                self.linear.bias.data += shift.reshape(-1)
             return
         raw = 0.01 * torch.randn(raw_shape)
         if start is not None and self.triangular:
@@ -109,7 +114,7 @@ class Head(nn.Module):
                     constraint = constraints.real
                 size = _argument_shape(rule, own[name], shape, joint=family.joint)
                 source = features if isinstance(rule, Channel) else None
-                start = _FREE_START.get(name) if features is None else None
+                start = (_FREE_START if features is None else _START).get(name)
                 self.add_module(name, Argument(constraint, size, source, start))
             else:
                 value = fixed(rule, event_dim_of(own[name]), shape)

@@ -33,7 +33,8 @@ def divide(family: Any, sites: list[Site]) -> list[Part]:
     Raises:
         ValueError: the family cannot represent one of them.
     """
-    own = [site for site in sites if not _is_over_reals(family, site)]
+    size = sum(site.size for site in sites)
+    own = [site for site in sites if not _is_over_reals(family, site, size)]
     if family.joint:
         first = sites[0]
         shape = first.event_shape if own else first.space
@@ -41,8 +42,7 @@ def divide(family: Any, sites: list[Site]) -> list[Part]:
             return [Part(_key(first), shape, (first,), flat=False)]
         if own:
             raise ValueError(_misfit(family, own[0]))
-        size = torch.Size([sum(site.size for site in sites)])
-        return [Part("joint", size, tuple(sites), flat=True)]
+        return [Part("joint", torch.Size([size]), tuple(sites), flat=True)]
     parts = []
     for site in sites:
         if site.left and site in own:
@@ -54,10 +54,14 @@ def divide(family: Any, sites: list[Site]) -> list[Part]:
     return parts
 
 
-def _is_over_reals(family: Any, site: Site) -> bool:
+def _is_over_reals(family: Any, site: Site, joint_size: int) -> bool:
     """Whether the family lives on the reals, and reaches the site through a bijection."""
-    with torch.no_grad(), random_state(None, keep=True):
-        fn = family.head(None, torch.Size([2] if family.joint else []))(None)
+    shape = torch.Size([joint_size]) if family.joint else site.right + site.space
+    try:
+        with torch.no_grad(), random_state(None, keep=True):
+            fn = family.head(None, shape)(None)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{_misfit(family, site)}; {error}") from error
     if isinstance(fn, (Tensor, dist.Delta)) or is_real(fn.support):
         if site.support.is_discrete:
             raise ValueError(_misfit(family, site))

@@ -30,7 +30,7 @@ def encodings(draws: Mapping[str, ArrayLike], *, columns: int = 4) -> Figure:
     figure = Figure(figsize=(2.6 * columns, 2.7 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
     spread = [np.abs(np.quantile(codes, [0.01, 0.99])).max() for codes in arrays.values()]
-    limit = 1.1 * max(spread)
+    limit = 1.1 * max(*spread, 1e-3)
     for panel, (name, codes) in zip(axes, arrays.items(), strict=False):
         for datum, cloud in enumerate(codes):
             panel.scatter(*cloud.T, s=4, alpha=0.35, color=f"C{datum % 10}", linewidths=0)

@@ -117,7 +117,7 @@ def read_site(node: dict[str, Any], frame: Any | None) -> Site:
         )
     if any(f.dim is None for f in frames):
         raise ValueError(f"model: site {node['name']!r} lives in a sequential plate; vectorize it")
-    if not fn.support.is_discrete:
+    if not fn.support.is_discrete and not is_real(fn.support):
         try:
             biject_to(fn.support)
         except NotImplementedError:
@@ -184,6 +184,7 @@ def same_support(one: Any, other: Any) -> bool:
 
 
 def _bare(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
+    """A support without its event dims, and a mixture's as that of its components."""
+    while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support

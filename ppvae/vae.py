@@ -7,15 +7,14 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppvae._context import eval_mode, random_state, unique_name
+from ppvae._context import Named, eval_mode, random_state
 
 __all__ = ["VAE"]
 
 
-class VAE(PyroModule):
+class VAE(Named):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
 
     Sites `z` and `x`, in the plate `data`. What is usually called the encoder is no part of it:
@@ -55,7 +54,7 @@ class VAE(PyroModule):
         likelihood: nn.Module,
         prior: Any | None = None,
     ) -> None:
-        super().__init__(name=unique_name(self))
+        super().__init__()
         for name, module in {"decoder": decoder, "likelihood": likelihood}.items():
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {module!r}")

@@ -222,3 +222,40 @@ def test_bad_input():
         from_pyro_svi(case.model, guide, *case.args)
     with private_modules(), pytest.raises(ValueError, match="plate: expected one of"):
         from_pyro_svi(model, FamilyGuide(model, families.mean_scale, mlp(4, 8)), x, plate="rows")
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"vectorized": True}])
+def test_deterministic_sites_have_the_shape_of_their_values(options):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.deterministic("c", a.sum(-1))
+            pyro.deterministic("d", 2 * a, event_dim=1)
+            pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=x[:, 0])
+
+    guide = FamilyGuide(model, families.mean_scale, mlp(3, 4))
+    tree = from_pyro_svi(model, guide, torch.randn(9, 3), num_samples=4, **options)
+    for group in (tree.posterior, tree.prior):
+        assert group.c.dims == ("chain", "draw", "datum")
+        assert group.d.shape == (1, 4, 9, 2)
+        assert np.allclose(group.c, group.a.sum("latent"))
+
+
+def test_a_distribution_that_broadcasts_against_its_observation():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
+
+    guide = FamilyGuide(model, families.mean_scale, mlp(3, 4))
+    with pyro.validation_enabled(False):
+        tree = from_pyro_svi(model, guide, torch.randn(9, 3), num_samples=4)
+    assert tree.observed_data.x.shape == (9, 3)
+
+
+def test_arrays_and_no_data():
+    model, guide, x = build()
+    tree = from_pyro_svi(model, guide, x.numpy(), num_samples=2)
+    assert np.array_equal(tree.observed_data.x, x)
+    with pytest.raises(ValueError, match="args: expected at least one datum, got none"):
+        from_pyro_svi(model, guide, x[:0])

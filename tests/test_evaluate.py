@@ -168,3 +168,27 @@ def test_bad_data_and_models():
     outside = FamilyGuide(_outside, families.mean_scale)
     with pytest.raises(ValueError, match=r"all sites in the plate 'data'; outside: \['w'\]"):
         evaluate(_outside, outside, linear.x)
+
+
+def test_the_same_guards_as_the_export():
+    linear = Linear()
+    guide = linear.guide("mean_only", None)
+    assert evaluate(linear.model, guide, linear.x.numpy(), num_samples=2).sizes["datum"] == 20
+    with pytest.raises(ValueError, match="args: expected at least one datum, got none"):
+        evaluate(linear.model, guide, linear.x[:0])
+
+    def own_rows(x):
+        with pyro.plate("data", len(x), subsample_size=4) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows, 0])
+
+    with pytest.raises(ValueError, match="'data' draws a subsample of 4"):
+        evaluate(own_rows, FamilyGuide(own_rows, families.mean_scale, mlp(4, 4)), linear.x)
+
+    def fixed(x):
+        with pyro.plate("data", 20):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = FamilyGuide(fixed, families.mean_scale, mlp(4, 4))
+    assert evaluate(fixed, guide, linear.x, num_samples=2, batch_size=7).sizes["datum"] == 20

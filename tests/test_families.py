@@ -130,3 +130,28 @@ def test_bad_input(name):
     build, error, message = BAD[name]
     with pytest.raises(error, match=message):
         build()
+
+
+def test_the_density_of_a_point_is_never_a_channel():
+    assert Family(dist.Delta).channels == ("v",)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: Family(dist.Uniform), TypeError, "depend on one another"),
+        (
+            lambda: Family(dist.Normal, scale=constraints.interval(-1.0, 1.0)),
+            ValueError,
+            "scale: expected a constraint inside",
+        ),
+    ],
+)
+def test_arguments_that_no_channel_can_fill(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_tails_start_like_those_of_a_gaussian():
+    fn = families.student_t.head(3, torch.Size([2]))(torch.zeros(4, 3))
+    assert ((fn.df > 15) & (fn.df < 60)).all()

@@ -190,7 +190,12 @@ BAD = {
     "lengths": ((X, X[:3]), {}, ValueError, r"equal first dimensions, got \[3, 6\]"),
     "batch 0": (X, {"batch_size": 0}, ValueError, "batch_size: expected 1 to 6.* got 0"),
     "batch 7": (X, {"batch_size": 7}, ValueError, "batch_size: expected 1 to 6.* got 7"),
-    "epochs": (X, {"num_epochs": 0}, ValueError, "num_epochs: expected at least 1, got 0"),
+    "epochs": (
+        X,
+        {"num_epochs": 0},
+        ValueError,
+        "num_epochs: .* at least 1, got 0",
+    ),
     "rate": (X, {"learning_rate": -1.0}, ValueError, "learning_rate: .* got -1.0"),
     "patience": (X, {"patience": 2}, ValueError, "patience: .*validation"),
     "width": (X[:, :3], {}, ValueError, r"encoder: expected a module that takes \[\(6, 3\)\]"),
@@ -225,4 +230,107 @@ def test_a_decoder_of_another_width_is_named():
     model, guide = build()
     model.decoder = mlp(2, 8, out=5)
     with pytest.raises(ValueError, match=r"decoder: expected output of shape \(6, 4\), as x"):
+        quiet(model, guide, torch.zeros(6, 4))
+
+
+def test_nothing_to_train_beside_an_idle_encoder():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    for family in (families.noise_only, families.zero):
+        guide = FamilyGuide(model, family, mlp(4, 8))
+        before = weights(guide)
+        assert math.isfinite(quiet(model, guide, torch.randn(6, 4), num_epochs=2).losses[-1])
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(guide), strict=True))
+
+
+class _NanSlope(torch.nn.Module):
+    """Finite values, and a gradient that is not: sqrt at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 8)
+
+    def forward(self, x):
+        return torch.sqrt(0 * self.linear(x))
+
+
+def test_a_gradient_that_is_not_finite_is_not_a_success():
+    model, _ = build()
+    guide = FamilyGuide(model, families.mean_scale, _NanSlope())
+    with pytest.raises(Diverged, match="a parameter is not finite at step 1, from its gradient"):
+        quiet(model, guide, torch.randn(6, 4), num_epochs=1)
+    assert all(torch.isfinite(p).all() for p in weights(model, guide))
+
+
+def test_divergence_at_the_first_step_is_told_like_any_other():
+    model, guide = build(likelihood=likelihoods.Normal(1.0, learned=True))
+    model.decoder[0].weight.data.fill_(math.nan)
+    with pytest.raises(Diverged, match="at step 0, from log_likelihood of 'x'"):
+        quiet(model, guide, torch.randn(6, 4))
+
+
+class _OneBad(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((4,), math.nan) if index == 13 else torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        (X, {"validation": np.zeros((3, 7))}, ValueError, r"encoder: .*\(3, 7\)"),
+        (
+            np.ones((6, 4)),
+            {"validation": np.full((3, 4), 0.5), "check_support": True},
+            ValueError,
+            "support of 'x'",
+        ),
+        (_OneBad(), {"batch_size": 5}, ValueError, "expected finite numbers, got 4"),
+        ((), {}, ValueError, "data: expected at least one tensor or array, got none"),
+        (
+            DataLoader(TensorDataset(torch.zeros(3, 4)), batch_size=5, drop_last=True),
+            {},
+            ValueError,
+            "at least one batch, got none",
+        ),
+        (np.array([["a"]]), {}, TypeError, "data: expected .* arrays of numbers.* got <U1 ndarray"),
+        (torch.zeros(6, 4, dtype=torch.float32), {}, ValueError, "data: expected torch.float64"),
+        (X, {"batch_size": 2.5}, ValueError, "batch_size: .* got 2.5"),
+        (X, {"batch_size": True}, ValueError, "batch_size: .* got True"),
+        (X, {"num_epochs": 1.5}, ValueError, "num_epochs: .* got 1.5"),
+        (X, {"optimizer": 3}, TypeError, "optimizer: expected a class or function, got int"),
+    ],
+)
+def test_nothing_is_half_done(data, options, error, message):
+    model, guide = build(likelihood=likelihoods.Bernoulli())
+    before = weights(model, guide)
+    with pytest.raises(error, match=message):
+        quiet(model, guide, data, **{"num_epochs": 2, **options})
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model, guide), strict=True))
+
+
+def test_an_array_with_its_rows_reversed():
+    model, guide = build()
+    x = np.random.default_rng(0).normal(size=(6, 4))
+    assert math.isfinite(quiet(model, guide, x[::-1], num_epochs=1).losses[0])
+
+
+def test_an_encoder_that_drops_rows_is_named():
+    model, guide = build()
+
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(4, 8)
+
+        def forward(self, x):
+            return self.net(x)[:3]
+
+    guide.encoder = Half()
+    with pytest.raises(ValueError, match=r"encoder: .*batch of the arguments \[\(6, 4\)\]; got"):
         quiet(model, guide, torch.zeros(6, 4))

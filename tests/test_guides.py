@@ -334,7 +334,7 @@ BAD = {
         families.mean_scale,
         lambda: torch.nn.Sequential(torch.nn.Flatten(0), torch.nn.Unflatten(0, (9, 2))),
         ValueError,
-        r"encoder: expected features of shape \(6, features\)",
+        r"encoder: expected features of shape \(batch, features\).*\(6, 3\)\]; got \(9, 2\)",
     ),
     "no plate": (
         _no_plate,
@@ -380,3 +380,149 @@ def test_an_encoder_of_another_width_is_refused_later():
     guide.encoder = mlp(3, 5)
     with private_modules(), pytest.raises(ValueError, match=r"\(batch, 8\)"):
         guide(*case.args)
+
+
+class _First(torch.nn.Module):
+    """Its own first argument as features."""
+
+    def forward(self, x, *rest):
+        return x
+
+
+def _identity(guide):
+    """Makes the code of a deterministic guide its features."""
+    linear = guide.heads["z"].v.linear
+    linear.weight.data, linear.bias.data = torch.eye(2), torch.zeros(2)
+
+
+def _indexed(x, rows):
+    with pyro.plate("data", len(x), subsample=rows) as index:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x[index])
+
+
+@pytest.mark.parametrize("rows", [[7, 2, 5], [1, 0], list(range(9, 0, -1))])
+def test_rows_that_the_model_was_told_meet_their_features(rows):
+    """The encoder sees all the data, the model some: code and datum must be of one row."""
+    x = torch.arange(20.0).reshape(10, 2)
+    guide = FamilyGuide(_indexed, families.deterministic, _First())
+    guide.setup(x, torch.tensor([7, 2, 5]))
+    _identity(guide)
+    with private_modules():
+        model_trace, guide_trace = trace_pair(_indexed, guide, x, torch.tensor(rows))
+    assert torch.equal(guide_trace.nodes["z"]["value"], x[rows])
+    assert torch.equal(model_trace.nodes["x"]["value"], x[rows])
+    assert guide_trace.nodes["z"]["scale"] == model_trace.nodes["z"]["scale"]
+
+
+def test_a_plate_with_its_own_subsample_may_change_its_size(plain_pyro):
+    case, guide = build("deterministic", "own rows")
+    for size in (6, 9, 3):
+        x = torch.randn(size, 3)
+        model_trace, guide_trace = trace_pair(case.model, guide, x) if size >= 4 else (None, None)
+        if size >= 4:
+            rows = guide_trace.nodes["data"]["value"]
+            expected = guide.heads["z"](case.encoder(x)).v[rows]
+            assert torch.equal(guide_trace.nodes["z"]["value"], expected)
+            assert torch.equal(model_trace.nodes["data"]["value"], rows)
+
+
+def _local_global(x):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal((z * w).sum(-1), 0.5), obs=x[:, 0])
+
+
+@FAMILY
+@pytest.mark.parametrize("part", ["local", "global", "both"])
+def test_every_family_in_a_guide_list(family, part, plain_pyro):
+    ours = {"local": "z", "global": "w", "both": "zw"}[part]
+    x, guide = torch.randn(5, 3), AutoGuideList(_local_global)
+    for name in "wz":
+        chosen = FAMILIES[family] if name in ours else families.mean_scale
+        part_model = poutine.block(_local_global, expose=[name])
+        guide.append(FamilyGuide(part_model, chosen, mlp(3, 8) if name == "z" else None))
+    svi = SVI(_local_global, guide, pyro.optim.Adam({"lr": 1e-2}), TraceMeanField_ELBO())
+    assert torch.isfinite(torch.tensor([svi.step(x) for _ in range(2)])).all()
+
+
+def test_a_guide_list_takes_other_sizes_if_it_is_given_its_plates(plain_pyro):
+    def plates(x):
+        return pyro.plate("data", len(x))
+
+    for given in (plates, None):
+        guide = AutoGuideList(_local_global, create_plates=given)
+        guide.append(FamilyGuide(poutine.block(_local_global, hide=["z"]), families.mean_scale))
+        local = FamilyGuide(poutine.block(_local_global, hide=["w"]), families.flow, mlp(3, 8))
+        guide.append(local)
+        guide(torch.randn(5, 3))
+        if given is None:
+            with pytest.raises(ValueError, match="unless it is given `create_plates`"):
+                guide(torch.randn(4, 3))
+        else:
+            assert guide(torch.randn(4, 3))["z"].shape == (4, 2)
+
+
+def test_a_copy_is_a_guide_of_its_own(plain_pyro):
+    model = VAE(mlp(2, 4, out=5), 2, likelihoods.Normal(0.5))
+    guide = FamilyGuide(model, families.noise_only, mlp(5, 4))
+    twin_model, twin = copy.deepcopy((model, guide))
+    assert guide.model is model and twin.model is twin_model
+    assert copy.deepcopy(guide).model is model
+    guide = FamilyGuide(model, families.mean_scale, mlp(5, 4))
+    twin_model, twin = copy.deepcopy((model, guide))
+    x = torch.randn(6, 5)
+    for pair in ((twin_model, twin), (model, guide)):
+        before = [p.detach().clone() for module in pair for p in module.parameters()]
+        SVI(*pair, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO()).step(x)
+        after = [p for module in pair for p in module.parameters()]
+        assert not any(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_pickle_keeps_the_parameters_and_says_that_it_leaves_out_the_model(tmp_path, plain_pyro):
+    case, guide = build("mean_scale", "one vector")
+    torch.save(guide, tmp_path / "guide.pt")
+    again = torch.load(tmp_path / "guide.pt", weights_only=False)
+    assert again(*case.args)["z"].shape == (6, 2) and guide.model is case.model
+    with pytest.raises(RuntimeError, match="which pickle leaves out"):
+        again.model  # noqa: B018
+
+
+def test_a_mixture_is_a_prior_like_any_other():
+    class Mixture(torch.nn.Module):
+        def forward(self):
+            parts = dist.Normal(torch.randn(3, 2), 1.0).to_event(1)
+            return dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), parts)
+
+    model = VAE(mlp(2, out=5), 2, likelihoods.Bernoulli(), prior=Mixture())
+    for family in ("mean_scale", "full_rank", "flow", "deterministic"):
+        guide = FamilyGuide(model, families.LADDER[family], mlp(5, 4))
+        with private_modules():
+            model_trace, _ = trace_pair(model, guide, torch.zeros(7, 5))
+        assert torch.isfinite(model_trace.log_prob_sum())
+
+
+def test_student_t_trains_on_positive_latents(plain_pyro):
+    decoder = mlp(3, 16, out=5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x)
+
+    x = torch.randn(200, 5)
+    guide = FamilyGuide(model, families.student_t, mlp(5, 16))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    assert torch.isfinite(torch.tensor([svi.step(x) for _ in range(100)])).all()
+
+
+def test_a_fixed_tensor_fits_its_site_or_is_named():
+    x = torch.randn(6, 3)
+    widths = torch.tensor([0.1, 0.2])
+    guide = FamilyGuide(ONE, Family(dist.Normal, scale=widths), mlp(3, 4)).setup(x)
+    with private_modules():
+        _, guide_trace = trace_pair(ONE, guide, x)
+    assert torch.equal(guide_trace.nodes["z"]["fn"].base_dist.scale, widths.expand(6, 2))
+    with pytest.raises(ValueError, match=r"scale=tensor.* cannot represent .* 'z'"):
+        FamilyGuide(ONE, Family(dist.Normal, scale=torch.ones(5)), mlp(3, 4)).setup(x)

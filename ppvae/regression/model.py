@@ -9,10 +9,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.nn import PyroModule
 from torch import Tensor
 
-from ppvae._context import unique_name
+from ppvae._context import Named
 
 __all__ = ["Horseshoe", "LinearRegression"]
 
@@ -49,7 +48,7 @@ class Horseshoe:
         return dist.Normal(like, (tau[..., None] if tau.dim() else tau) * lam).to_event(1)
 
 
-class LinearRegression(PyroModule):
+class LinearRegression(Named):
     r"""The model `y ~ Normal(X w, noise)` with priors on `w` and, where it is unknown, the noise.
 
     Sites `weight` (shape `(columns,)`), `noise` (where it is unknown) and `y`, in the plate `data`.
@@ -81,7 +80,7 @@ class LinearRegression(PyroModule):
         noise: Any = dist.HalfNormal(1.0),  # noqa: B008
         errors: Callable[[Tensor, Tensor], Any] = dist.Normal,
     ) -> None:
-        super().__init__(name=unique_name(self))
+        super().__init__()
         if columns < 1:
             raise ValueError(f"columns: expected at least 1, got {columns}")
         if isinstance(noise, (int, float)) and not noise > 0:
