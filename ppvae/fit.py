@@ -85,7 +85,8 @@ def fit(
         model: a Pyro model; called with one minibatch.
         guide: its guide.
         data: a tensor or array, or a tuple of them with equal first dimension, which become the
-            arguments; or a `Dataset` of such items; or a `DataLoader`. Arrays take the default
+            arguments; or a `Dataset` of such items (every part of an item becomes an argument, so
+            leave labels out); or a `DataLoader`. Arrays take the default
             dtype; all are moved to the device of the parameters.
         num_epochs: passes through the data, at least 1.
         batch_size: size of a minibatch; by default all the data, or 128 of more than 1024. The last
