@@ -1,6 +1,6 @@
 """Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
 
-from ppvae import data, families, likelihoods, nn, plots
+from ppvae import closed_form, data, families, likelihoods, nn, plots
 from ppvae.convert import from_pyro_svi
 from ppvae.evaluate import evaluate
 from ppvae.families import Family
@@ -15,6 +15,7 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "closed_form",
     "data",
     "evaluate",
     "families",
