@@ -1,7 +1,6 @@
 """The ladder: one autoencoder, eleven kinds of encoder, on the same data.
 
 Every family gets the same networks, data and number of steps; only the guide family differs.
-
     python examples/ladder.py
     python examples/ladder.py --families mean_only mean_scale --data mnist5k --seeds 3
 """
@@ -33,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the first seed")
     add("--out", type=Path, default=Path("results/ladder"), help="folder to write to")
     add("--device", default="cpu")
+    add("--threads", type=int, default=1, help="small networks are faster with one")
     add("--linear", action="store_true", help="linear networks, Gaussian likelihood")
     args = parser.parse_args(argv)
     for name in args.families:
@@ -42,8 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {args.device!r} is not a device of this machine; {error}")
-    if min(args.latent, args.hidden, args.epochs, args.seeds) < 1:
-        parser.error("--latent, --hidden, --epochs, --seeds: expected at least 1")
+    if min(args.latent, args.hidden, args.epochs, args.seeds, args.threads) < 1:
+        parser.error("--latent, --hidden, --epochs, --seeds, --threads: expected at least 1")
+    torch.set_num_threads(args.threads)
     try:
         x = data.load(args.data, binary=not args.linear)
         args.split = [part.to(args.device) for part in data.split(x)]
@@ -75,9 +76,8 @@ def measure(model: VAE, guide: FamilyGuide, test: torch.Tensor) -> dict[str, flo
     """One row of the table."""
     found = evaluate(model, guide, test)
     row = {name: float(found[name].mean()) for name in ("rate", "distortion", "objective")}
-    row["log p(x)"] = float(found.log_likelihood.mean())
     row["+-"] = float(found.log_likelihood.std(ddof=1)) / len(test) ** 0.5
-    row["active"] = float(found.active.sum())
+    row |= {"log p(x)": float(found.log_likelihood.mean()), "active": float(found.active.sum())}
     # without a channel the encoder stays idle
     used = guide if guide.family.channels else guide.heads
     row["parameters"] = sum(p.numel() for p in used.parameters())
