@@ -131,7 +131,10 @@ def minimise(
                 parameter.copy_(piece.reshape(parameter.shape))
 
     def value_and_slope() -> tuple[float, Tensor]:
-        value = loss()
+        try:
+            value = loss()
+        except torch.linalg.LinAlgError:  # a step too far for a Cholesky factor
+            return math.nan, torch.full((sum(sizes),), math.nan, dtype=torch.float64)
         slopes = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
 

@@ -264,9 +264,11 @@ mean_only = Family(dist.Normal, scale=1.0)
 mean_only_bounded = Family(dist.Normal, loc=constraints.interval(-1.0, 1.0), scale=1.0)
 shared_scale = Family(dist.Normal, scale=shared)
 mean_scale = Family(dist.Normal)
-# df > 2: below, the variance is infinite, and with it the divergence from a Gaussian prior. (On a
-# positive site the tails go through an exponential, and means of the draws are infinite.)
-student_t = Family(dist.StudentT, df=constraints.greater_than(2.0))
+# df > 2: below, the variance is infinite, and with it the divergence from a Gaussian prior. Above
+# 1000 it is a Gaussian to a thousandth of a nat, and the log-gammas of the density, of which only
+# rounding is left, would be maximised in its place. (On a positive site the tails go through an
+# exponential, and means of the draws are infinite.)
+student_t = Family(dist.StudentT, df=constraints.interval(2.0, 1000.0))
 low_rank = Family(dist.LowRankMultivariateNormal, cov_factor=Channel(columns=2))
 full_rank = Family(dist.MultivariateNormal)
 flow = Flow()

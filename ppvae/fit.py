@@ -95,7 +95,8 @@ def fit(
         optimizer: called as `optimizer(parameters, lr=learning_rate)`. By default Adam, fused; but
             L-BFGS on fixed, moment-matched draws, for at most `num_epochs` steps, where the model
             is vectorized (as `LinearRegression`), all latents are global, there are at most 500
-            parameters, and a batch is all the data: it reaches the optimum to many digits.
+            parameters, and a batch is all the data: it reaches the optimum to many digits. A flow
+            has more; standardise its columns, and compare it with `full_rank`.
         seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream.
         validation: data of the same kind, evaluated after each epoch.
         patience: stop after this many epochs without a lower validation loss, and go back to the
@@ -133,6 +134,8 @@ def fit(
         raise ValueError(f"patience: expected at least 1 and `validation` data, got {patience}")
     if optimizer is not None and not callable(optimizer):
         raise TypeError(f"optimizer: expected a class or function, got {type(optimizer).__name__}")
+    if batches.tensors and hasattr(model, "check_data"):
+        model.check_data(*batches.tensors)
     label = progress if isinstance(progress, str) else "fit"
     bar = tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
     with private_modules(), random_state(seed), train_mode(model, guide):

@@ -571,3 +571,31 @@ def test_bad_requests_are_named():
     few = exact_posterior(X3[:5], Y3[:5], weight=None, noise=None)
     with pytest.raises(ValueError, match="^loo: "):
         few.loo()
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (6, 5), (5, 10)])
+def test_loo_where_the_others_can_be_fitted_exactly(shape):
+    """Without a datum the noise may go to zero; each value against a refit."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=shape)
+    y = X.sum(1) + rng.normal(size=shape[0])
+    found = exact_posterior(X, y)
+    loo = found.loo()
+    for i in range(len(y)):
+        without = exact_posterior(np.delete(X, i, 0), np.delete(y, i))
+        assert abs(loo.pointwise[i] - (found.log_evidence - without.log_evidence)) < 1e-9
+
+
+@pytest.mark.parametrize("X", [np.zeros((1, 1)), np.ones((2, 2)), np.ones((3, 3))])
+def test_columns_that_say_nothing_are_no_exact_fit(X):
+    """The evidence by a trapezoid rule over log noise of the dense marginal density."""
+    y = np.arange(1.0, len(X) + 1) ** 2
+    u = np.linspace(-6, 6, 4001)
+    density = [
+        stats.multivariate_normal.logpdf(y, cov=np.exp(2 * v) * np.eye(len(y)) + 100 * X @ X.T)
+        + stats.halfnorm(scale=10).logpdf(np.exp(v))
+        + v
+        for v in u
+    ]
+    expected = np.log(integrate.trapezoid(np.exp(density), u))
+    assert abs(exact_posterior(X, y).log_evidence - expected) < 1e-6

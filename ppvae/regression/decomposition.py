@@ -79,7 +79,9 @@ class Decomposition:
         self.rank = int((self.cos2 > 1e-28).sum())
         length = float(target @ target + spare @ spare) / s**2
         rounding = (10 * _EPSILON) ** 2 * max(factor.rows, 1) * length
-        self.exact_fit = factor.rows > self.rank and self._residual <= rounding
+        # what lies along coordinates that the data do not see cannot be fitted either
+        missed = self._residual + float(self._explained[self.cos2 <= 1e-28].sum())
+        self.exact_fit = factor.rows > self.rank and missed <= rounding
         self._constant = (
             -factor.rows * (_LOG_TWO_PI / 2 + self.reference)
             + flat * _LOG_TWO_PI / 2

@@ -10,8 +10,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import Distribution, Independent
 
 from ppvae._context import Named
+from ppvae.regression.priors import known_number, positive_prior
 
 __all__ = ["Horseshoe", "LinearRegression"]
 
@@ -65,8 +67,9 @@ class LinearRegression(Named):
             heavy tails `functools.partial(dist.StudentT, 4.0)`.
 
     Raises:
-        ValueError: `columns` is below 1, a known noise is not positive, a prior has the wrong
-            shape, or, in a call, X and y do not fit.
+        TypeError: `weight` or `noise` is of another kind.
+        ValueError: `columns` is below 1, a known noise or a prior scale is not positive, a prior
+            has the wrong shape or support, or, in a call, X and y do not fit.
     """
 
     #: every operation leaves leading dims alone, so that many draws can be made in one run
@@ -83,16 +86,32 @@ class LinearRegression(Named):
         super().__init__()
         if columns < 1:
             raise ValueError(f"columns: expected at least 1, got {columns}")
-        if isinstance(noise, (int, float)) and not noise > 0:
-            raise ValueError(f"noise: expected a positive number, got {noise}")
-        if hasattr(weight, "batch_shape") and weight.shape() not in ((), (1,), (columns,)):
-            raise ValueError(
-                f"weight: expected a prior of shape () or ({columns},), got {tuple(weight.shape())}"
+        known = known_number(noise, "noise")
+        if known is None:
+            positive_prior(noise, "noise")
+        if not (weight is None or isinstance(weight, (Horseshoe, Distribution))):
+            raise TypeError(
+                f"weight: expected a distribution, a Horseshoe or None, got {type(weight).__name__}"
             )
-        if hasattr(noise, "shape") and callable(noise.shape) and noise.shape() != ():
-            raise ValueError(f"noise: expected a scalar prior, got shape {tuple(noise.shape())}")
+        if isinstance(weight, Distribution):
+            weight = _elementwise(weight, columns)
         self.columns, self.weight_prior = columns, weight
-        self.noise_prior, self.errors = noise, errors
+        self.noise_prior, self.errors = noise if known is None else known, errors
+
+    def check_data(self, X: Tensor, y: Tensor | None = None) -> None:
+        """Looks whether all the data, and not just a batch, make the posterior proper.
+
+        Raises:
+            ValueError: the prior of the weights is flat and X has not the rank of its columns.
+        """
+        if self.weight_prior is None and X.dim() == 2:
+            lengths = torch.linalg.vector_norm(X, dim=0)
+            rank = int(torch.linalg.matrix_rank(X / lengths.clamp_min(1e-300)))
+            if rank < X.shape[1]:
+                raise ValueError(
+                    f"weight: expected a proper prior where X has rank {rank} and {X.shape[1]} "
+                    "columns, since the posterior is improper; got a flat one"
+                )
 
     def forward(self, X: Tensor, y: Tensor | None = None) -> Tensor:
         """Runs the program.
@@ -119,17 +138,30 @@ class LinearRegression(Named):
             return prior(like)
         if prior is None:
             return dist.ImproperUniform(constraints.real_vector, (), like.shape)
-        if prior.event_shape:
-            prior = prior.base_dist
         return _like(prior, like).expand(like.shape).to_event(1)
 
     def _noise(self, X: Tensor) -> Tensor:
         prior = self.noise_prior
-        if isinstance(prior, (int, float)):
+        if isinstance(prior, float):
             return X.new_tensor(prior)
         if prior is None:
             return pyro.sample("noise", dist.ImproperUniform(constraints.positive, (), ()))
         return pyro.sample("noise", _like(prior, X))
+
+
+def _elementwise(prior: Any, columns: int) -> Any:
+    """A prior of single weights, its event dims taken off and its arguments checked."""
+    while isinstance(prior, Independent):
+        prior = prior.base_dist
+    shape = tuple(prior.shape())
+    if prior.event_shape or shape not in ((), (1,), (columns,)):
+        raise ValueError(
+            f"weight: expected a univariate prior of shape () or ({columns},), got {shape}"
+        )
+    scale = getattr(prior, "scale", None)
+    if scale is not None and not (torch.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"weight: expected a positive, finite scale, got {scale}")
+    return prior
 
 
 def predict(X: Tensor, weight: Tensor) -> Tensor:

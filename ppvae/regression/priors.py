@@ -73,7 +73,7 @@ def known_number(value: Any, name: str) -> float | None:
         value, int | float | np.number | np.ndarray | Tensor
     ):
         return None
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = _double(torch.as_tensor(value)).numpy()
     if array.size != 1 or not np.isfinite(array).all() or not (array > 0).all():
         raise ValueError(f"{name}: expected a positive, finite number, got {value}")
     return float(array.reshape(()))

@@ -198,6 +198,9 @@ def _edge(f: Integrands, grid: np.ndarray, mode: float, floor: np.ndarray) -> fl
     return float(outside)
 
 
+_MOST_PANELS = 100_000
+
+
 def _refine(f: Integrands, edges: np.ndarray, tops: np.ndarray) -> Quadrature:
     """Halves panels until the Legendre series of every integrand has converged on each."""
     tolerance = max(_TOLERANCE, 20 * np.finfo(float).eps * (1 + np.abs(tops).max()))
@@ -205,6 +208,10 @@ def _refine(f: Integrands, edges: np.ndarray, tops: np.ndarray) -> Quadrature:
     done_low, done_high, done_values = [], [], []
     finished = np.zeros(len(tops))
     while len(low):
+        if len(low) > _MOST_PANELS:
+            raise ArithmeticError(
+                f"the quadrature did not converge: more than {_MOST_PANELS} panels at a time"
+            )
         nodes, measure = _panel_nodes(low, high)
         log_values = f(nodes.ravel()).reshape(*nodes.shape, -1)
         values = np.exp(log_values - tops)
