@@ -86,8 +86,8 @@ def fit(
         guide: its guide.
         data: a tensor or array, or a tuple of them with equal first dimension, which become the
             arguments; or a `Dataset` of such items (every part of an item becomes an argument, so
-            leave labels out); or a `DataLoader`. Arrays take the default
-            dtype; all are moved to the device of the parameters.
+            leave labels out); or a `DataLoader`. Arrays take the default dtype; all are moved to
+            the device of the parameters.
         num_epochs: passes through the data, at least 1.
         batch_size: size of a minibatch; by default all the data, or 128 of more than 1024. The last
             one of an epoch may be smaller.
@@ -187,7 +187,7 @@ def _fit_in_steps(
             break
     bar.close()
     kept = len(losses) - 1
-    if patience is not None:
+    if patience is not None and best[2]:
         restore(stepper.parameters, best[2])
         kept = best[1]
     seconds = time.perf_counter() - start
