@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ppvae.objective import data_plate, trace_pair
-from ppvae.sites import prototype
+from ppvae.objective import data_plate, draws_plate, trace_pair
+from ppvae.sites import draws_its_rows, prototype
 
-__all__ = ["Batches", "as_tensors", "length_of", "minibatches", "prepared"]
+__all__ = ["Batches", "as_tensors", "draw_runs", "length_of", "minibatches", "prepared"]
+
+# Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
+_BUDGET = 4_000_000
 
 
 class Batches:
@@ -22,7 +25,7 @@ class Batches:
     def __init__(self, name: str, data: Any, batch_size: int | None, *, shuffle: bool) -> None:
         self.loader: DataLoader | None = None
         self.tensors: tuple[Tensor, ...] = ()
-        self.shuffle, self.device, self.dtype = shuffle, torch.device("cpu"), None
+        self.shuffle, self.device = shuffle, torch.device("cpu")
         if isinstance(data, TensorDataset):
             data = data.tensors
         if isinstance(data, DataLoader):
@@ -119,9 +122,7 @@ def minibatches(
         ValueError: the plate draws a subsample of its own.
     """
     if frame.full_size not in (None, frame.size):
-        trace = prototype(model, args, {})
-        drawn = trace.nodes[frame.name]["fn"].subsample_size
-        if drawn not in (None, frame.full_size):
+        if draws_its_rows(prototype(model, args, {}).nodes[frame.name]):
             raise ValueError(
                 f"model: the plate {frame.name!r} draws a subsample of {frame.size} in each run; "
                 "expected a model that takes all its data, or is told its rows"
@@ -141,6 +142,20 @@ def minibatches(
     except Exception:  # whatever a model may raise that was written for one number of data
         return [args]
     return cut if found is not None and found.size == size else [args]
+
+
+def draw_runs(
+    model: Any, args: tuple[Any, ...], draws: int, widest: int | None
+) -> Iterator[tuple[int, Any]]:
+    """Cuts draws into runs that fit in memory; yields how many, and the plate for so many.
+
+    `widest` is the size of the largest tensor for one draw; None asks for single draws without a
+    plate, for models that are not vectorized.
+    """
+    at_once = 1 if widest is None else max(1, min(draws, _BUDGET // widest))
+    for start in range(0, draws, at_once):
+        count = min(at_once, draws - start)
+        yield count, None if widest is None else draws_plate(model, *args, draws=count)
 
 
 def prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -130,7 +130,9 @@ def minimise(
             for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
                 parameter.copy_(piece.reshape(parameter.shape))
 
-    def value_and_slope() -> tuple[float, Tensor]:
+    def at(flat: Tensor) -> tuple[float, Tensor]:
+        """The loss and its slope, the parameters moved there."""
+        place(flat)
         try:
             value = loss()
         except torch.linalg.LinAlgError:  # a step too far for a Cholesky factor
@@ -139,24 +141,18 @@ def minimise(
         return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
 
     def slope_at(flat: Tensor) -> Tensor:
-        place(flat)
-        return value_and_slope()[1]
-
-    def loss_at(flat: Tensor) -> float:
-        place(flat)
-        return value_and_slope()[0]
+        return at(flat)[1]
 
     history: list[float] = []
     free = torch.ones_like(start, dtype=torch.bool)
     for _ in range(_ROUNDS):
         unit = _units(slope_at, start) * free
-        top = loss_at(start) * size + 1
+        top = at(start)[0] * size + 1
 
         def scaled(
             move: np.ndarray, start: Tensor = start, unit: Tensor = unit, top: float = top
         ) -> tuple[float, np.ndarray]:
-            place(start + unit * torch.as_tensor(move, device=start.device))
-            value, slope = value_and_slope()
+            value, slope = at(start + unit * torch.as_tensor(move, device=start.device))
             if not (math.isfinite(value) and torch.isfinite(slope).all()):
                 return top + move @ move, 2 * move  # a slope that leads the line search back
             return value * size, (slope * unit).cpu().numpy() * size
@@ -203,13 +199,13 @@ def _on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor,
 
         middle = start[index].item()
         low, high = middle - 0.05, middle + 0.05
-        wide = at(high) - at(low)
-        if not at(low) < 0 < at(high):
+        below, above = at(low), at(high)
+        if not below < 0 < above:
             continue
         while high - low > 1e-11:
             middle = (low + high) / 2
             low, high = (middle, high) if at(middle) < 0 else (low, middle)
-        if at(high) - at(low) > 1e-3 * wide:  # the slope jumps
+        if at(high) - at(low) > 1e-3 * (above - below):  # the slope jumps
             start[index], free[index] = high if abs(high) < abs(low) else low, False
     return start, free
 

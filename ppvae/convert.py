@@ -8,21 +8,20 @@ from typing import Any
 import arviz_base
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 import xarray as xr
 from pyro import poutine
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae._batches import minibatches, prepared
+from ppvae._batches import draw_runs, minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
-from ppvae.objective import data_plate, draws_plate, is_vectorized, terms, trace_pair
+from ppvae.objective import data_plate, is_vectorized, terms, trace_pair
 from ppvae.sites import latent_nodes, prototype
 
 __all__ = ["from_pyro_svi"]
-
-# Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
-_BUDGET = 4_000_000
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -137,10 +136,9 @@ class _Layout:
         events = _event_dims(node)
         batch = value.shape[: value.dim() - events]
         dims = {f.name: f.dim for f in stack if f.dim is not None}
-        if len(batch) < max(
-            (-d for d in dims.values()), default=0
-        ):  # never broadcast by its plates
-            batch = torch.Size([1] * (max(-d for d in dims.values()) - len(batch))) + batch
+        deepest = max((-dim for dim in dims.values()), default=0)
+        if len(batch) < deepest:  # never broadcast by its plates
+            batch = torch.Size([1] * (deepest - len(batch))) + batch
             value = value.reshape(batch + value.shape[value.dim() - events :])
         first = [dims[n] for n in ("_draws", getattr(self.frame, "name", None)) if n in dims]
         kept = [d for d in range(-len(batch), 0) if d in dims.values() or batch[d] > 1]
@@ -167,16 +165,13 @@ def _draw_batch(
 ) -> Groups:
     """All groups for one minibatch, from as many runs as the draws need."""
     open_model = _Uncondition()(model)
-    widest = 1
+    widest = None
     if vectorized:
         trace = prototype(model, args, {})
         values = [n["value"] for n in trace.nodes.values() if n["type"] == "sample"]
         widest = max(v.numel() for v in values if isinstance(v, Tensor))
-    at_once = max(1, min(num_samples, _BUDGET // widest)) if vectorized else 1
     runs: list[Groups] = []
-    for start in range(0, num_samples, at_once):
-        count = min(at_once, num_samples - start)
-        draws = draws_plate(model, *args, draws=count) if vectorized else None
+    for count, draws in draw_runs(model, args, num_samples, widest):
         traces = trace_pair(model, guide, *args, draws=draws)
         again = _trace(poutine.replay(open_model, trace=traces[1]), args, draws)
         try:
@@ -263,9 +258,9 @@ def _joined(pieces: list[Groups], layout: _Layout) -> Groups:
     return {group: values for group, values in data.items() if values}
 
 
-def _is_shown(node: dict[str, Any]) -> bool:
+def _is_shown(node: Any) -> bool:
     """Whether a sample site is a variable: no subsample and no factor."""
-    return type(node["fn"]).__name__ not in ("_Subsample", "Unit")
+    return not (site_is_subsample(node) or isinstance(node["fn"], dist.Unit))
 
 
 def _event_dims(node: dict[str, Any]) -> int:

@@ -11,15 +11,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ppvae._batches import minibatches, prepared
+from ppvae._batches import draw_runs, minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
-from ppvae.objective import Terms, draws_plate, is_vectorized, terms, trace_pair
+from ppvae.objective import Terms, is_vectorized, terms, trace_pair
 from ppvae.sites import latent_nodes
 
 __all__ = ["evaluate"]
-
-# Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
-_BUDGET = 4_000_000
 
 
 def evaluate(
@@ -119,12 +116,10 @@ def _evaluate_batch(
         [n["value"].numel() for pair in sites.values() for n in pair]
         + [a.numel() for a in args if isinstance(a, Tensor)]
     )
-    at_once = max(1, min(num_samples, _BUDGET // widest)) if vectorized else 1
     weights, distortion, rate, means, first = [], [], [], [], None
     differ = False
-    for start in range(0, num_samples if not point else 2, at_once):
-        count = min(at_once, num_samples - start)
-        draws = draws_plate(model, *args, draws=count) if vectorized else None
+    total = 2 if point else num_samples
+    for count, draws in draw_runs(model, args, total, widest if vectorized else None):
         parts, drawn = _read(model, guide, args, plate, draws)
         size = (count, parts.plate.size)
         log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())

@@ -140,8 +140,8 @@ def fit(
     bar = tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
     with private_modules(), random_state(seed), train_mode(model, guide):
         parameters = parameters_of(model, guide, batches)
-        for some in [batches, held_out] if held_out is not None else [batches]:
-            if check_support:
+        if check_support:
+            for some in filter(None, (batches, held_out)):
                 check_support_of(model, some)
         if held_out is not None:
             mean_loss(model, guide, held_out)  # fails before anything is trained, if it does

@@ -21,8 +21,8 @@ from ppvae.families import Prior
 from ppvae.parts import Part, divide
 from ppvae.plates import Plates
 from ppvae.sites import (
-    Site,
     data_frame,
+    draws_its_rows,
     dtype_of,
     is_real,
     latent_nodes,
@@ -111,13 +111,7 @@ class FamilyGuide(AutoGuide):
         self._plates = Plates(
             frames={frame.name: frame for node in nodes for frame in node["cond_indep_stack"]},
             data=None if data is None else data.name,
-            # a plate that was told its rows has a `_Subsample` without a size
-            drawn=frozenset(
-                name
-                for name, node in named.items()
-                if site_is_subsample(node)
-                and node["fn"].subsample_size not in (None, node["fn"].size)
-            ),
+            drawn=frozenset(name for name, node in named.items() if draws_its_rows(node)),
             sees_all=sees_all,
         )
         if not isinstance(self.family, Prior):
@@ -286,7 +280,7 @@ class FamilyGuide(AutoGuide):
             with ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
-                value = unconstrained = self._shape(piece, site)
+                value = unconstrained = self._plates.shape(piece, site)
                 if not is_real(site.support):
                     value = site.transform(unconstrained)
                     if not isinstance(fn, dist.Delta) and am_i_wrapped():
@@ -296,16 +290,3 @@ class FamilyGuide(AutoGuide):
                 fn_site = dist.Delta(value, event_dim=len(site.event_shape))
                 draws[site.name] = pyro.sample(site.name, fn_site)
         return draws
-
-    def _shape(self, piece: Tensor, site: Site) -> Tensor:
-        """Shapes `(*draws, batch, size)` as `(*draws, *left, batch, *right, *event)`."""
-        batch = piece.shape[:-1]
-        if self._plates.data is None:
-            draws = batch[: max(len(batch) - len(site.right), 0)]
-            return piece.reshape(draws + site.right + site.space)
-        dim = self._plates.frames[self._plates.data].dim
-        at = len(batch) + dim
-        draws, rows = batch[: max(at - len(site.left), 0)], batch[at : at + 1]
-        right = site.right or torch.Size([1] * (-dim - 1))
-        value = piece.reshape(draws + rows + site.left + right + site.space)
-        return value.movedim(len(draws), len(draws) + len(site.left))

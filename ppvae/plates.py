@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.sites import prototype
+from ppvae.sites import Site, prototype
 
 __all__ = ["Plates"]
 
@@ -78,3 +78,16 @@ class Plates(NamedTuple):
         """Puts the batch where the data plate is; `right` keeps out the dims to its right."""
         ones = 0 if right or self.data is None else -self.frames[self.data].dim - 1
         return features.reshape(len(features), *[1] * ones, features.shape[-1])
+
+    def shape(self, piece: Tensor, site: Site) -> Tensor:
+        """Shapes `(*draws, batch, size)` as `(*draws, *left, batch, *right, *event)`."""
+        batch = piece.shape[:-1]
+        if self.data is None:
+            draws = batch[: max(len(batch) - len(site.right), 0)]
+            return piece.reshape(draws + site.right + site.space)
+        dim = self.frames[self.data].dim
+        at = len(batch) + dim
+        draws, rows = batch[: max(at - len(site.left), 0)], batch[at : at + 1]
+        right = site.right or torch.Size([1] * (-dim - 1))
+        value = piece.reshape(draws + rows + site.left + right + site.space)
+        return value.movedim(len(draws), len(draws) + len(site.left))

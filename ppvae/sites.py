@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 __all__ = [
     "Site",
     "data_frame",
+    "draws_its_rows",
     "dtype_of",
     "is_real",
     "latent_nodes",
@@ -66,6 +67,11 @@ class Site(NamedTuple):
 def latent_nodes(trace: Any) -> list[dict[str, Any]]:
     """The latent sample statements of a trace, without those that draw subsamples."""
     return [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+
+
+def draws_its_rows(node: Any) -> bool:
+    """Whether a node is that of a plate that draws a subsample; one told its rows has no size."""
+    return site_is_subsample(node) and node["fn"].subsample_size not in (None, node["fn"].size)
 
 
 def dtype_of(*values: Any) -> torch.dtype:
