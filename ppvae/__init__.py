@@ -6,6 +6,7 @@ from ppvae.evaluate import evaluate
 from ppvae.families import Family
 from ppvae.fit import Fit, fit
 from ppvae.guides import FamilyGuide
+from ppvae.simulate import simulate
 from ppvae.vae import VAE
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "likelihoods",
     "nn",
     "plots",
+    "simulate",
 ]

@@ -12,13 +12,14 @@ import pyro.distributions as dist
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._batches import draw_runs, minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
+from ppvae._replay import run_trace
 from ppvae.objective import data_plate, is_vectorized, terms, trace_pair
+from ppvae.simulate import Uncondition
 from ppvae.sites import latent_nodes, prototype
 
 __all__ = ["from_pyro_svi"]
@@ -152,19 +153,11 @@ class _Layout:
         return value.reshape(shape).cpu().numpy()
 
 
-class _Uncondition(UnconditionMessenger):
-    """Takes the observations off, but leaves deterministic sites what they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
-
-
 def _draw_batch(
     model: Any, guide: Any, args: Any, num_samples: int, layout: _Layout, *, vectorized: bool
 ) -> Groups:
     """All groups for one minibatch, from as many runs as the draws need."""
-    open_model = _Uncondition()(model)
+    open_model = Uncondition()(model)
     widest = None
     if vectorized:
         trace = prototype(model, args, {})
@@ -173,9 +166,9 @@ def _draw_batch(
     runs: list[Groups] = []
     for count, draws in draw_runs(model, args, num_samples, widest):
         traces = trace_pair(model, guide, *args, draws=draws)
-        again = _trace(poutine.replay(open_model, trace=traces[1]), args, draws)
+        again = run_trace(poutine.replay(open_model, trace=traces[1]), args, draws)
         try:
-            prior = _trace(open_model, args, draws)
+            prior = run_trace(open_model, args, draws)
         except NotImplementedError:  # an improper prior has nothing to draw from
             prior = poutine.Trace()
         runs.append(_groups(traces, again, prior, layout, None if draws is None else count))
@@ -191,13 +184,6 @@ def _draw_batch(
         if node["type"] == "sample" and _is_shown(node) and _is_data(node)
     }
     return joined
-
-
-def _trace(program: Any, args: Any, draws: Any) -> Any:
-    if draws is None:
-        return poutine.trace(program).get_trace(*args)
-    with draws:
-        return poutine.trace(program).get_trace(*args)
 
 
 def _groups(traces: Any, again: Any, prior: Any, layout: _Layout, draws: int | None) -> Groups:

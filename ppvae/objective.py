@@ -177,7 +177,7 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
         if exact is not None:
             kl[name] = read(name, node, _masked(exact, node))
     for name, node in guide_trace.nodes.items():
-        if node["type"] == "sample" and _counts(node) and not _is_point(node["fn"]):
+        if node["type"] == "sample" and _counts(node) and not is_point(node["fn"]):
             log_guide[name] = read(name, node, _log_prob(node))
     return Terms(log_likelihood, log_prior, log_guide, kl, frame, frozenset(local), scales)
 
@@ -242,7 +242,7 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     any guide with known entropy, mean and variance has
     `KL = -H(q) + sum log(sigma sqrt(2 pi)) + (var + (mean - mu)^2) / (2 sigma^2)`.
     """
-    if _is_point(guide):
+    if is_point(guide):
         return None
     try:
         return kl_divergence(guide, prior)
@@ -273,7 +273,7 @@ def _counts(node: Any) -> bool:
     return not (site_is_subsample(node) or node["infer"].get("_deterministic", False))
 
 
-def _is_point(fn: Any) -> bool:
+def is_point(fn: Any) -> bool:
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)
