@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae.objective import is_point
+from ppvae._divergence import has_density, is_point
+from ppvae.objective import counts, log_prob, per_datum
 
-__all__ = ["drawn_nodes", "given", "run_trace"]
+__all__ = ["drawn_nodes", "given", "log_density", "run_trace"]
 
 
 def drawn_nodes(trace: Any) -> dict[str, Any]:
@@ -49,3 +51,13 @@ def run_trace(program: Callable[..., Any], args: tuple[Any, ...], draws: Any = N
     """A trace of a program, inside a plate of draws where there is one."""
     with draws if draws is not None else nullcontext():
         return poutine.trace(program).get_trace(*args)
+
+
+def log_density(trace: Any, frame: Any) -> Tensor:
+    """Log q of all latents of a guide's trace, in nats, per datum (and draw) where `frame` says."""
+    total = torch.zeros(())
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and counts(node) and has_density(node, trace):
+            inside = any(f.name == frame.name for f in node["cond_indep_stack"])
+            total = total + per_datum(log_prob(node), node, frame if inside else None)
+    return total

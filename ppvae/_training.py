@@ -35,9 +35,11 @@ class Diverged(ArithmeticError):
 class Stepper:
     """One step of the optimizer, and the way back from a step into nowhere."""
 
-    def __init__(self, model: Any, guide: Any, parameters: list[Tensor], optimizer: Any) -> None:
+    def __init__(
+        self, model: Any, guide: Any, parameters: list[Tensor], optimizer: Any, objective: Any
+    ) -> None:
         self.model, self.guide, self.parameters = model, guide, parameters
-        self.optimizer = optimizer
+        self.optimizer, self.objective = optimizer, objective
         self.good = [p.detach().clone() for p in parameters]
         self.number = 0
 
@@ -46,12 +48,12 @@ class Stepper:
 
         def closure() -> Tensor:
             with unchecked():
-                loss = negative_elbo(self.model, self.guide, *batch, size=size)
+                loss = self._loss(batch, size)
             if not math.isfinite(loss.item()):
                 self._diverged(f"the loss is {loss.item()}", self._blame(batch))
             if self.number == 0:  # once more with the caller's checks, which look at shapes
                 with random_state(None, keep=True), torch.no_grad():
-                    negative_elbo(self.model, self.guide, *batch, size=size)
+                    self._loss(batch, size)
             if self.optimizer is not None and loss.requires_grad:
                 with torch.no_grad():
                     torch._foreach_copy_(self.good, self.parameters)
@@ -62,6 +64,9 @@ class Stepper:
         loss = closure() if self.optimizer is None else self.optimizer.step(closure)
         self.number += 1
         return loss.item()
+
+    def _loss(self, batch: tuple[Tensor, ...], size: int) -> Tensor:
+        return self.objective(self.model, self.guide, *batch, size=size, step=self.number)
 
     def check(self) -> None:
         """Raises if the last step led out of the finite numbers."""
@@ -165,7 +170,7 @@ def check_support_of(model: Any, batches: Batches) -> None:
 
 
 def mean_loss(model: Any, guide: Any, batches: Batches) -> float:
-    """The loss on held-out data, with the same random numbers every time."""
+    """The negative ELBO of held-out data, with the same random numbers every time."""
     batches.to(next(iter(_devices(model, guide)), batches.device))
     total = count = 0.0
     with torch.no_grad(), random_state(0), eval_mode(model, guide), unchecked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ppvae._training import (
     restore,
     undone_by_errors,
 )
+from ppvae.objectives import ELBO
 
 __all__ = ["Diverged", "Fit", "fit"]
 
@@ -33,13 +35,15 @@ class Fit(NamedTuple):
     """What a training run has to tell; losses are in nats per datum.
 
     Attributes:
-        losses: negative ELBO of each epoch, averaged over its data while they were trained on.
+        losses: values of the objective in each epoch, averaged over its data while they were
+            trained on: the negative ELBO, if no other was asked for.
         validation_losses: negative ELBO on the validation data after each epoch; empty without.
         seconds: time in the loop.
         num_steps: steps of the optimizer.
         best_epoch: the epoch, from 0, whose parameters were kept: the last one, or with early
             stopping the one with the lowest validation loss.
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
+        objective: what was minimised, such as `objectives.ELBO()`.
     """
 
     losses: list[float]
@@ -48,6 +52,7 @@ class Fit(NamedTuple):
     num_steps: int
     best_epoch: int
     method: str
+    objective: Callable[..., Tensor]
 
     @property
     def history(self) -> dict[str, list[Any]]:
@@ -70,13 +75,14 @@ def fit(
     batch_size: int | None = None,
     learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    objective: Callable[..., Tensor] | None = None,
     seed: int | None = None,
     validation: Any = None,
     patience: int | None = None,
     check_support: bool = False,
     progress: bool | str = True,
 ) -> Fit:
-    """Trains the parameters of a model and its guide on the negative ELBO.
+    """Trains the parameters of a model and its guide on the negative ELBO, or another objective.
 
     Works on any Pyro model and guide whose draws are reparametrized. The modules are trained in
     training mode and left in the mode they had. Pyro's own checks run on the first step only.
@@ -97,6 +103,11 @@ def fit(
             is vectorized (as `LinearRegression`), all latents are global, there are at most 500
             parameters, and a batch is all the data: it reaches the optimum to many digits. A flow
             has more; standardise its columns, and compare it with `full_rank`.
+        objective: the loss, `objectives.ELBO(beta=4.0)` for one; by default `objectives.ELBO()`.
+            Called as `objective(model, guide, *batch, size=N, step=s)`, with the number of data in
+            all and the number of steps before this one; returns a scalar in nats per datum.
+            With any but the default, `losses` are its values, and not those of the negative ELBO;
+            `validation_losses`, and with them `patience`, stay the plain negative ELBO.
         seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream.
         validation: data of the same kind, evaluated after each epoch.
         patience: stop after this many epochs without a lower validation loss, and go back to the
@@ -134,6 +145,9 @@ def fit(
         raise ValueError(f"patience: expected at least 1 and `validation` data, got {patience}")
     if optimizer is not None and not callable(optimizer):
         raise TypeError(f"optimizer: expected a class or function, got {type(optimizer).__name__}")
+    if objective is not None and (not callable(objective) or inspect.isclass(objective)):
+        raise TypeError(f"objective: expected a function, such as ELBO(), got {objective!r}")
+    objective = ELBO() if objective is None else objective
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     label = progress if isinstance(progress, str) else "fit"
@@ -145,13 +159,14 @@ def fit(
                 check_support_of(model, some)
         if held_out is not None:
             mean_loss(model, guide, held_out)  # fails before anything is trained, if it does
-        if optimizer is None and batches.whole and held_out is None:
+        plain = isinstance(objective, ELBO) and objective == ELBO()
+        if optimizer is None and plain and batches.whole and held_out is None:
             (batch,) = batches
             draws = draws_needed(model, guide, batch, parameters)
             if draws:
                 return _fit_at_once(model, guide, batch, parameters, num_epochs, draws, seed, bar)
         moved = (optimizer or adam)(parameters, lr=learning_rate) if parameters else None
-        stepper = Stepper(model, guide, parameters, moved)
+        stepper = Stepper(model, guide, parameters, moved, objective)
         with undone_by_errors(parameters):
             return _fit_in_steps(stepper, batches, held_out, patience, bar)
 
@@ -191,7 +206,8 @@ def _fit_in_steps(
         restore(stepper.parameters, best[2])
         kept = best[1]
     seconds = time.perf_counter() - start
-    return Fit(losses, validation_losses, seconds, stepper.number, kept, "stochastic gradient")
+    number, goal = stepper.number, stepper.objective
+    return Fit(losses, validation_losses, seconds, number, kept, "stochastic gradient", goal)
 
 
 def _fit_at_once(
@@ -215,4 +231,4 @@ def _fit_at_once(
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()
     seconds = time.perf_counter() - start
-    return Fit(losses, [], seconds, len(losses), len(losses) - 1, "L-BFGS")
+    return Fit(losses, [], seconds, len(losses), len(losses) - 1, "L-BFGS", ELBO())

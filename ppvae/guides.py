@@ -46,7 +46,8 @@ class FamilyGuide(AutoGuide):
     Pyro's `AutoDelta`; its objective is a penalised log-likelihood and no bound.
 
     The parameters are made by the first call, or explicitly by `setup(*args)`, or by
-    `load_state_dict`; and at once, if the model offers `example()`, as `VAE` does.
+    `load_state_dict`; and at once, where there is an encoder and the model offers `example()`, as
+    `VAE` does.
 
     Args:
         model: any Pyro model with latent sites; the guide takes the same arguments.
@@ -86,7 +87,7 @@ class FamilyGuide(AutoGuide):
         self._parts: list[Part] = []
         self._is_set_up = False
         self._plates = Plates({}, None, frozenset(), sees_all=True)
-        if hasattr(model, "example"):
+        if encoder is not None and hasattr(model, "example"):  # else each datum has its own
             self.setup(*model.example())
 
     def setup(self, *args: Any, **kwargs: Any) -> FamilyGuide:
@@ -288,5 +289,6 @@ class FamilyGuide(AutoGuide):
                         slope = site.transform.log_abs_det_jacobian(unconstrained, value)
                         pyro.factor(f"{name}_{site.name}_log_det", -slope, has_rsample=True)
                 fn_site = dist.Delta(value, event_dim=len(site.event_shape))
-                draws[site.name] = pyro.sample(site.name, fn_site)
+                infer: Any = {"is_piece": True}
+                draws[site.name] = pyro.sample(site.name, fn_site, infer=infer)
         return draws

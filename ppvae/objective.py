@@ -12,20 +12,23 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
 
+from ppvae._divergence import closed_kl, has_density, is_point
 from ppvae.sites import latent_nodes, prototype
 
 __all__ = [
     "Terms",
+    "check_reparametrized",
     "closed_kl",
+    "common_scale",
     "data_plate",
+    "data_size",
     "draws_plate",
+    "is_point",
     "is_vectorized",
     "loss_of",
     "negative_elbo",
@@ -46,7 +49,8 @@ class Terms(NamedTuple):
         kl: latent site -> KL(q(z) || p(z)), where it has a closed form.
         plate: the frame of the data plate; None if the model has none.
         local: names of the sites inside the data plate.
-        scales: site -> what a `poutine.scale` around it says, without the subsampling.
+        scales: site -> what a `poutine.scale` around it says, without the subsampling; the model's
+            word counts for its latents, and for a joint draw of latents that are all scaled alike.
     """
 
     log_likelihood: dict[str, Tensor]
@@ -136,7 +140,7 @@ def data_plate(trace: Any, plate: str | None = None) -> Any:
     """
     frames: dict[str, Any] = {}
     for node in trace.nodes.values():
-        if node["type"] == "sample" and node["is_observed"] and _counts(node):
+        if node["type"] == "sample" and node["is_observed"] and counts(node):
             for frame in node["cond_indep_stack"]:
                 if frame.dim is not None and frame.name != "_draws":
                     frames.setdefault(frame.name, frame)
@@ -155,7 +159,8 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
         plate: name of the data plate, see `data_plate`.
     """
     frame = data_plate(model_trace, plate)
-    log_likelihood, log_prior, log_guide, kl, scales = {}, {}, {}, {}, {}
+    log_likelihood, log_prior, log_guide, kl = {}, {}, {}, {}
+    scales: dict[str, Any] = {}
     local = set()
 
     def read(name: str, node: dict[str, Any], value: Tensor) -> Tensor:
@@ -163,23 +168,40 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
         if inside:
             local.add(name)
         thinned = frame.full_size / frame.size if inside and frame.full_size else 1.0
-        scales[name] = node["scale"] / thinned
-        return _per_datum(value, node, frame if inside else None)
+        scales.setdefault(name, node["scale"] / thinned)
+        return per_datum(value, node, frame if inside else None)
 
     for name, node in model_trace.nodes.items():
-        if node["type"] != "sample" or not _counts(node):
+        if node["type"] != "sample" or not counts(node):
             continue
         if node["is_observed"]:
-            log_likelihood[name] = read(name, node, _log_prob(node))
+            log_likelihood[name] = read(name, node, log_prob(node))
             continue
-        log_prior[name] = read(name, node, _log_prob(node))
+        log_prior[name] = read(name, node, log_prob(node))
         exact = closed_kl(guide_trace.nodes[name]["fn"], node["fn"])
         if exact is not None:
             kl[name] = read(name, node, _masked(exact, node))
     for name, node in guide_trace.nodes.items():
-        if node["type"] == "sample" and _counts(node) and not is_point(node["fn"]):
-            log_guide[name] = read(name, node, _log_prob(node))
+        if node["type"] == "sample" and counts(node) and has_density(node, guide_trace):
+            own = name in log_prior  # and not auxiliary: what the model masks counts nothing here
+            value = log_prob(node)
+            value = _masked(value, model_trace.nodes[name]) if own else value
+            log_guide[name] = read(name, node, value)
+    pieces = common_scale([scales[name] for name in log_prior if name not in log_guide])
+    if pieces is not None:
+        scales |= {name: pieces for name in log_guide if name not in log_prior}
     return Terms(log_likelihood, log_prior, log_guide, kl, frame, frozenset(local), scales)
+
+
+def common_scale(scales: list[Any]) -> Any:
+    """The one scale, a number or tensor, that all of some scales are; None if there is none."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return a is b or bool(torch.as_tensor(a == b).all())
+        return math.isclose(a, b)  # the order of multiplying may differ
+
+    return scales[0] if scales and all(same(scales[0], other) for other in scales[1:]) else None
 
 
 def negative_elbo(
@@ -210,6 +232,12 @@ def negative_elbo(
     """
     model_trace, guide_trace = trace_pair(model, guide, *args)
     parts = terms(model_trace, guide_trace, plate)
+    check_reparametrized(parts, guide_trace)
+    return loss_of(parts, size)
+
+
+def check_reparametrized(parts: Terms, guide_trace: Any) -> None:
+    """Raises a ValueError if the guide has parameters that no gradient reaches through a draw."""
     for name, value in parts.log_guide.items():
         fn = guide_trace.nodes[name]["fn"]
         if value.requires_grad and not fn.has_rsample:
@@ -217,13 +245,11 @@ def negative_elbo(
                 f"guide: expected reparametrized draws; {name!r} is drawn from {fn}, for which "
                 "pyro.infer.SVI with TraceGraph_ELBO can train this guide"
             )
-    return loss_of(parts, size)
 
 
 def loss_of(parts: Terms, size: int | None = None) -> Tensor:
     """The negative ELBO in nats per datum of terms that were read."""
-    frame = parts.plate
-    size = size or (1 if frame is None else frame.full_size or frame.size)
+    size = data_size(parts, size)
     signed = [(name, -value) for name, value in parts.log_likelihood.items()]
     signed += [(name, value) for name, value in parts.kl.items()]
     signed += [(name, -v) for name, v in parts.log_prior.items() if name not in parts.kl]
@@ -235,32 +261,9 @@ def loss_of(parts: Terms, size: int | None = None) -> Tensor:
     return loss
 
 
-def closed_kl(guide: Any, prior: Any) -> Tensor | None:
-    r"""KL(guide || prior) where it has a closed form, else None.
-
-    Besides the pairs that PyTorch and Pyro know: to a Gaussian prior with independent coordinates
-    any guide with known entropy, mean and variance has
-    `KL = -H(q) + sum log(sigma sqrt(2 pi)) + (var + (mean - mu)^2) / (2 sigma^2)`.
-    """
-    if is_point(guide):
-        return None
-    try:
-        return kl_divergence(guide, prior)
-    except NotImplementedError:
-        pass
-    normal, depth = prior, 0
-    while isinstance(normal, torch.distributions.Independent):
-        depth += normal.reinterpreted_batch_ndims
-        normal = normal.base_dist
-    if not isinstance(normal, torch.distributions.Normal):
-        return None
-    try:
-        entropy = guide.entropy()
-        second = (guide.variance + (guide.mean - normal.loc) ** 2) / (2 * normal.scale**2)
-    except NotImplementedError:
-        return None
-    cross = second + normal.scale.log() + 0.5 * math.log(2 * math.pi)
-    return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
+def data_size(parts: Terms, size: int | None) -> int:
+    """Number of data in all: as told, or by the data plate."""
+    return size or (1 if parts.plate is None else parts.plate.full_size or parts.plate.size)
 
 
 def is_vectorized(model: Any) -> bool:
@@ -268,18 +271,12 @@ def is_vectorized(model: Any) -> bool:
     return bool(getattr(model, "vectorized", False))
 
 
-def _counts(node: Any) -> bool:
+def counts(node: Any) -> bool:
     """Whether a sample statement carries a density: no subsampling, nothing deterministic."""
     return not (site_is_subsample(node) or node["infer"].get("_deterministic", False))
 
 
-def is_point(fn: Any) -> bool:
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
-
-
-def _log_prob(node: dict[str, Any]) -> Tensor:
+def log_prob(node: dict[str, Any]) -> Tensor:
     return _masked(node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]), node)
 
 
@@ -290,7 +287,7 @@ def _masked(value: Tensor, node: dict[str, Any]) -> Tensor:
     return torch.where(torch.as_tensor(mask, device=value.device), value, torch.zeros_like(value))
 
 
-def _per_datum(value: Tensor, node: dict[str, Any], frame: Any) -> Tensor:
+def per_datum(value: Tensor, node: dict[str, Any], frame: Any) -> Tensor:
     """Sums over all plates but those of the data and of the draws."""
     keep = {f.dim for f in node["cond_indep_stack"] if f.name == "_draws"}
     if frame is not None:

@@ -7,8 +7,9 @@ import torch
 from cases import CASES, FAMILIES, cases
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from ppvae import FamilyGuide, families
+from ppvae import VAE, FamilyGuide, families, likelihoods
 from ppvae._context import private_modules
 from ppvae.nn import mlp
 from ppvae.objective import closed_kl, data_plate, negative_elbo, terms, trace_pair
@@ -177,3 +178,31 @@ def test_draws_without_reparametrization_are_refused():
     guide = FamilyGuide(model, Family(dist.Bernoulli), mlp(3, 4)).setup(x)
     with private_modules(), pytest.raises(ValueError, match="'k' is drawn from Bernoulli"):
         negative_elbo(model, guide, x)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_the_log_determinants_of_pyros_autoguides_count(kind, plain_pyro):
+    """They stand in the `log_density` of a `Delta` on each constrained site."""
+
+    def model(x):
+        w = pyro.sample("w", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w.sum(), s), obs=x)
+
+    x = torch.randn(5)
+    guide = kind(model)
+    guide(x)
+    model_trace, guide_trace = trace_pair(model, guide, x)
+    parts = terms(model_trace, guide_trace)
+    assert sum(v.sum() for v in parts.log_guide.values()).item() == pytest.approx(
+        guide_trace.log_prob_sum().item(), rel=1e-12
+    )
+
+
+def test_a_guide_without_an_encoder_has_parameters_for_each_datum(plain_pyro):
+    model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(1.0))
+    x = torch.randn(5, 3)
+    guide = FamilyGuide(model, families.mean_scale)
+    assert guide(x)["z"].shape == (5, 2)
+    assert guide.heads["z"].loc.raw.numel() == 10

@@ -1,0 +1,75 @@
+"""The divergence of a guide from a prior, where it has a closed form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+__all__ = ["by_coordinate", "closed_kl", "has_density", "is_point"]
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a point, which has no density."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def has_density(node: Any, trace: Any) -> bool:
+    """Whether a site of a guide has a density, which a point has not.
+
+    The points of Pyro's autoguides carry one: the log-determinant of the map that leads there from
+    an auxiliary draw. Those of a `FamilyGuide` say that they are mere pieces of one.
+    """
+    if not is_point(node["fn"]):
+        return True
+    hidden = any(
+        node["infer"].get("is_auxiliary") and not (node["is_observed"] or is_point(node["fn"]))
+        for node in trace.nodes.values()
+        if node["type"] == "sample"
+    )
+    return hidden and not node["infer"].get("is_piece")
+
+
+def by_coordinate(guide: Any, prior: Any) -> tuple[Any, Any] | None:
+    """Both distributions as those of single coordinates, so that the divergence splits, or None."""
+    fns = []
+    for fn in (guide, prior):
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        fns.append(fn)
+    whole = len(guide.event_shape) == len(prior.event_shape)
+    return None if any(fn.event_shape for fn in fns) or not whole else (fns[0], fns[1])
+
+
+def closed_kl(guide: Any, prior: Any) -> Tensor | None:
+    r"""KL(guide || prior) where it has a closed form, else None.
+
+    Besides the pairs that PyTorch and Pyro know: to a Gaussian prior with independent coordinates
+    any guide with known entropy, mean and variance has
+    `KL = -H(q) + sum log(sigma sqrt(2 pi)) + (var + (mean - mu)^2) / (2 sigma^2)`.
+    """
+    if is_point(guide):
+        return None
+    try:
+        return kl_divergence(guide, prior)
+    except NotImplementedError:
+        pass
+    normal, depth = prior, 0
+    while isinstance(normal, torch.distributions.Independent):
+        depth += normal.reinterpreted_batch_ndims
+        normal = normal.base_dist
+    if not isinstance(normal, torch.distributions.Normal):
+        return None
+    try:
+        entropy = guide.entropy()
+        second = (guide.variance + (guide.mean - normal.loc) ** 2) / (2 * normal.scale**2)
+    except NotImplementedError:
+        return None
+    cross = second + normal.scale.log() + 0.5 * math.log(2 * math.pi)
+    return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
