@@ -16,7 +16,7 @@ from ppvae.sites import draws_its_rows, prototype
 __all__ = ["Batches", "as_tensors", "draw_runs", "length_of", "minibatches", "prepared"]
 
 # Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
-_BUDGET = 4_000_000
+BUDGET = 4_000_000
 
 
 class Batches:
@@ -152,7 +152,7 @@ def draw_runs(
     `widest` is the size of the largest tensor for one draw; None asks for single draws without a
     plate, for models that are not vectorized.
     """
-    at_once = 1 if widest is None else max(1, min(draws, _BUDGET // widest))
+    at_once = 1 if widest is None else max(1, min(draws, BUDGET // widest))
     for start in range(0, draws, at_once):
         count = min(at_once, draws - start)
         yield count, None if widest is None else draws_plate(model, *args, draws=count)

@@ -38,6 +38,7 @@ def from_pyro_svi(
     vectorized: bool | None = None,
     seed: int | None = None,
     plate: str | None = None,
+    evaluation: xr.Dataset | None = None,
 ) -> xr.DataTree:
     r"""Draws from a fitted guide and lays out what ArviZ works with.
 
@@ -52,7 +53,8 @@ def from_pyro_svi(
       (there is no `log_q` for a point guide, which has no density);
     - `prior` and `prior_predictive`: draws of the model alone, its observations taken off (left
       out where a prior is improper);
-    - `observed_data`, without the two dims.
+    - `observed_data`, without the two dims;
+    - `evaluation`, without the two dims: the result of `evaluate`, if it is given.
 
     The data plate is the dim `datum`, and the coordinates of a single latent vector `latent`.
     Local latents are drawn in minibatches. Nothing is trained or changed.
@@ -69,6 +71,7 @@ def from_pyro_svi(
             leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.
         plate: name of the data plate; by default `data`, or else the outermost one.
+        evaluation: what `evaluate` found, to join the tree; of any data.
 
     Returns:
         A tree in ArviZ's schema; on arviz 0.x, `arviz.from_datatree` gives `InferenceData`.
@@ -93,7 +96,10 @@ def from_pyro_svi(
     data = _joined(pieces, layout)
     names = {**layout.dims, **{key: list(value) for key, value in (dims or {}).items()}}
     attrs = {"/": {"inference_library": "pyro-ppl", "inference_library_version": pyro.__version__}}
-    return arviz_base.from_dict(data, coords=dict(coords or {}), dims=names, attrs=attrs)
+    tree = arviz_base.from_dict(data, coords=dict(coords or {}), dims=names, attrs=attrs)
+    if evaluation is not None:
+        tree["evaluation"] = xr.DataTree(evaluation)
+    return tree
 
 
 class _Layout:

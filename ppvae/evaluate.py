@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
+from arviz_stats.base import array_stats
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ppvae._batches import draw_runs, minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
-from ppvae.objective import Terms, is_vectorized, terms, trace_pair
+from ppvae._coordinates import Coordinates, Directions
+from ppvae.information import Draws, Information, cap, draws_needed, draws_of, information
+from ppvae.objective import Terms, draws_plate, is_vectorized, terms, trace_pair
 from ppvae.sites import latent_nodes
 
 __all__ = ["evaluate"]
+
+_FEWEST = 25  # draws, below which the tail has too few for a Pareto fit
 
 
 def evaluate(
@@ -28,20 +35,37 @@ def evaluate(
     vectorized: bool | None = None,
     seed: int | None = 0,
     plate: str | None = None,
+    progress: bool = True,
 ) -> xr.Dataset:
     r"""Measures a guide with local latents on data, without touching a weight or a buffer.
 
-    Per datum (dim `datum`), in nats: `distortion` -E log p(x|z); `rate` KL(q(z|x) || p(z));
-    `objective` -(distortion + rate); `elbo`, the same where it is a bound; `log_likelihood`
-    log p(x), from below, as the log of the mean importance weight over all draws; `ess`, the
-    effective number of those draws. For a point guide (`deterministic`) the rate is the penalty
-    -log p(z) and the objective a penalised log-likelihood: no bound, so `elbo` and
-    `log_likelihood` are NaN. Per coordinate (dim `latent`), for a model with one latent site that
-    is a vector: `mean_variance`, the variance over the data of the mean of q, and `active`, whether
-    it is above 0.01; `kl`, where it splits over coordinates.
+    `ppvae.summary` makes a table of the result, with standard errors, and `ppvae.reading` says in
+    words what it means. All values are in nats.
+
+    Per datum (dim `datum`): `distortion` -E log p(x|z); `rate` KL(q(z|x) || p(z)); `objective`
+    -(distortion + rate); `elbo`, the same where it is a bound; `log_likelihood` log p(x), from
+    below, as the log of the mean importance weight over all draws; `ess`, the effective number of
+    those draws; `khat`, the Pareto shape of the weights' tail: above 0.7 neither `log_likelihood`
+    nor `ess` can be trusted (0 where all weights are equal; NaN with fewer than 25 draws). `terms`
+    (dims `datum`, `site`) splits the objective: log p(x|z) of an observed site, -KL of a latent
+    one; where a joint draw gives several latents, log p(z) of each, and `guide` is -log q of all.
+
+    For a point guide (`deterministic`) the rate is the penalty -log p(z) and the objective a
+    penalised log-likelihood: no bound, so `elbo` and what needs a density are NaN.
+
+    Per coordinate of the latents (dim `latent`): `mean_variance`, the variance over the data of the
+    mean of q, with its standard error `mean_variance_se`; `active`, whether it is above 0.01; `kl`,
+    NaN where it does not split over coordinates.
+
+    In total: `mutual_information` I(x;z) under the distribution of these data, at most log N;
+    `aggregate_kl` KL(q(z) || p(z)) of the aggregate posterior, what is left of the mean rate; and
+    the standard errors `mutual_information_se`, `aggregate_kl_se`.
 
     Attributes of the result: `bound`, whether the objective is one; `stochastic`, whether two
-    encodings of the same data differ; `num_samples`.
+    encodings of the same data differ; `num_samples`; `family`, `channels` and `cap` (the most that
+    one latent of the family can carry, in nats) for a `FamilyGuide`; for a Gaussian likelihood
+    `noise_variance` and `directions`, how many principal directions of the data are worth 0.05 nats
+    or more to a linear decoder with that noise.
 
     Args:
         model: a Pyro model.
@@ -53,41 +77,161 @@ def evaluate(
             leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.
         plate: name of the data plate; by default `data`, or else the outermost one.
+        progress: show a progress bar if it takes more than some seconds.
 
     Returns:
-        The measures, with dims `datum` and `latent`.
+        The measures, with dims `datum`, `site` and `latent`.
 
     Raises:
         ValueError: the data are not finite, an argument is out of its range, or some latent site is
             outside the data plate.
 
-    Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2016 (log p(x), active units).
+    Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2016 (log p(x), active units);
+    Vehtari et al., Pareto smoothed importance sampling, 2024; Yao et al., Yes, but did it work?,
+    2018 (k-hat of a guide); Hoffman and Johnson, ELBO surgery, 2016.
     """
     if num_samples < 2 or batch_size < 1:
         raise ValueError(
             f"num_samples, batch_size: expected at least 2 and 1, got {num_samples}, {batch_size}"
         )
     args = prepared(args)
-    if vectorized is None:
-        vectorized = is_vectorized(model)
+    vectorized = is_vectorized(model) if vectorized is None else vectorized
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
-            parts = _read(model, guide, args, plate)[0]
+            pair = _Pair(model, guide, plate, vectorized)
+            parts = pair.run(args)[0]
             _check_local(parts)
-            batches = [
-                _evaluate_batch(model, guide, batch, num_samples, plate, vectorized=vectorized)
-                for batch in minibatches(model, guide, args, parts.plate, batch_size, plate)
-            ]
-    return _dataset(batches, num_samples)
+            batches = minibatches(model, guide, args, parts.plate, batch_size, plate)
+            few = draws_needed(parts.plate.size) if pair.channels != () else 1
+            bar = tqdm(batches, "evaluate", disable=not progress, delay=3.0, unit="batch")
+            directions = Directions()
+            found = [_Batch(pair, batch, num_samples, few, directions) for batch in bar]
+            told = _told(pair, batches, found)
+    dataset = _dataset(found, told)
+    family = getattr(guide, "family", None)
+    dataset.attrs |= {"num_samples": num_samples, **directions.found()}
+    if family is not None:
+        channels = ", ".join(family.channels) or "none"
+        dataset.attrs |= {"family": family.name, "channels": channels, "cap": cap(family)}
+    return dataset
 
 
-def _read(
-    model: Any, guide: Any, args: tuple[Any, ...], plate: str | None, draws: Any = None
-) -> tuple[Terms, dict[str, Any]]:
-    model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
-    parts = terms(model_trace, guide_trace, plate)
-    sites = {n["name"]: (guide_trace.nodes[n["name"]], n) for n in latent_nodes(model_trace)}
-    return parts, sites
+class _Pair(NamedTuple):
+    """A model and its guide, and how to run them."""
+
+    model: Any
+    guide: Any
+    plate: str | None
+    vectorized: bool
+
+    def run(self, args: tuple[Any, ...], draws: Any = None) -> tuple[Terms, Any, Any]:
+        """The terms, the model's trace and the guide's."""
+        traces = trace_pair(self.model, self.guide, *args, draws=draws)
+        return terms(*traces, self.plate), *traces
+
+    @property
+    def channels(self) -> tuple[str, ...] | None:
+        """The channels of a family's guide; None for another guide."""
+        return getattr(getattr(self.guide, "family", None), "channels", None)
+
+
+class _Batch:
+    """The measures of one minibatch.
+
+    Attributes:
+        data: name -> array of shape `(batch,)`.
+        terms: site -> its part of the objective, `(batch,)`.
+        coordinates: what `Coordinates.arrays` gives, and `names` their labels.
+        draws: a few draws per datum, with their densities; None for a point.
+        frame: the data plate.
+        differ: whether two draws differ.
+    """
+
+    def __init__(
+        self,
+        pair: _Pair,
+        args: tuple[Any, ...],
+        num_samples: int,
+        few: int,
+        directions: Directions,
+    ) -> None:
+        runs = [pair.run(args) for _ in range(few)]
+        parts, model_trace, guide_trace = runs[0]
+        directions.add(model_trace, parts.plate)
+        self.frame, point = parts.plate, not parts.log_guide
+        read = [(run[0], run[2]) for run in runs]
+        self.draws: Draws | None = None if point else draws_of(read)
+        nodes = latent_nodes(model_trace) + latent_nodes(guide_trace)
+        widest = max(
+            [n["value"].numel() for n in nodes] + [a.numel() for a in args if isinstance(a, Tensor)]
+        )
+        coordinates = Coordinates(model_trace, guide_trace, self.frame)
+        total = 2 if point else num_samples
+        weights: list[Tensor] = []
+        sums: dict[str, Any] = {}
+        at_once = widest if pair.vectorized else None
+        for count, draws in draw_runs(pair.model, args, total, at_once):
+            parts, _, trace = pair.run(args, draws)
+            size = (count, parts.plate.size)
+            log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())
+            log_q = sum(parts.log_guide.values(), start=torch.zeros(()))
+            weights.append((log_p - log_q).expand(size).double())
+            for name, value in _by_site(parts).items():
+                sums[name] = sums.get(name, 0) + value.expand(size).double().sum(0)
+            coordinates.add(trace, None if draws is None else draws.dim)
+        log_w = torch.cat(weights)
+        self.terms = {name: (value / total).cpu().numpy() for name, value in sums.items()}
+        self.names, self.differ = coordinates.names, coordinates.differ
+        self.coordinates = coordinates.arrays()
+        log_likelihood = log_w.logsumexp(0) - math.log(total)
+        self.data = {
+            "distortion": -sum(self.terms[name] for name in parts.log_likelihood),
+            "rate": -sum(v for k, v in self.terms.items() if k not in parts.log_likelihood),
+            "log_likelihood": log_likelihood.cpu().numpy(),
+            "ess": (1 / torch.softmax(log_w, 0).square().sum(0)).cpu().numpy(),
+            "khat": khat(log_w.T.cpu().numpy()),
+        }
+        self.data["objective"] = -(self.data["distortion"] + self.data["rate"])
+        self.data["elbo"] = self.data["objective"]
+        if point:
+            nothing = np.full(len(log_likelihood), math.nan)
+            self.data |= dict.fromkeys(("log_likelihood", "ess", "khat", "elbo"), nothing)
+
+
+def khat(log_weights: np.ndarray) -> np.ndarray:
+    """Pareto shape of the upper tail of importance weights of shape `(data, draws)`, per datum.
+
+    It is 0 where the weights are equal up to rounding, and NaN with fewer than 25 draws.
+    """
+    result = np.full(len(log_weights), math.nan)
+    finite = np.isfinite(log_weights).all(1)
+    spread = np.where(finite, np.ptp(np.where(finite[:, None], log_weights, 0.0), axis=1), 1.0)
+    equal = finite & (spread < 1e-5 * (1 + abs(log_weights[:, 0])))
+    result[equal] = 0.0
+    rest = finite & ~equal
+    if log_weights.shape[1] >= _FEWEST and rest.any():
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            for row in np.flatnonzero(rest):
+                try:
+                    result[row] = array_stats.psislw(-log_weights[row])[1]
+                except ValueError:  # all values in the tail are the same
+                    result[row] = 0.0
+    return result
+
+
+def _by_site(parts: Terms) -> dict[str, Tensor]:
+    """The parts of the objective; those of joint draws, which are of no one site, as `guide`."""
+    found = dict(parts.log_likelihood)
+    for name, value in parts.log_prior.items():
+        if name in parts.kl:
+            found[name] = -parts.kl[name]
+        else:
+            found[name] = value - parts.log_guide.get(name, torch.zeros(()))
+    joint = [value for name, value in parts.log_guide.items() if name not in parts.log_prior]
+    if joint:
+        found["guide"] = -sum(joint, start=torch.zeros(()))
+    return found
 
 
 def _check_local(parts: Terms) -> None:
@@ -99,89 +243,44 @@ def _check_local(parts: Terms) -> None:
             f"model: expected all sites in the plate {parts.plate.name!r}; outside: "
             f"{sorted(outside)}"
         )
+    joint = set(parts.log_guide) - parts.local
+    if joint:
+        raise ValueError(
+            f"guide: expected draws per datum, in the plate {parts.plate.name!r}; {sorted(joint)} "
+            "are of all data at once (a joint family without an encoder?)"
+        )
 
 
-def _evaluate_batch(
-    model: Any,
-    guide: Any,
-    args: tuple[Any, ...],
-    num_samples: int,
-    plate: str | None,
-    *,
-    vectorized: bool,
-) -> dict[str, np.ndarray]:
-    parts, sites = _read(model, guide, args, plate)
-    point = not parts.log_guide
-    widest = max(
-        [n["value"].numel() for pair in sites.values() for n in pair]
-        + [a.numel() for a in args if isinstance(a, Tensor)]
-    )
-    weights, distortion, rate, means, first = [], [], [], [], None
-    differ = False
-    total = 2 if point else num_samples
-    for count, draws in draw_runs(model, args, total, widest if vectorized else None):
-        parts, drawn = _read(model, guide, args, plate, draws)
-        size = (count, parts.plate.size)
-        log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())
-        log_q = sum(parts.log_guide.values(), start=torch.zeros(()))
-        weights.append((log_p - log_q).expand(size))
-        distortion.append(parts.distortion.expand(size))
-        rate.append(parts.rate.expand(size))
-        if len(drawn) == 1:
-            ((node, _),) = drawn.values()
-            value = node["value"]
-            values = value.expand((count, *value.shape)) if draws is None else value
-            first = values[0] if first is None else first
-            differ = differ or bool((values != first).any())
-            means.append(values.sum(0))
-    log_w = torch.cat(weights)
-    found = {
-        "distortion": torch.cat(distortion).mean(0),
-        "rate": torch.cat(rate).mean(0),
-        "log_likelihood": log_w.logsumexp(0) - math.log(len(log_w)),
-        "ess": 1 / torch.softmax(log_w, 0).square().sum(0),
-    }
-    if point:
-        found["log_likelihood"] = found["ess"] = torch.full_like(found["rate"], math.nan)
-    if len(sites) == 1 and means:
-        ((node, prior),) = sites.values()
-        if node["value"].dim() == 2:
-            found |= _coordinates(node["fn"], prior["fn"], sum(means) / len(log_w))
-    result = {name: value.double().cpu().numpy() for name, value in found.items()}
-    result["differ"], result["point"] = np.array(differ), np.array(point)
-    return result
+def _told(pair: _Pair, batches: list[Any], found: list[_Batch]) -> Information | None:
+    """What the latents tell of the data; None for a point, whose density there is not."""
+    draws = [batch.draws for batch in found if batch.draws is not None]
+    if not draws:
+        return None
+    rate = np.concatenate([batch.data["rate"] for batch in found])
+    # a family with channels never runs its model; one without runs it, decoder and all
+    inside = pair.vectorized or pair.channels
+    dim = draws_plate(pair.model, *batches[0], draws=2).dim if inside else None
+    few = dim is None or pair.channels == ()
+    return information(pair.guide, batches, draws, rate, found[0].frame, dim, few=few)
 
 
-def _coordinates(guide: Any, prior: Any, mean_of_draws: Tensor) -> dict[str, Tensor]:
-    """Measures of shape `(batch, latent)`: the mean of q, and the KL where it splits."""
-    found = {}
-    try:
-        found["mean"] = guide.mean.expand(mean_of_draws.shape)
-    except NotImplementedError:
-        found["mean"] = mean_of_draws
-    independent = torch.distributions.Independent
-    if isinstance(guide, independent) and isinstance(prior, independent):
-        try:
-            kl = torch.distributions.kl_divergence(guide.base_dist, prior.base_dist)
-            found["kl"] = kl.expand(mean_of_draws.shape)
-        except NotImplementedError:
-            pass
-    return found
+def _dataset(found: list[_Batch], told: Information | None) -> xr.Dataset:
+    def joined(part: str) -> dict[str, np.ndarray]:
+        pieces = [getattr(batch, part) for batch in found]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-
-def _dataset(batches: list[dict[str, np.ndarray]], num_samples: int) -> xr.Dataset:
-    point = any(bool(batch.pop("point")) for batch in batches)
-    differ = any([bool(batch.pop("differ")) for batch in batches])
-    arrays = {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
-    mean, kl = arrays.pop("mean", None), arrays.pop("kl", None)
-    arrays["objective"] = -(arrays["distortion"] + arrays["rate"])
-    arrays["elbo"] = np.full_like(arrays["rate"], math.nan) if point else arrays["objective"]
-    variables: dict[str, Any] = {name: ("datum", value) for name, value in arrays.items()}
-    if mean is not None:
-        variance = mean.var(0)
-        variables["mean_variance"] = ("latent", variance)
-        variables["active"] = ("latent", variance > 0.01)
-    if kl is not None:
-        variables["kl"] = ("latent", kl.mean(0))
-    attrs = {"bound": int(not point), "stochastic": int(differ), "num_samples": num_samples}
-    return xr.Dataset(variables, attrs=attrs)
+    data, by_site = joined("data"), joined("terms")
+    variables: dict[str, Any] = {name: ("datum", value) for name, value in data.items()}
+    variables["terms"] = (("datum", "site"), np.stack(list(by_site.values()), -1))
+    coordinates = joined("coordinates")
+    away = (coordinates["mean"] - coordinates["mean"].mean(0)) ** 2 - coordinates["error"]
+    spread, size = away.mean(0), len(away)
+    variables["mean_variance"] = ("latent", np.maximum(spread, 0.0))
+    variables["mean_variance_se"] = ("latent", away.std(0) / math.sqrt(size))
+    variables["active"] = ("latent", spread > 0.01)
+    variables["kl"] = ("latent", coordinates["kl"].mean(0))
+    nothing = Information(*[math.nan] * 4)
+    variables |= {name: ((), value) for name, value in (told or nothing)._asdict().items()}
+    attrs = {"bound": int(told is not None), "stochastic": int(any(b.differ for b in found))}
+    coords = {"site": list(by_site), "latent": found[0].names}
+    return xr.Dataset(variables, coords, attrs)

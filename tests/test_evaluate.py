@@ -125,7 +125,7 @@ def test_every_family_and_nothing_moves(family):
     assert found.bound == (not point) and found.stochastic == (not point)
     assert found.elbo.isnull().all() == point
     assert abs(found.objective + found.rate + found.distortion).max() < 1e-12
-    assert found.sizes == {"datum": 9, "latent": 2}
+    assert found.sizes == {"datum": 9, "site": 2, "latent": 2}
 
 
 def test_a_model_that_cannot_be_vectorized_is_run_draw_by_draw():
