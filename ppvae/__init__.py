@@ -1,12 +1,15 @@
 """Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
 
-from ppvae import closed_form, data, families, likelihoods, nn, plots
+from ppvae import closed_form, data, families, likelihoods, nn, objectives, plots
+from ppvae.calibration import calibration
+from ppvae.chains import concat_chains
 from ppvae.convert import from_pyro_svi
 from ppvae.evaluate import evaluate
 from ppvae.families import Family
 from ppvae.fit import Fit, fit
 from ppvae.guides import FamilyGuide
 from ppvae.simulate import simulate
+from ppvae.summary import reading, summary
 from ppvae.vae import VAE
 
 __version__ = "0.1.0"
@@ -16,7 +19,9 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "calibration",
     "closed_form",
+    "concat_chains",
     "data",
     "evaluate",
     "families",
@@ -24,6 +29,9 @@ __all__ = [
     "from_pyro_svi",
     "likelihoods",
     "nn",
+    "objectives",
     "plots",
+    "reading",
     "simulate",
+    "summary",
 ]

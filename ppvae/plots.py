@@ -6,11 +6,54 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-__all__ = ["encodings", "images", "rate_distortion"]
+from ppvae._ranks import ecdf_band, ecdf_of
+
+__all__ = ["calibration", "encodings", "images", "rate_distortion", "rate_distortion_curves"]
+
+
+def calibration(found: xr.Dataset, *, level: float = 0.95) -> Figure:
+    """What `ppvae.calibration` found: ranks against uniform ones, and coverage against its level.
+
+    Left, for each latent the cumulative distribution of the ranks less that of uniform ones, with
+    a grey band that holds the whole of an exact guide's line with a chance of `level`: an arch
+    above says draws too high, one below too low; first above and then below, intervals too narrow.
+    Right, the share of true values inside central intervals, with standard errors.
+
+    Args:
+        found: a result of `ppvae.calibration`.
+        level: of the band, for one latent.
+    """
+    rank, num_samples = found["rank"].values, found.attrs["num_samples"]
+    points, low, high = ecdf_band(len(rank), num_samples, level)
+    ends = np.concatenate([[0.0], points, [1.0]])
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    pad = np.zeros(1)
+    left.fill_between(
+        ends,
+        np.concatenate([pad, low - points, pad]),
+        np.concatenate([pad, high - points, pad]),
+        color="0.88",
+    )
+    right.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
+    several = found.sizes["latent"] <= 10
+    for index, name in enumerate(found.latent.values):
+        one = found.sel(latent=name)
+        style = {"color": f"C{index % 10}", "alpha": 1.0 if several else 0.4}
+        shares = np.concatenate([pad, ecdf_of(rank[:, index], num_samples), pad + 1])
+        left.plot(ends, shares - ends, linewidth=1.0, label=name, **style)
+        right.errorbar(one.level, one.coverage, one.coverage_se, marker="o", markersize=3, **style)
+    left.set(xlabel="rank of the true value, as a share", ylabel="ECDF - uniform")
+    right.set(xlabel="level of the interval", ylabel="share of true values inside")
+    if several:
+        left.legend(fontsize=7, ncols=2)
+    figure.suptitle(found.attrs["reading"], fontsize=9, wrap=True)
+    return figure
 
 
 def encodings(draws: Mapping[str, ArrayLike], *, columns: int = 4) -> Figure:
@@ -116,3 +159,46 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
             va="center",
             arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5},
         )
+
+
+def rate_distortion_curves(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    bounds: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Distortion over rate, one line per family with a dot per fit, and bounds in grey.
+
+    Args:
+        curves: family -> (rates, distortions), equally long, in nats per datum.
+        bounds: label -> (rates, distortions) of a curve to hold them against.
+        title: a line above.
+
+    Raises:
+        ValueError: rates and distortions are not vectors of the same length.
+    """
+    figure = Figure(figsize=(6.8, 5.0), layout="constrained")
+    axes = figure.subplots()
+    for kind, lines in (("bounds", bounds or {}), ("curves", curves)):
+        for index, (name, pair) in enumerate(lines.items()):
+            rates, distortions = (np.asarray(part) for part in pair)
+            if rates.ndim != 1 or rates.shape != distortions.shape:
+                raise ValueError(
+                    f"{kind}: expected two vectors of the same length for {name}, got shapes "
+                    f"{rates.shape} and {distortions.shape}"
+                )
+            if kind == "bounds":
+                style = ["-", ":", "--", "-."][index % 4]
+                axes.plot(rates, distortions, style, color="0.55", linewidth=2.5, label=name)
+            else:
+                axes.plot(
+                    rates, distortions, "o-", color=f"C{index % 10}", markersize=4, linewidth=1,
+                    label=name,
+                )  # fmt: skip
+    axes.set(
+        xlabel="rate  KL(q(z|x) || p(z))  [nats per datum]",
+        ylabel="distortion  -E log p(x|z)  [nats per datum]",
+        title=title,
+    )
+    axes.legend(fontsize=8)
+    return figure

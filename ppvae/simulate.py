@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from ppvae._batches import prepared
 from ppvae._context import eval_mode, private_modules, random_state
+from ppvae._replay import given, run_trace
 from ppvae.sites import latent_nodes
 
 __all__ = ["Simulation", "Uncondition", "simulate"]
@@ -32,7 +35,7 @@ class Uncondition(UnconditionMessenger):
     """Takes the observations off, but leaves deterministic sites and factors what they are."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
+        if not (msg["infer"].get("_deterministic") or isinstance(msg["fn"], dist.Unit)):
             super()._pyro_sample(msg)
 
 
@@ -56,7 +59,9 @@ def simulate(
         The new arguments, and the latents by site.
 
     Raises:
-        ValueError: an observed site's data are none of the arguments, or a prior is improper.
+        ValueError: nothing is observed, an observed site's data are none of the arguments or those
+            of another site too, a prior is improper, or the model is no recipe for data: it has a
+            factor, or the data have a part in their own distribution (an autoregressive decoder).
 
     Example:
         >>> import torch
@@ -66,21 +71,47 @@ def simulate(
         >>> x.shape, latents["z"].shape
         (torch.Size([3, 5]), torch.Size([3, 2]))
     """
+    args = prepared(args)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model):
         try:
             trace = poutine.trace(Uncondition()(model)).get_trace(*args)
         except NotImplementedError as error:
-            raise ValueError(f"model: expected priors that can be drawn from; {error}") from error
-    latents, observed, places = {}, {}, {}
-    for node in latent_nodes(trace):
-        if not node["infer"].get("was_observed"):
-            latents[node["name"]] = node["value"].detach()
-            continue
-        name, data = node["name"], node["infer"]["obs"]
-        observed[name] = node["value"].detach()
-        places[name] = [i for i, arg in enumerate(args) if arg is data]
-    if arguments is not None:
-        return Simulation(tuple(arguments(observed)), latents)
+            raise ValueError(
+                f"model: expected distributions that can be drawn from; {error}"
+            ) from error
+        factors = [name for name, n in trace.nodes.items() if isinstance(n.get("fn"), dist.Unit)]
+        if factors:
+            raise ValueError(
+                f"model: expected sample statements only, since nothing can be drawn from a "
+                f"factor; got {factors}"
+            )
+        nodes = latent_nodes(trace)
+        observed = {n["name"]: n for n in nodes if n["infer"].get("was_observed")}
+        if not observed:
+            raise ValueError("model: expected observed sites, got none for these arguments")
+        latents = {n["name"]: n["value"] for n in nodes if n["name"] not in observed}
+        if arguments is not None:
+            values = {name: node["value"] for name, node in observed.items()}
+            return Simulation(tuple(arguments(values)), latents)
+        new = _replaced(args, observed)
+        again = run_trace(given(model, trace, latents), new)
+        for name, node in observed.items():
+            fns: list[Any] = [t.nodes[name]["fn"] for t in (trace, again)]
+            before, after = (fn.log_prob(node["value"]) for fn in fns)
+            if not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    f"model: expected a distribution of {name!r} that does not depend on its own "
+                    "data; other data changed it"
+                )
+    return Simulation(new, latents)
+
+
+def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments with the drawn data in place of the observed ones."""
+    places = {
+        name: [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
+        for name, node in observed.items()
+    }
     lost = [name for name, place in places.items() if not place]
     if lost:
         raise ValueError(
@@ -88,7 +119,27 @@ def simulate(
             f"the data of {lost} are none of them; got None"
         )
     new = list(args)
+    taken: dict[int, str] = {}
     for name, place in places.items():
         for index in place:
-            new[index] = observed[name].reshape(args[index].shape)
-    return Simulation(tuple(new), latents)
+            if index in taken:
+                raise ValueError(
+                    f"arguments: expected a function from observed sites to the model's arguments, "
+                    f"since {taken[index]!r} and {name!r} observe the same one; got None"
+                )
+            taken[index] = name
+            new[index] = _like(observed[name], args[index])
+    return tuple(new)
+
+
+def _like(node: Any, data: Tensor) -> Tensor:
+    """A drawn value in the shape of the data, and in their dtype where that loses nothing."""
+    value = node["value"]
+    if value.numel() != data.numel():
+        raise ValueError(
+            f"model: expected data of shape {tuple(value.shape)} at {node['name']!r}, as its "
+            f"distribution; got {tuple(data.shape)}"
+        )
+    value = value.reshape(data.shape)
+    whole = data.is_floating_point() or node["fn"].support.is_discrete
+    return value.to(data.dtype) if whole else value

@@ -1,0 +1,175 @@
+"""Simulation from models: the draws are the model's, and what is no recipe for data is refused."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, N, cases
+from pyro import poutine
+
+from ppvae import VAE, likelihoods, simulate
+from ppvae.regression import LinearRegression
+
+# from the drawn values to the arguments, where the observed data are no argument
+PAD = torch.zeros(N, 2)
+ARGUMENTS = {
+    "right of steps": lambda seen: (torch.cat([seen["x"].T, PAD[:, :1]], -1),),
+    "told rows": lambda seen: (torch.cat([seen["x"][:, None], PAD], -1), torch.arange(N)),
+    "own rows": lambda seen: (seen["x"],),
+    "hierarchy": lambda seen: (torch.cat([seen["x"][:, None], PAD], -1),),
+}
+
+
+def test_moments_are_those_of_the_model():
+    """x = W z + b + noise: mean b, covariance W W' + noise^2 I, cross-covariance W."""
+    size = 40_000
+    model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(0.5))
+    W, b = model.decoder.weight.detach(), model.decoder.bias.detach()
+    (x,), latents = simulate(model, torch.zeros(size, 3), seed=0)
+    joined = torch.cat([latents["z"], x - b], -1)
+    one = torch.eye(2)
+    exact = torch.cat(
+        [torch.cat([one, W.T], -1), torch.cat([W, W @ W.T + 0.25 * torch.eye(3)], -1)]
+    )
+    scale = exact.diagonal().sqrt()
+    assert (joined.mean(0).abs() < 5 * scale / size**0.5).all()
+    # Var of a product of Gaussians is s_i^2 s_j^2 + c_ij^2, at most twice s_i^2 s_j^2
+    error = 5 * (2.0 / size) ** 0.5 * scale[:, None] * scale
+    assert ((joined.T @ joined / size - exact).abs() < error).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_model_gives_back_what_it_takes(name):
+    model, args, _, shapes = cases()[name]
+    arguments = ARGUMENTS.get(name)
+    seen = {}
+
+    def spy(values):
+        seen.update(values)
+        return arguments(values)
+
+    new, latents = simulate(model, *args, seed=0, arguments=spy if arguments else None)
+    assert {site: tuple(value.shape) for site, value in latents.items()} == shapes
+    assert len(new) == len(args)
+    if name != "own rows":  # four of six data come back
+        assert all(
+            a.shape == b.shape and a.dtype == b.dtype for a, b in zip(new, args, strict=True)
+        )
+        poutine.condition(model, data=latents)(*new)
+    again = simulate(model, *args, seed=0, arguments=arguments)
+    assert all(torch.equal(latents[site], again.latents[site]) for site in latents)
+    other = simulate(model, *args, seed=1, arguments=arguments)
+    assert not any(torch.equal(latents[site], other.latents[site]) for site in latents)
+
+
+def test_covariates_are_kept_and_nothing_moves():
+    X, y = torch.randn(7, 3), torch.randn(7)
+    model = LinearRegression(3, noise=0.7)
+    before, state = y.clone(), torch.get_rng_state()
+    (new_X, new_y), latents = simulate(model, X, y, seed=3)
+    assert new_X is X and torch.equal(y, before) and not torch.equal(new_y, y)
+    assert torch.equal(state, torch.get_rng_state()) and latents["weight"].shape == (3,)
+    assert not new_y.requires_grad
+    assert torch.equal(simulate(model, X.numpy(), y.numpy(), seed=3).args[1], new_y)
+
+
+def test_a_decoder_in_training_mode_is_run_in_evaluation_mode():
+    decoder = torch.nn.Sequential(
+        torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)
+    )
+    model = VAE(decoder, 2, likelihoods.Normal(1e-3))
+    buffers = {name: value.clone() for name, value in model.state_dict().items()}
+    (x,), latents = simulate(model, torch.zeros(50, 3), seed=0)
+    assert model.training and all(torch.equal(model.state_dict()[k], v) for k, v in buffers.items())
+    with torch.no_grad():
+        assert (model.eval().mean(latents["z"]) - x).abs().max() < 1e-2  # noise 1e-3
+
+
+def test_the_dtype_of_the_data_is_kept_where_nothing_is_lost():
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    def reals(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    assert simulate(counts, torch.zeros(4, dtype=torch.long)).args[0].dtype == torch.long
+    assert simulate(counts, torch.zeros(4, dtype=torch.float32)).args[0].dtype == torch.float32
+    assert simulate(reals, torch.zeros(4, dtype=torch.float32)).args[0].dtype == torch.float32
+    (x,), _ = simulate(reals, torch.zeros(4, dtype=torch.long))
+    assert x.is_floating_point() and (x != x.round()).any()
+
+
+def test_deterministic_sites_and_masks_do_no_harm():
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            double = pyro.deterministic("double", 2 * z)
+            with poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(double, 1e-3), obs=x)
+
+    (x, seen), latents = simulate(model, torch.zeros(5), torch.arange(5) % 2 == 0)
+    assert list(latents) == ["z"] and seen.dtype == torch.bool
+    assert (x - 2 * latents["z"]).abs().max() < 1e-2
+
+
+def _factor(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("penalty", -(z**2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def _twice(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("one", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("two", dist.Normal(z, 2.0), obs=x)
+
+
+def _half(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x / 2)
+
+
+def _autoregressive(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], -1)
+        pyro.sample("x", dist.Normal(z[:, None] + before, 1.0).to_event(1), obs=x)
+
+
+def _wide(x):
+    with pyro.plate("data", 4):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "message"),
+    [
+        (_factor, (torch.zeros(3),), r"nothing can be drawn from a factor; got \['penalty'\]"),
+        (_twice, (torch.zeros(3),), "'one' and 'two' observe the same one"),
+        (_half, (torch.zeros(3),), r"the data of \['x'\] are none of them; got None"),
+        (_autoregressive, (torch.zeros(3, 4),), "'x' that does not depend on its own data"),
+        (_wide, (torch.zeros(1),), r"data of shape \(4,\) at 'x', .* got \(1,\)"),
+        (VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(1.0)), (None,), "got none for these"),
+        (
+            LinearRegression(2, weight=None, noise=1.0),
+            (torch.zeros(3, 2), torch.zeros(3)),
+            "model: expected distributions that can be drawn from",
+        ),
+        (_half, (torch.tensor([torch.nan]),), "args: expected finite numbers"),
+    ],
+)
+def test_models_that_are_no_recipe(model, args, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(model, *args)
+
+
+def test_arguments_mend_what_can_be_mended():
+    (x,), latents = simulate(_half, torch.zeros(9), seed=0, arguments=lambda seen: (2 * seen["x"],))
+    assert x.shape == (9,) and set(latents) == {"z"}
+    assert abs(x.mean() / 2 - latents["z"]) < 5 / 3  # nine draws of sd 1 around z
