@@ -1,4 +1,4 @@
-"""From a fitted guide to ArviZ: summary, predictive check, leave-one-out, and a file to keep.
+"""From a fitted guide to ArviZ: summary, predictive check, seeds as chains, leave-one-out, a file.
 
 Two models: a VAE on the digits, whose latents are local to each image, and a linear regression,
 whose weights are global.
@@ -19,7 +19,18 @@ import pyro.distributions as dist
 import torch
 from sklearn.datasets import load_diabetes
 
-from ppvae import VAE, FamilyGuide, data, families, fit, from_pyro_svi, likelihoods
+from ppvae import (
+    VAE,
+    FamilyGuide,
+    concat_chains,
+    data,
+    evaluate,
+    families,
+    fit,
+    from_pyro_svi,
+    likelihoods,
+    reading,
+)
 from ppvae.nn import mlp
 
 
@@ -37,17 +48,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/arviz"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
 
-    print("A VAE on the digits: what is known of the codes of the first two test images")
+    print("A VAE on the digits, from two seeds, which become the chains of one tree")
     train, test = data.split(data.load("digits"))
-    model = VAE(mlp(4, 256, out=64), latent=4, likelihood=likelihoods.Bernoulli())
-    guide = FamilyGuide(model, families.mean_scale, encoder=mlp(64, 256))
-    fit(model, guide, train, num_epochs=args.epochs, batch_size=128, learning_rate=2e-3, seed=0)
-    tree = from_pyro_svi(
-        model, guide, test[:50], num_samples=500, seed=0, coords={"datum": np.arange(50)}
-    )
-    first = tree.posterior["z"].sel(datum=[0, 1])
+    trees = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = VAE(mlp(4, 256, out=64), latent=4, likelihood=likelihoods.Bernoulli())
+        guide = FamilyGuide(model, families.mean_scale, encoder=mlp(64, 256))
+        fit(
+            model, guide, train, num_epochs=args.epochs, batch_size=128, learning_rate=2e-3,
+            seed=seed, progress=f"seed {seed}",
+        )  # fmt: skip
+        found = evaluate(model, guide, test)
+        tree = from_pyro_svi(model, guide, test[:50], num_samples=500, seed=0, evaluation=found)
+        trees.append(tree)
+    tree = concat_chains(trees)
+    print(reading(found))
+    elbo = tree["evaluation"]["elbo"].mean("datum").values
+    print(f"The ELBO of the two seeds: {elbo[0]:.2f} and {elbo[1]:.2f} nats per image.")
+
+    print("\nWhat the second seed knows of the codes of the first two test images")
+    first = tree.posterior["z"].sel(chain=[1], datum=[0, 1])
     print(arviz_stats.summary(first.to_dataset(), kind="stats", round_to=2))
     ink = tree.observed_data["x"].sum("x_dim_0")
     drawn = tree.prior_predictive["x"].sum("x_dim_0")

@@ -114,10 +114,10 @@ def _bound(found: xr.Dataset) -> list[str]:
         told = round(told, 2) + 0.0  # no negative zero
         lines.append(f"The latents tell {told:.2f} +- {told_se:.2f} nats of each datum.")
     apart, apart_se = float(found.aggregate_kl), float(found.aggregate_kl_se)
-    if apart > max(0.5, 2 * apart_se):
+    if apart > max(1.0, 2 * apart_se):
         lines.append(
             f"The aggregate posterior is {apart:.2f} +- {apart_se:.2f} nats from the prior: "
-            "decoded draws from the prior will look unlike the data."
+            "some draws from the prior decode to what is unlike the data."
         )
     cap = found.attrs.get("cap", math.inf)
     if 0 < cap < math.inf:
