@@ -18,9 +18,9 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ppvae._context import random_state, unchecked
+from ppvae._draws import MomentMatched
 from ppvae.objective import draws_plate, is_vectorized, loss_of, terms, trace_pair
 
 __all__ = ["average_loss", "draws_needed", "minimise"]
@@ -28,34 +28,6 @@ __all__ = ["average_loss", "draws_needed", "minimise"]
 _MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
 _ROUNDS = 10  # a smooth minimum takes one or two, one with kinks (a Laplace prior) more
 _LARGEST = 50_000_000  # draws times data
-
-
-class _MomentMatched(TorchFunctionMode):
-    """Makes the standard normal numbers of a run uncorrelated over its draws, exactly."""
-
-    def __init__(self, draws: int) -> None:
-        super().__init__()
-        self.draws = draws
-        self.basis = torch.ones(draws, 1) / draws**0.5
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Runs the function; `normal_` without arguments is matched."""
-        result = func(*args, **(kwargs or {}))
-        plain = func is torch.Tensor.normal_ and len(args) == 1 and not kwargs
-        return self._match(result) if plain and result.shape[:1] == (self.draws,) else result
-
-    def _match(self, normal: Tensor) -> Tensor:
-        basis = self.basis.to(normal)
-        flat = normal.reshape(self.draws, -1)
-        if flat.shape[1] + basis.shape[1] > self.draws:
-            return normal  # too many coordinates for so few draws
-        flat = flat - basis @ (basis.T @ flat)  # mean zero, and apart from earlier sites
-        orthogonal, triangle = torch.linalg.qr(flat)
-        orthogonal = orthogonal * triangle.diagonal().sign()
-        self.basis = torch.cat([basis, orthogonal], 1)
-        return (orthogonal * self.draws**0.5).reshape(normal.shape)
 
 
 def draws_needed(
@@ -92,7 +64,7 @@ def average_loss(
     plate = draws_plate(model, *batch, draws=draws)
 
     def loss() -> Tensor:
-        with random_state(seed), _MomentMatched(draws), unchecked():
+        with random_state(seed), MomentMatched(draws), unchecked():
             pair = trace_pair(model, guide, *batch, draws=plate)
             return loss_of(terms(*pair), len(batch[0]))
 

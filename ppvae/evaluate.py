@@ -100,7 +100,7 @@ def evaluate(
         with unchecked():
             pair = _Pair(model, guide, plate, vectorized)
             parts = pair.run(args)[0]
-            _check_local(parts)
+            check_local(parts)
             batches = minibatches(model, guide, args, parts.plate, batch_size, plate)
             few = draws_needed(parts.plate.size) if pair.channels != () else 1
             bar = tqdm(batches, "evaluate", disable=not progress, delay=3.0, unit="batch")
@@ -234,7 +234,7 @@ def _by_site(parts: Terms) -> dict[str, Tensor]:
     return found
 
 
-def _check_local(parts: Terms) -> None:
+def check_local(parts: Terms) -> None:
     if parts.plate is None:
         raise ValueError("model: expected a plate over the data, got none")
     outside = (set(parts.log_prior) | set(parts.log_likelihood)) - parts.local
