@@ -1,12 +1,15 @@
 """Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
 
 from ppvae import closed_form, data, families, likelihoods, nn, objectives, plots
+from ppvae.annealing import annealed_importance
 from ppvae.calibration import calibration
 from ppvae.chains import concat_chains
+from ppvae.compare import compare_families
 from ppvae.convert import from_pyro_svi
 from ppvae.evaluate import evaluate
 from ppvae.families import Family
 from ppvae.fit import Fit, fit
+from ppvae.gaps import gaps
 from ppvae.guides import FamilyGuide
 from ppvae.simulate import simulate
 from ppvae.summary import reading, summary
@@ -19,14 +22,17 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "annealed_importance",
     "calibration",
     "closed_form",
+    "compare_families",
     "concat_chains",
     "data",
     "evaluate",
     "families",
     "fit",
     "from_pyro_svi",
+    "gaps",
     "likelihoods",
     "nn",
     "objectives",
