@@ -167,7 +167,7 @@ def rate_distortion_curves(
     bounds: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Distortion over rate, one line per family with a dot per fit, and bounds in grey.
+    """Distortion over rate, one line per family with a mark per fit, and bounds in grey.
 
     Args:
         curves: family -> (rates, distortions), equally long, in nats per datum.
@@ -192,8 +192,8 @@ def rate_distortion_curves(
                 axes.plot(rates, distortions, style, color="0.55", linewidth=2.5, label=name)
             else:
                 axes.plot(
-                    rates, distortions, "o-", color=f"C{index % 10}", markersize=4, linewidth=1,
-                    label=name,
+                    rates, distortions, "os^Dvpx"[index % 7], linestyle="-", label=name,
+                    color=f"C{index % 10}", markersize=5, linewidth=1, fillstyle="none",
                 )  # fmt: skip
     axes.set(
         xlabel="rate  KL(q(z|x) || p(z))  [nats per datum]",
