@@ -1,8 +1,7 @@
 """Is the next channel worth it? Each family against the one below it, over seeds, with a verdict.
 
-What a family gains is uncertain for three reasons: another seed trains another guide; other data
-have other gains; training may not have ended. The interval is for the first two; the last losses
-tell of the third.
+What a family gains is uncertain, as another seed trains another guide, other data have other gains
+(the interval is for both), and training may not have ended (of which the last losses tell).
 """
 
 from __future__ import annotations

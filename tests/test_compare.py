@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from scipy import stats
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -171,17 +172,19 @@ def test_the_fall_of_the_loss_and_what_is_still_to_come():
     assert still_to_come(np.array(-0.3), np.array(0.1)) == pytest.approx(-0.3)
     # noise alone: the slope is normal with this error, beyond two of them in a share of 0.06 (t)
     noise = np.random.default_rng(0).standard_normal((2000, 100))
+    line = stats.linregress(range(25), noise[0, -25:])
+    assert last_fall(noise[0], 100) == pytest.approx((-25 * line.slope, 25 * line.stderr))
     seen = [still_to_come(*np.array(last_fall(row, 100))) != 0 for row in noise]
     assert np.mean(seen) < 0.06 + 5 * math.sqrt(0.06 * 0.94 / 2000)
 
 
-def steps_of(gain, fall):
-    """One step of 0.1 seed noise with this gain; the second family's loss fell, for sure."""
+def steps_of(gain, fall, error=1e-6):
+    """One step with this gain, almost without noise, up to a family whose loss fell so far."""
     elbo = np.zeros((2, 3, 50)) + np.array([0, gain]).reshape(2, 1, 1)
     elbo[1] += 0.001 * np.random.default_rng(0).standard_normal((3, 50))
     falls = np.zeros((2, 3)) + np.array([0.0, fall]).reshape(2, 1)
     over = {name: (("family", "seed"), falls) for name in ("fall", "seconds", "parameters")}
-    over["fall_se"] = (("family", "seed"), np.full((2, 3), 1e-6))
+    over["fall_se"] = (("family", "seed"), np.full((2, 3), error))
     found = xr.Dataset(over | {"elbo": (("family", "seed", "datum"), elbo)})
     found = found.assign_coords(family=["a", "b"], seed=[0, 1, 2])
     step = with_steps(found, 0.05, 0.95).isel(family=1)
@@ -194,12 +197,14 @@ def test_a_verdict_that_training_could_turn_is_none():
     assert steps_of(0.01, -0.1)[0] == "no"  # it moves away from the threshold
     assert steps_of(0.01, 0.1)[0] == "undecided" and "still moved" in steps_of(0.01, 0.1)[1]
     assert steps_of(0.2, -0.1)[0] == "undecided" and "still moved" in steps_of(0.2, -0.1)[1]
+    # the errors of three seeds and two families: 3 * (0.1 - 2 * 0.05 * sqrt(2 / 3)) = 0.055
+    assert steps_of(0.01, 0.1, 0.05)[0] == "undecided" and steps_of(-0.01, 0.1, 0.05)[0] == "no"
     assert steps_of(0.05, 0.0)[0] == "undecided" and "interval holds" in steps_of(0.05, 0.0)[1]
 
 
 def plain():
     """A small model on four features, to be trained for a moment."""
-    return VAE(nn.Linear(2, 4), 2, likelihoods.Normal(0.5)), nn.Identity()
+    return VAE(nn.Linear(2, 4), 2, likelihoods.Normal(0.5)), nn.Linear(4, 3)
 
 
 SHORT = {"num_epochs": 2, "num_samples": 4, "progress": False}
@@ -245,7 +250,7 @@ def test_points_have_no_verdict_and_idle_encoders_do_not_count():
     assert "a point" in data.note.values[2] and data.gain[:3].isnull().all()
     assert data.elbo[:2].isnull().all() and data.rate[:2].isnull().all()
     assert data.distortion.notnull().all() and data.elbo[2:].notnull().all()
-    assert data.parameters.values.tolist() == [10, 0, 0, 10]
+    assert data.parameters.values.tolist() == [23, 0, 0, 23]  # 15 of the encoder, 8 of the channel
     assert data.fall[1:3].isnull().all() or (data.fall[1:3] == 0).all()
     text = str(found)
     assert all(name in text for name in names) and "verdict" in text and "a point" in text
@@ -267,12 +272,14 @@ def test_nothing_global_moves_and_every_run_starts_anew(plain_pyro):
         return model, nn.Linear(4, 3)
 
     pyro.param("scale", torch.tensor(7.0), constraint=dist.constraints.positive)
+    held = pyro.param("user", torch.tensor(3.0))
     state, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
     pair = [families.mean_scale, Family(dist.Normal)]
     found = compare_families(build, pair, torch.randn(20, 4, generator=torch.Generator()), **SHORT)
     assert torch.equal(state, torch.get_rng_state())
     assert (np.random.get_state()[1] == numbers).all()
-    assert pyro.param("scale").item() == pytest.approx(7.0) and len(pyro.get_param_store()) == 1
+    assert pyro.param("scale").item() == pytest.approx(7.0) and len(pyro.get_param_store()) == 2
+    assert held.unconstrained() is held
     assert len(calls) == 6 and calls[::2] == calls[1::2] and len(set(calls)) == 3
     assert found.dataset.gain[1] == 0  # the second family did not go on with the first one's scale
 
@@ -298,6 +305,19 @@ def test_a_run_that_stopped_early_has_ended():
         plain, ["mean_only", "mean_scale"], x[20:], num_samples=4, progress=False, **options
     )
     assert (found.dataset.fall == 0).all() and (found.dataset.fall_se == 0).all()
+    # without the patience the validation loss is the one that tells
+    del options["patience"]
+    options["num_epochs"] = 20
+    found = compare_families(
+        plain, ["mean_only", "mean_scale"], x[20:], num_samples=4, progress=False, **options
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model, encoder = plain()
+        guide = FamilyGuide(model, families.mean_scale, encoder)
+    told = fit(model, guide, x[20:], seed=2, progress=False, **options)
+    fell = found.dataset.fall.sel(family="mean_scale", seed=2)
+    assert float(fell) == pytest.approx(last_fall(told.validation_losses, 20)[0], abs=1e-9)
 
 
 def test_data_sets_and_arrays():
