@@ -1,33 +1,41 @@
 """The ladder: one autoencoder, eleven kinds of encoder, on the same data.
 
 Every family gets the same networks, data and number of steps; only the guide family differs.
-    python examples/ladder.py
+    python examples/ladder.py            (with --linear: beside the exact optimum)
     python examples/ladder.py --families mean_only mean_scale --data mnist5k --seeds 3
 """
 
-from __future__ import annotations
-
 import argparse
-import math
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ppvae import VAE, FamilyGuide, data, evaluate, families, fit, from_pyro_svi, likelihoods, plots
+from ppvae.closed_form import learned_decoder
 from ppvae.nn import mlp
 
 COLUMNS = ("rate", "distortion", "objective", "log p(x)", "+-", "active", "seconds")
+LEGEND = """Nats per datum on the test set; in brackets the standard deviation over seeds.
+log p(x): from below, by importance sampling; +-: its standard error over the test data.
+*: a point has no density: -log p(z) in place of a rate, and a penalised log-likelihood
+   in place of the ELBO. It is no bound; do not compare it with the other rows."""
+EXACT = ("fitted", "exact", "short by", "fitted rate", "exact rate")
+EXACT_LEGEND = """The objective and the rate on the training data, and the best there are, exactly.
+deterministic has no optimum: its objective rises towards the supremum shown as the codes shrink
+   and the decoder grows, without end. How near it came says only when the training stopped.
+-: no closed form. But mean_scale, which low_rank, flow and (nearly) student_t can equal, reaches
+   probabilistic PCA, the best of all: its optimum is theirs. mean_only_bounded is not linear."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.Tensor, torch.Tensor]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, ladder = parser.add_argument, list(families.LADDER)
-    add("--families", nargs="+", default=ladder, metavar="FAMILY", help=", ".join(ladder))
+    add("--families", nargs="+", default=ladder, choices=ladder, help="by default all")
     add("--data", default="digits", help="digits, mnist5k, or a .npy, .npz or .csv file")
     add("--latent", type=int, default=8, help="length of the latent")
     add("--hidden", type=int, default=256, help="width of the hidden layers")
-    add("--epochs", type=int, default=60)
+    add("--epochs", type=int, default=60, help="with --linear 16 times as many, of one step each")
     add("--seeds", type=int, default=1, help="runs per family; the table shows mean and sd")
     add("--seed", type=int, default=0, help="the first seed")
     add("--out", type=Path, default=Path("results/ladder"), help="folder to write to")
@@ -35,110 +43,102 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="small networks are faster with one")
     add("--linear", action="store_true", help="linear networks, Gaussian likelihood")
     args = parser.parse_args(argv)
-    for name in args.families:
-        if name not in families.LADDER:
-            parser.error(f"--families: expected names from {', '.join(ladder)}; got {name!r}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: {args.device!r} is not a device of this machine; {error}")
     if min(args.latent, args.hidden, args.epochs, args.seeds, args.threads) < 1:
         parser.error("--latent, --hidden, --epochs, --seeds, --threads: expected at least 1")
     torch.set_num_threads(args.threads)
     try:
         x = data.load(args.data, binary=not args.linear)
-        args.split = [part.to(args.device) for part in data.split(x)]
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        parser.error(f"--data: {error}")
-    return args
+        train, test = (part.to(args.device) for part in data.split(x))
+    except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:
+        parser.error(f"--data or --device: {error}")
+    return args, train, test
 
 
-def train(
-    name: str, x: torch.Tensor, latent: int, epochs: int, seed: int, args: argparse.Namespace
-):
+def train(name: str, x: torch.Tensor, latent: int, epochs: int, seed: int, args):
     """The model and the guide of one family, trained."""
     torch.manual_seed(seed)
     size, hidden = x.shape[-1], () if args.linear else (args.hidden,)
-    decoder = mlp(latent, *hidden, out=size)
-    encoder = mlp(size, *hidden) if hidden else torch.nn.Identity()  # each channel is linear in it
     binary = bool(((x == 0) | (x == 1)).all()) and not args.linear
     likelihood = likelihoods.Bernoulli() if binary else likelihoods.Normal(1.0, learned=True)
-    model = VAE(decoder, latent, likelihood).to(args.device)
+    model = VAE(mlp(latent, *hidden, out=size), latent, likelihood).to(args.device)
+    encoder = mlp(size, *hidden) if hidden else torch.nn.Identity()  # each channel is linear in it
     guide = FamilyGuide(model, families.LADDER[name], encoder.to(args.device)).to(args.device)
-    result = fit(
-        model, guide, x, num_epochs=epochs, batch_size=min(128, len(x)), learning_rate=2e-3,
-        seed=seed, progress=f"{name}, {latent} latents, seed {seed}",
-    )  # fmt: skip
-    return model, guide, result
+
+    def falling(parameters: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+        adam = torch.optim.Adam(parameters, lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, options["num_epochs"])
+        adam.register_step_post_hook(lambda *_: schedule.step())
+        return adam
+
+    options = {"num_epochs": epochs, "batch_size": min(128, len(x)), "learning_rate": 2e-3}
+    if args.linear:  # to the optimum: steps that see all the data, and shrink to nothing
+        options |= {"num_epochs": 16 * epochs, "batch_size": len(x), "optimizer": falling}
+        options["learning_rate"] = 1e-2 if name == "flow" else 5e-2  # its networks bear no more
+    label = f"{name}, {latent} latents, seed {seed}"
+    return model, guide, fit(model, guide, x, seed=seed, progress=label, **options)
 
 
-def measure(model: VAE, guide: FamilyGuide, test: torch.Tensor) -> dict[str, float]:
-    """One row of the table."""
+def measure(model: VAE, guide: FamilyGuide, x: torch.Tensor, test: torch.Tensor, args):
+    """One row of the tables."""
     found = evaluate(model, guide, test)
     row = {name: float(found[name].mean()) for name in ("rate", "distortion", "objective")}
     row["+-"] = float(found.log_likelihood.std(ddof=1)) / len(test) ** 0.5
     row |= {"log p(x)": float(found.log_likelihood.mean()), "active": float(found.active.sum())}
-    # without a channel the encoder stays idle
-    used = guide if guide.family.channels else guide.heads
-    row["parameters"] = sum(p.numel() for p in used.parameters())
-    return row | {"bound": found.bound, "stochastic": found.stochastic}
+    used = guide if guide.family.channels else guide.heads  # without a channel: no encoder
+    row |= found.attrs | {"parameters": sum(p.numel() for p in used.parameters())}
+    if args.linear:
+        found = evaluate(model, guide, x, num_samples=64)
+        row |= {"fitted": float(found.objective.mean()), "fitted rate": float(found.rate.mean())}
+        row |= {"exact": torch.nan, "exact rate": torch.nan}
+        with suppress(ValueError):  # no closed form
+            exact = learned_decoder(x, args.latent, guide.family)
+            row |= {"exact": exact.objective, "exact rate": exact.rate}
+        row["short by"] = row["exact"] - row["fitted"]
+    return row
 
 
-def show(rows: dict[str, list[dict[str, float]]]) -> None:
+def show(rows: dict[str, list[dict]], columns: tuple[str, ...], legend: str) -> None:
     """Prints one line per family."""
     head = f"{'family':18s} {'channels':22s} {'guide par.':>10s} "
-    print("\n" + head + " ".join(f"{c:>15s}" for c in COLUMNS) + "  two codes")
+    print("\n" + head + " ".join(f"{c:>15s}" for c in columns) + "  two codes")
     for name, runs in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = np.array([row[column] for row in runs])
-            digits = 1 if column == "seconds" else 0 if column == "active" else 2
-            text = "-" if np.isnan(values).any() else f"{values.mean():.{digits}f}"
-            if len(runs) > 1 and text != "-":
-                text += f" ({values.std(ddof=1):.2f})"
-            mark = "*" if column in ("rate", "objective") and not runs[0]["bound"] else " "
-            cells.append(f"{text + mark:>15s}")
-        channels = ", ".join(families.LADDER[name].channels) or "none"
-        differ = "differ" if runs[0]["stochastic"] else "equal"
-        print(
-            f"{name:18s} {channels:22s} {runs[0]['parameters']:10d} "
-            + " ".join(cells)
-            + f"  {differ}"
-        )
-    print("\nNats per datum on the test set; in brackets the standard deviation over seeds.")
-    print(
-        "log p(x): from below, by importance sampling; +-: its standard error over the test data."
-    )
-    print("*: a point has no density: -log p(z) in place of a rate, and a penalised log-likelihood")
-    print("   in place of the ELBO. It is no bound; do not compare it with the other rows.")
+        line = f"{name:18s} {runs[0]['channels']:22s} {runs[0]['parameters']:10d}"
+        for column in columns:
+            values = torch.tensor([row[column] for row in runs], dtype=torch.float64)
+            digits = {"seconds": 1, "active": 0, "short by": 3}.get(column, 2)
+            spread = f" ({values.std():.2f})" if len(runs) > 1 else ""
+            text = "-" if values.isnan().any() else f"{values.mean():.{digits}f}{spread}"
+            starred = column in ("rate", "objective", *EXACT) and not runs[0]["bound"]
+            line += f" {text + ('*' if starred else ' '):>15s}"
+        print(line + ("  differ" if runs[0]["stochastic"] else "  equal"))
+    print("\n" + legend)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    x, test = args.split
+    args, x, test = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.data}: {len(x)} training and {len(test)} test data of length {x.shape[-1]}")
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows = {name: [] for name in args.families}
     rebuilt, sampled, codes = {"data": test[:12].cpu()}, {}, {}
     for name in args.families:
-        rows[name] = []
         for seed in range(args.seed, args.seed + args.seeds):
             model, guide, result = train(name, x, args.latent, args.epochs, seed, args)
-            rows[name].append(measure(model, guide, test) | {"seconds": result.seconds})
+            rows[name].append(measure(model, guide, x, test, args) | {"seconds": result.seconds})
         tree = from_pyro_svi(model, guide, test[:100], num_samples=200, seed=args.seed)
         tree.to_netcdf(args.out / f"{name}.nc")
-        _, flat, _ = train(name, x, 2, max(1, args.epochs // 2), args.seed, args)
+        flat = train(name, x, 2, args.epochs // (8 if args.linear else 2) or 1, args.seed, args)[1]
         with torch.no_grad():
             rebuilt[name] = model.mean(guide(test[:12])["z"]).cpu()
             sampled[name] = model.mean(model.draw_prior(12)).cpu()
             codes[name] = torch.stack([flat(test[:6])["z"] for _ in range(200)], 1).cpu()
-    show(rows)
+    show(rows, COLUMNS, LEGEND)
+    if args.linear:
+        show(rows, EXACT, EXACT_LEGEND)
     figures = {"encodings": plots.encodings(codes)}
-    last = {name: runs[-1] for name, runs in rows.items() if runs[-1]["bound"]}
-    if last:
-        points = {name: (row["rate"], row["distortion"]) for name, row in last.items()}
+    points = {k: (r[-1]["rate"], r[-1]["distortion"]) for k, r in rows.items() if r[-1]["bound"]}
+    if points:
         figures["rate_distortion"] = plots.rate_distortion(points)
-    if math.isqrt(x.shape[-1]) ** 2 == x.shape[-1]:
+    if round(x.shape[-1] ** 0.5) ** 2 == x.shape[-1]:
         figures["reconstructions"] = plots.images(rebuilt, title="Reconstructions")
         figures["samples"] = plots.images(sampled, title="Decoded draws from the prior")
     for name, figure in figures.items():

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ppvae import VAE, FamilyGuide, data, evaluate, families, fit, likelihoods, objectives, plots
 from ppvae.nn import mlp
 
-#: row -> (family, sd of the prior). A prior so wide weighs nothing, as with `ELBO(beta=0)`, and
+#: row -> (family, sd of the prior). So wide a prior weighs nothing, as in `ELBO(beta=0)`, and it
 #: weighs nothing in early stopping either, which looks at the plain objective.
 ROWS: dict[str, tuple[Any, float]] = {
     "autoencoder": (families.deterministic, 1e4),
@@ -64,24 +64,18 @@ def load(name: str) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    decoder: torch.nn.Module,
-    prior: Any,
-    family: Any,
-    x: Tensor,
-    seed: int,
-    epochs: int,
-    hidden: int,
+    decoder: Any, prior: Any, family: Any, x: Tensor, seed: int, epochs: int, hidden: int
 ) -> tuple[VAE, FamilyGuide]:
     """Model and guide. At first beta rises, which keeps latents alive; at last steps are small."""
     model = VAE(decoder, prior.event_shape[0], likelihoods.Bernoulli(), prior)
     guide = FamilyGuide(model, family, mlp(x.shape[1], hidden))
     kept, x = x[: len(x) // 5], x[len(x) // 5 :]
     rising, last = objectives.ELBO(beta=objectives.warm_up(150)), epochs // 20 + 4
+    options = {"batch_size": min(128, len(x)), "patience": epochs // 8 + 10, "progress": False}
     for objective, rate, count in ((rising, 8e-3, epochs), (None, 1e-3, last)):
         fit(
-            model, guide, x, validation=kept, patience=epochs // 8 + 10, num_epochs=count,
-            batch_size=min(128, len(x)), objective=objective, learning_rate=rate, seed=seed,
-            progress=False,
+            model, guide, x, validation=kept, objective=objective, num_epochs=count,
+            learning_rate=rate, seed=seed, **options,
         )  # fmt: skip
     return model, guide
 
@@ -179,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seeds < 2 or min(args.latent, args.hidden, args.epochs, args.threads) < 1:
         parser.error("expected --seeds of at least 2, --latent, --hidden, ... of at least 1")
+    if not 20 <= args.few <= 0.8 * args.size or args.draws < 2 or not 0 <= args.flip <= 1:
+        parser.error("expected 20 <= --few <= 0.8 * --size, --draws >= 2 and --flip in [0, 1]")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     sets = {name: load(name) for name in args.data}

@@ -16,7 +16,7 @@ from ppvae.sites import is_real, latent_nodes
 __all__ = ["Densities", "Place", "Point"]
 
 _ELSE = 'start="prior" needs no density of a guide'
-_PROBE = 0.3  # any number will do that maps of one guide do not happen to leave where it is
+_PROBE = 0.3  # a value that other maps than a copy change
 
 
 class Point(NamedTuple):
@@ -73,17 +73,21 @@ class Place(NamedTuple):
         """Reads it off a latent node of a trace that was made in a plate of chains, or in none.
 
         Raises:
-            ValueError: the site is discrete.
+            ValueError: the site is discrete, or no bijection from the reals reaches its support.
         """
         fn, shape = node["fn"], node["value"].shape
-        if fn.support.is_discrete:
+        try:
+            if fn.support.is_discrete:
+                raise NotImplementedError
+            space = biject_to(fn.support).inverse_shape(fn.event_shape)
+        except NotImplementedError:
             raise ValueError(
-                f"model: expected continuous latents, got {fn.support} for {node['name']!r}"
-            )
+                f"model: expected continuous latents that a bijection from the reals reaches, got "
+                f"{fn.support} for {node['name']!r}"
+            ) from None
         # a plate around a replay expands the value of a site, but not its distribution
         batch = torch.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim])
         batch = batch if draws is not None else torch.Size([1]) + batch
-        space = biject_to(fn.support).inverse_shape(fn.event_shape)
         return cls(fn.support, batch, len(batch) + frame.dim, draws is not None, tuple(space))
 
     @property

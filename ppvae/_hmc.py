@@ -127,8 +127,8 @@ def tune(densities: Densities, num_temperatures: int, num_leapfrog: int) -> Sche
     """
     if num_temperatures == 1:  # importance sampling, without transitions
         ends = torch.tensor([0.0, 1.0])[:, None].expand(2, densities.frame.size)
-        point = densities.draw()
-        return Schedule(ends.to(point), torch.ones_like(point[:1]).expand(2, -1, -1), num_leapfrog)
+        like = densities.draw()
+        return Schedule(ends.to(like), torch.ones_like(like[:1]).expand(2, -1, -1), num_leapfrog)
     count = min(max(num_temperatures, _PILOT[0]), _PILOT[1])
     point = densities.at(densities.draw())
     temperatures = torch.linspace(0, 1, count + 1).to(point.state) ** 4

@@ -46,39 +46,40 @@ def annealed_importance(
     plate: str | None = None,
     progress: bool | str = True,
 ) -> xr.Dataset:
-    r"""Estimates log p(x) of each datum, where importance sampling cannot be trusted.
+    r"""Estimates log p(x) of each datum by annealed importance sampling.
 
-    Per datum (dim `datum`), in nats: `log_likelihood`, log p(x) (a log density: the larger, the
-    better the model), as the log of the mean weight over the chains. The mean weight has mean p(x),
-    so this is a bound from below on average, and above log p(x) by more than c nats with a chance
-    of at most exp(-c). `ess`, the effective number of the chains: near `num_chains` the estimate is
-    good to about `sqrt(1 / ess - 1 / num_chains)`; near 1 more temperatures are needed.
-    `acceptance`, the mean over all transitions (NaN with one temperature, which has none).
+    Per datum (dim `datum`), in nats: `log_likelihood`, an estimate of log p(x) from below (a log
+    density: the larger, the better the model), as the log of the mean weight over the chains. That
+    mean has expectation p(x), so the estimate is below log p(x) on average, and above it by more
+    than c nats with a chance of at most exp(-c). `ess`, the effective number of chains: the closer
+    to `num_chains` the better, with a standard error of about `sqrt(1 / ess - 1 / num_chains)`;
+    near 1, more temperatures are needed. `acceptance`, the mean over all transitions (NaN with one
+    temperature, which has none).
 
-    With `latents`, also `upper`: a bound from above on average, and below log p(x) by more than c
-    nats with a chance of at most exp(-c). It is the log of the harmonic mean of the weights of
-    chains that go back from the latents that the data came from, which are an exact draw of the
-    posterior. The two then enclose log p(x), and the distance between their means over the data is
-    the most by which either is wrong. Other data have no upper bound; look at simulated ones to see
-    whether the model needs more temperatures.
+    With `latents`, also `upper`, an estimate of log p(x) from above: above it on average, and below
+    by more than c nats with a chance of at most exp(-c). It is the log of the harmonic mean of the
+    weights of chains that run back from the latents that the datum was simulated from, which are an
+    exact draw of the posterior. The two enclose log p(x), so the distance between their means over
+    the data is the most by which either is wrong, up to the errors of these means. Other data have
+    no such bound: simulate some, to see how many temperatures the model needs.
 
-    The transitions are Hamiltonian, in unconstrained space. A pilot run chooses their step sizes
-    (for each datum, coordinate and temperature) and the temperatures; all are then frozen, so that
-    the weights stay unbiased.
+    The transitions are Hamiltonian, in unconstrained space. A pilot run for each minibatch finds
+    their step sizes, and the temperatures, for each datum; then all is frozen, since weights from
+    step sizes that follow the chains would be biased.
 
     Args:
         model: a Pyro model all latents of which are continuous and inside the data plate.
-        guide: its guide; None, if the chains start from the prior.
+        guide: its guide, which is not used if the chains start from the prior; then None will do.
         *args: their arguments: data of which the first dimension is that of the data plate.
         num_temperatures: steps from the start to the posterior. One is importance sampling.
         num_chains: chains per datum.
-        num_leapfrog: leapfrog steps of a transition. A few short moves at many temperatures are
-            worth more than long ones at few; more than 2 may help in hundreds of dimensions.
+        num_leapfrog: leapfrog steps of a transition; at equal cost, 2 of them at many temperatures
+            measured better than 5 at fewer.
         batch_size: data per run.
-        start: "guide" starts from draws of q(z | x), the shorter way if the guide is any good;
-            "prior" from p(z), which misses nothing.
-        latents: latent site -> the values that the data were simulated from, as
-            `simulate(model, *args).latents` has them. Nothing else gives an upper bound.
+        start: "guide" starts from draws of q(z | x), a shorter way if the guide is any good, and a
+            poor one if it is narrower than the posterior; "prior" starts from p(z).
+        latents: latent site -> the values that the data were simulated from by this model, as
+            `simulate(model, *args).latents` has them; with any others `upper` is no bound.
         vectorized: run many chains at once, which the model must be written for (all operations
             leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.

@@ -1,9 +1,9 @@
 r"""The exact optimum of every family where one exists: linear decoders and linear regression.
 
-All values are in nats; those of the two decoders per datum. With `P` the posterior precision and
-`m` the posterior mean, the gap of `q = N(mean, S)` to the log-likelihood is
-`(tr(P S) - Z + (mean - m)' P (mean - m) - log det P - log det S) / 2`: quadratic in the mean, so
-every family with a free mean takes `m`, and what is left chooses `S`.
+All values are in nats, those of the two decoders per datum, and are computed in float64. With `P`
+the posterior precision and `m` the posterior mean, the gap of `q = N(mean, S)` to the
+log-likelihood is `(tr(P S) - Z + (mean - m)' P (mean - m) - log det P - log det S) / 2`: quadratic
+in the mean, so every family with a free mean takes `m`, and what is left chooses `S`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from ppvae import families
 
 __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "regression"]
+
+_LOG_2PI = math.log(2 * math.pi)
+_LEARNED = "deterministic zero noise_only mean_only shared_scale mean_scale full_rank".split()
 
 
 class Optimum(NamedTuple):
@@ -32,6 +36,9 @@ class Optimum(NamedTuple):
         log_likelihood: log p(x), the log evidence.
         mean: mean of q, shape `(*, latent)`.
         covariance: covariance of q, `(latent, latent)`; zero for a point.
+        mutual_information: I(x; z) for data that follow the model, a scalar; infinite for
+            `deterministic`, whose code has no noise and tells any two data apart; nan for a bounded
+            mean, which has no closed form: its aggregate is not Gaussian.
     """
 
     objective: Tensor
@@ -40,6 +47,7 @@ class Optimum(NamedTuple):
     log_likelihood: Tensor
     mean: Tensor
     covariance: Tensor
+    mutual_information: Tensor
 
     @property
     def gap(self) -> Tensor:
@@ -51,12 +59,16 @@ class LearnedDecoder(NamedTuple):
     """The best decoder and guide together, for data of a given covariance; nats per datum.
 
     Attributes:
-        objective: mean ELBO; for a point its supremum, which no decoder attains.
-        rate: mean KL(q || p); nan for a point.
+        objective: mean ELBO, or log joint density of a point; its supremum if it is not attained.
+        rate: mean KL(q || p), or -log p(z) of a point.
         noise: standard deviation of the likelihood.
-        active: number of latents in use; a direction with an eigenvalue below the noise variance
-            collapses in every family.
-        attained: whether there is an optimum.
+        active: number of latents in use.
+        attained: whether there is an optimum; see `learned_decoder`.
+        log_likelihood: mean log p(x) under this decoder.
+        mutual_information: I(x; z) for Gaussian data of this covariance, at most that for others;
+            infinite for `deterministic`. The rate less this is KL(q(z) || p(z)), but for a point.
+        weight: a best decoder, `(features, latent)`, along the principal axes; nan if not attained.
+        bias: its bias, shape `(features,)`.
     """
 
     objective: float
@@ -64,11 +76,20 @@ class LearnedDecoder(NamedTuple):
     noise: float
     active: int
     attained: bool
+    log_likelihood: float
+    mutual_information: float
+    weight: Tensor
+    bias: Tensor
 
     @property
     def distortion(self) -> float:
         """Mean of -log p(x | z) under q."""
         return -self.objective - self.rate
+
+    @property
+    def gap(self) -> float:
+        """Mean log p(x) less the objective."""
+        return self.log_likelihood - self.objective
 
 
 def fixed_decoder(x: Tensor, weight: Tensor, bias: Tensor, noise: float, family: Any) -> Optimum:
@@ -79,16 +100,16 @@ def fixed_decoder(x: Tensor, weight: Tensor, bias: Tensor, noise: float, family:
         weight: W, shape `(features, latent)`.
         bias: b, shape `(features,)`.
         noise: standard deviation, positive.
-        family: of the ladder: `deterministic`, `zero`, `noise_only`, `mean_only`, `shared_scale`,
-            `mean_scale` or `full_rank`.
+        family: of the ladder, up to `mean_scale`, or `full_rank`; or a `Family` of `Normal` with a
+            location that is free, in an interval or fixed, and a scale that is free, shared or
+            fixed. In a (closed) interval each datum has its best mean: no encoder is better.
 
     Raises:
         ValueError: the family has no closed form here, or the noise is not positive.
     """
     if not noise > 0:
         raise ValueError(f"noise: expected a positive number, got {noise}")
-    one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return _optimum(x - bias, weight, noise, one, family)
+    return _optimum(x.double() - bias.double(), weight, noise, 1.0, family)
 
 
 def regression(X: Tensor, y: Tensor, noise: float, prior_scale: float, family: Any) -> Optimum:
@@ -108,47 +129,91 @@ def regression(X: Tensor, y: Tensor, noise: float, prior_scale: float, family: A
         raise ValueError(
             f"noise, prior_scale: expected positive numbers, got {noise} and {prior_scale}"
         )
-    precision = torch.eye(X.shape[1], dtype=X.dtype, device=X.device) / prior_scale**2
-    found = _optimum(y[None], X, noise, precision, family)
-    names = [name for name in Optimum._fields if name != "covariance"]
-    return found._replace(**{name: getattr(found, name)[0] for name in names})
+    found = _optimum(y.double()[None], X, noise, prior_scale, family)
+    return found._replace(**{name: getattr(found, name)[0] for name in Optimum._fields[:5]})
 
 
-def _optimum(x: Tensor, W: Tensor, noise: float, prior: Tensor, family: Any) -> Optimum:
-    """The optimum for data `x` less their bias and a prior of mean zero and this precision."""
-    variance = noise**2
-    P = prior + W.T @ W / variance
-    mean = torch.linalg.solve(P, W.T @ x.T / variance).T
-    size, features = len(P), x.shape[-1]
-    log_2pi = math.log(2 * math.pi)
-    fit = (x.square().sum(-1) / variance - ((mean @ P) * mean).sum(-1)) / 2
-    halves = (P.logdet() - prior.logdet()) / 2
-    log_likelihood = -fit - features / 2 * (log_2pi + math.log(variance)) - halves
-    covariances = {
-        families.deterministic: torch.zeros_like(P),
-        families.zero: torch.zeros_like(P),
-        families.noise_only: prior.inverse(),
-        families.mean_only: torch.eye(size, dtype=P.dtype, device=P.device),
-        families.shared_scale: torch.eye(size, dtype=P.dtype, device=P.device) * size / P.trace(),
-        families.mean_scale: torch.diag(1 / P.diagonal()),
-        families.full_rank: P.inverse(),
-    }
-    if family not in covariances:
-        name = getattr(family, "name", family)
-        raise ValueError(f"family: expected one with a closed form here, got {name}")
-    S = covariances[family]
-    if family in (families.zero, families.noise_only):
-        mean = torch.zeros_like(mean)
-    away = x - mean @ W.T
-    spread = (W @ S * W).sum()
-    distortion = (away.square().sum(-1) + spread) / (2 * variance)
-    distortion = distortion + features / 2 * (log_2pi + math.log(variance))
-    rate = ((mean @ prior) * mean).sum(-1) / 2 - prior.logdet() / 2
-    if family in (families.deterministic, families.zero):
-        rate = rate + size / 2 * log_2pi
-    else:
-        rate = rate + ((prior @ S).trace() - size - S.logdet()) / 2
-    return Optimum(-rate - distortion, rate, distortion, log_likelihood, mean, S)
+def _optimum(x: Tensor, W: Tensor, noise: float, prior_scale: float, family: Any) -> Optimum:
+    """The optimum for data `x` less their bias and a prior of mean zero and this scale."""
+    W, size, variance, prior = W.double(), W.shape[1], noise**2, prior_scale**2
+    G = W.T @ W / variance
+    P = G + torch.eye(size).to(G) / prior
+    mode = torch.linalg.solve(P, W.T @ x.T / variance).T
+    S, low, high = _member(family, P, prior)
+    mean, point, level = _closest(P, mode, low, high), not S.any(), size * math.log(prior)
+    constant = x.shape[-1] * (_LOG_2PI + math.log(variance))
+    best, fit = (((x - z @ W.T).square().sum(-1) / variance + constant) / 2 for z in (mode, mean))
+    log_likelihood = -best - (mode.square().sum(-1) / prior + P.logdet() + level) / 2
+    distortion = fit + (G * S).sum() / 2
+    width = size * _LOG_2PI if point else S.trace() / prior - size - S.logdet()
+    rate = (mean.square().sum(-1) / prior + width + level) / 2
+    information = P.new_tensor(math.inf if point else math.nan)
+    if (low == high).all() or not G.any():
+        information = P.new_zeros(())
+    elif not point and low.isinf().all() and high.isinf().all():
+        # over data that follow the model the best means have the covariance prior - P^-1
+        information = ((S + torch.linalg.solve(P, G) * prior).logdet() - S.logdet()) / 2
+    return Optimum(-rate - distortion, rate, distortion, log_likelihood, mean, S, information)
+
+
+def _member(family: Any, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance of the best member, and the bounds of its mean, which are equal if it is fixed."""
+    size, kind = len(P), getattr(family, "distribution", None)
+    one, rules = torch.eye(size).to(P), getattr(family, "rules", {})
+    where, scale = rules.get("loc", rules.get("v", 0.0)), rules.get("scale")
+    if isinstance(where, families.Shared):
+        raise _no_closed_form(family)
+    low = high = where
+    if isinstance(where, families.Channel):  # inside an interval or a half-line, or free
+        low = getattr(where.constraint, "lower_bound", -math.inf)
+        high = getattr(where.constraint, "upper_bound", math.inf)
+    low, high = (torch.as_tensor(end).to(P).expand(size) for end in (low, high))
+    if isinstance(family, families.Prior):
+        return one * prior, low, high
+    if kind is dist.Delta:
+        return 0.0 * one, low, high
+    if kind is dist.MultivariateNormal and rules == families.full_rank.rules:
+        return P.inverse(), low, high
+    if kind is dist.Normal and isinstance(scale, (int, float, Tensor)):
+        return one * torch.as_tensor(scale).to(P) ** 2, low, high
+    if kind is dist.Normal and scale == families.shared:
+        return one * size / P.trace(), low, high
+    if kind is dist.Normal and scale == families.Channel():
+        return one / P.diagonal(), low, high
+    raise _no_closed_form(family)
+
+
+def _no_closed_form(family: Any) -> ValueError:
+    name = getattr(family, "name", family)
+    return ValueError(f"family: expected one with a closed form here, got {name}")
+
+
+def _closest(P: Tensor, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The point of a box with the smallest `(m - target)' P (m - target)`, for each row of target.
+
+    The active-set method (Nocedal and Wright, Numerical Optimization, 2006, section 16.5): minimise
+    over the coordinates not held on a bound; if that leads out of the box, hold the one that is
+    stopped first; if not, let go the one that is pulled inward most. It ends, at the exact minimum.
+    """
+    mean, one, index = target.clamp(low, high), torch.eye(len(P)).to(P), torch.arange(len(P)).to(P)
+    held = mean != target
+    left = (held.any(-1) & (low < high).any()).nonzero()[:, 0]
+    while len(left):
+        m, h = mean[left], held[left]
+        H = torch.where(h[:, :, None] | h[:, None, :], one, P)
+        slope = ((target[left] - m) @ P).masked_fill(h, 0.0)
+        step = torch.linalg.solve(H, slope[..., None])[..., 0]
+        edge = torch.where(step > 0, high, low)
+        length, first = torch.where(step == 0, math.inf, (edge - m) / step).min(-1, keepdim=True)
+        stopped = (index == first) & (length < 1)
+        m = torch.where(stopped, edge, m + length.clamp(max=1.0) * step)
+        away = target[left] - m
+        pull = torch.where(m == high, -1, 1) * (away @ P) - 1e-13 * (away.abs() @ P.abs())
+        most, worst = pull.masked_fill(~h, -math.inf).max(-1, keepdim=True)
+        loose = (index == worst) & (length >= 1) & (most > 0)
+        mean[left], held[left] = m, (h | stopped) & ~loose
+        left = left[((length < 1) | (most > 0))[:, 0]]
+    return mean
 
 
 def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
@@ -156,62 +221,79 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
 
     With `l` the eigenvalues of the data's covariance (divided by N), `r_i = sqrt(l_i) / noise` and
     `d` directions kept, `mean_scale` and `full_rank` reach probabilistic PCA; above it, at equal
-    noise, `shared_scale` pays `d ln(mean r) - sum ln r`, `mean_only` `sum(r - 1 - ln r)` and
-    `noise_only` keeps nothing. For `deterministic` the objective grows without end as the codes
-    shrink and the decoder grows: its supremum is returned.
+    noise, `shared_scale` pays `d ln(mean r) - sum ln r`, `mean_only` `sum(r - 1 - ln r)`, and
+    `noise_only` and `zero` keep nothing. The best `noise^2` is the mean discarded eigenvalue; of
+    `mean_only` it solves `D noise^2 = S noise + T`, with S the sum of the kept `sqrt(l)` and T of
+    the discarded `l`. A direction with `l_i < noise^2` stays idle.
+
+    The objective of `deterministic` has a supremum that no decoder attains: it rises as the codes
+    shrink, which makes -log p(z) smaller, and the decoder grows, without end. Others have one where
+    the noise can fall to zero: `shared_scale` and above if the data lie in `latent` dimensions, all
+    if they are equal. From `latent = features` on, the noise returned is the largest of many.
 
     Args:
-        x: data, shape `(N, features)`, with more features than `latent`.
+        x: data, shape `(N, features)`.
         latent: number of latents, at least 1.
-        family: see `fixed_decoder`, without `zero`.
+        family: of the ladder, up to `mean_scale` without `mean_only_bounded`, or `full_rank`.
 
     Raises:
-        ValueError: the family has no closed form here, or there are too few features.
+        ValueError: the family has no closed form here; `latent` is below 1, or, for `shared_scale`,
+            above the number of features.
 
     Tipping and Bishop, Probabilistic principal component analysis, 1999.
     """
-    if not 1 <= latent < x.shape[1]:
-        raise ValueError(f"latent: expected 1 to {x.shape[1] - 1}, got {latent}")
-    centred = (x - x.mean(0)).double()
-    values = torch.linalg.svdvals(centred) ** 2 / len(x)
-    values = torch.cat([values, values.new_zeros(x.shape[1] - len(values))])
-    D, log_2pi = x.shape[1], math.log(2 * math.pi)
-    if family is families.deterministic:
-        variance = values[latent:].sum().item() / D
-        value = -D / 2 * (log_2pi + math.log(variance) + 1) - latent / 2 * log_2pi
-        return LearnedDecoder(value, math.nan, math.sqrt(variance), latent, attained=False)
-    if family is families.noise_only:
-        latent = 0
-    elif family not in _RATES:
-        name = getattr(family, "name", family)
-        raise ValueError(f"family: expected one with a closed form here, got {name}")
-    while True:
-        kept, rest = values[:latent], values[latent:].sum().item()
-        noise = math.sqrt(rest / (D - latent))
-        if family is families.mean_only:
-            roots = kept.sqrt().sum().item()
-            noise = (roots + math.sqrt(roots**2 + 4 * D * rest)) / (2 * D)
-        if latent == 0 or kept[-1].item() > noise**2:
-            break
-        latent -= 1  # the last direction is not worth its rate
-    r = kept.sqrt() / noise
-    best = -(D * log_2pi + kept.log().sum() + (D - latent) * 2 * math.log(noise)) / 2
-    best = best - (latent + rest / noise**2) / 2
-    paid, rate = _RATES[family](r) if latent else (r.sum(), r.sum())
-    value = (best - paid).item()
-    return LearnedDecoder(value, rate.item(), noise, latent, attained=True)
+    D, silent = x.shape[1], family in (families.noise_only, families.zero)
+    if family not in [families.LADDER[name] for name in _LEARNED]:
+        raise _no_closed_form(family)
+    if latent < 1 or (family is families.shared_scale and latent > D):
+        raise ValueError(f"latent: expected 1 to {D} for this family, got {latent}")
+    bias, values, axes = _principal(x)
+    kept, noise = _kept(values, 0 if silent else min(latent, D), family)
+    roots, squares = values[:kept].sqrt(), values[:kept] - noise**2
+    if family is families.mean_only:
+        squares = noise * (roots - noise)
+    elif family is families.shared_scale:
+        squares = roots * roots.mean() - noise**2
+    used, weight = int((squares > 1e-9 * noise**2).sum()), axes.new_zeros(D, latent)
+    weight[:, :kept] = axes[:, :kept] * squares.clamp(min=0.0).sqrt()
+    attained = noise > 0 and family is not families.deterministic
+    if attained:
+        found = fixed_decoder(x, weight, bias, noise, family)
+        best, rate, _, log_likelihood = (term.mean().item() for term in found[:4])
+        S, spread = found.covariance, found.mean.T @ found.mean / len(x)
+        information = 0.0 if silent else ((S + spread).logdet() - S.logdet()).item() / 2
+    else:
+        point = family in (families.deterministic, families.zero)
+        rate = latent / 2 * _LOG_2PI if point else math.inf if used else 0.0
+        best = -D / 2 * (_LOG_2PI + 1 + 2 * math.log(noise)) - rate if noise else math.inf
+        log_likelihood = -math.inf if family is families.deterministic else math.inf
+        information, weight = math.inf if used else 0.0, weight * math.nan
+    ends = (log_likelihood, information, weight, bias)
+    return LearnedDecoder(best, rate, noise, used, attained, *ends)
 
 
-def _shared(r: Tensor) -> tuple[Tensor, Tensor]:
-    P, level = r * r.mean(), 1 / r.mean() ** 2
-    squares = (P - 1) * r**2 / P**2
-    return len(r) * r.mean().log() - r.log().sum(), (level + squares - 1 - level.log()).sum() / 2
+def _kept(values: Tensor, kept: int, family: Any) -> tuple[int, float]:
+    """How many directions are kept, and the best standard deviation of the likelihood."""
+    D = len(values)
+    while family is families.mean_only and kept:
+        roots, rest = values[:kept].sqrt().sum().item(), values[kept:].sum().item()
+        noise = (roots + math.sqrt(roots**2 + 4 * D * rest)) / (2 * D)
+        if values[kept - 1] > noise**2:
+            return kept, noise
+        kept -= 1  # the last direction is not worth its rate
+    rest = values[kept:].sum().item()
+    spread = D if family is families.deterministic else D - kept
+    return kept, math.sqrt(rest / spread if spread else values[-1].item())
 
 
-# family -> from r what it pays above probabilistic PCA at equal noise, and its rate
-_RATES: dict[Any, Any] = {
-    families.mean_only: lambda r: ((r - 1 - r.log()).sum(), (r - 1).sum() / 2),
-    families.shared_scale: _shared,
-    families.mean_scale: lambda r: (0 * r.sum(), r.log().sum()),
-    families.full_rank: lambda r: (0 * r.sum(), r.log().sum()),
-}
+def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, eigenvalues and eigenvectors of the covariance; what rounding may have made is zero."""
+    wide, (rows, D) = x.double(), x.shape
+    bias = wide.mean(0)
+    centred = torch.nn.functional.pad(wide - bias, (0, 0, 0, max(0, D - rows)))  # D axes, always
+    _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
+    # the error of the decomposition, and the norm of the noise that the data were rounded with
+    floor = max(rows, D) * torch.finfo(wide.dtype).eps * singular[0]
+    unit = torch.finfo(x.dtype if x.is_floating_point() else wide.dtype).eps
+    floor = floor + unit * wide.square().mean().sqrt() * (rows**0.5 + D**0.5)
+    return bias, torch.where(singular > floor, singular, 0.0) ** 2 / rows, axes.T

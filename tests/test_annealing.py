@@ -122,7 +122,7 @@ def test_with_the_exact_guide_every_weight_is_log_p(number, vectorized):
 
 
 def test_one_temperature_is_importance_sampling():
-    """Two independent estimates; by the delta method the log of a mean weight has variance 1/ess."""
+    """By the delta method the log of a mean weight has variance 1/ess; two independent ones."""
     linear = Linear()
     guide = linear.guide(families.mean_only)
     found = anneal(linear.model, guide, linear.x, num_temperatures=1, num_chains=4000)
@@ -293,11 +293,25 @@ def _no_plate(x):
     pyro.sample("x", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=x)
 
 
+def _no_bijection(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.ProjectedNormal(torch.ones(3)))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+
+def _own_rows(x):
+    with pyro.plate("data", len(x), subsample_size=2) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (_no_bijection, "model: expected continuous latents that a bijection .* for 'z'"),
+        (_own_rows, "model: the plate 'data' draws a subsample of 2"),
         (_outside, "model: expected all sites in the plate 'data'; outside: 'w'"),
-        (_discrete, "model: expected continuous latents, got .* for 'z'"),
+        (_discrete, "model: expected continuous latents .* got Boolean.* for 'z'"),
         (_improper, "model: expected priors that can be drawn from"),
         (_no_plate, "model: expected a plate over the data, got none"),
     ],

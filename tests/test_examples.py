@@ -10,7 +10,7 @@ import pytest
 import torch
 import xarray as xr
 
-from ppvae import families
+from ppvae import closed_form, data, families
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -58,18 +58,27 @@ def test_ladder(run, tmp_path):
 
 
 def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(150, 5)))
+    """Fitted beside exact: here with data that the exact column is computed for anew."""
+    x = np.random.default_rng(0).normal(size=(150, 5)) * [3.0, 2.0, 1.0, 1.0, 1.0]
+    np.save(tmp_path / "x.npy", x)
     options = ["--linear", "--seeds", 2, "--epochs", 1, "--latent", 2, "--out", tmp_path / "out"]
-    out = run("ladder.py", "--data", tmp_path / "x.npy", "--families", "mean_scale", *options)
+    names = ["mean_scale", "deterministic", "flow"]
+    out = run("ladder.py", "--data", tmp_path / "x.npy", "--families", *names, *options)
     assert "120 training and 30 test data of length 5" in out
-    row = next(line for line in out.splitlines() if line.startswith("mean_scale"))
-    assert row.count("(") == 7
+    rows = {n: [line for line in out.splitlines() if line.startswith(n)] for n in names}
+    first, second = rows["mean_scale"]
+    assert first.count("(") == 7 and second.count("(") == 5
+    train = data.split(data.load(str(tmp_path / "x.npy"), binary=False))[0]
+    exact = closed_form.learned_decoder(train, 2, families.mean_scale)
+    assert f"{exact.objective:.2f} (0.00)" in second and f"{exact.rate:.2f} (0.00)" in second
+    assert rows["flow"][1].split().count("-") == 3  # no closed form
+    assert "deterministic has no optimum" in out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--families", "nonsense"], "got 'nonsense'"),
+        (["--families", "nonsense"], "invalid choice: 'nonsense'"),
         (["--epochs", "0"], "expected at least 1"),
     ],
 )

@@ -208,14 +208,18 @@ def test_when_does_noise_help_runs(run, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {"digits"}
 
 
-def test_refusals(run, capsys):
-    for name, options in {
-        "rate_distortion.py": ["--steps", 0],
-        "when_does_noise_help.py": ["--seeds", 1],
-    }.items():
-        with pytest.raises(SystemExit):
-            run(name, *options)
-        assert "at least" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rate_distortion.py", ["--steps", 0], "at least 1"),
+        ("when_does_noise_help.py", ["--seeds", 1], "--seeds of at least 2"),
+        ("when_does_noise_help.py", ["--few", 900], "--few <= 0.8"),
+    ],
+)
+def test_refusals(run, capsys, name, options, message):
+    with pytest.raises(SystemExit):
+        run(name, *options)
+    assert message in capsys.readouterr().err
 
 
 def test_curves_hold_what_they_were_given():
