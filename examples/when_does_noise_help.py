@@ -53,7 +53,7 @@ pixels of the input are flipped; few: {few} training images, or labels. Samples 
 p(z), so log p(x) of p(z) p(x | z) says how well they cover the data. It is one number for all rows:
 to each decoder, left as trained, a full_rank guide is fitted; {draws} draws of importance sampling
 then give it from below. Fitted: p(z) has the mean and covariance of the codes. Classifier: logistic
-regression on the means of the codes.
+regression on the means of the codes. Verdicts are of {size} images; `--size 4000` may differ.
 """
 
 
