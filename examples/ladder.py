@@ -87,7 +87,7 @@ def measure(model: VAE, guide: FamilyGuide, x: torch.Tensor, test: torch.Tensor,
     used = guide if guide.family.channels else guide.heads  # without a channel: no encoder
     row |= found.attrs | {"parameters": sum(p.numel() for p in used.parameters())}
     if args.linear:
-        found = evaluate(model, guide, x, num_samples=64)
+        found = evaluate(model, guide, x, num_samples=128)
         row |= {"fitted": float(found.objective.mean()), "fitted rate": float(found.rate.mean())}
         row |= {"exact": torch.nan, "exact rate": torch.nan}
         with suppress(ValueError):  # no closed form

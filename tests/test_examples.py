@@ -75,6 +75,19 @@ def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
     assert "deterministic has no optimum" in out
 
 
+def test_ladder_linear_reaches_the_optimum(run, tmp_path):
+    """On the digits, with the program's own settings: what it prints as its result."""
+    names = ["mean_only", "mean_scale"]
+    out = run("ladder.py", "--linear", "--families", *names, "--out", tmp_path)
+    assert f"{'fitted':>15s} {'exact':>15s} {'short by':>15s}" in out
+    for name in names:
+        row = [line for line in out.splitlines() if line.startswith(f"{name} ")][1]
+        fitted, exact, short_by, rate, exact_rate = map(float, row.split()[-6:-1])
+        assert short_by == pytest.approx(exact - fitted, abs=0.02)  # they are rounded
+        assert -0.03 < short_by < 0.05  # measured with a standard error below 0.01
+        assert rate == pytest.approx(exact_rate, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
