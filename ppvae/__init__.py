@@ -12,6 +12,7 @@ from ppvae.fit import Fit, fit
 from ppvae.gaps import gaps
 from ppvae.guides import FamilyGuide
 from ppvae.simulate import simulate
+from ppvae.staging import NotStageable, stage
 from ppvae.summary import reading, summary
 from ppvae.vae import VAE
 
@@ -22,6 +23,7 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "NotStageable",
     "annealed_importance",
     "calibration",
     "closed_form",
@@ -39,5 +41,6 @@ __all__ = [
     "plots",
     "reading",
     "simulate",
+    "stage",
     "summary",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,13 @@ class Batches:
     def whole(self) -> bool:
         """Whether one batch is all the data."""
         return self.loader is None and self.batch_size == self.size
+
+    @property
+    def count(self) -> int:
+        """Number of batches in a pass through the data."""
+        if self.loader is not None:
+            return len(self.loader)
+        return math.ceil(self.size / (self.batch_size or self.size))
 
     def to(self, device: torch.device) -> None:
         self.device = device

@@ -15,6 +15,8 @@ from torch import nn
 __all__ = [
     "Named",
     "eval_mode",
+    "kept_buffers",
+    "matmul_precision",
     "private_modules",
     "random_state",
     "train_mode",
@@ -105,6 +107,33 @@ def eval_mode(*programs: Any) -> Any:
 def train_mode(*programs: Any) -> Any:
     """Training mode for those programs that are modules; their modes come back at the end."""
     return _mode(*programs, training=True)
+
+
+@contextmanager
+def kept_buffers(*programs: Any) -> Iterator[None]:
+    """Puts back the buffers of those programs that are modules, which a call may move."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, value):  # one that was not moved may be in a graph
+                    buffer.copy_(value)
+
+
+@contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """Products of float32 matrices in another precision inside; None leaves it as it is."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def unchecked() -> Any:

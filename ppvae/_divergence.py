@@ -68,8 +68,23 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
         return None
     try:
         entropy = guide.entropy()
-        second = (guide.variance + (guide.mean - normal.loc) ** 2) / (2 * normal.scale**2)
+        mean, variance = _moments(guide)
+        second = (variance + (mean - normal.loc) ** 2) / (2 * normal.scale**2)
     except NotImplementedError:
         return None
     cross = second + normal.scale.log() + 0.5 * math.log(2 * math.pi)
     return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
+
+
+def _moments(fn: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance, without the selection by value of a StudentT's, which has no graph."""
+    base = fn
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    if not isinstance(base, torch.distributions.StudentT):
+        return fn.mean, fn.variance
+    finite = base.df > 2
+    df = torch.where(finite, base.df, 3.0)
+    variance = torch.where(finite, base.scale**2 * df / (df - 2), math.inf)
+    mean = torch.where(base.df > 1, base.loc, math.nan)
+    return mean, torch.where(base.df > 1, variance, math.nan)

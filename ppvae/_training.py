@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae._batches import Batches
-from ppvae._context import eval_mode, random_state, unchecked
+from ppvae._compiled import Runner
+from ppvae._context import eval_mode, kept_buffers, random_state, unchecked
 from ppvae.objective import data_plate, negative_elbo, terms, trace_pair
 
 __all__ = [
@@ -35,38 +36,43 @@ class Diverged(ArithmeticError):
 class Stepper:
     """One step of the optimizer, and the way back from a step into nowhere."""
 
-    def __init__(
-        self, model: Any, guide: Any, parameters: list[Tensor], optimizer: Any, objective: Any
-    ) -> None:
-        self.model, self.guide, self.parameters = model, guide, parameters
-        self.optimizer, self.objective = optimizer, objective
-        self.good = [p.detach().clone() for p in parameters]
+    def __init__(self, runner: Runner, optimizer: Any) -> None:
+        self.runner, self.optimizer, self.parameters = runner, optimizer, runner.parameters
+        self.good = [p.detach().clone() for p in self.parameters]
         self.number = 0
 
-    def step(self, batch: tuple[Tensor, ...], size: int) -> float:
+    def step(self, batch: tuple[Tensor, ...]) -> float:
         """Takes a step and returns the loss before it."""
+        losses: list[float] = []
 
         def closure() -> Tensor:
-            with unchecked():
-                loss = self._loss(batch, size)
-            if not math.isfinite(loss.item()):
-                self._diverged(f"the loss is {loss.item()}", self._blame(batch))
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+            loss, slopes = self.runner(batch, self.number)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                self._diverged(f"the loss is {losses[-1]}", self._blame(batch))
             if self.number == 0:  # once more with the caller's checks, which look at shapes
-                with random_state(None, keep=True), torch.no_grad():
-                    self._loss(batch, size)
-            if self.optimizer is not None and loss.requires_grad:
+                with random_state(None, keep=True), torch.no_grad(), self._kept_buffers():
+                    self.runner.eager(batch, 0, checked=True)
+            if self.optimizer is not None:
                 with torch.no_grad():
                     torch._foreach_copy_(self.good, self.parameters)
-                self.optimizer.zero_grad(set_to_none=True)
+            for parameter, slope in slopes or ():
+                parameter.grad = slope
+            if slopes is None and loss.requires_grad:
                 loss.backward()
             return loss.detach()
 
-        loss = closure() if self.optimizer is None else self.optimizer.step(closure)
+        if self.optimizer is None:
+            closure()
+        else:
+            self.optimizer.step(closure)
         self.number += 1
-        return loss.item()
+        return losses[0]
 
-    def _loss(self, batch: tuple[Tensor, ...], size: int) -> Tensor:
-        return self.objective(self.model, self.guide, *batch, size=size, step=self.number)
+    def _kept_buffers(self) -> Any:
+        return kept_buffers(self.runner.model, self.runner.guide)
 
     def check(self) -> None:
         """Raises if the last step led out of the finite numbers."""
@@ -83,7 +89,7 @@ class Stepper:
     def _blame(self, batch: tuple[Tensor, ...]) -> str:
         """Names the terms that are not finite."""
         with torch.no_grad(), unchecked():
-            parts = terms(*trace_pair(self.model, self.guide, *batch))
+            parts = terms(*trace_pair(self.runner.model, self.runner.guide, *batch))
         named = {
             "log_likelihood": parts.log_likelihood,
             "kl": parts.kl,

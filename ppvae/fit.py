@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae._batches import Batches, length_of
-from ppvae._context import private_modules, random_state, train_mode
+from ppvae._compiled import Runner, how_to_run
+from ppvae._context import matmul_precision, private_modules, random_state, train_mode
 from ppvae._quasi_newton import draws_needed, minimise
 from ppvae._training import (
     Diverged,
@@ -44,6 +45,7 @@ class Fit(NamedTuple):
             stopping the one with the lowest validation loss.
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
         objective: what was minimised, such as `objectives.ELBO()`.
+        execution: "eager", "staged" or "compiled".
     """
 
     losses: list[float]
@@ -53,6 +55,7 @@ class Fit(NamedTuple):
     best_epoch: int
     method: str
     objective: Callable[..., Tensor]
+    execution: str
 
     @property
     def history(self) -> dict[str, list[Any]]:
@@ -80,6 +83,8 @@ def fit(
     validation: Any = None,
     patience: int | None = None,
     check_support: bool = False,
+    compile: bool | str = "auto",
+    precision: str | None = None,
     progress: bool | str = True,
 ) -> Fit:
     """Trains the parameters of a model and its guide on the negative ELBO, or another objective.
@@ -113,6 +118,12 @@ def fit(
         patience: stop after this many epochs without a lower validation loss, and go back to the
             best parameters.
         check_support: look first whether the data lie in the support of their likelihood.
+        compile: run the loss and its gradients as one compiled graph (see `stage`); "auto" does so
+            for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
+            The result is the same up to rounding. What cannot be staged runs eagerly, and a warning
+            says why.
+        precision: that of products of float32 matrices, "highest", "high" or "medium", as in
+            `torch.set_float32_matmul_precision`; None leaves it as it is.
         progress: show a progress bar; a string is its label.
 
     Returns:
@@ -148,11 +159,15 @@ def fit(
     if objective is not None and (not callable(objective) or inspect.isclass(objective)):
         raise TypeError(f"objective: expected a function, such as ELBO(), got {objective!r}")
     objective = ELBO() if objective is None else objective
+    if precision not in (None, "highest", "high", "medium"):
+        raise ValueError(f'precision: expected "highest", "high" or "medium", got {precision!r}')
+    how = how_to_run(compile, num_epochs * batches.count, batches.batch_size or 1)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     label = progress if isinstance(progress, str) else "fit"
     bar = tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
-    with private_modules(), random_state(seed), train_mode(model, guide):
+    modes = train_mode(model, guide), matmul_precision(precision)
+    with private_modules(), random_state(seed), modes[0], modes[1]:
         parameters = parameters_of(model, guide, batches)
         if check_support:
             for some in filter(None, (batches, held_out)):
@@ -165,16 +180,18 @@ def fit(
             draws = draws_needed(model, guide, batch, parameters)
             if draws:
                 return _fit_at_once(model, guide, batch, parameters, num_epochs, draws, seed, bar)
-        moved = (optimizer or adam)(parameters, lr=learning_rate) if parameters else None
-        stepper = Stepper(model, guide, parameters, moved, objective)
+        with random_state(None, keep=True):
+            example = next(iter(batches))
+        runner = Runner(model, guide, objective, batches.size, parameters, how, example)
+        moved = (optimizer or adam)(runner.parameters, lr=learning_rate) if parameters else None
         with undone_by_errors(parameters):
-            return _fit_in_steps(stepper, batches, held_out, patience, bar)
+            return _fit_in_steps(Stepper(runner, moved), batches, held_out, patience, bar)
 
 
 def _fit_in_steps(
     stepper: Stepper, batches: Batches, held_out: Batches | None, patience: int | None, bar: Any
 ) -> Fit:
-    start = time.perf_counter()
+    start, runner = time.perf_counter(), stepper.runner
     losses: list[float] = []
     validation_losses: list[float] = []
     best: tuple[float, int, list[Tensor]] = (math.inf, -1, [])
@@ -183,13 +200,13 @@ def _fit_in_steps(
         total = count = 0.0
         for batch in batches:
             rows = len(batch[0])
-            total += stepper.step(batch, batches.size) * rows
+            total += stepper.step(batch) * rows
             count += rows
         stepper.check()
         losses.append(total / count)
         shown = {"loss": f"{losses[-1]:.4g}"}
         if held_out is not None:
-            validation_losses.append(mean_loss(stepper.model, stepper.guide, held_out))
+            validation_losses.append(mean_loss(runner.model, runner.guide, held_out))
             shown["validation"] = f"{validation_losses[-1]:.4g}"
             stale += 1
             if validation_losses[-1] < best[0]:
@@ -206,8 +223,8 @@ def _fit_in_steps(
         restore(stepper.parameters, best[2])
         kept = best[1]
     seconds = time.perf_counter() - start
-    number, goal = stepper.number, stepper.objective
-    return Fit(losses, validation_losses, seconds, number, kept, "stochastic gradient", goal)
+    told = (stepper.number, kept, "stochastic gradient", runner.objective, runner.how)
+    return Fit(losses, validation_losses, seconds, *told)
 
 
 def _fit_at_once(
@@ -231,4 +248,4 @@ def _fit_at_once(
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()
     seconds = time.perf_counter() - start
-    return Fit(losses, [], seconds, len(losses), len(losses) - 1, "L-BFGS", ELBO())
+    return Fit(losses, [], seconds, len(losses), len(losses) - 1, "L-BFGS", ELBO(), "eager")
