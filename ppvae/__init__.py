@@ -11,6 +11,7 @@ from ppvae.families import Family
 from ppvae.fit import Fit, fit
 from ppvae.gaps import gaps
 from ppvae.guides import FamilyGuide
+from ppvae.replicates import fit_replicates
 from ppvae.simulate import simulate
 from ppvae.staging import NotStageable, stage
 from ppvae.summary import reading, summary
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "families",
     "fit",
+    "fit_replicates",
     "from_pyro_svi",
     "gaps",
     "likelihoods",

@@ -120,7 +120,7 @@ def kept_buffers(*programs: Any) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
-                if not torch.equal(buffer, value):  # one that was not moved may be in a graph
+                if not torch.equal(buffer, value):  # one that was expanded cannot be written to
                     buffer.copy_(value)
 
 

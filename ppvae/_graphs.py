@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["clean", "split_noise"]
+__all__ = ["clean", "drop_unused", "spell_sizes", "split_noise"]
 
 _sized = torch.ops.aten.sym_size.int
 _new_empty = torch.ops.aten.new_empty.default
@@ -24,6 +24,8 @@ def clean(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
             _inline(module, node)
+    for node in list(graph.nodes):
+        _rewrite(graph, node)
     drop_unused(graph)
     module.delete_all_unused_submodules()
     module.recompile()
@@ -35,6 +37,67 @@ def drop_unused(graph: fx.Graph) -> None:
         idle = node.op in ("call_function", "get_attr") and not node.users
         if idle and not (_writes_outside(node) or _is_random(node)):
             graph.erase_node(node)
+
+
+def spell_sizes(graph: fx.Graph) -> None:
+    """Writes the number of elements of a tensor as a product of sizes, which can be compiled."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.sym_numel.default:
+            with graph.inserting_before(node):
+                total: Any = 1
+                for dim in range(node.args[0].meta["val"].dim()):
+                    size = graph.call_function(_sized, (node.args[0], dim))
+                    total = graph.call_function(operator.mul, (total, size))
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
+    """Writes a node in operations that can be vectorized, with the same numbers."""
+    aten = torch.ops.aten
+    with graph.inserting_before(node):
+        if node.target is aten.lift_fresh_copy.default:
+            _replace(node, graph.call_function(aten.clone.default, node.args))
+        elif node.target is aten.index_put_.default and _is_masked(node):
+            # x[mask] = y[mask], or a number: sizes must not depend on how many are selected
+            arguments: Any = node.args
+            into, (mask,), value = arguments
+            value = value.args[0] if value.target is aten.index.Tensor else value
+            chosen = graph.call_function(aten.where.self, (mask, value, into))
+            _replace(node, graph.call_function(aten.copy_.default, (into, chosen)))
+        elif _is_mutable(node) and not _is_random(node) and _is_alone(node.args[0]):
+            packet, overload = str(node.target).removeprefix("aten.").split(".")
+            pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+            if packet.endswith("_") and pure is not None:
+                _replace(node, graph.call_function(pure, node.args, node.kwargs))
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _is_masked(node: fx.Node) -> bool:
+    """Whether elements are put where a mask of the same shape says, each in its own place."""
+    if len(node.args) > 3 or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return False
+    arguments: Any = node.args
+    into, (mask,), value = arguments
+    depth = into.meta["val"].dim()
+    if mask.meta["val"].dtype != torch.bool or mask.meta["val"].dim() != depth:
+        return False
+    if value.target is torch.ops.aten.index.Tensor:
+        source, chosen = value.args
+        return list(chosen) == [mask] and source.meta["val"].dim() == depth
+    return value.meta["val"].dim() == 0
+
+
+def _is_alone(node: Any) -> bool:
+    """Whether a node makes a new tensor that only one other uses, and as a whole."""
+    returns = getattr(getattr(node, "target", None), "_schema", None)
+    fresh = returns is not None and all(r.alias_info is None for r in returns.returns)
+    return fresh and len(node.users) == 1 and node.op == "call_function"
 
 
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ppvae._context import kept_buffers, random_state, unchecked
+from ppvae._context import kept_buffers, private_modules, random_state, unchecked
 from ppvae.objective import trace_pair
 from ppvae.objectives import ELBO, IWAE
 
-__all__ = ["Program", "export"]
+__all__ = ["Program", "export", "setting"]
 
 
 class Program(nn.Module):
@@ -57,14 +58,14 @@ class Program(nn.Module):
         called: list[nn.Module] = []
         hook = register_module_forward_pre_hook(lambda module, _: called.append(module))
         try:
-            with own_store(), random_state(None, keep=True), kept_buffers(self), torch.no_grad():
-                with poutine.trace(param_only=True) as capture:
+            with random_state(None, keep=True), kept_buffers(self), torch.no_grad(), unchecked():
+                with private_modules(), poutine.trace(param_only=True) as capture:
                     trace_pair(model, guide, *args)
-                nodes: Any = capture.trace.nodes
-                found = {
-                    name: (node["value"].unconstrained(), node["kwargs"]["constraint"])
-                    for name, node in nodes.items()
-                }
+                    nodes: Any = capture.trace.nodes
+                    found = {
+                        name: (node["value"].unconstrained(), node["kwargs"]["constraint"])
+                        for name, node in nodes.items()
+                    }
         finally:
             hook.remove()
         known = set(self.modules())
@@ -87,7 +88,7 @@ class Program(nn.Module):
         objective, step = self.objective, knob
         if isinstance(objective, ELBO) and (callable(objective.beta) or self.varies):
             objective, step = replace(objective, beta=knob), 0
-        with _Given(self):
+        with private_modules(), _Given(self):
             return objective(self.model, self.guide, *batch, **self.told, step=step)
 
     #: whether beta comes from outside although it is a number: replicates differ in it
@@ -102,7 +103,7 @@ def setting(objective: Any, step: int) -> Tensor:
     """The weight `beta` of an objective at a step, if it has one, or else the step."""
     if isinstance(objective, ELBO):
         beta = objective.beta(step) if callable(objective.beta) else objective.beta
-        return torch.as_tensor(beta, dtype=torch.get_default_dtype())
+        return torch.as_tensor(beta, dtype=torch.float64)
     return torch.tensor(0 if isinstance(objective, IWAE) else step)
 
 
@@ -128,17 +129,30 @@ def export(program: Program, args: tuple[Any, ...]) -> Any:
         {0: torch.export.Dim.AUTO} if isinstance(arg, Tensor) and arg.dim() else None
         for arg in args
     )
-    _load()
     with own_store(), unchecked(), random_state(None, keep=True), torch.enable_grad():
-        with _symbolic_lengths():
+        _load()
+        with _symbolic_lengths(), _unsampled(), _silent():
             return torch.export.export(program, args, dynamic_shapes={"args": shapes}, strict=False)
+
+
+# Operations of which PyTorch does not say the shape of the result, so that it cannot trace them.
+_SHAPED: dict[str, Any] = {
+    "aten::_standard_gamma_grad": lambda concentration, value: torch.empty_like(value),
+    "aten::_sample_dirichlet": lambda concentration, generator=None: concentration.new_empty(
+        concentration.shape
+    ),
+    "aten::_dirichlet_grad": lambda value, concentration, total: torch.empty_like(value),
+}
 
 
 @cache
 def _load() -> None:
     """Loads, once in a process, the modules that tracing loads late, before `len` is replaced."""
-    import torch._dynamo  # noqa: F401, PLC0415
+    import torch._dynamo
 
+    for name, shaped in _SHAPED.items():
+        with suppress(RuntimeError):  # PyTorch has come to know it
+            torch.library.register_fake(name)(shaped)
     torch.export.export(nn.Identity(), (torch.zeros(2),), strict=False)
 
 
@@ -168,3 +182,26 @@ def _symbolic_lengths() -> Iterator[None]:
         yield
     finally:
         builtins.len = before
+
+
+@contextmanager
+def _unsampled() -> Iterator[None]:
+    """Turns off the checks of values of distributions that were made before, with checks."""
+    kind: Any = torch.distributions.Distribution
+    before = kind._validate_sample
+    kind._validate_sample = lambda self, value: None
+    try:
+        yield
+    finally:
+        kind._validate_sample = before
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without PyTorch's own reports on what it cannot trace: the caller gets an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

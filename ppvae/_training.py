@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ __all__ = [
     "Diverged",
     "Stepper",
     "adam",
+    "check_options",
     "check_support_of",
     "is_count",
     "mean_loss",
@@ -52,9 +54,6 @@ class Stepper:
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 self._diverged(f"the loss is {losses[-1]}", self._blame(batch))
-            if self.number == 0:  # once more with the caller's checks, which look at shapes
-                with random_state(None, keep=True), torch.no_grad(), self._kept_buffers():
-                    self.runner.eager(batch, 0, checked=True)
             if self.optimizer is not None:
                 with torch.no_grad():
                     torch._foreach_copy_(self.good, self.parameters)
@@ -62,6 +61,9 @@ class Stepper:
                 parameter.grad = slope
             if slopes is None and loss.requires_grad:
                 loss.backward()
+            if self.number == 0:  # once more with the caller's checks, which look at shapes
+                with random_state(None, keep=True), torch.no_grad(), self._kept_buffers():
+                    self.runner.eager(batch, 0, checked=True)
             return loss.detach()
 
         if self.optimizer is None:
@@ -137,6 +139,22 @@ def _check_dtype(near: Tensor, batches: Batches) -> None:
 
 def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_options(
+    num_epochs: Any, learning_rate: Any, optimizer: Any, objective: Any, precision: Any
+) -> None:
+    """Raises, if an option of `fit` is not what it should be."""
+    if not is_count(num_epochs):
+        raise ValueError(f"num_epochs: expected a whole number of at least 1, got {num_epochs}")
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(f"optimizer: expected a class or function, got {type(optimizer).__name__}")
+    if objective is not None and (not callable(objective) or inspect.isclass(objective)):
+        raise TypeError(f"objective: expected a function, such as ELBO(), got {objective!r}")
+    if precision not in (None, "highest", "high", "medium"):
+        raise ValueError(f'precision: expected "highest", "high" or "medium", got {precision!r}')
 
 
 @contextmanager

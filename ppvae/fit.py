@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from ppvae._training import (
     Diverged,
     Stepper,
     adam,
+    check_options,
     check_support_of,
     is_count,
     mean_loss,
@@ -148,19 +148,10 @@ def fit(
     if validation is not None:
         size = min(batches.batch_size or 1024, length_of(validation))
         held_out = Batches("validation", validation, size, shuffle=False)
-    if not is_count(num_epochs):
-        raise ValueError(f"num_epochs: expected a whole number of at least 1, got {num_epochs}")
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
+    check_options(num_epochs, learning_rate, optimizer, objective, precision)
     if patience is not None and (held_out is None or not is_count(patience)):
         raise ValueError(f"patience: expected at least 1 and `validation` data, got {patience}")
-    if optimizer is not None and not callable(optimizer):
-        raise TypeError(f"optimizer: expected a class or function, got {type(optimizer).__name__}")
-    if objective is not None and (not callable(objective) or inspect.isclass(objective)):
-        raise TypeError(f"objective: expected a function, such as ELBO(), got {objective!r}")
     objective = ELBO() if objective is None else objective
-    if precision not in (None, "highest", "high", "medium"):
-        raise ValueError(f'precision: expected "highest", "high" or "medium", got {precision!r}')
     how = how_to_run(compile, num_epochs * batches.count, batches.batch_size or 1)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)

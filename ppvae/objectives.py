@@ -107,7 +107,8 @@ class ELBO:
         beta = self.beta(step) if callable(self.beta) else self.beta
         if self.free_bits:
             rate = floored_rate(pairs, parts, self.free_bits, size)
-            return _mean([_distortion(part, size) for part in parts]) + beta * rate
+            distortion = _mean([_distortion(part, size) for part in parts])
+            return distortion + _like(beta, rate) * rate
         return _mean([_weighted(part, size, beta) for part in parts])
 
 
@@ -234,7 +235,13 @@ def _weighted(parts: Terms, size: int | None, beta: Any) -> Tensor:
     distortion = _distortion(parts, size)
     if known and beta == 0:  # and not 0 * inf, for a point outside the support of the prior
         return distortion
-    return distortion + beta * loss_of(parts._replace(log_likelihood={}), size)
+    rate = loss_of(parts._replace(log_likelihood={}), size)
+    return distortion + _like(beta, rate) * rate
+
+
+def _like(beta: Any, rate: Tensor) -> Any:
+    """A weight that is a tensor in the dtype of what it weighs, as a number would be."""
+    return beta.to(rate.dtype) if isinstance(beta, Tensor) else beta
 
 
 def _distortion(parts: Terms, size: int | None) -> Tensor:

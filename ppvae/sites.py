@@ -176,7 +176,7 @@ def data_frame(nodes: list[dict[str, Any]], length: int, plate: str | None) -> A
 
 def is_real(support: Any) -> bool:
     """Whether a support is all of the reals, in any number of dimensions."""
-    return _bare(support) is constraints.real
+    return isinstance(_bare(support), type(constraints.real))  # a deep copy has one of its own
 
 
 def same_support(one: Any, other: Any) -> bool:

@@ -13,16 +13,17 @@ stages by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from ppvae._context import kept_buffers, private_modules, random_state, unchecked
+from ppvae._context import kept_buffers, random_state, unchecked
 from ppvae._graphs import clean, split_noise
 from ppvae._tracing import Program, export
-from ppvae.objectives import ELBO
+from ppvae.objectives import ELBO, IWAE
 
 __all__ = ["NotStageable", "Staged", "stage"]
 
@@ -69,9 +70,10 @@ def stage(
         >>> loss(torch.zeros(3, 5)).shape
         torch.Size([])
     """
-    with private_modules():
-        program = Program(model, guide, objective or ELBO(), args, size=size, plate=plate)
-        return Staged(program, args)
+    objective = ELBO() if objective is None else objective
+    if isinstance(objective, IWAE) and objective.gradient != "pathwise":
+        raise NotStageable(f"objective: {objective.gradient} takes a derivative inside the loss")
+    return Staged(Program(model, guide, objective, args, size=size, plate=plate), args)
 
 
 class Staged(nn.Module):
@@ -101,26 +103,32 @@ class Staged(nn.Module):
         Returns:
             A scalar in nats per datum.
         """
+        knob = self.program.setting(step)
         if not self.covers(*args):
-            with private_modules():
-                return self.program(*args, self.program.setting(step))
-        return self.rest(*self.state(), *self.data(*args, step=step))
+            return self.program(*args, knob)
+        return self.rest(*self.state(), *self.data(args, knob))
 
     def covers(self, *args: Any) -> bool:
         """Whether the graph is that of a call with these arguments."""
         sizes: dict[str, int] = {}
-        if len(args) != len(self._shapes):
+        if len(args) != len(self.shapes):
             return False
-        return all(_fits(arg, like, sizes) for arg, like in zip(args, self._shapes, strict=True))
+        fits = all(_fits(arg, like, sizes) for arg, like in zip(args, self.shapes, strict=True))
+        return fits and self._guard({"args": args})
 
-    def state(self) -> list[Tensor]:
-        """The parameters, buffers and constants, in the order of the graph's arguments."""
-        return [held[name] for held, name in self._state]
+    def state(self, program: Program | None = None) -> list[Tensor]:
+        """The parameters, buffers and constants, in the order of the graph's arguments.
 
-    def data(self, *args: Any, step: int = 0) -> list[Any]:
-        """The data, the setting of a step, and fresh noise: the arguments after the state."""
-        given = (*args, self.program.setting(step))
-        return [*given, *self.noise(*given)]
+        Args:
+            program: another one of the same make, whose values they are; by default the own one.
+        """
+        if program is None:
+            return [held[name] for held, name in self._state]
+        return [held[name] for held, name in self._held_by(program)]
+
+    def data(self, batch: tuple[Any, ...], knob: Tensor) -> list[Any]:
+        """The arguments after the state: a batch, the setting of a step, and fresh noise."""
+        return [*batch, knob, *self.noise(*batch, knob)]
 
     def trained(self) -> list[int]:
         """Which of `state` are parameters that the loss depends on and that want a gradient."""
@@ -135,24 +143,35 @@ class Staged(nn.Module):
         module = exported.graph_module
         places = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
         kinds = torch.export.graph_signature.InputKind
-        self._state: list[tuple[dict[str, Any], str]] = []
-        self._shapes: list[Any] = []
+        self._paths: list[tuple[str, str]] = []
+        self.shapes: list[Any] = []
+        guards = (
+            " and ".join(f"({code})" for code in getattr(exported, "_guards_code", [])) or "True"
+        )
+        self._guard = eval(f"lambda L: {guards}", {"torch": torch, "math": math})  # PyTorch's own
         for spec in exported.graph_signature.input_specs:
             if spec.kind == kinds.USER_INPUT:
-                self._shapes.append(places[spec.arg.name].meta["val"])
-                continue
-            if spec.kind == kinds.CONSTANT_TENSOR:
-                name = f"constant_{len(self._state)}"
+                self.shapes.append(_like(places[spec.arg.name].meta["val"]))
+            elif spec.kind == kinds.CONSTANT_TENSOR:
+                name = f"constant_{len(self._paths)}"
                 self.register_buffer(name, exported.constants[spec.target], persistent=False)
-                self._state.append((self._buffers, name))
-                continue
-            path, _, name = spec.target.rpartition(".")
-            owner = self.program.get_submodule(path)
-            held = owner._parameters if spec.kind == kinds.PARAMETER else owner._buffers
-            self._state.append((held, name))
-        del self._shapes[-1]  # that of the setting
-        noise, rest = split_noise(module.graph, len(self._state))
+                self._paths.append(("constant", name))
+            else:
+                kind = "_parameters" if spec.kind == kinds.PARAMETER else "_buffers"
+                self._paths.append((kind, spec.target))
+        del self.shapes[-1]  # that of the setting
+        self._state = self._held_by(self.program)
+        noise, rest = split_noise(module.graph, len(self._paths))
         self.noise, self.rest = fx.GraphModule(module, noise), fx.GraphModule(module, rest)
+
+    def _held_by(self, program: Program) -> list[tuple[dict[str, Any], str]]:
+        """Where a program holds its values: dictionaries of modules, and the names in them."""
+        held = []
+        for kind, target in self._paths:
+            path, _, name = target.rpartition(".")
+            owner = self if kind == "constant" else program.get_submodule(path)
+            held.append((self._buffers if kind == "constant" else getattr(owner, kind), name))
+        return held
 
     def _check(self, args: tuple[Any, ...]) -> None:
         """Raises unless the graph gives the loss of the program, on these data and on one less."""
@@ -164,37 +183,73 @@ class Staged(nn.Module):
         for some in [args, fewer]:
             if not self.covers(*some):
                 continue
-            losses = []
-            for call in (self, self.program):
-                last = () if call is self else (self.program.setting(0),)
-                with torch.no_grad(), random_state(0), kept_buffers(self), unchecked():
-                    losses.append(call(*some, *last))
-            if not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise NotStageable(
-                    f"model, guide: cannot be staged: the graph gives a loss of {losses[0]:.6g}, "
-                    f"the program {losses[1]:.6g}; does one keep a count or a list of its own?"
-                )
+            try:
+                told = self._gradients_of(self.program, *some, self.program.setting(0))
+            except Exception:  # data that the program itself refuses
+                if some is args:
+                    raise
+                continue
+            found = self._gradients_of(self, *some)
+            for one, other in zip(told, found, strict=True):
+                bound = 1e-3 * one.abs().max().item() + 1e-6
+                if not torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True):
+                    raise NotStageable(
+                        f"model, guide: cannot be staged: the graph gives a loss of {found[0]:.6g} "
+                        f"or a gradient that is not the program's ({told[0]:.6g}); does one keep a "
+                        "count or a list of its own?"
+                    )
+
+    def _gradients_of(self, call: Any, *args: Any) -> list[Tensor]:
+        """The loss of a call, and its gradients; nothing is left behind."""
+        leaves = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        with random_state(0), kept_buffers(self), unchecked(), torch.enable_grad():
+            loss = call(*args)
+            slopes: Any = [None] * len(leaves)
+            if loss.requires_grad:
+                slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+        zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
+        return [loss.detach(), *(zero if slope is None else slope for slope in slopes)]
+
+
+class Like(NamedTuple):
+    """What a tensor that was traced was like; a size that may vary is a name."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    sizes = []
+    for size in value.shape:
+        known = size if isinstance(size, int) else size.node.maybe_as_int()
+        sizes.append(str(size) if known is None else known)
+    return Like(tuple(sizes), value.dtype, value.device)
 
 
 def _fits(arg: Any, like: Any, sizes: dict[str, int]) -> bool:
     """Whether an argument is like a traced one; sizes of the same name must be equal."""
-    if not isinstance(like, Tensor):
+    if not isinstance(like, Like):
         return arg is like or arg == like
-    if not isinstance(arg, Tensor) or arg.dim() != like.dim():
+    if not isinstance(arg, Tensor) or arg.dim() != len(like.shape):
         return False
     if arg.dtype != like.dtype or arg.device != like.device:
         return False
-    for size, symbol in zip(arg.shape, like.shape, strict=True):
-        if isinstance(symbol, torch.SymInt):  # one datum is a case of its own: it broadcasts
-            if size < 2 or sizes.setdefault(str(symbol), size) != size:
+    for size, known in zip(arg.shape, like.shape, strict=True):
+        if isinstance(known, str):  # one datum is a case of its own: it broadcasts
+            if size < 2 or sizes.setdefault(known, size) != size:
                 return False
-        elif size != symbol:
+        elif size != known:
             return False
     return True
 
 
 def one_line(error: BaseException) -> str:
     """The first line of what an error says."""
+    if "DataDependent" in type(error).__name__:
+        return "a decision depends on the values of tensors (`if`, `while`, `int(x)`, `x.item()`)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else ""
     return said if isinstance(error, NotStageable) else f"{type(error).__name__}: {said}"
