@@ -11,13 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ppvae import VAE, FamilyGuide, data, evaluate, families, fit, from_pyro_svi, likelihoods, plots
+from ppvae import VAE, FamilyGuide, data, evaluate, families, fit_replicates, likelihoods, plots
+from ppvae.chains import concat_chains
 from ppvae.closed_form import learned_decoder
+from ppvae.convert import from_pyro_svi
 from ppvae.nn import mlp
 
 COLUMNS = ("rate", "distortion", "objective", "log p(x)", "+-", "active", "seconds")
 LEGEND = """Nats per datum on the test set; in brackets the standard deviation over seeds.
 log p(x): from below, by importance sampling; +-: its standard error over the test data.
+seconds: of training, a seed's share where several are trained at once.
 *: a point has no density: -log p(z) in place of a rate, and a penalised log-likelihood
    in place of the ELBO. It is no bound; do not compare it with the other rows."""
 EXACT = ("fitted", "exact", "short by", "fitted rate", "exact rate")
@@ -54,15 +57,19 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.Tensor, tor
     return args, train, test
 
 
-def train(name: str, x: torch.Tensor, latent: int, epochs: int, seed: int, args):
-    """The model and the guide of one family, trained."""
+def build(name: str, x: torch.Tensor, latent: int, seed: int, args) -> tuple[VAE, FamilyGuide]:
+    """The model and the guide of one family, untrained."""
     torch.manual_seed(seed)
     size, hidden = x.shape[-1], () if args.linear else (args.hidden,)
     binary = bool(((x == 0) | (x == 1)).all()) and not args.linear
     likelihood = likelihoods.Bernoulli() if binary else likelihoods.Normal(1.0, learned=True)
     model = VAE(mlp(latent, *hidden, out=size), latent, likelihood).to(args.device)
     encoder = mlp(size, *hidden) if hidden else torch.nn.Identity()  # each channel is linear in it
-    guide = FamilyGuide(model, families.LADDER[name], encoder.to(args.device)).to(args.device)
+    return model, FamilyGuide(model, families.LADDER[name], encoder.to(args.device)).to(args.device)
+
+
+def train(name: str, x: torch.Tensor, latent: int, epochs: int, seeds: range, args):
+    """The models and guides of one family, all seeds trained at once, and what fitting told."""
 
     def falling(parameters: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
         adam = torch.optim.Adam(parameters, lr=lr)
@@ -74,8 +81,9 @@ def train(name: str, x: torch.Tensor, latent: int, epochs: int, seed: int, args)
     if args.linear:  # to the optimum: steps that see all the data, and shrink to nothing
         options |= {"num_epochs": 16 * epochs, "batch_size": len(x), "optimizer": falling}
         options["learning_rate"] = 1e-2 if name == "flow" else 5e-2  # its networks bear no more
-    label = f"{name}, {latent} latents, seed {seed}"
-    return model, guide, fit(model, guide, x, seed=seed, progress=label, **options)
+    pairs = [build(name, x, latent, seed, args) for seed in seeds]
+    label = f"{name}, {latent} latents, {len(seeds)} seed(s)"
+    return pairs, fit_replicates(pairs, x, seeds=seeds, progress=label, **options)
 
 
 def measure(model: VAE, guide: FamilyGuide, x: torch.Tensor, test: torch.Tensor, args):
@@ -118,16 +126,20 @@ def main(argv: list[str] | None = None) -> None:
     args, x, test = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.data}: {len(x)} training and {len(test)} test data of length {x.shape[-1]}")
-    rows = {name: [] for name in args.families}
-    rebuilt, sampled, codes = {"data": test[:12].cpu()}, {}, {}
+    rows, rebuilt, sampled, codes = {}, {"data": test[:12].cpu()}, {}, {}
     for name in args.families:
-        for seed in range(args.seed, args.seed + args.seeds):
-            model, guide, result = train(name, x, args.latent, args.epochs, seed, args)
-            rows[name].append(measure(model, guide, x, test, args) | {"seconds": result.seconds})
-        tree = from_pyro_svi(model, guide, test[:100], num_samples=200, seed=args.seed)
-        tree.to_netcdf(args.out / f"{name}.nc")
-        flat = train(name, x, 2, args.epochs // (8 if args.linear else 2) or 1, args.seed, args)[1]
+        seeds = range(args.seed, args.seed + args.seeds)
+        pairs, results = train(name, x, args.latent, args.epochs, seeds, args)
+        rows[name] = [
+            measure(*pair, x, test, args) | {"seconds": result.seconds}
+            for pair, result in zip(pairs, results, strict=True)
+        ]
+        chains = [from_pyro_svi(*pair, test[:100], num_samples=200) for pair in pairs]
+        concat_chains(chains).to_netcdf(args.out / f"{name}.nc")
+        epochs = args.epochs // (8 if args.linear else 2) or 1
+        ((_, flat),), _ = train(name, x, 2, epochs, seeds[:1], args)
         with torch.no_grad():
+            model, guide = pairs[-1]
             rebuilt[name] = model.mean(guide(test[:12])["z"]).cpu()
             sampled[name] = model.mean(model.draw_prior(12)).cpu()
             codes[name] = torch.stack([flat(test[:6])["z"] for _ in range(200)], 1).cpu()

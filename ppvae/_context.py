@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,9 @@ def private_modules() -> Iterator[None]:
     Plain `pyro.param` statements of a model are the user's and go through, in and out.
     """
     store = pyro.get_param_store()
-    with store.scope(_plain(store.get_state())) as inside:
+    with store.scope(_plain(store.get_state())) as inside, warnings.catch_warnings():
+        # Pyro remarks on parameters that do not want a gradient: they are meant not to
+        warnings.filterwarnings("ignore", message=".* was not registered in the param store")
         yield
     store.set_state(_plain(inside))
     dict(store.items())  # reading a parameter restores the weak reference that get_state takes off

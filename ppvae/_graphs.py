@@ -12,6 +12,10 @@ __all__ = ["clean", "drop_unused", "spell_sizes", "split_noise"]
 
 _sized = torch.ops.aten.sym_size.int
 _new_empty = torch.ops.aten.new_empty.default
+_DRAWN = {
+    torch.ops.aten.normal_.default: torch.ops.aten.randn.default,
+    torch.ops.aten.uniform_.default: torch.ops.aten.rand.default,
+}
 
 
 def _places(graph: fx.Graph) -> list[fx.Node]:
@@ -65,11 +69,24 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
             value = value.args[0] if value.target is aten.index.Tensor else value
             chosen = graph.call_function(aten.where.self, (mask, value, into))
             _replace(node, graph.call_function(aten.copy_.default, (into, chosen)))
-        elif _is_mutable(node) and not _is_random(node) and _is_alone(node.args[0]):
+        elif node.target in _DRAWN and len(node.args) == 1 and _is_blank(node.args[0]):
+            like = node.meta["val"]  # the same numbers of a seed
+            size = node.args[0].args[-1]  # type: ignore[union-attr]
+            told = {"dtype": like.dtype, "device": like.device}
+            _replace(node, graph.call_function(_DRAWN[node.target], (size,), told))
+        elif _is_mutable(node) and (not _is_random(node) or _is_blank(node.args[0])):
+            if not _is_alone(node.args[0]):
+                return
             packet, overload = str(node.target).removeprefix("aten.").split(".")
             pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
             if packet.endswith("_") and pure is not None:
                 _replace(node, graph.call_function(pure, node.args, node.kwargs))
+
+
+def _is_blank(node: Any) -> bool:
+    """Whether a node makes a tensor without numbers, for one other that fills it."""
+    made = node.target in (_new_empty, torch.ops.aten.empty.memory_format)
+    return made and len(node.users) == 1
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:

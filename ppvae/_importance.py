@@ -12,7 +12,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae._context import eval_mode
 from ppvae._divergence import is_point
 from ppvae._replay import given, run_trace
 from ppvae.objective import (
@@ -69,8 +68,7 @@ def runs(
     """
     draws, count = None, num_samples
     if num_samples > 1 and is_vectorized(model):
-        with eval_mode(model):  # a look at the model's plates, which must not move a buffer
-            draws, count = draws_plate(model, *args, draws=num_samples), 1
+        draws, count = draws_plate(model, *args, draws=num_samples), 1
     pairs: list[tuple[Any, Any]] = []
     for _ in range(count):
         program = given(guide, pairs[0][1], {}) if pairs else guide

@@ -14,9 +14,9 @@ from ppvae._batches import Batches
 from ppvae._compiled import Gradients
 from ppvae._context import kept_buffers, random_state, unchecked
 from ppvae._tracing import Program, setting
-from ppvae._training import Diverged, restore
+from ppvae._training import Diverged, Kept
 from ppvae.objectives import ELBO
-from ppvae.staging import NotStageable, Staged
+from ppvae.staging import NotStageable, Staged, one_line
 
 __all__ = ["Stacked"]
 
@@ -35,6 +35,7 @@ class Stacked:
 
     Raises:
         NotStageable: the loss is no graph, or not the same for all.
+        ValueError: not the same parameters are frozen in all.
     """
 
     def __init__(
@@ -59,32 +60,44 @@ class Stacked:
         self.programs[0].varies = _differ(objectives)
         self.staged = Staged(self.programs[0], example)
         states = [self.staged.state(program) for program in self.programs]
+        for number, state in enumerate(states):
+            if any(
+                a.requires_grad != b.requires_grad for a, b in zip(states[0], state, strict=True)
+            ):
+                raise ValueError(
+                    f"pairs: expected models and guides of the same make; other parameters are "
+                    f"frozen in pair {number} than in pair 0"
+                )
         self._check(example, states)
         self.trained = self.staged.trained()
         self.state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
         for at in self.trained:
             self.state[at] = nn.Parameter(self.state[at])
         self.parameters = [self.state[at] for at in self.trained]
-        self.good = [parameter.detach().clone() for parameter in self.parameters]
+        self.kept = Kept(self.parameters)
         self.streams = [_Stream(seed) for seed in seeds]
         self.gradients = Gradients(self.staged, compiled=compiled, replicated=True)
         self.optimizer: Any = None
         self.number = 0
+        self._try(example)
 
     def epoch(self) -> Iterator[tuple[list[float], int]]:
         """Takes the steps of one pass through the data; yields losses and number of data."""
         passes = [iter(self.batches) for _ in self.streams]
         for _ in range(self.batches.count):
-            drawn = []
-            for stream, batches, goal in zip(self.streams, passes, self.objectives, strict=True):
-                with stream:
-                    knob = setting(goal, self.number)
-                    drawn.append(self.staged.data(next(batches), knob))
-            data = [_stack(values) for values in zip(*drawn, strict=True)]
-            yield self.step(data), data[0].shape[1]
+            yield self.step(passes)
 
-    def step(self, data: list[Tensor]) -> list[float]:
-        """Takes a step and returns the losses before it."""
+    def step(self, passes: Sequence[Iterator[tuple[Tensor, ...]]]) -> tuple[list[float], int]:
+        """Takes a step on the next minibatch of each replicate.
+
+        Returns:
+            The losses before it, and the number of data in a minibatch.
+        """
+        drawn = []
+        for stream, batches, goal in zip(self.streams, passes, self.objectives, strict=True):
+            with stream:
+                drawn.append(self.staged.data(next(batches), setting(goal, self.number)))
+        data = [_stack(values) for values in zip(*drawn, strict=True)]
         for parameter in self.parameters:
             parameter.grad = None
         losses, slopes = self.gradients(self.state, data)
@@ -92,18 +105,18 @@ class Stacked:
         for replicate, value in enumerate(values):
             if not math.isfinite(value):
                 self._diverged(f"the loss of replicate {replicate} is {value}")
-        with torch.no_grad():
-            torch._foreach_copy_(self.good, self.parameters)
+        self.kept.keep(self.number)
         for parameter, slope in zip(self.parameters, slopes, strict=True):
             parameter.grad = slope
         self.optimizer.step()
         self.number += 1
-        return values
+        return values, data[0].shape[1]
 
     def check(self) -> None:
         """Raises if the last step led out of the finite numbers."""
-        if not all(torch.isfinite(p).all() for p in self.parameters):
-            self._diverged("a parameter is not finite")
+        for replicate in range(len(self.programs)):
+            if not all(torch.isfinite(p[replicate]).all() for p in self.parameters):
+                self._diverged(f"a parameter of replicate {replicate} is not finite")
 
     def write_back(self) -> None:
         """Gives each pair its values."""
@@ -112,12 +125,22 @@ class Stacked:
                 for value, new in zip(self.staged.state(program), self.state, strict=True):
                     value.copy_(new[replicate])
 
+    def _try(self, example: tuple[Tensor, ...]) -> None:
+        """Makes the graph of a step, without taking it; raises if there is none."""
+        with random_state(None, keep=True):
+            drawn = [self.staged.data(example, setting(goal, 0)) for goal in self.objectives]
+            stack = _stack if self.batches.whole else torch.stack
+            data = [stack(values) for values in zip(*drawn, strict=True)]
+            state = [v if v.requires_grad else v.clone() for v in self.state]  # buffers may move
+            try:
+                self.gradients(state, data)
+            except Exception as error:  # whatever `torch.vmap` may not know
+                raise NotStageable(f"pairs: cannot be stacked: {one_line(error)}") from error
+
     def _diverged(self, what: str) -> NoReturn:
-        restore(self.parameters, self.good)
+        said = self.kept.back()
         self.write_back()
-        raise Diverged(
-            f"{what} at step {self.number}; the parameters are those of the last finite losses"
-        )
+        raise Diverged(f"{what} at step {self.number}; {said}")
 
     def _check(self, example: tuple[Tensor, ...], states: list[list[Tensor]]) -> None:
         """Raises unless the one graph gives the loss of every pair, with the caller's checks."""

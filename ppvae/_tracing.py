@@ -20,7 +20,7 @@ from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppvae._context import kept_buffers, private_modules, random_state, unchecked
-from ppvae.objective import trace_pair
+from ppvae.objective import draws_plate, is_vectorized, trace_pair
 from ppvae.objectives import ELBO, IWAE
 
 __all__ = ["Program", "export", "setting"]
@@ -61,6 +61,8 @@ class Program(nn.Module):
             with random_state(None, keep=True), kept_buffers(self), torch.no_grad(), unchecked():
                 with private_modules(), poutine.trace(param_only=True) as capture:
                     trace_pair(model, guide, *args)
+                    if is_vectorized(model):
+                        draws_plate(model, *args, draws=1)  # looks at the model, once for all
                     nodes: Any = capture.trace.nodes
                     found = {
                         name: (node["value"].unconstrained(), node["kwargs"]["constraint"])

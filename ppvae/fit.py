@@ -132,7 +132,8 @@ def fit(
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
             argument is out of its range; the guide does not fit the model.
-        Diverged: the loss became infinite or NaN. Its message names the step and the term.
+        Diverged: the loss became infinite or NaN. Its message names the step and the term;
+            parameters of at most ten steps before are in place.
 
     Example:
         >>> import torch

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -17,6 +18,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppvae._context import eval_mode, random_state
 from ppvae._divergence import closed_kl, has_density, is_point
 from ppvae.sites import latent_nodes, prototype
 
@@ -35,6 +37,9 @@ __all__ = [
     "terms",
     "trace_pair",
 ]
+
+
+_leftmost: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # dim of a model's leftmost plate
 
 
 class Terms(NamedTuple):
@@ -106,11 +111,14 @@ def trace_pair(
 
 
 def draws_plate(model: Callable[..., Any], *args: Any, draws: int) -> Any:
-    """A plate of draws to the left of all plates of a model, which must be vectorizable."""
-    trace = prototype(model, args, {})
-    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
-    dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
-    return pyro.plate("_draws", draws, dim=min(dims, default=0) - 1)
+    """A plate of draws to the left of all plates of a model, which is looked at once."""
+    if model not in _leftmost:
+        with random_state(None, keep=True), eval_mode(model):
+            trace = prototype(model, args, {})
+        nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+        dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
+        _leftmost[model] = min(dims, default=0)
+    return pyro.plate("_draws", draws, dim=_leftmost[model] - 1)
 
 
 def check_sites(model_trace: Any, guide_trace: Any) -> None:

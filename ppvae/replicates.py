@@ -72,7 +72,7 @@ def fit_replicates(
         progress: show a progress bar; a string is its label.
 
     Returns:
-        What there is to tell of each; `seconds` is the time of all.
+        What there is to tell of each; `seconds` is its share of the time.
 
     Raises:
         ValueError: an argument is out of its range, the models differ or share a parameter.
@@ -106,7 +106,7 @@ def fit_replicates(
     how = how_to_run(compile, num_epochs * batches.count, 2)
     label = progress if isinstance(progress, str) else "fit"
     with private_modules(), train_mode(*(program for pair in pairs for program in pair)):
-        if not _at_once(pairs, batches, alone=optimizer is None):
+        if not _as_fit(pairs, seeds, batches, alone=optimizer is None):
             with matmul_precision(precision):
                 try:
                     stacked = Stacked(pairs, goals, batches, seeds, compiled=how == "compiled")
@@ -126,16 +126,21 @@ def fit_replicates(
     ]
 
 
-def _at_once(pairs: list[tuple[Any, Any]], batches: Batches, *, alone: bool) -> bool:
-    """Makes the parameters; says whether `fit` would take another way than steps.
+def _as_fit(
+    pairs: list[tuple[Any, Any]], seeds: list[int], batches: Batches, *, alone: bool
+) -> bool:
+    """Makes the parameters; says whether there is nothing to stack, or `fit` takes no steps.
 
     Raises:
         ValueError: pairs share a parameter, or their parameters have different shapes.
     """
     seen: dict[int, int] = {}
     shapes: list[list[torch.Size]] = []
-    for number, pair in enumerate(pairs):
-        parameters = parameters_of(*pair, batches)
+    for number, (pair, seed) in enumerate(zip(pairs, seeds, strict=True)):
+        if batches.tensors and hasattr(pair[0], "check_data"):
+            pair[0].check_data(*batches.tensors)
+        with private_modules(), random_state(seed):  # as `fit` would make those not there yet
+            parameters = parameters_of(*pair, batches)
         shapes.append([parameter.shape for parameter in parameters])
         for parameter in parameters:
             if seen.setdefault(id(parameter), number) != number:
@@ -149,7 +154,7 @@ def _at_once(pairs: list[tuple[Any, Any]], batches: Batches, *, alone: bool) -> 
             f"pairs: expected models and guides of the same make; the parameters of pair "
             f"{different[0]} differ in shape or number from those of pair 0"
         )
-    if not shapes[0]:
+    if not shapes[0] or len(pairs) == 1:
         return True
     if not (alone and batches.whole):
         return False
@@ -170,7 +175,7 @@ def _train(stacked: Stacked, bar: Any) -> list[Fit]:
         bar.set_postfix({"loss": f"{sum(history[-1]) / len(losses):.4g}"}, refresh=False)
     bar.close()
     stacked.write_back()
-    seconds, how = time.perf_counter() - start, stacked.gradients
+    seconds, how = (time.perf_counter() - start) / len(stacked.programs), stacked.gradients
     told = (len(history) - 1, "stochastic gradient")
     return [
         Fit(list(losses), [], seconds, stacked.number, *told, goal, how.execution)
