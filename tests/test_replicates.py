@@ -324,7 +324,7 @@ def test_what_cannot_be_stacked_is_trained_one_after_the_other(name):
 
 def regression():
     model = LinearRegression(3)
-    return model, FamilyGuide(model, families.full_rank)
+    return model, FamilyGuide(model, families.mean_scale)
 
 
 def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
