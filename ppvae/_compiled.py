@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae._context import random_state, unchecked
+from ppvae._context import random_state, unchecked, without_warnings
 from ppvae._graphs import drop_unused, spell_sizes
 from ppvae.staging import NotStageable, Staged, one_line, stage
 
@@ -128,7 +128,7 @@ class Gradients:
                 given = list(state)
                 for at, leaf in zip(trained, leaves, strict=True):
                     given[at] = leaf
-                return rest(*given, *data)
+                return rest(*given, *data)[0]
 
             slopes, value = torch.func.grad_and_value(loss)(leaves, state)
             return value, slopes
@@ -185,7 +185,7 @@ class Gradients:
             if isinstance(value, Tensor) and value.dim() > self.replicated:
                 torch._dynamo.maybe_mark_dynamic(value, int(self.replicated))
         options: Any = {"fallback_random": True}  # the numbers that PyTorch itself would draw
-        with unchecked(), _without_warnings():  # PyTorch would turn checks off for good
+        with unchecked(), without_warnings():  # PyTorch would turn checks off for good
             self._function = torch.compile(self._graph, fullgraph=True, options=options)
             if not self._agrees(self._function, self._graph, leaves, state, data):
                 raise NotStageable("the compiled graph gives other gradients")
@@ -240,13 +240,6 @@ class Gradients:
 
 def _shapes(data: list[Any]) -> list[Any]:
     return [getattr(value, "shape", None) for value in data]
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

@@ -23,6 +23,7 @@ __all__ = [
     "train_mode",
     "unchecked",
     "unique_name",
+    "without_warnings",
 ]
 
 _numbers = itertools.count()
@@ -143,3 +144,11 @@ def unchecked() -> Any:
     """Pyro's and PyTorch's argument checks are off inside, for speed."""
     names = ["poutine", "infer", "distributions_pyro", "distributions_torch"]
     return pyro.settings.context(**{f"validate_{name}": False for name in names})
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Those of a compiler, on its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

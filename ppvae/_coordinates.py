@@ -15,7 +15,7 @@ from ppvae._divergence import by_coordinate, closed_kl, is_point
 from ppvae.objective import counts
 from ppvae.sites import latent_nodes
 
-__all__ = ["WORTH", "Coordinates", "Directions"]
+__all__ = ["WORTH", "Coordinates", "Directions", "drawn_rows"]
 
 WORTH = 0.05  # nats per datum: a direction that gains less is not worth a latent
 _WIDEST = 2000  # values per datum of which the covariance is looked at
@@ -37,10 +37,9 @@ class Coordinates:
     def __init__(self, model_trace: Any, guide_trace: Any, frame: Any) -> None:
         self.frame, self.differ = frame, False
         priors = latent_nodes(model_trace)
-        self.sites = [node["name"] for node in priors]
-        guides = [guide_trace.nodes[name] for name in self.sites]
+        guides = [guide_trace.nodes[node["name"]] for node in priors]
         point = all(is_point(node["fn"]) for node in guides) and not _auxiliary(guide_trace)
-        self.first = self._rows(guide_trace, None)[0]
+        self.first = drawn_rows(guide_trace, priors, frame, None)[0]
         self.names: list[Any] = []
         means: list[Tensor] = []
         kls: list[Tensor] = []
@@ -63,9 +62,8 @@ class Coordinates:
         self.sum: Any = 0.0
         self.squares: Any = 0.0
 
-    def add(self, guide_trace: Any, dim: int | None) -> None:
-        """Counts in the draws of a run, made in a plate of draws at `dim`."""
-        rows = self._rows(guide_trace, dim)
+    def add(self, rows: Tensor) -> None:
+        """Counts in the draws of a run, of shape `(draws, batch, coordinates)`."""
         self.differ = self.differ or bool((rows != self.first).any())
         away = (rows - self.first).double()
         self.count += len(rows)
@@ -84,15 +82,16 @@ class Coordinates:
         found = {"mean": mean, "error": error, "kl": self.kl}
         return {name: value.cpu().numpy() for name, value in found.items()}
 
-    def _rows(self, trace: Any, dim: int | None) -> Tensor:
-        """The draws as `(draws, batch, coordinates)`."""
-        rows = []
-        for name in self.sites:
-            node = trace.nodes[name]
-            value = _in_front(node["value"], node, self.frame, dim)
-            value = value[None] if dim is None else value
-            rows.append(value.reshape(*value.shape[:2], -1))
-        return torch.cat(rows, -1)
+
+def drawn_rows(guide_trace: Any, latents: list[Any], frame: Any, dim: int | None) -> Tensor:
+    """The draws of a run as `(draws, batch, coordinates)`, made in a plate of draws at `dim`."""
+    rows = []
+    for latent in latents:
+        node = guide_trace.nodes[latent["name"]]
+        value = _in_front(node["value"], node, frame, dim)
+        value = value[None] if dim is None else value
+        rows.append(value.reshape(*value.shape[:2], -1))
+    return torch.cat(rows, -1)
 
 
 def _in_front(value: Tensor, node: Any, frame: Any, dim: int | None = None) -> Tensor:

@@ -198,8 +198,7 @@ def split_noise(graph: fx.Graph, state: int) -> tuple[fx.Graph, fx.Graph]:
     """
     rest = fx.Graph()
     into: dict[fx.Node, fx.Node] = {}
-    (value,) = rest.graph_copy(graph, into)  # type: ignore[misc]
-    rest.output(value)
+    rest.output(rest.graph_copy(graph, into))
     drawn = []
     for node in graph.nodes:
         if node.op == "call_function" and _is_random(node):

@@ -150,7 +150,7 @@ class Stacked:
                 with random_state(0):
                     told = program(*example, knob)
                 with random_state(0), unchecked():
-                    found = self.staged.rest(*state, *self.staged.data(example, knob))
+                    (found,) = self.staged.rest(*state, *self.staged.data(example, knob))
             if not torch.allclose(told, found, rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise NotStageable(
                     f"pairs: expected models and guides of the same make; the graph of the first "

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from ppvae._batches import draw_runs, minibatches, prepared
 from ppvae._context import eval_mode, private_modules, random_state, unchecked
-from ppvae._coordinates import Coordinates, Directions
+from ppvae._coordinates import Coordinates, Directions, drawn_rows
+from ppvae._many_draws import ManyDraws
 from ppvae.information import Draws, Information, cap, draws_needed, draws_of, information
 from ppvae.objective import Terms, draws_plate, is_vectorized, terms, trace_pair
 from ppvae.sites import latent_nodes
@@ -105,7 +106,8 @@ def evaluate(
             few = draws_needed(parts.plate.size) if pair.channels != () else 1
             bar = tqdm(batches, "evaluate", disable=not progress, delay=3.0, unit="batch")
             directions = Directions()
-            found = [_Batch(pair, batch, num_samples, few, directions) for batch in bar]
+            many = ManyDraws(model, guide, pair.read, len(batches))
+            found = [_Batch(pair, many, batch, num_samples, few, directions) for batch in bar]
             told = _told(pair, batches, found)
     dataset = _dataset(found, told)
     family = getattr(guide, "family", None)
@@ -129,6 +131,17 @@ class _Pair(NamedTuple):
         traces = trace_pair(self.model, self.guide, *args, draws=draws)
         return terms(*traces, self.plate), *traces
 
+    def read(self, args: tuple[Any, ...], draws: Any) -> tuple[Tensor, ...]:
+        """Of a run: log weights, draws `(draws, batch, coordinates)`, the objective by site."""
+        parts, model_trace, guide_trace = self.run(args, draws)
+        log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())
+        log_q = sum(parts.log_guide.values(), start=torch.zeros(()))
+        size = (1 if draws is None else draws.size, parts.plate.size)
+        sites = [value.expand(size) for value in _by_site(parts).values()]
+        dim = None if draws is None else draws.dim
+        rows = drawn_rows(guide_trace, latent_nodes(model_trace), parts.plate, dim)
+        return (log_p - log_q).expand(size), rows, *sites
+
     @property
     def channels(self) -> tuple[str, ...] | None:
         """The channels of a family's guide; None for another guide."""
@@ -150,6 +163,7 @@ class _Batch:
     def __init__(
         self,
         pair: _Pair,
+        many: ManyDraws,
         args: tuple[Any, ...],
         num_samples: int,
         few: int,
@@ -170,15 +184,15 @@ class _Batch:
         weights: list[Tensor] = []
         sums: dict[str, Any] = {}
         at_once = widest if pair.vectorized else None
+        names = list(_by_site(parts))
         for count, draws in draw_runs(pair.model, args, total, at_once):
-            parts, _, trace = pair.run(args, draws)
-            size = (count, parts.plate.size)
-            log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())
-            log_q = sum(parts.log_guide.values(), start=torch.zeros(()))
-            weights.append((log_p - log_q).expand(size).double())
-            for name, value in _by_site(parts).items():
-                sums[name] = sums.get(name, 0) + value.expand(size).double().sum(0)
-            coordinates.add(trace, None if draws is None else draws.dim)
+            if draws is not None and not weights:
+                many.plan(args, count, total)
+            log_w, rows, *values = many(args, count, draws)
+            weights.append(log_w.double())
+            for name, value in zip(names, values, strict=True):
+                sums[name] = sums.get(name, 0) + value.double().sum(0)
+            coordinates.add(rows)
         log_w = torch.cat(weights)
         self.terms = {name: (value / total).cpu().numpy() for name, value in sums.items()}
         self.names, self.differ = coordinates.names, coordinates.differ

@@ -106,7 +106,7 @@ class Staged(nn.Module):
         knob = self.program.setting(step)
         if not self.covers(*args):
             return self.program(*args, knob)
-        return self.rest(*self.state(), *self.data(args, knob))
+        return self.rest(*self.state(), *self.data(args, knob))[0]
 
     def covers(self, *args: Any) -> bool:
         """Whether the graph is that of a call with these arguments."""
