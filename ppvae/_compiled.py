@@ -86,7 +86,7 @@ class Runner:
         data = staged.data(batch, staged.program.setting(step))
         loss, slopes = self._gradients(state, data)
         self.how = self._gradients.execution
-        return loss, list(zip([state[at] for at in staged.trained()], slopes, strict=True))
+        return loss, list(zip([state[at] for at in self._gradients.trained], slopes, strict=True))
 
     def eager(self, batch: tuple[Tensor, ...], step: int, *, checked: bool = False) -> Tensor:
         """The loss by way of the program; with the caller's checks of arguments, if asked for."""

@@ -51,7 +51,8 @@ class Stacked:
         with random_state(None, keep=True):
             example = next(iter(batches))
         rows = len(example[0])
-        if rows < 2 or batches.size % rows == 1:
+        whole = batches.loader is not None and batches.loader.drop_last
+        if rows < 2 or (batches.size % rows == 1 and not whole):
             raise NotStageable("data: a batch of one datum is a case of its own")
         self.programs = [
             Program(*pair, goal, example, size=batches.size)
@@ -70,6 +71,8 @@ class Stacked:
                 )
         self._check(example, states)
         self.trained = self.staged.trained()
+        if not self.trained:
+            raise NotStageable("pairs: the loss depends on no parameter")
         self.state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
         for at in self.trained:
             self.state[at] = nn.Parameter(self.state[at])

@@ -47,10 +47,11 @@ def fit_replicates(
     """Trains several models and guides of the same make at once, in one vectorized program.
 
     Replicate k is trained as `fit(*pairs[k], data, seed=seeds[k], objective=objective[k], ...)`
-    would: with its own minibatches and its own noise, the same up to rounding. (Where a family's
-    noise is made from its parameters, as the gammas of `student_t` are, the numbers are others of
-    the same distribution.) Replicates have nothing to do with each other; one that diverges ends
-    them all.
+    would: with its own minibatches and its own noise, the same up to rounding. (Where noise is made
+    from what was computed, as the gammas of `student_t` or the masks of dropout are, the numbers
+    are others of the same distribution.) Replicates have nothing to do with each other; one that
+    diverges ends them all. Convolutions, `student_t`, `low_rank`, `full_rank` and `flow` are
+    vectorized but, for now, not compiled: `torch.vmap` ties their graphs to one size of minibatch.
 
     What cannot be trained so is trained one after the other, and a warning says why.
 
@@ -75,6 +76,7 @@ def fit_replicates(
         What there is to tell of each; `seconds` is its share of the time.
 
     Raises:
+        TypeError: `pairs` or `seeds` is not what it should be.
         ValueError: an argument is out of its range, the models differ or share a parameter.
         Diverged: a loss became infinite or NaN. The message names the replicate.
 
@@ -90,11 +92,15 @@ def fit_replicates(
         >>> len(fit_replicates(pairs, torch.randn(20, 5), num_epochs=3, progress=False))
         4
     """
-    pairs = [(model, guide) for model, guide in pairs]
+    pairs = list(pairs)
     count = len(pairs)
     if not pairs:
         raise ValueError("pairs: expected at least one model and its guide, got none")
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+        raise TypeError("pairs: expected pairs of a model and its guide")
     goals = list(objective) if isinstance(objective, Sequence) else [objective] * count
+    if seeds is not None and not all(isinstance(seed, int) for seed in _listed("seeds", seeds)):
+        raise TypeError(f"seeds: expected whole numbers, got {seeds!r}")
     seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else list(seeds)
     for name, values in {"objective": goals, "seeds": seeds}.items():
         if len(values) != count:
@@ -124,6 +130,13 @@ def fit_replicates(
         fit(*pair, data, objective=goal, seed=seed, **options)
         for pair, goal, seed in zip(pairs, goals, seeds, strict=True)
     ]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name}: expected one for each pair, got {values!r}") from None
 
 
 def _as_fit(

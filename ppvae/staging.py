@@ -145,10 +145,9 @@ class Staged(nn.Module):
         kinds = torch.export.graph_signature.InputKind
         self._paths: list[tuple[str, str]] = []
         self.shapes: list[Any] = []
-        guards = (
-            " and ".join(f"({code})" for code in getattr(exported, "_guards_code", [])) or "True"
-        )
-        self._guard = eval(f"lambda L: {guards}", {"torch": torch, "math": math})  # PyTorch's own
+        guards = [f"({code})" for code in getattr(exported, "_guards_code", [])] or ["True"]
+        names = {"torch": torch, "math": math}  # what PyTorch's own conditions on sizes speak of
+        self._guard = eval(f"lambda L: {' and '.join(guards)}", names)
         for spec in exported.graph_signature.input_specs:
             if spec.kind == kinds.USER_INPUT:
                 self.shapes.append(_like(places[spec.arg.name].meta["val"]))
