@@ -8,6 +8,7 @@ All parameters are stacked and one step moves them all, so that four replicates 
 
 from __future__ import annotations
 
+import operator
 import random
 import time
 import warnings
@@ -99,9 +100,7 @@ def fit_replicates(
     if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
         raise TypeError("pairs: expected pairs of a model and its guide")
     goals = list(objective) if isinstance(objective, Sequence) else [objective] * count
-    if seeds is not None and not all(isinstance(seed, int) for seed in _listed("seeds", seeds)):
-        raise TypeError(f"seeds: expected whole numbers, got {seeds!r}")
-    seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else list(seeds)
+    seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else _whole(seeds)
     for name, values in {"objective": goals, "seeds": seeds}.items():
         if len(values) != count:
             raise ValueError(f"{name}: expected {count}, one for each pair; got {len(values)}")
@@ -132,11 +131,18 @@ def fit_replicates(
     ]
 
 
-def _listed(name: str, values: Any) -> list[Any]:
+def _whole(seeds: Any) -> list[int]:
+    """The seeds as a list.
+
+    Raises:
+        TypeError: they are no whole numbers.
+    """
     try:
-        return list(values)
+        return [operator.index(seed) for seed in seeds]
     except TypeError:
-        raise TypeError(f"{name}: expected one for each pair, got {values!r}") from None
+        raise TypeError(
+            f"seeds: expected whole numbers, one for each pair, got {seeds!r}"
+        ) from None
 
 
 def _as_fit(

@@ -389,6 +389,7 @@ def two():
             "expected a proper prior",
         ),
         (two, {"seeds": [1]}, ValueError, "seeds: expected 2, one for each pair; got 1"),
+        (two, {"seeds": [None, None]}, TypeError, "seeds: expected whole numbers"),
         (two, {"objective": [ELBO()] * 3}, ValueError, "objective: expected 2, .*; got 3"),
         (two, {"objective": [ELBO(), 3]}, TypeError, "objective: expected a function"),
         (two, {"num_epochs": 0}, ValueError, "num_epochs: .* got 0"),
