@@ -139,7 +139,7 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
     with inside():
         batches = Batches("data", x, BATCH, shuffle=True)
         parameters = parameters_of(*pair, batches)
-        runner = Runner(*pair, ELBO(), len(x), parameters, how, next(iter(batches)))
+        runner = Runner(*pair, ELBO(), batches, parameters, how)
         stepper = Stepper(runner, adam(runner.parameters, lr=RATE))
 
     def step(batch: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from ppvae._context import random_state
 from ppvae.objective import data_plate, draws_plate, trace_pair
 from ppvae.sites import draws_its_rows, prototype
 
@@ -65,6 +66,14 @@ class Batches:
         if self.loader is not None:
             return len(self.loader)
         return math.ceil(self.size / (self.batch_size or self.size))
+
+    def example(self) -> tuple[Tensor, ...]:
+        """The first batch of a pass, which uses up no random numbers."""
+        with random_state(None, keep=True):
+            batch = next(iter(self), None)
+        if batch is None:
+            raise ValueError("data: expected a DataLoader with at least one batch, got none")
+        return batch
 
     def to(self, device: torch.device) -> None:
         self.device = device

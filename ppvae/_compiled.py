@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ppvae._batches import Batches
 from ppvae._context import random_state, unchecked, without_warnings
 from ppvae._graphs import drop_unused, spell_sizes
-from ppvae.staging import NotStageable, Staged, one_line, stage
+from ppvae.staging import NotStageable, Staged, alike, one_line, stage
 
 __all__ = ["Gradients", "Runner", "how_to_run"]
 
@@ -54,18 +55,18 @@ class Runner:
         model: Any,
         guide: Any,
         objective: Any,
-        size: int,
+        batches: Batches,
         parameters: list[Tensor],
         how: str,
-        example: tuple[Tensor, ...],
     ) -> None:
-        self.model, self.guide, self.objective, self.size = model, guide, objective, size
-        self.how, self.parameters = how, parameters
+        self.model, self.guide, self.objective = model, guide, objective
+        self.size, self.how, self.parameters = batches.size, how, parameters
         self._staged: Staged | None = None
         if how == "eager":
             return
         try:
-            self._staged = stage(model, guide, *example, objective=objective, size=size)
+            told = {"objective": objective, "size": batches.size}
+            self._staged = stage(model, guide, *batches.example(), **told)
         except NotStageable as error:
             self.how = "eager"
             warnings.warn(f"fit: runs eagerly; {error}", stacklevel=3)
@@ -205,10 +206,7 @@ class Gradients:
                 kept = [v if isinstance(v, nn.Parameter) else v.clone() for v in state]
                 loss, slopes = function(leaves, kept, data)
                 found.append([loss, *slopes])
-        return all(
-            torch.allclose(a, b, rtol=0.0, atol=1e-3 * b.abs().max().item() + 1e-6, equal_nan=True)
-            for a, b in zip(*found, strict=True)
-        )
+        return alike(*found)
 
     def _of_odd_size(self, state: list[Tensor], data: list[Any]) -> list[Any]:
         """Data of a size that nothing else has, where the graph allows one, with their noise."""

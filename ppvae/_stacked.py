@@ -48,8 +48,7 @@ class Stacked:
         compiled: bool,
     ) -> None:
         self.batches, self.objectives = batches, objectives
-        with random_state(None, keep=True):
-            example = next(iter(batches))
+        example = batches.example()
         rows = len(example[0])
         whole = batches.loader is not None and batches.loader.drop_last
         if rows < 2 or (batches.size % rows == 1 and not whole):

@@ -86,7 +86,8 @@ class Stepper:
             if slopes is None and loss.requires_grad:
                 loss.backward()
             if self.number == 0:  # once more with the caller's checks, which look at shapes
-                with random_state(None, keep=True), torch.no_grad(), self._kept_buffers():
+                programs = self.runner.model, self.runner.guide
+                with random_state(None, keep=True), torch.no_grad(), kept_buffers(*programs):
                     self.runner.eager(batch, 0, checked=True)
             return loss.detach()
 
@@ -96,9 +97,6 @@ class Stepper:
             self.optimizer.step(closure)
         self.number += 1
         return losses[0]
-
-    def _kept_buffers(self) -> Any:
-        return kept_buffers(self.runner.model, self.runner.guide)
 
     def check(self) -> None:
         """Raises if the last step led out of the finite numbers."""
@@ -139,9 +137,7 @@ def parameters_of(model: Any, guide: Any, batches: Batches) -> list[Tensor]:
         batches.to(near.device)
         _check_dtype(near, batches)
     with torch.no_grad(), random_state(None, keep=True), eval_mode(model, guide), unchecked():
-        batch = next(iter(batches), None)
-        if batch is None:
-            raise ValueError("data: expected a DataLoader with at least one batch, got none")
+        batch = batches.example()
         with poutine.trace(param_only=True) as capture:
             pair = trace_pair(model, guide, *batch)
     _check_rows(pair[0], len(batch[0]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,9 +219,7 @@ def _run(
     model: Any, guide: Any, train: Any, test: Any, seed: int, num_samples: int, options: Any
 ) -> xr.Dataset:
     """Trains and measures one guide."""
-    with warnings.catch_warnings():  # of `pyro.module`, on a frozen decoder in training mode
-        warnings.filterwarnings("ignore", ".*was not registered in the param store")
-        fitted = fit(model, guide, train, seed=seed, progress=False, **options)
+    fitted = fit(model, guide, train, seed=seed, progress=False, **options)
     parameters = [p for m in (guide, model) if isinstance(m, nn.Module) for p in m.parameters()]
     test = [part.to(parameters[0].device) for part in test] if parameters else test
     found = evaluate(model, guide, *test, num_samples=num_samples, seed=seed, progress=False)

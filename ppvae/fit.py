@@ -172,9 +172,7 @@ def fit(
             draws = draws_needed(model, guide, batch, parameters)
             if draws:
                 return _fit_at_once(model, guide, batch, parameters, num_epochs, draws, seed, bar)
-        with random_state(None, keep=True):
-            example = next(iter(batches))
-        runner = Runner(model, guide, objective, batches.size, parameters, how, example)
+        runner = Runner(model, guide, objective, batches, parameters, how)
         moved = (optimizer or adam)(runner.parameters, lr=learning_rate) if parameters else None
         with undone_by_errors(parameters):
             return _fit_in_steps(Stepper(runner, moved), batches, held_out, patience, bar)

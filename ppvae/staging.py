@@ -189,14 +189,12 @@ class Staged(nn.Module):
                     raise
                 continue
             found = self._gradients_of(self, *some)
-            for one, other in zip(told, found, strict=True):
-                bound = 1e-3 * one.abs().max().item() + 1e-6
-                if not torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True):
-                    raise NotStageable(
-                        f"model, guide: cannot be staged: the graph gives a loss of {found[0]:.6g} "
-                        f"or a gradient that is not the program's ({told[0]:.6g}); does one keep a "
-                        "count or a list of its own?"
-                    )
+            if not alike(found, told):
+                raise NotStageable(
+                    f"model, guide: cannot be staged: the graph gives a loss of {found[0]:.6g} or "
+                    f"a gradient that is not the program's ({told[0]:.6g}); does one keep a count "
+                    "or a list of its own?"
+                )
 
     def _gradients_of(self, call: Any, *args: Any) -> list[Tensor]:
         """The loss of a call, and its gradients; nothing is left behind."""
@@ -243,6 +241,14 @@ def _fits(arg: Any, like: Any, sizes: dict[str, int]) -> bool:
         elif size != known:
             return False
     return True
+
+
+def alike(found: list[Tensor], told: list[Tensor]) -> bool:
+    """Whether a loss and its gradients are those that were told, to a thousandth of the largest."""
+    return all(
+        torch.allclose(a, b, rtol=0.0, atol=1e-3 * b.abs().max().item() + 1e-6, equal_nan=True)
+        for a, b in zip(found, told, strict=True)
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The registry: every generic test runs over these families and these models."""
 
+import builtins
 from typing import Any, NamedTuple
 
 import pyro
@@ -142,3 +143,17 @@ def cases() -> dict[str, Case]:
 
 
 CASES = list(cases())
+
+
+def world():
+    """What belongs to the process and not to a call."""
+    return [
+        torch.random.get_rng_state().tolist(),
+        sorted(pyro.get_param_store().keys()),
+        sorted(pyro.settings.get().items()),
+        torch.distributions.Distribution._validate_args,
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(),
+        builtins.len,
+    ]

@@ -1,6 +1,5 @@
 """`fit` runs a graph where it can: the same training, one line where it cannot, no trace left."""
 
-import builtins
 import warnings
 from typing import Any
 
@@ -8,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import world
 from pyro.distributions import constraints
 from torch import nn
 
@@ -38,20 +38,6 @@ def quiet(*args, **kwargs):
 
 def weights(*modules):
     return [p.detach().clone() for module in modules for p in module.parameters()]
-
-
-def world():
-    """What belongs to the process and not to a call."""
-    return [
-        torch.random.get_rng_state().tolist(),
-        sorted(pyro.get_param_store().keys()),
-        sorted(pyro.settings.get().items()),
-        torch.distributions.Distribution._validate_args,
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.is_grad_enabled(),
-        builtins.len,
-    ]
 
 
 def both(build_one, x, **kwargs):

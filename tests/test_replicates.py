@@ -1,6 +1,5 @@
 """Replicates: each is its own run, whatever trains beside it; and no trace left."""
 
-import builtins
 import warnings
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import FAMILIES, cases
+from cases import FAMILIES, cases, world
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -104,19 +103,6 @@ def hold(build_one, x, *, count=2, objective=None, execution="staged", bound=CLO
     for one, other in pairwise(singles):
         assert one.losses != pytest.approx(other.losses, rel=1e-3)
     return results, built
-
-
-def world():
-    """What belongs to the process and not to a call."""
-    return [
-        torch.random.get_rng_state().tolist(),
-        sorted(pyro.get_param_store().keys()),
-        sorted(pyro.settings.get().items()),
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.is_grad_enabled(),
-        builtins.len,
-    ]
 
 
 @contextmanager

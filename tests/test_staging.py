@@ -1,12 +1,10 @@
 """Staged equals eager: the same numbers, to the last bit, for the same seed; and no trace left."""
 
-import builtins
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, FAMILIES, N, cases
+from cases import CASES, FAMILIES, N, cases, world
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
@@ -529,20 +527,6 @@ def noisy():
     torch.manual_seed(0)
     model = VAE(_Net(2, 3), 2, likelihoods.Normal(0.5))
     return model, FamilyGuide(model, families.mean_scale, encoder=_Net(3, 4))
-
-
-def world():
-    """What belongs to the process and not to a call."""
-    return [
-        torch.random.get_rng_state().tolist(),
-        sorted(pyro.get_param_store().keys()),
-        sorted(pyro.settings.get().items()),
-        torch.distributions.Distribution._validate_args,
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.is_grad_enabled(),
-        builtins.len,
-    ]
 
 
 def content(*modules):
