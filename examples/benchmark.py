@@ -32,13 +32,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppvae import VAE, FamilyGuide, NotStageable, evaluate, families, fit, likelihoods, stage
-from ppvae._batches import Batches
-from ppvae._compiled import Runner
-from ppvae._context import matmul_precision, private_modules
-from ppvae._stacked import Stacked
-from ppvae._training import Stepper, adam, parameters_of
+from ppvae._scopes import matmul_precision, private_modules
+from ppvae.data.batches import Batches
 from ppvae.nn import conv_decoder, conv_encoder, mlp
-from ppvae.objectives import ELBO
+from ppvae.objectives.elbo import ELBO
+from ppvae.training.stacked import Stacked
+from ppvae.training.steppers import Runner, Stepper, adam, parameters_of
 
 DATA, BATCH, RATE, PRECISIONS = 4096, 128, 1e-3, ("highest", "high", "medium")
 HAND, HAND_COMPILED, PYRO = "hand-written, eager", "hand-written, compiled", "SVI.step, Trace_ELBO"

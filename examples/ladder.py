@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ppvae import VAE, FamilyGuide, data, evaluate, families, fit_replicates, likelihoods, plots
-from ppvae.chains import concat_chains
 from ppvae.closed_form import learned_decoder
-from ppvae.convert import from_pyro_svi
+from ppvae.export.arviz import from_pyro_svi
+from ppvae.export.chains import concat_chains
 from ppvae.nn import mlp
 
 COLUMNS = ("rate", "distortion", "objective", "log p(x)", "+-", "active", "seconds")

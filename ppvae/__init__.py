@@ -1,21 +1,21 @@
 """Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
 
 from ppvae import closed_form, data, families, likelihoods, nn, objectives, plots
-from ppvae.annealing import annealed_importance
-from ppvae.calibration import calibration
-from ppvae.chains import concat_chains
-from ppvae.compare import compare_families
-from ppvae.convert import from_pyro_svi
-from ppvae.evaluate import evaluate
-from ppvae.families import Family
-from ppvae.fit import Fit, fit
-from ppvae.gaps import gaps
-from ppvae.guides import FamilyGuide
-from ppvae.replicates import fit_replicates
-from ppvae.simulate import simulate
-from ppvae.staging import NotStageable, stage
-from ppvae.summary import reading, summary
-from ppvae.vae import VAE
+from ppvae.comparison import compare_families
+from ppvae.evaluation.amortization import gaps
+from ppvae.evaluation.annealing import annealed_importance
+from ppvae.evaluation.evaluation import evaluate
+from ppvae.evaluation.report import reading, summary
+from ppvae.evaluation.sbc import calibration
+from ppvae.export.arviz import from_pyro_svi
+from ppvae.export.chains import concat_chains
+from ppvae.families.family import Family
+from ppvae.guides.family_guide import FamilyGuide
+from ppvae.models.vae import VAE
+from ppvae.programs.simulation import simulate
+from ppvae.staging.staged import NotStageable, stage
+from ppvae.training.fitting import Fit, fit
+from ppvae.training.replicates import fit_replicates
 
 __version__ = "0.1.0"
 

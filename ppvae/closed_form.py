@@ -19,7 +19,10 @@ from ppvae import families
 
 __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "regression"]
 
+
 _LOG_2PI = math.log(2 * math.pi)
+
+
 _LEARNED = "deterministic zero noise_only mean_only shared_scale mean_scale full_rank".split()
 
 
@@ -245,18 +248,18 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
     D, silent = x.shape[1], family in (families.noise_only, families.zero)
     if family not in [families.LADDER[name] for name in _LEARNED]:
         raise _no_closed_form(family)
-    if latent < 1 or (family is families.shared_scale and latent > D):
+    if latent < 1 or (family == families.shared_scale and latent > D):
         raise ValueError(f"latent: expected 1 to {D} for this family, got {latent}")
     bias, values, axes = _principal(x)
     kept, noise = _kept(values, 0 if silent else min(latent, D), family)
     roots, squares = values[:kept].sqrt(), values[:kept] - noise**2
-    if family is families.mean_only:
+    if family == families.mean_only:
         squares = noise * (roots - noise)
-    elif family is families.shared_scale:
+    elif family == families.shared_scale:
         squares = roots * roots.mean() - noise**2
     used, weight = int((squares > 1e-9 * noise**2).sum()), axes.new_zeros(D, latent)
     weight[:, :kept] = axes[:, :kept] * squares.clamp(min=0.0).sqrt()
-    attained = noise > 0 and family is not families.deterministic
+    attained = noise > 0 and family != families.deterministic
     if attained:
         found = fixed_decoder(x, weight, bias, noise, family)
         best, rate, _, log_likelihood = (term.mean().item() for term in found[:4])
@@ -266,7 +269,7 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
         point = family in (families.deterministic, families.zero)
         rate = latent / 2 * _LOG_2PI if point else math.inf if used else 0.0
         best = -D / 2 * (_LOG_2PI + 1 + 2 * math.log(noise)) - rate if noise else math.inf
-        log_likelihood = -math.inf if family is families.deterministic else math.inf
+        log_likelihood = -math.inf if family == families.deterministic else math.inf
         information, weight = math.inf if used else 0.0, weight * math.nan
     ends = (log_likelihood, information, weight, bias)
     return LearnedDecoder(best, rate, noise, used, attained, *ends)
@@ -275,14 +278,14 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
 def _kept(values: Tensor, kept: int, family: Any) -> tuple[int, float]:
     """How many directions are kept, and the best standard deviation of the likelihood."""
     D = len(values)
-    while family is families.mean_only and kept:
+    while family == families.mean_only and kept:
         roots, rest = values[:kept].sqrt().sum().item(), values[kept:].sum().item()
         noise = (roots + math.sqrt(roots**2 + 4 * D * rest)) / (2 * D)
         if values[kept - 1] > noise**2:
             return kept, noise
         kept -= 1  # the last direction is not worth its rate
     rest = values[kept:].sum().item()
-    spread = D if family is families.deterministic else D - kept
+    spread = D if family == families.deterministic else D - kept
     return kept, math.sqrt(rest / spread if spread else values[-1].item())
 
 

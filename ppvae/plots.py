@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from ppvae._ranks import ecdf_band, ecdf_of
+from ppvae.evaluation.ranks import ecdf_band, ecdf_of
 
 __all__ = ["calibration", "encodings", "images", "rate_distortion", "rate_distortion_curves"]
 

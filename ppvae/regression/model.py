@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from ppvae._context import Named
+from ppvae._scopes import Named
 from ppvae.regression.priors import known_number, positive_prior
 
 __all__ = ["Horseshoe", "LinearRegression"]

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor
 
-from ppvae._context import eval_mode, private_modules
-from ppvae._quasi_newton import average_loss
+from ppvae._scopes import eval_mode, private_modules
+from ppvae.objectives.matched import average_loss
 from ppvae.regression.model import LinearRegression
 
 __all__ = ["PredictiveScores", "objective", "predictive_scores"]

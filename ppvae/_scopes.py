@@ -1,0 +1,155 @@
+"""Context managers that leave things as they were found."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+
+__all__ = [
+    "Named",
+    "eval_mode",
+    "kept_buffers",
+    "matmul_precision",
+    "private_modules",
+    "random_state",
+    "train_mode",
+    "unchecked",
+    "unique_name",
+    "without_warnings",
+]
+
+
+_numbers = itertools.count()
+
+
+def unique_name(module: nn.Module) -> str:
+    """A name for a module's parameters: in Pyro's param store equal names are one parameter."""
+    return f"{type(module).__name__}_{next(_numbers)}"
+
+
+class Named(PyroModule):
+    """A module with a name of its own in Pyro's param store, and so has every copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__(name=unique_name(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pyro_name = unique_name(self)
+
+
+@contextmanager
+def private_modules() -> Iterator[None]:
+    """Keeps the parameters of modules out of Pyro's param store, and off each other.
+
+    Inside a module's call, Pyro registers its parameters by name in one store for the process, and
+    two modules with equal names are then taken for one. Here they live in a store of their own.
+    Plain `pyro.param` statements of a model are the user's and go through, in and out.
+    """
+    store = pyro.get_param_store()
+    with store.scope(_plain(store.get_state())) as inside, warnings.catch_warnings():
+        # Pyro remarks on parameters that do not want a gradient: they are meant not to
+        warnings.filterwarnings("ignore", message=".* was not registered in the param store")
+        yield
+    store.set_state(_plain(inside))
+    dict(store.items())  # reading a parameter restores the weak reference that get_state takes off
+
+
+def _plain(state: Any) -> Any:
+    """The part of a store's state that was made by `pyro.param` and not by a module."""
+    params = {
+        name: value
+        for name, value in state["params"].items()
+        if not (isinstance(value, nn.Parameter) or "$$$" in name)  # as `pyro.module` names them
+    }
+    return {"params": params, "constraints": {k: state["constraints"][k] for k in params}}
+
+
+@contextmanager
+def random_state(seed: int | None, *, keep: bool = False) -> Iterator[None]:
+    """Seeds the random numbers inside; outside they go on as if nothing had been drawn.
+
+    Args:
+        seed: the seed; None draws from the caller's stream, which then moves on.
+        keep: with no seed, leave the caller's stream where it was all the same.
+    """
+    if seed is None and not keep:
+        yield
+        return
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _mode(*programs: Any, training: bool) -> Iterator[None]:
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    before = [m.training for m in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
+
+
+def eval_mode(*programs: Any) -> Any:
+    """Evaluation mode for those programs that are modules; their modes come back at the end."""
+    return _mode(*programs, training=False)
+
+
+def train_mode(*programs: Any) -> Any:
+    """Training mode for those programs that are modules; their modes come back at the end."""
+    return _mode(*programs, training=True)
+
+
+@contextmanager
+def kept_buffers(*programs: Any) -> Iterator[None]:
+    """Puts back the buffers of those programs that are modules, which a call may move."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, value):  # one that was expanded cannot be written to
+                    buffer.copy_(value)
+
+
+@contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """Products of float32 matrices in another precision inside; None leaves it as it is."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def unchecked() -> Any:
+    """Pyro's and PyTorch's argument checks are off inside, for speed."""
+    names = ["poutine", "infer", "distributions_pyro", "distributions_torch"]
+    return pyro.settings.context(**{f"validate_{name}": False for name in names})
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Those of a compiler, on its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,301 @@
+"""Is the next channel worth it? Each family against the one below it, over seeds, with a verdict.
+
+What a family gains is uncertain, as another seed trains another guide, other data have other gains
+(the interval is for both), and training may not have ended (of which the last losses tell).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ppvae._checks import is_count
+from ppvae._scopes import private_modules, random_state
+from ppvae.data.adapters import as_tensors
+from ppvae.evaluation.evaluation import evaluate
+from ppvae.families.ladder import LADDER
+from ppvae.guides.family_guide import FamilyGuide
+from ppvae.training.fitting import fit
+
+__all__ = ["Comparison", "compare_families", "crossed_interval", "last_fall", "still_to_come"]
+
+
+_MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]
+
+
+_GAIN = ["gain", "gain_lower", "gain_upper", "gain_se_seeds", "gain_se_data"]
+
+
+_RATES = ["gain_per_parameter", "gain_per_second"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare_families` found; `print` shows it as a table.
+
+    Attributes:
+        dataset: the numbers, in nats per datum. Dims `family` and `seed`: `elbo`, `log_likelihood`,
+            `rate`, `distortion` on the test data; `seconds` of training; `fall` of the loss over
+            the last quarter of the epochs, with its standard error `fall_se`. Dim `family`:
+            `parameters`, the trained numbers of the guide, without an encoder that stays idle; and,
+            for the step up from the family `below`, the `gain` in ELBO, its interval `gain_lower`
+            to `gain_upper`, its standard errors `gain_se_seeds` and `gain_se_data`, its growth
+            `gain_drift` over the last quarter of the epochs, `gain_per_parameter` and
+            `gain_per_second` added (NaN if none), the `verdict`, and a `note` on what weakens it.
+    """
+
+    dataset: xr.Dataset
+
+    def __repr__(self) -> str:
+        found = self.dataset
+        means = {name: found[name].mean("seed", skipna=False) for name in [*_MEASURES, "fall"]}
+        means["seconds"] = found.seconds.median("seed")
+        shown = found.assign(means)[[*means, "parameters", *_GAIN[:3], *_RATES, "verdict"]]
+        table = shown.to_dataframe().rename_axis(None)
+        short = dict.fromkeys(_RATES, "{:.1e}".format)
+        text = table.to_string(na_rep="", float_format="{:.3f}".format, formatters=short)
+        notes = zip(found.family.values, found.note.values, strict=True)
+        return "\n".join([text, *(f"{name}: {note}" for name, note in notes if note)])
+
+
+def compare_families(
+    build: Callable[[], tuple[Any, nn.Module]],
+    families: Sequence[Any],
+    train: Any,
+    test: Any = None,
+    *,
+    num_seeds: int = 3,
+    seed: int = 0,
+    min_gain: float = 0.05,
+    level: float = 0.95,
+    num_samples: int = 256,
+    progress: bool = True,
+    **fit_options: Any,
+) -> Comparison:
+    r"""Trains families side by side and says of each whether it is worth more than the one below.
+
+    For each seed all families start from the same networks and train with the same seed: the gain,
+    the ELBO of a family less that of the one before it, is a mean of paired differences. Its
+    interval is for another seed *and* another datum, see `crossed_interval`. The training data are
+    the same throughout: the interval does not say what others would have taught.
+
+    The verdict is "yes" where the whole interval is above `min_gain`, "no" where it is below, else
+    "undecided". It must also stand if training went on: a gain that was still moving, as
+    `still_to_come` sees it in the losses, makes undecided what it could turn.
+
+    Args:
+        build: makes a fresh model and encoder, without arguments; called once per seed and family,
+            with the random numbers of the seed. To compare families for a given decoder, freeze it
+            there: `decoder.requires_grad_(False)`.
+        families: names in the ladder, or guide families, in the order of the comparison.
+        train: training data, as for `fit`.
+        test: data to measure on, at least 2: a tensor, an array, or a tuple of them. By default the
+            training data, on which a bigger family gains more than on others.
+        num_seeds: at least 2 (where Student's t makes the interval wide).
+        seed: the first seed; the others follow it.
+        min_gain: what a step must gain to be worth it, in nats per datum.
+        level: of the interval.
+        num_samples: draws per datum in the evaluation; their error is in the interval.
+        progress: show a progress bar.
+        **fit_options: options of `fit`. Train until the losses are level; with a learning rate that
+            shrinks they become so anywhere, and the verdict may be about the optimizer.
+
+    Returns:
+        The numbers, in a wrapper that prints them as a table. A point (`deterministic`, `zero`) has
+        no ELBO, so that a step from or to it has no gain and no verdict.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or `build` does not start anew.
+        Diverged: see `fit`. A note on this and other errors names the family and the seed.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, likelihoods
+        >>> def build():
+        ...     model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(0.5))
+        ...     return model, torch.nn.Identity()
+        >>> names, x = ["noise_only", "mean_only"], torch.randn(20, 5)
+        >>> compare_families(build, names, x, num_epochs=3, progress=False).dataset.seed.values
+        array([0, 1, 2])
+    """
+    members = _members(families)
+    _check_numbers(num_seeds, min_gain, level, num_samples)
+    args = _test_data(train if test is None else test)
+    seeds = list(range(seed, seed + num_seeds))
+    runs: dict[str, list[xr.Dataset]] = {name: [] for name in members}
+    bar = tqdm(total=num_seeds * len(runs), desc="compare", disable=not progress, unit="fit")
+    with private_modules(), bar:
+        for number in seeds:
+            start: list[Tensor] | None = None
+            for name, family in members.items():
+                bar.set_postfix(family=name, seed=number)
+                try:  # in a param store of its own, so that `pyro.param` statements start anew
+                    with pyro.get_param_store().scope(), random_state(number):
+                        model, encoder, start = _fresh(build, start)
+                        guide = FamilyGuide(model, family, encoder)
+                        found = _run(model, guide, train, args, number, num_samples, fit_options)
+                except Exception as error:
+                    error.add_note(f"compare_families: family {name}, seed {number}")
+                    raise
+                runs[name].append(found)
+                bar.update()
+    joined = xr.combine_nested(list(runs.values()), ["family", "seed"])
+    joined = joined.assign_coords(family=list(runs), seed=seeds).transpose("family", "seed", ...)
+    return Comparison(with_steps(joined, min_gain, level))
+
+
+def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.ndarray]:
+    r"""The mean of differences, its interval for new seeds and new data, and two standard errors.
+
+    For `d[s, i] = m + a[s] + b[i] + c[s, i]` with S seeds and N data the variance of the mean is
+    `var(a) / S + var(b) / N + var(c) / (S N)`. The spread over seeds of the means over data tells
+    the first and last term, that over data of the means over seeds the last two. Each standard
+    error is widened by Student's t, of S - 1 and of N - 1 degrees, and the half-widths are added in
+    quadrature. `c`, with the error of the draws in it, counts twice: the interval is rather too
+    wide. (Satterthwaite's degrees for the sum cover too little where few seeds differ much.)
+
+    Args:
+        differences: shape `(*, seeds, data)`, at least two of each.
+        level: the least probability to cover the mean.
+
+    Returns:
+        The mean, the ends of the interval, and the standard errors over seeds and over data; `(*)`.
+    """
+    seeds, data = differences.shape[-2:]
+    over_seeds = differences.mean(-1).std(-1, ddof=1) / math.sqrt(seeds)
+    over_data = differences.mean(-2).std(-1, ddof=1) / math.sqrt(data)
+    t = stats.t.ppf((1 + level) / 2, [seeds - 1, data - 1])
+    mean, half = differences.mean((-2, -1)), np.hypot(t[0] * over_seeds, t[1] * over_data)
+    return [mean, mean - half, mean + half, over_seeds, over_data]
+
+
+def last_fall(losses: Sequence[float], num_epochs: int) -> tuple[float, float]:
+    """How far losses fell over the last quarter of the epochs, along a line; its standard error.
+
+    Zero for a run that ended before `num_epochs`, by early stopping or for want of parameters; NaN
+    for less than 16 epochs, of which the last quarter makes no line.
+    """
+    if len(losses) < num_epochs:
+        return 0.0, 0.0
+    count = len(losses) // 4
+    if count < 4:
+        return math.nan, math.nan
+    loss, epoch = np.array(losses[-count:]), np.arange(count) - (count - 1) / 2
+    slope = loss @ epoch / (epoch @ epoch)
+    error = np.sqrt(np.var(loss - slope * epoch) * count / (count - 2) / (epoch @ epoch))
+    return float(-slope * count), float(error * count)
+
+
+def still_to_come(fall: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """How far falls over the last quarter of the epochs may go on; zero if they may be noise.
+
+    A loss that falls like 1 / epoch has, at the end, three times as far to go as it fell over the
+    last quarter, 1 / (3T/4) - 1 / T = (1 / T) / 3, and one that falls faster has less. Two standard
+    errors of the fall are taken off as noise. NaN, from too few epochs, counts as zero.
+    """
+    return np.nan_to_num(3 * np.sign(fall) * np.maximum(np.abs(fall) - 2 * error, 0.0))
+
+
+def _fresh(build: Any, start: list[Tensor] | None) -> tuple[Any, nn.Module, list[Tensor]]:
+    """Model, encoder and a copy of their parameters, which must be those of the start."""
+    built = build()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], nn.Module)):
+        raise TypeError(f"build: expected a model and an encoder module, got {built!r}")
+    modules = [module for module in built if isinstance(module, nn.Module)]
+    now = [p.detach().clone() for module in modules for p in module.parameters()]
+    if start is not None and not (len(now) == len(start) and all(map(torch.equal, now, start))):
+        raise ValueError("build: expected fresh networks that start alike for one seed, got others")
+    return *built, now
+
+
+def _run(
+    model: Any, guide: Any, train: Any, test: Any, seed: int, num_samples: int, options: Any
+) -> xr.Dataset:
+    """Trains and measures one guide."""
+    fitted = fit(model, guide, train, seed=seed, progress=False, **options)
+    parameters = [p for m in (guide, model) if isinstance(m, nn.Module) for p in m.parameters()]
+    test = [part.to(parameters[0].device) for part in test] if parameters else test
+    found = evaluate(model, guide, *test, num_samples=num_samples, seed=seed, progress=False)
+    num_epochs = options.get("num_epochs", inspect.signature(fit).parameters["num_epochs"].default)
+    fall, error = last_fall(fitted.validation_losses or fitted.losses, num_epochs)
+    used = guide if guide.family.channels else guide.heads  # with no channel the encoder is idle
+    size = sum(p.numel() for p in used.parameters() if p.requires_grad)
+    told = {"seconds": fitted.seconds, "fall": fall, "fall_se": error, "parameters": size}
+    rate = {"rate": found.rate.where(found.elbo.notnull())}  # of a point it is a penalty
+    return found[_MEASURES].assign(told | rate)
+
+
+def with_steps(found: xr.Dataset, min_gain: float, level: float) -> xr.Dataset:
+    """Means over the data, and what each family gains over the one below, with the verdict."""
+    measured = crossed_interval(np.diff(found.elbo, axis=0), level)
+    gain, lower, upper = measured[:3]
+    fall = found.fall.mean("seed").values
+    error = np.sqrt((found.fall_se**2).sum("seed").values) / found.sizes["seed"]
+    drift, falling = np.diff(fall), np.abs(still_to_come(fall, error)) > min_gain
+    left = still_to_come(drift, np.hypot(error[1:], error[:-1]))
+    yes, no, point = lower > min_gain, upper < min_gain, np.isnan(gain)
+    turns = (lower + np.minimum(left, 0) <= min_gain) & (upper + np.maximum(left, 0) >= min_gain)
+    steps = dict(zip(_GAIN, measured, strict=True), below=found.family.values[:-1])
+    steps["gain_drift"] = np.where(point, math.nan, drift)
+    for name, total in zip(_RATES, (found.parameters, found.seconds), strict=True):
+        cost = np.diff(total.median("seed"))
+        steps[name] = gain / np.where(cost > 0, cost, math.nan)
+    steps["verdict"] = np.select([point, turns, yes], ["", "undecided", "yes"], "no")
+    notes = {
+        "no verdict, a point has no ELBO: its objective is no bound": point,
+        "the gain still moved at the end (see gain_drift): train longer": turns & (yes | no),
+        "the loss still fell at the end (see fall): train longer": falling[1:] | falling[:-1],
+        f"the interval holds {min_gain:g}: more seeds, test data or draws would tell": turns,
+    }
+    steps["note"] = np.select(list(notes.values()), list(notes), "")
+    columns = {
+        name: ("family", [math.nan if values.dtype.kind == "f" else "", *values.tolist()])
+        for name, values in steps.items()
+    }
+    options = {"min_gain": min_gain, "level": level, "num_data": found.sizes["datum"]}
+    means = found.mean("datum", skipna=False).assign(parameters=found.parameters.isel(seed=0))
+    return means.assign(columns).assign_attrs(options)
+
+
+def _members(families: Sequence[Any]) -> dict[str, Any]:
+    if isinstance(families, str) or len(families) < 2:
+        raise ValueError(f"families: expected at least two, got {families!r}")
+    members: dict[str, Any] = {}
+    for given in families:
+        family = LADDER.get(given) if isinstance(given, str) else given
+        if not hasattr(family, "channels"):
+            raise ValueError(f"families: expected families or {list(LADDER)}, got {given!r}")
+        members[getattr(family, "name", repr(family))] = family
+    if len(members) < len(families):
+        raise ValueError(f"families: expected different ones, got {families!r}")
+    return members
+
+
+def _check_numbers(num_seeds: int, min_gain: float, level: float, num_samples: int) -> None:
+    for name, value in {"num_seeds": num_seeds, "num_samples": num_samples}.items():
+        if not (is_count(value) and value >= 2):
+            raise ValueError(f"{name}: expected a whole number of at least 2, got {value}")
+    for name, number, end in [("min_gain", min_gain, math.inf), ("level", level, 1)]:
+        if not 0 <= number < end:
+            raise ValueError(f"{name}: expected a number from 0 to below {end}, got {number}")
+
+
+def _test_data(test: Any) -> tuple[Tensor, ...]:
+    if isinstance(test, (Dataset, DataLoader)):
+        raise TypeError(f"test: expected a tensor, an array or a tuple, got {type(test).__name__}")
+    args = as_tensors("test", test)
+    if len(args[0]) < 2:
+        raise ValueError(f"test: expected at least 2 data, got {len(args[0])}")
+    return args

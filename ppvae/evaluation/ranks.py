@@ -1,0 +1,190 @@
+"""Ranks of true values among draws: are they uniform, and what do they say in words?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import xarray as xr
+from scipy.stats import binom, poisson
+
+__all__ = ["ALPHA", "coverage", "ecdf_band", "ecdf_of", "reading", "uniformity"]
+
+
+ALPHA = 0.01  # level of the verdict, shared among the latents
+
+
+_INTERVALS = 50  # between their ends the cumulative distribution of the ranks is looked at
+
+
+def uniformity(rank: np.ndarray, num_samples: int) -> np.ndarray:
+    r"""P-values of uniform ranks on 0 to `num_samples`, exact, shape `(latent,)`.
+
+    At each of some points the number of smaller ranks is binomial. The statistic is the smallest of
+    the two-sided p-values there; its distribution follows from a recursion over the points.
+
+    Args:
+        rank: shape `(simulation, latent)`.
+        num_samples: the largest rank possible.
+
+    Säilynoja, Bürkner, Vehtari, Graphical test for discrete uniformity, 2022.
+    """
+    bounds = _bounds(num_samples)
+    chances = bounds / (num_samples + 1)
+    tails = _tails(len(rank), chances)
+    smaller = _smaller(rank, bounds)
+    statistic = np.take_along_axis(tails, smaller, 1).min(0)
+    limits, places = np.unique(statistic, return_inverse=True)
+    return np.array([_leaves(tails, chances, limit) for limit in limits])[places]
+
+
+def ecdf_band(
+    num_simulations: int, num_samples: int, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A band that holds the whole cumulative distribution of uniform ranks at a level.
+
+    Args:
+        num_simulations: number of ranks.
+        num_samples: the largest rank possible.
+        level: chance that the distribution stays inside at all points, at least.
+
+    Returns:
+        The points, as shares of the ranks, and the lower and upper end there.
+    """
+    bounds = _bounds(num_samples)
+    chances = bounds / (num_samples + 1)
+    tails = _tails(num_simulations, chances)
+    low, high = math.log((1 - level) / (2 * len(chances))), math.log(1 - level)
+    for _ in range(30):
+        middle = (low + high) / 2
+        inside = _leaves(tails, chances, math.exp(middle)) <= 1 - level
+        low, high = (middle, high) if inside else (low, middle)
+    first, last = _interval(tails, math.exp(low))
+    return chances, first / num_simulations, last / num_simulations
+
+
+def ecdf_of(rank: np.ndarray, num_samples: int) -> np.ndarray:
+    """The cumulative distribution of ranks at the points of `ecdf_band`, shape `(points, *)`."""
+    return _smaller(rank, _bounds(num_samples)) / len(rank)
+
+
+def coverage(rank: np.ndarray, num_samples: int, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the ranks in the central interval of a level, and its standard error.
+
+    Each rank stands for an equal piece of the unit interval, and counts with the part of it that
+    lies inside: uniform ranks are inside with a chance of exactly `level` for any number of draws.
+    The error is binomial with one rank more inside and one outside, so that it is never zero.
+
+    Args:
+        rank: shape `(simulation, latent)`.
+        num_samples: the largest rank possible.
+        level: in (0, 1).
+    """
+    size = num_samples + 1
+    start, end = (1 - level) / 2 * size, (1 + level) / 2 * size
+    inside = np.minimum(rank + 1, end) - np.maximum(rank, start)
+    share, count = np.clip(inside, 0, 1).mean(0), len(rank)
+    smooth = (count * share + 1) / (count + 2)
+    return share, np.sqrt(smooth * (1 - smooth) / (count + 2))
+
+
+def reading(found: xr.Dataset) -> str:
+    """What the result of `calibration` says, in words."""
+    p = found.uniformity_p.values
+    failing = p * len(p) < ALPHA
+    if failing.any():
+        verdict = f"fails for {failing.sum()} of {len(p)} latents"
+        return "; ".join([verdict, *_faults(found, failing), _worth(found)])
+    information, error = float(found.information), float(found.information_se)
+    if information <= 2 * error + 0.005:
+        same = abs(information) + error < 1e-9
+        nothing = "is the prior" if same else "is no closer to the posterior than the prior is"
+        return f"passes, and passes nothing: the guide {nothing} ({_worth(found)})"
+    uniform = f"ranks are uniform in {found.sizes['simulation']} simulations"
+    return f"passes: {uniform} (smallest p {p.min():.2g}; {_worth(found)})"
+
+
+def _faults(found: xr.Dataset, failing: np.ndarray) -> list[str]:
+    """The worst latent of each kind of fault."""
+    level = min(found.level.values.tolist(), key=lambda value: abs(value - 0.9))
+    rank, count = found["rank"].values, found.sizes["simulation"]
+    covered = found.coverage.sel(level=level).values
+    above = (2 * rank > found.num_samples).mean(0)
+    wide = (covered - level) * math.sqrt(count / (level * (1 - level)))
+    low = (above - 0.5) * 2 * math.sqrt(count)
+    kinds = [
+        (-wide, "intervals too narrow: {level} intervals cover {covered} of {name}"),
+        (wide, "intervals too wide: {level} intervals cover {covered} of {name}"),
+        (low, "draws too low: {above} of the true values of {name} are above the median"),
+        (-low, "draws too high: {above} of the true values of {name} are above the median"),
+    ]
+    said = []
+    for score, words in kinds:
+        worst = int(np.where(failing, score, -math.inf).argmax())
+        if score[worst] > 4:
+            values = {"level": level, "covered": covered[worst], "above": above[worst]}
+            shares = {key: f"{100 * value:.0f} %" for key, value in values.items()}
+            said.append(words.format(name=found.latent.values[worst], **shares))
+    if not said:
+        worst = int(found.uniformity_p.values.argmin())
+        said.append(f"the ranks of {found.latent.values[worst]} are not uniform")
+    return said
+
+
+def _worth(found: xr.Dataset) -> str:
+    """Information and gap, in words."""
+    information, gap, upper = (float(found[k]) for k in ("information", "gap", "gap_upper"))
+    if math.isnan(information):
+        return f"information is not known: {found.note}"
+    near = upper - gap <= 0.05 + 0.02 * abs(upper)
+    width = f"gap {_number(gap)}" if near else f"gap {_number(gap)} to {_number(upper)}"
+    return f"information {_number(information)}, {width} {found.unit}"
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before zero
+
+
+def _bounds(num_samples: int) -> np.ndarray:
+    """Ranks that the points lie below, about evenly spaced and inside."""
+    ends = np.linspace(0, num_samples + 1, min(_INTERVALS, num_samples + 1) + 1)
+    return ends[1:-1].round().astype(int)
+
+
+def _smaller(rank: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    return np.stack([(rank < bound).sum(0) for bound in bounds])
+
+
+def _tails(count: int, chances: np.ndarray) -> np.ndarray:
+    """Two-sided p-values of binomial numbers 0 to `count`, shape `(points, count + 1)`."""
+    numbers, chance = np.arange(count + 1), chances[:, None]
+    below, above = binom.cdf(numbers, count, chance), binom.sf(numbers - 1, count, chance)
+    return np.minimum(1.0, 2 * np.minimum(below, above))
+
+
+def _interval(tails: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """At each point the smallest and largest number with a tail above the limit."""
+    inside = tails > limit * (1 + 1e-9)  # a tail that equals it but for rounding is not above
+    return inside.argmax(1), tails.shape[1] - 1 - inside[:, ::-1].argmax(1)
+
+
+def _leaves(tails: np.ndarray, chances: np.ndarray, limit: float) -> float:
+    """The chance that at some point the tail of uniform ranks is at most the limit.
+
+    Numbers of ranks in separate intervals are independent Poisson ones, given their sum.
+    """
+    bound = limit * len(chances)
+    if bound < 1e-9:  # the recursion has only rounding left
+        return bound
+    if limit >= tails.max(1).min():
+        return 1.0
+    count = tails.shape[1] - 1
+    mass, start = np.ones(1), 0
+    for first, last, chance in zip(
+        *_interval(tails, limit), np.diff(chances, prepend=0.0), strict=True
+    ):
+        steps = poisson.pmf(np.arange(last - start + 1), count * chance)
+        mass = np.convolve(mass, steps)[first - start : last - start + 1]
+        start = first
+    rest = poisson.pmf(count - start - np.arange(len(mass)), count * (1 - chances[-1]))
+    return max(0.0, 1 - float(mass @ rest) / poisson.pmf(count, count))

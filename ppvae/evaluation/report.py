@@ -1,0 +1,182 @@
+"""The result of `evaluate` as a table, and in words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from ppvae.evaluation.coordinates import WORTH
+
+__all__ = ["reading", "summary"]
+
+
+_TRUSTED = 0.7  # k-hat above it: the weights' mean converges too slowly to be of use
+
+
+def summary(found: xr.Dataset) -> pd.DataFrame:
+    """A table of totals: the mean over the data and its standard error.
+
+    The standard error is over the data, and holds the Monte Carlo error of each; that of `active`,
+    the number of active latents, comes from the error of each latent's variance. `khat > 0.7` is
+    the share of the data for which importance sampling cannot be trusted. For a point guide, which
+    has no density, `objective` is a penalised log-likelihood and stands alone.
+
+    Args:
+        found: a result of `evaluate`.
+
+    Returns:
+        One row per measure; columns `mean`, `se` and `unit`.
+
+    Raises:
+        ValueError: `found` is no result of `evaluate`.
+    """
+    _check(found)
+    rows: dict[str, tuple[float, float, str]] = {}
+    names = ["elbo", "rate", "distortion", "log_likelihood"]
+    for name in names if found.bound else ["objective", "rate", "distortion"]:
+        rows[name] = (*_mean(found[name].values), "nats per datum")
+    if found.bound:
+        for name in ("mutual_information", "aggregate_kl"):
+            rows[name] = (float(found[name]), float(found[f"{name}_se"]), "nats per datum")
+        rows["ess"] = (*_mean(found.ess.values), f"of {found.num_samples} draws")
+        above = np.where(found.khat.isnull(), np.nan, found.khat.values > _TRUSTED)
+        rows[f"khat > {_TRUSTED}"] = (*_mean(above), "share of the data")
+    rows["active"] = (*_active(found), f"of {found.sizes['latent']} latents")
+    if math.isfinite(found.attrs.get("cap", math.inf)):
+        rows["cap"] = (found.cap, 0.0, "nats per latent")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "se", "unit"])
+
+
+def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
+    """What the numbers of `evaluate` mean, in sentences, one per line.
+
+    Says how tight the bound is, what passes through the latents, which of them collapsed and the
+    likely cause, and whether the guide can be trusted; and that the objective of a point is none.
+
+    Args:
+        found: a result of `evaluate`.
+        beta: what the rate was weighted with in training.
+
+    Raises:
+        ValueError: `found` is no result of `evaluate`.
+    """
+    _check(found)
+    lines = _bound(found) if found.bound else _point(found)
+    lines += _collapse(found, beta)
+    return "\n".join(lines)
+
+
+def _check(found: xr.Dataset) -> None:
+    if not (isinstance(found, xr.Dataset) and "distortion" in found and "bound" in found.attrs):
+        raise ValueError(f"found: expected a result of evaluate, got {type(found).__name__}")
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def _active(found: xr.Dataset) -> tuple[float, float]:
+    """The number of active latents, and its error, from the normal error of each variance."""
+    variance, error = found.mean_variance.values, found.mean_variance_se.values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        away = np.where(error > 0, np.abs(variance - 0.01) / error, math.inf)
+    chance = np.array([0.5 * math.erfc(a / math.sqrt(2)) for a in away])
+    return float(found.active.sum()), float(np.sqrt((chance * (1 - chance)).sum()))
+
+
+def _point(found: xr.Dataset) -> list[str]:
+    value = float(found.objective.mean())
+    return [
+        f"The objective, {value:.2f}, is a penalised log-likelihood: a point has no density, so it "
+        "is no bound on log p(x) and must not be compared with an ELBO.",
+        "Its rate is the penalty -log p(z), no divergence.",
+    ]
+
+
+def _bound(found: xr.Dataset) -> list[str]:
+    (elbo, error), (rate, _) = _mean(found.elbo.values), _mean(found.rate.values)
+    log_p = float(found.log_likelihood.mean())
+    lines = [
+        f"The ELBO is {elbo:.2f} +- {error:.2f} nats per datum, at a rate of {rate:.2f}; log p(x) "
+        f"is at least {log_p:.2f}, so the gap is {log_p - elbo:.2f} or more."
+    ]
+    told, told_se = float(found.mutual_information), float(found.mutual_information_se)
+    size = found.sizes["datum"]
+    if told > math.log(size) - max(0.1, 2 * told_se):
+        lines.append(
+            f"The latents tell all these {size} data apart: I(x; z) is at its limit here, log N = "
+            f"{math.log(size):.2f}, and more data would show more."
+        )
+    else:
+        told = round(told, 2) + 0.0  # no negative zero
+        lines.append(f"The latents tell {told:.2f} +- {told_se:.2f} nats of each datum.")
+    apart, apart_se = float(found.aggregate_kl), float(found.aggregate_kl_se)
+    if apart > max(1.0, 2 * apart_se):
+        lines.append(
+            f"The aggregate posterior is {apart:.2f} +- {apart_se:.2f} nats from the prior: "
+            "some draws from the prior decode to what is unlike the data."
+        )
+    cap = found.attrs.get("cap", math.inf)
+    if 0 < cap < math.inf:
+        latents = found.sizes["latent"]
+        lines.append(
+            f"The family can carry no more than {cap:.4f} nats per latent, {cap * latents:.2f} in "
+            "all."
+        )
+    return lines + _trust(found)
+
+
+def _trust(found: xr.Dataset) -> list[str]:
+    known = found.khat.values[~np.isnan(found.khat.values)]
+    if not len(known):
+        return ["k-hat cannot be told from so few draws."]
+    share = float((known > _TRUSTED).mean())
+    if share == 0:
+        return [f"k-hat is below {_TRUSTED} for all data: the importance weights are well behaved."]
+    return [
+        f"k-hat is above {_TRUSTED} for {100 * share:.0f} % of the data: there the guide misses "
+        "parts of the posterior, and neither it nor log p(x) by importance sampling can be "
+        "trusted; `annealed_importance` gives a better estimate, a wider family a better guide."
+    ]
+
+
+def _collapse(found: xr.Dataset, beta: float) -> list[str]:
+    active = int(found.active.sum())
+    names = [str(name) for name in found.latent.values[~found.active.values]]
+    if not names:
+        return [f"All {active} latents are active."]
+    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    what = f"{len(names)} of {len(found.latent)} latents collapsed ({some}): "
+    return [what + _cause(found, beta, active)]
+
+
+def _cause(found: xr.Dataset, beta: float, active: int) -> str:
+    """Why latents collapsed, as far as the figures tell."""
+    if found.attrs.get("channels") == "none":
+        return "the family has no channel, so nothing can pass."
+    directions, noise = found.attrs.get("directions"), found.attrs.get("noise_variance")
+    if directions is not None and active >= directions:
+        where = f"only {directions}" if directions else "none"
+        return (
+            f"at the decoder's noise variance of {noise:.3g}, {where} of the principal directions "
+            f"of the data are worth {WORTH} nats or more to a linear decoder. Take fewer latents, "
+            "or a smaller noise."
+        )
+    if beta > 1:
+        return (
+            f"beta = {beta:g} makes a latent pay {beta:g} nats of fit for every nat it carries, "
+            "which these do not earn."
+        )
+    stuck = "training stuck at the prior (see objectives.warm_up and free_bits), or a beta above 1"
+    if directions is not None:
+        return (
+            f"at the decoder's noise variance of {noise:.3g}, {directions} principal directions of "
+            f"the data are worth a latent, so there is use for more; the likely cause is {stuck}."
+        )
+    if active == 0:
+        return f"the likely cause is {stuck}, or a decoder that models the data without latents."
+    return "the data may have no use for more than the others, or the cause is " + stuck + "."

@@ -1,0 +1,6 @@
+r"""From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
+
+from ppvae.export.arviz import from_pyro_svi
+from ppvae.export.chains import concat_chains
+
+__all__ = ["concat_chains", "from_pyro_svi"]

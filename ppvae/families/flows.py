@@ -1,0 +1,128 @@
+r"""Guide families: distributions of which some arguments are channels.
+
+A *channel* is an argument that carries information to the latent: from the datum, through an
+encoder, or, for a global latent, from a free parameter. Every other argument is fixed, or shared.
+
+===================== ========================== ==================
+family                expression                 channels
+===================== ========================== ==================
+`deterministic`       `Delta(v)`                 v
+`zero`                `Delta(0)`                 none
+`noise_only`          the prior itself           none
+`mean_only`           `Normal(loc, 1)`           loc
+`mean_only_bounded`   `Normal(loc in (-1,1), 1)` loc
+`shared_scale`        `Normal(loc, sigma)`       loc
+`mean_scale`          `Normal(loc, scale)`       loc, scale
+`student_t`           `StudentT(df, loc, scale)` df, loc, scale
+`low_rank`            `LowRankMultivariate...`   loc, two factors
+`full_rank`           `MultivariateNormal`       loc, scale_tril
+`flow`                a normalizing flow         loc, scale, shape
+===================== ========================== ==================
+
+**To add a family**, write one line: `Family(dist.AsymmetricLaplace)`. For a head that is not the
+application of one distribution to its arguments, give an object with the attributes `channels`,
+`joint`, `name` and a method `head(features, shape)` that builds a module whose forward returns a
+distribution (see `Flow`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints, transforms
+from pyro.nn import ConditionalDenseNN, DenseNN
+from torch import Tensor, nn
+
+from ppvae.families.base import Value
+from ppvae.families.heads import Argument
+
+__all__ = ["Flow", "FlowHead"]
+
+
+class Flow(Value):
+    r"""A conditional normalizing flow: `z = loc + scale * T(eps)`, all of it from the features.
+
+    `T` chains affine couplings (which bend and correlate) and one elementwise spline (which
+    reshapes the marginals). All parts have closed-form inverses, so both sampling and scoring cost
+    one pass. It starts near the identity: the family contains `mean_scale` and begins there.
+
+    Args:
+        layers: number of affine couplings; used in pairs of opposite order, so an even number.
+        hidden: width of the networks of the couplings and the spline.
+        bins: segments of the spline in each coordinate, on (-3, 3).
+
+    Raises:
+        ValueError: `layers` is odd or negative, or `hidden` or `bins` is too small.
+
+    Dinh et al., Density estimation using Real NVP, 2017; Dolatabadi et al., Invertible generative
+    modeling using linear rational splines, 2020.
+    """
+
+    channels = ("loc", "scale", "shape")
+    joint = True
+
+    def __init__(self, *, layers: int = 2, hidden: int = 64, bins: int = 8) -> None:
+        if layers < 0 or layers % 2:
+            raise ValueError(f"layers: expected an even number of at least 0, got {layers}")
+        if hidden < 1 or bins < 2:
+            raise ValueError(f"hidden, bins: expected at least 1 and 2, got {hidden} and {bins}")
+        self.layers, self.hidden, self.bins = layers, hidden, bins
+
+    def _parts(self) -> Any:
+        return self.layers, self.hidden, self.bins
+
+    def head(self, features: int | None, shape: torch.Size) -> nn.Module:
+        """Builds the flow's module; arguments and result as those of `Family.head`."""
+        return FlowHead(self, features, shape[0])
+
+    def __repr__(self) -> str:
+        return f"Flow(layers={self.layers}, hidden={self.hidden}, bins={self.bins})"
+
+
+class FlowHead(nn.Module):
+    """Conditional couplings and a spline, scaled and shifted; the head of `families.Flow`."""
+
+    def __init__(self, family: Any, features: int | None, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.context = None if features is not None else nn.Parameter(torch.ones(1))
+        width = features or 1
+        shape, free = torch.Size([size]), features is None
+        self.loc = Argument(constraints.real, shape, features)
+        self.scale = Argument(constraints.positive, shape, features, 0.1 if free else None)
+        left, hidden = size // 2, [family.hidden]
+        self.couplings = nn.ModuleList()
+        for _ in range(family.layers if size > 1 else 0):
+            net = ConditionalDenseNN(left, width, hidden, [size - left] * 2, nn.Tanh())
+            _silence(net)
+            self.couplings.append(transforms.ConditionalAffineCoupling(left, net))
+        knots = [size * family.bins, size * family.bins, size * (family.bins - 1)]
+        net = DenseNN(width, hidden, [*knots, size * family.bins], nn.Tanh())
+        # slopes are softplus(raw) and must be 1 inside, as outside, for the identity
+        _silence(net)[2 * knots[0] : sum(knots)] = math.log(math.e - 1)
+        self.spline = transforms.ConditionalSpline(net, size, family.bins)
+
+    def forward(self, features: Tensor | None = None) -> Any:
+        """The distribution over vectors, of batch shape `(*)`."""
+        context = self.context if features is None else features
+        loc, scale = self.loc(features), self.scale(features)
+        flip = torch.arange(self.size - 1, -1, -1, device=loc.device)
+        chain: list[Any] = []
+        couplings: Any = self.couplings
+        for coupling in couplings:
+            chain += [coupling.condition(context), transforms.Permute(flip)]
+        chain.append(self.spline.condition(context))
+        chain.append(transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1))
+        base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        return dist.TransformedDistribution(base, chain)
+
+
+def _silence(net: Any) -> Tensor:
+    """Makes the output of a network of Pyro's almost zero; returns the last bias, as data."""
+    last = net.layers[-1]
+    nn.init.normal_(last.weight, std=1e-4)
+    nn.init.zeros_(last.bias)
+    return last.bias.data

@@ -1,0 +1,126 @@
+"""The variational autoencoder's generative model, as a Pyro program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppvae._scopes import Named, eval_mode, random_state
+
+__all__ = ["VAE"]
+
+
+class VAE(Named):
+    r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
+
+    Sites `z` and `x`, in the plate `data`. What is usually called the encoder is no part of it:
+    that is a guide (`FamilyGuide`). Called with data the model conditions on them, without it draws
+    some.
+
+    Args:
+        decoder: a module `(batch, latent) -> (batch, *event)`.
+        latent: length of the latent, at least 1.
+        likelihood: a module from the decoder's output to a distribution over its elements, such as
+            `likelihoods.Bernoulli()`.
+        prior: a distribution over one latent, of event shape `(latent,)`, or a module without
+            arguments whose forward returns one (a learned prior); by default standard normal.
+
+    Raises:
+        TypeError: `decoder` or `likelihood` is no module.
+        ValueError: `latent` is below 1, the prior has another event shape, the decoder does not
+            take the latent, or, in a call, its output has not the shape of `x`.
+
+    Kingma and Welling, Auto-encoding variational Bayes, 2014.
+
+    Example:
+        >>> from ppvae import likelihoods
+        >>> from ppvae.nn import mlp
+        >>> model = VAE(mlp(2, 16, out=5), latent=2, likelihood=likelihoods.Bernoulli())
+        >>> model(size=3).shape
+        torch.Size([3, 5])
+    """
+
+    #: every operation leaves leading dims alone, so that many draws can be made in one run
+    vectorized = True
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        latent: int,
+        likelihood: nn.Module,
+        prior: Any | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in {"decoder": decoder, "likelihood": likelihood}.items():
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: expected a torch.nn.Module, got {module!r}")
+        if latent < 1:
+            raise ValueError(f"latent: expected at least 1, got {latent}")
+        self.decoder, self.latent, self.likelihood = decoder, latent, likelihood
+        self.prior = prior
+        like = next(decoder.parameters(), torch.zeros(()))
+        zeros = torch.zeros(latent, dtype=like.dtype, device=like.device)
+        self.register_buffer("_zeros", zeros, persistent=False)
+        event = tuple(self._prior().event_shape)
+        if event != (latent,):
+            raise ValueError(f"prior: expected event shape ({latent},), got {event}")
+        (example,) = self.example()
+        self.event_dim = example.dim() - 1
+
+    def _prior(self) -> Any:
+        prior = self.prior
+        if prior is None:
+            return dist.Normal(self._zeros, torch.ones_like(self._zeros)).to_event(1)
+        return prior() if isinstance(prior, nn.Module) else prior
+
+    def example(self) -> tuple[Tensor]:
+        """Arguments of a call on one datum of zeros, from which a guide can learn the shapes."""
+        z = self._zeros.expand(1, -1)
+        with eval_mode(self), torch.no_grad(), random_state(None, keep=True):
+            try:
+                output = self.decoder(z)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"decoder: expected a module that takes shape {tuple(z.shape)}; {error}"
+                ) from error
+            return (output.new_zeros(self.likelihood(output).shape()),)
+
+    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+        """Runs the program.
+
+        Args:
+            x: data of shape `(batch, *event)` to condition on; None draws data.
+            size: how many data to draw without `x`.
+
+        Returns:
+            The data, of shape `(batch, *event)`.
+        """
+        with pyro.plate("data", size if x is None else len(x), dim=-1):
+            z = pyro.sample("z", self._prior())
+            fn = self.likelihood(self.decode(z))
+            fn = fn.to_event(self.event_dim - fn.event_dim)
+            if x is not None and fn.shape()[-x.dim() :] != x.shape:
+                raise ValueError(
+                    f"decoder: expected output of shape {tuple(x.shape)}, as x; got "
+                    f"{tuple(fn.shape())}"
+                )
+            return pyro.sample("x", fn, obs=x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The decoder's output for latents with any number of leading dims, `(*, latent)`."""
+        if z.dim() == 2:
+            return self.decoder(z)
+        output = self.decoder(z.reshape(-1, self.latent))
+        return output.reshape(z.shape[:-1] + output.shape[1:])
+
+    def mean(self, z: Tensor) -> Tensor:
+        """The mean of `p(x | z)` for latents of shape `(*, latent)`, of shape `(*, *event)`."""
+        return self.likelihood(self.decode(z)).mean
+
+    def draw_prior(self, size: int) -> Tensor:
+        """Draws of the latent from the prior, of shape `(size, latent)`."""
+        return self._prior().expand([size]).sample()

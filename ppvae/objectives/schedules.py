@@ -1,0 +1,68 @@
+r"""Objectives: the losses that `fit` can minimise, in nats per datum.
+
+An objective is anything that is called as `objective(model, guide, *args, size=None, step=0)` and
+returns a scalar that can be differentiated:
+
+    fit(model, guide, x, objective=ELBO(beta=warm_up(2000), kl="sampled"))
+    fit(model, guide, x, objective=IWAE(num_samples=8, gradient="doubly_reparametrized"))
+
+Those here mean the same at every batch size: what is local to a datum is averaged over the batch,
+what is global is divided by the number of data, and a `poutine.scale` of the model is kept.
+**To add an objective**, write a function of that signature; `objective.terms` reads its terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ppvae._checks import check_count, check_weight
+
+__all__ = ["WarmUp", "warm_up"]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A number that moves in a straight line with the steps of the optimizer; see `warm_up`."""
+
+    steps: int
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_weight("start", self.start)
+        check_weight("end", self.end)
+
+    def __call__(self, step: Any) -> Any:
+        """The number at a step, counted from 0; a tensor, if the step is one."""
+        share = step / self.steps
+        share = share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)
+        return self.start + (self.end - self.start) * share
+
+
+def warm_up(steps: int, start: float = 0.0, end: float = 1.0) -> WarmUp:
+    """A schedule for `beta`: from `start` at step 0 in a straight line to `end` at step `steps`.
+
+    Args:
+        steps: steps of the optimizer until the end is reached, at least 1.
+        start: the number at step 0, at least 0.
+        end: the number from step `steps` on, at least 0.
+
+    Returns:
+        A function from a step to the number; it can be pickled.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Bowman et al., Generating sentences from a continuous space, 2016; Sonderby et al., Ladder
+    variational autoencoders, 2016.
+
+    Example:
+        >>> beta = warm_up(2000)
+        >>> beta(0), beta(500), beta(9999)
+        (0.0, 0.25, 1.0)
+    """
+    return WarmUp(steps, start, end)

@@ -1,0 +1,148 @@
+r"""The terms of the objective, read from the traces, and the losses made of them.
+
+Everything here is in nats. `terms` is the one place that turns a pair of traces into numbers;
+training, evaluation and export all use it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppvae.objectives.divergence import closed_kl
+from ppvae.programs.nodes import counts, data_plate, has_density, log_prob, masked, per_datum
+
+__all__ = ["Terms", "common_scale", "data_size", "log_density", "terms"]
+
+
+class Terms(NamedTuple):
+    """The terms of the objective by site, unscaled, in nats; sums over event dims.
+
+    Local terms have shape `(*draws, batch)`, global ones `(*draws,)`; `plate` is the data plate.
+
+    Attributes:
+        log_likelihood: observed site -> log p(x | z).
+        log_prior: latent site -> log p(z).
+        log_guide: guide site -> log q(z); absent for a point, which has no density.
+        kl: latent site -> KL(q(z) || p(z)), where it has a closed form.
+        plate: the frame of the data plate; None if the model has none.
+        local: names of the sites inside the data plate.
+        scales: site -> what a `poutine.scale` around it says, without the subsampling; the model's
+            word counts for its latents, and for a joint draw of latents that are all scaled alike.
+    """
+
+    log_likelihood: dict[str, Tensor]
+    log_prior: dict[str, Tensor]
+    log_guide: dict[str, Tensor]
+    kl: dict[str, Tensor]
+    plate: Any
+    local: frozenset[str]
+    scales: dict[str, Any]
+
+    @property
+    def distortion(self) -> Tensor:
+        """-log p(x | z), summed over sites."""
+        return -_total(self.log_likelihood)
+
+    @property
+    def rate(self) -> Tensor:
+        """KL(q || p) where it is closed, else its estimate log q(z) - log p(z).
+
+        For a point it is -log p(z): a penalty, and not a divergence.
+        """
+        sampled = {k: -v for k, v in self.log_prior.items() if k not in self.kl}
+        guide = {k: v for k, v in self.log_guide.items() if k not in self.kl}
+        return _total(self.kl) + _total(sampled) + _total(guide)
+
+
+def _total(parts: dict[str, Tensor]) -> Tensor:
+    return sum(parts.values(), start=torch.zeros(()))
+
+
+def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms:
+    """Reads the terms of the objective from the traces of a model and its guide.
+
+    Args:
+        model_trace: trace of the model, replayed against the guide.
+        guide_trace: trace of the guide.
+        plate: name of the data plate, see `data_plate`.
+    """
+    frame = data_plate(model_trace, plate)
+    log_likelihood, log_prior, log_guide, kl = {}, {}, {}, {}
+    scales: dict[str, Any] = {}
+    local = set()
+
+    def read(name: str, node: dict[str, Any], value: Tensor) -> Tensor:
+        inside = frame is not None and any(f.name == frame.name for f in node["cond_indep_stack"])
+        if inside:
+            local.add(name)
+        thinned = frame.full_size / frame.size if inside and frame.full_size else 1.0
+        scales.setdefault(name, node["scale"] / thinned)
+        return per_datum(value, node, frame if inside else None)
+
+    for name, node in model_trace.nodes.items():
+        if node["type"] != "sample" or not counts(node):
+            continue
+        if node["is_observed"]:
+            log_likelihood[name] = read(name, node, log_prob(node))
+            continue
+        log_prior[name] = read(name, node, log_prob(node))
+        exact = closed_kl(guide_trace.nodes[name]["fn"], node["fn"])
+        if exact is not None:
+            kl[name] = read(name, node, masked(exact, node))
+    for name, node in guide_trace.nodes.items():
+        if node["type"] == "sample" and counts(node) and has_density(node, guide_trace):
+            own = name in log_prior  # and not auxiliary: what the model masks counts nothing here
+            value = log_prob(node)
+            value = masked(value, model_trace.nodes[name]) if own else value
+            log_guide[name] = read(name, node, value)
+    pieces = common_scale([scales[name] for name in log_prior if name not in log_guide])
+    if pieces is not None:
+        scales |= {name: pieces for name in log_guide if name not in log_prior}
+    return Terms(log_likelihood, log_prior, log_guide, kl, frame, frozenset(local), scales)
+
+
+def common_scale(scales: list[Any]) -> Any:
+    """The one scale, a number or tensor, that all of some scales are; None if there is none."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return a is b or bool(torch.as_tensor(a == b).all())
+        return math.isclose(a, b)  # the order of multiplying may differ
+
+    return scales[0] if scales and all(same(scales[0], other) for other in scales[1:]) else None
+
+
+def data_size(parts: Terms, size: int | None) -> int:
+    """Number of data in all: as told, or by the data plate."""
+    return size or (1 if parts.plate is None else parts.plate.full_size or parts.plate.size)
+
+
+def check_local(parts: Terms) -> None:
+    if parts.plate is None:
+        raise ValueError("model: expected a plate over the data, got none")
+    outside = (set(parts.log_prior) | set(parts.log_likelihood)) - parts.local
+    if outside:
+        raise ValueError(
+            f"model: expected all sites in the plate {parts.plate.name!r}; outside: "
+            f"{sorted(outside)}"
+        )
+    joint = set(parts.log_guide) - parts.local
+    if joint:
+        raise ValueError(
+            f"guide: expected draws per datum, in the plate {parts.plate.name!r}; {sorted(joint)} "
+            "are of all data at once (a joint family without an encoder?)"
+        )
+
+
+def log_density(trace: Any, frame: Any) -> Tensor:
+    """Log q of all latents of a guide's trace, in nats, per datum (and draw) where `frame` says."""
+    total = torch.zeros(())
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and counts(node) and has_density(node, trace):
+            inside = any(f.name == frame.name for f in node["cond_indep_stack"])
+            total = total + per_datum(log_prob(node), node, frame if inside else None)
+    return total

@@ -1,0 +1,150 @@
+"""The benchmark, with tiny sizes: the same work for all, and numbers that fit together.
+
+What it compiles is left out: `test_staging` holds that against the program.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from ppvae.objectives.elbo import negative_elbo
+
+PATH = Path(__file__).parents[2] / "examples" / "benchmark.py"
+SMALL = ["--sizes", "12-8-2", "--no-compile", "--repetitions", 3, "--steps", 2, "--threads", 1]
+ROWS = [
+    "hand-written, eager",
+    "SVI.step, Trace_ELBO",
+    "SVI.step, TraceMeanField",
+    "ppvae, eager",
+    "ppvae, staged",
+]
+
+
+@pytest.fixture
+def benchmark(guard, plain_pyro):
+    """The program as a module, in single precision, as it runs."""
+    torch.set_default_dtype(torch.float32)
+    spec = importlib.util.spec_from_file_location("benchmark", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def run(benchmark, tmp_path, capsys):
+    def call(*options):
+        path = tmp_path / "all.json"
+        benchmark.main([*map(str, [*SMALL, *options]), "--json", str(path)])
+        return capsys.readouterr().out, json.loads(path.read_text())
+
+    return call
+
+
+@pytest.mark.parametrize("size", ["12-8-2", "12-8-6-2", "conv-3"])
+def test_hand_written_is_the_same_loss(benchmark, size):
+    pair, x = benchmark.networks(size, "cpu"), benchmark.images(size, "cpu")[:16]
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    losses = []
+    for loss in (benchmark.HandWritten(*pair), lambda batch: negative_elbo(*pair, batch)):
+        torch.manual_seed(1)
+        losses.append(loss(x).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # rounding, in sums of 784 numbers
+
+
+def test_all_rows_train_alike(benchmark, monkeypatch):
+    """After the same steps, measured in turn, all have come as far as the hand-written loop."""
+    args = argparse.Namespace(device="cpu", no_compile=True, steps=20, repetitions=3)
+    x, pairs, make = benchmark.images("12-8-2", "cpu"), [], benchmark.networks
+    monkeypatch.setattr(benchmark, "RATE", 1e-2)
+    monkeypatch.setattr(benchmark, "networks", lambda *how: pairs.append(make(*how)) or pairs[-1])
+    monkeypatch.setattr(benchmark.copy, "deepcopy", lambda parts: parts)  # so that pairs train
+    makers = benchmark.makers("12-8-2", x, args)
+    assert list(makers)[:5] == ROWS
+    runs = {row: makers[row]() for row in ROWS}
+    benchmark.measure(runs, args)
+    with torch.no_grad():
+        start = negative_elbo(*make("12-8-2", "cpu"), x).item()
+        losses = [negative_elbo(*pair, x).item() for pair in pairs]
+    # they gain 0.66 nats in 100 steps; their draws differ, by a hundredth of a nat in the end
+    gain = start - max(losses)
+    assert len(losses) == 5 and gain > 0.5 and np.ptp(losses) < 0.1 * gain
+
+
+def test_tables_and_ratios(run):
+    out, record = run("--tables", "steps", "growth", "fits", "--grow", 4, 6, "--epochs", 1)
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["threads"] == 1
+    assert record["versions"]["pyro"] == pyro.__version__ and record["steps"] == 2
+    found = record["sizes"]["12-8-2"]
+    rows = list(found["steps"]["times"])
+    assert rows[:5] == ROWS and not any("compiled" in row for row in rows)
+    heads = ["of hand-written, eager", "of SVI.step, Trace_ELBO", "ms per step"]
+    assert list(found["steps"]["quartiles"]) == heads  # ratios first; none to what is left out
+    rows = ["batch 4", "batch 6", "ppvae, staged", "latents 4", "latents 6"]
+    assert [row for row in found["growth"]["times"] if "K" not in row] == rows
+    assert list(found["fits"]["times"]) == ["highest", "high", "medium"]
+    lines = out.splitlines()
+    for table in ("steps", "growth", "fits"):
+        times = found[table]["times"]
+        for head, values in found[table]["quartiles"].items():
+            for row, numbers in values.items():
+                base = times[head.removeprefix("of ")] if head.startswith("of ") else np.ones(3)
+                ratios = np.array(times[row]) / base
+                assert len(ratios) == 3 and (ratios > 0).all()
+                assert numbers == pytest.approx(np.quantile(ratios, [0.5, 0.25, 0.75]).tolist())
+                digits = 2 if head.startswith("of ") else 3
+                assert any(
+                    ln.startswith(row) and f" {numbers[0]:.{digits}f} (" in ln for ln in lines
+                )
+    fits = found["fits"]["fits"]
+    assert list(fits) == ["eager, highest", "eager, high", "eager, medium", "eager"]
+    assert all(0 < fit["outside"] < 1 for fit in fits.values())
+    assert fits["eager, highest"]["elbo"] == fits["eager"]["elbo"] < 0
+
+
+def test_processes_and_when_staging_has_paid(run, benchmark, monkeypatch):
+    commands = []
+
+    def in_this_process(command, *, env, stdout, check):
+        commands.append(command)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            benchmark.main([*command[2:], "--no-compile"])
+        return SimpleNamespace(stdout=said.getvalue().encode())
+
+    monkeypatch.setattr(benchmark.subprocess, "run", in_this_process)
+    out, record = run("--tables", "steps", "processes")
+    found = record["sizes"]["12-8-2"]
+    assert list(found["processes"]) == ["hand-written, eager", "ppvae, eager", "ppvae, staged"]
+    assert all(command[1] == str(PATH) for command in commands)
+    for values in found["processes"].values():
+        assert values["peak"] >= values["before"] > 50  # MB: PyTorch is loaded
+        assert values["ready"] > 0 and values["first step"] > 0
+    times, staged = found["steps"]["times"], found["processes"]["ppvae, staged"]
+    saved = np.median(np.subtract(times["ppvae, eager"], times["ppvae, staged"]))
+    spent = 1e3 * (staged["ready"] + staged["first step"]) - np.median(times["ppvae, staged"])
+    wanted = spent / saved if saved > 0 else np.inf
+    assert found["paid"] == {"ppvae, staged": pytest.approx(wanted)}
+    assert "has paid after" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tables", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--steps", "0"], "expected at least 1"),
+        (["--sizes", "64-8"], "expected INPUTS-HIDDEN-LATENT or conv-LATENT"),
+    ],
+)
+def test_refuses(benchmark, options, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(options)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""The example programs, with few steps."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import arviz_base
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from ppvae import closed_form, data, families
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def single_precision(guard):
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, plain_pyro):
+    def call(name, *options):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_every_example_is_short_and_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "benchmark.py",
+        "ladder.py",
+        "guide_for_your_model.py",
+        "inspect_with_arviz.py",
+        "regression.py",
+        "rate_distortion.py",
+        "when_does_noise_help.py",
+    }
+    for path in EXAMPLES.glob("*.py"):
+        longer = {"ladder": 165, "regression": 230, "when_does_noise_help": 200, "benchmark": 500}
+        most = longer.get(path.stem, 150)
+        assert len(path.read_text().splitlines()) <= most, path
+
+
+def test_ladder(run, tmp_path):
+    out = run("ladder.py", "--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path)
+    for name in families.LADDER:
+        assert f"\n{name} " in out
+        with xr.open_datatree(tmp_path / f"{name}.nc") as tree:
+            assert tree["posterior/z"].shape == (1, 200, 100, 3)
+    assert "It is no bound" in out
+    pictures = {"encodings", "rate_distortion", "reconstructions", "samples"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+
+
+def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
+    """Fitted beside exact: here with data that the exact column is computed for anew."""
+    x = np.random.default_rng(0).normal(size=(150, 5)) * [3.0, 2.0, 1.0, 1.0, 1.0]
+    np.save(tmp_path / "x.npy", x)
+    options = ["--linear", "--seeds", 2, "--epochs", 1, "--latent", 2, "--out", tmp_path / "out"]
+    names = ["mean_scale", "deterministic", "flow"]
+    out = run("ladder.py", "--data", tmp_path / "x.npy", "--families", *names, *options)
+    assert "120 training and 30 test data of length 5" in out
+    rows = {n: [line for line in out.splitlines() if line.startswith(n)] for n in names}
+    first, second = rows["mean_scale"]
+    assert first.count("(") == 7 and second.count("(") == 5
+    train = data.split(data.load(str(tmp_path / "x.npy"), binary=False))[0]
+    exact = closed_form.learned_decoder(train, 2, families.mean_scale)
+    assert f"{exact.objective:.2f} (0.00)" in second and f"{exact.rate:.2f} (0.00)" in second
+    assert rows["flow"][1].split().count("-") == 3  # no closed form
+    assert "deterministic has no optimum" in out
+
+
+def test_ladder_linear_reaches_the_optimum(run, tmp_path):
+    """On the digits, with the program's own settings: what it prints as its result."""
+    names = ["mean_only", "mean_scale"]
+    out = run("ladder.py", "--linear", "--families", *names, "--out", tmp_path)
+    assert f"{'fitted':>15s} {'exact':>15s} {'short by':>15s}" in out
+    for name in names:
+        row = [line for line in out.splitlines() if line.startswith(f"{name} ")][1]
+        fitted, exact, short_by, rate, exact_rate = map(float, row.split()[-6:-1])
+        assert short_by == pytest.approx(exact - fitted, abs=0.02)  # they are rounded
+        assert -0.03 < short_by < 0.05  # measured with a standard error below 0.01
+        assert rate == pytest.approx(exact_rate, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--families", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--epochs", "0"], "expected at least 1"),
+    ],
+)
+def test_ladder_refuses(run, options, message, capsys):
+    with pytest.raises(SystemExit):
+        run("ladder.py", *options)
+    assert message in capsys.readouterr().err
+
+
+def test_guide_for_your_model(run):
+    out = run("guide_for_your_model.py", "--steps", 2)
+    assert all(name in out for name in families.LADDER)
+
+
+def test_inspect_with_arviz(run, tmp_path):
+    with arviz_base.rc_context({}):
+        out = run("inspect_with_arviz.py", "--epochs", 2, "--out", tmp_path)
+    assert "elpd" in out and (tmp_path / "fit.nc").exists()
+
+
+def test_regression(run, tmp_path):
+    out = run("regression.py", "--draws", 50, "--nuts", 100, "--out", tmp_path)
+    assert "Log evidence of the 342 training data: -387.9509 nats" in out
+    row = next(line for line in out.splitlines() if line.startswith("full_rank"))
+    assert row.split()[1:3] == ["-387.9509", "0.0000"]
+    pictures = {"forest", "paths", "bands", "overconfidence"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+    assert len(list(tmp_path.glob("*.nc"))) == 11

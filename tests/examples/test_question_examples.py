@@ -1,0 +1,237 @@
+"""The two examples that answer a question: their sums against identities, and runs of few steps."""
+
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+
+from ppvae import VAE, FamilyGuide, data, families, fit, likelihoods, objectives, plots
+from ppvae.nn import mlp
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXACT = ["mean_only", "shared_scale", "mean_scale", "full_rank"]
+VALUES = np.array([0.7, 0.5, 0.3, 0.12, 0.08, 0.02])
+
+
+@pytest.fixture(scope="module")
+def rate_distortion():
+    return runpy.run_path(str(EXAMPLES / "rate_distortion.py"))
+
+
+@pytest.fixture(scope="module")
+def noise_help():
+    return runpy.run_path(str(EXAMPLES / "when_does_noise_help.py"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, plain_pyro):
+    def call(name, *options):
+        torch.set_default_dtype(torch.float32)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            torch.set_default_dtype(torch.float64)
+        return capsys.readouterr().out
+
+    return call
+
+
+def terms_of(weight, encoder, covariance, values, noise):
+    """Rate and distortion of a linear encoder and decoder, written out from second moments."""
+    data_covariance = torch.diag(torch.as_tensor(values.copy()))
+    second = encoder @ data_covariance @ encoder.T
+    rate = (covariance.trace() + second.trace() - len(second) - covariance.logdet()) / 2
+    away = torch.eye(len(values)) - weight @ encoder
+    error = (away @ data_covariance @ away.T).trace() + (weight @ covariance @ weight.T).trace()
+    return rate, len(values) / 2 * math.log(2 * math.pi * noise**2) + error / (2 * noise**2)
+
+
+def minimum(family, latent, beta, noise):
+    """Distortion + beta * rate at its minimum, found by L-BFGS from several starts."""
+    best = (math.inf, None)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        weight = torch.randn(len(VALUES), latent).mul(0.3).requires_grad_()
+        encoder = torch.randn(latent, len(VALUES)).mul(0.3).requires_grad_()
+        raw = torch.zeros({"shared_scale": (1,), "mean_only": (0,)}.get(family, (latent,) * 2))
+        raw = raw.requires_grad_()
+
+        def terms(weight=weight, encoder=encoder, raw=raw):
+            one = torch.eye(latent)
+            if family == "full_rank":
+                root = raw.tril(-1) + torch.diag(raw.diagonal().exp())
+                covariance = root @ root.T
+            elif family == "mean_scale":
+                covariance = torch.diag((2 * raw.diagonal()).exp())
+            else:
+                covariance = one * (2 * raw).exp() if family == "shared_scale" else one
+            return terms_of(weight, encoder, covariance, VALUES, noise)
+
+        leaves = [weight, encoder, *([raw] if raw.numel() else [])]
+        solver = torch.optim.LBFGS(leaves, max_iter=500, line_search_fn="strong_wolfe",
+                                   tolerance_grad=1e-10, tolerance_change=1e-14)  # fmt: skip
+
+        def closure(solver=solver, terms=terms):
+            solver.zero_grad()
+            rate, distortion = terms()
+            loss = distortion + beta * rate
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+        found = tuple(value.item() for value in terms())
+        best = min(best, (found[1] + beta * found[0], found))
+    return best[1]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("beta", [0.6, 6.4, 9.0, 40.0])
+def test_optimum_is_the_minimum(rate_distortion, name, beta):
+    """Levels of 0.03, 0.32, 0.45 and 2: three latents are kept, or two, or none.
+
+    At 0.32 the third is below the level, and only `shared_scale` keeps it.
+    """
+    noise = rate_distortion["NOISE"]
+    rate, distortion = rate_distortion["optimum"](VALUES, 3, name, beta)
+    found = minimum(name, 3, beta, noise)
+    assert math.isclose(distortion + beta * rate, found[1] + beta * found[0], abs_tol=1e-7)
+    assert math.isclose(rate, found[0], abs_tol=1e-3)
+    assert math.isclose(distortion, found[1], abs_tol=1e-3 * beta)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_slope_of_the_optimum_is_minus_beta(rate_distortion, name):
+    """d distortion / d rate = -beta along the optima, also where latents are idle."""
+    for beta in (0.5, 1.0, 4.5, 7.0):
+        ends = [rate_distortion["optimum"](VALUES, 4, name, beta * s) for s in (0.9999, 1.0001)]
+        (rate, distortion) = np.diff(ends, axis=0)[0]
+        assert math.isclose(distortion / rate, -beta, rel_tol=1e-6)
+
+
+def test_bound_is_reverse_water_filling(rate_distortion):
+    """Without a limit on the latents: rates sum (ln l / level)+ / 2 at errors min(l, level)."""
+    noise = rate_distortion["NOISE"]
+    for beta in (0.2, 1.0, 3.0, 20.0):
+        rate, distortion = rate_distortion["optimum"](VALUES, len(VALUES), "full_rank", beta)
+        level = beta * noise**2
+        assert math.isclose(rate, np.log(np.maximum(VALUES / level, 1)).sum() / 2, abs_tol=1e-12)
+        error = np.minimum(VALUES, level).sum()
+        constant = len(VALUES) / 2 * math.log(2 * math.pi * noise**2)
+        assert math.isclose(distortion, constant + error / (2 * noise**2))
+        for name in EXACT:  # and no family, at whatever price, is below the line through it
+            for other in (0.2, 1.0, 3.0, 20.0):
+                point = rate_distortion["optimum"](VALUES, 3, name, other)
+                assert point[1] + beta * point[0] >= distortion + beta * rate - 1e-12
+
+
+@pytest.mark.parametrize("name", ["mean_only", "mean_scale"])
+def test_fitted_slope_is_minus_beta_within_five_per_cent(rate_distortion, name):
+    torch.manual_seed(0)
+    x = torch.randn(600, 6)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T, correction=0))).T
+    x = x * torch.as_tensor(VALUES).sqrt()  # the covariance is diagonal, with these values
+    model = VAE(mlp(2, out=6), 2, likelihoods.Normal(rate_distortion["NOISE"]))
+    betas = np.array([3.0, 1.9, 1.2])
+    stages = [(3e-2, 60), (6e-3, 40), (1e-3, 20)]
+    rates, distortions, errors = rate_distortion["sweep"](
+        name, model, torch.nn.Identity(), x, x, betas, stages, len(x)
+    )
+    slopes = np.diff(distortions) / np.diff(rates)
+    assert np.allclose(slopes, -np.sqrt(betas[1:] * betas[:-1]), rtol=0.05)
+    for beta, rate, distortion in zip(betas, rates, distortions, strict=True):
+        best = rate_distortion["optimum"](VALUES, 2, name, beta)
+        assert abs(rate - best[0]) < 0.05 and abs(distortion - best[1]) < 0.1
+    assert (errors > 0).all()
+
+
+def test_rate_distortion_runs(run, tmp_path):
+    options = ["--steps", 2, "--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path]
+    out = run("rate_distortion.py", *options)
+    lines = [line.split() for line in out.splitlines()]
+    for name, rows in {"mean_only_bounded": 10, "full_rank": 10, "noise_only": 1}.items():
+        assert sum(line[:1] == [name] for line in lines) == rows
+    bounded = [line for line in lines if line[:1] == ["mean_only_bounded"] and "-" in line]
+    assert len(bounded) == 5  # no closed form on the linear decoder
+    assert "Largest difference of a slope" in out and "`deterministic` is left out" in out
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"linear", "digits"}
+
+
+def test_a_flat_prior_is_beta_zero(noise_help):
+    """The example's plain autoencoder takes the same steps as `deterministic` with beta = 0."""
+    x, found = data.load("digits")[:200], []
+    family, sd = noise_help["ROWS"]["autoencoder"]
+    for prior, beta in ((sd, 1.0), (1.0, 0.0)):
+        torch.manual_seed(0)
+        prior = dist.Normal(torch.zeros(3), prior).to_event(1)
+        model = VAE(mlp(3, 8, out=64), 3, likelihoods.Bernoulli(), prior)
+        guide = FamilyGuide(model, family, mlp(64, 8))
+        fit(model, guide, x, num_epochs=5, objective=objectives.ELBO(beta=beta), seed=0,
+            batch_size=50, progress=False)  # fmt: skip
+        found.append(model.decoder(torch.ones(1, 3)))
+    assert torch.allclose(*found, atol=1e-4)
+    assert family is families.deterministic
+
+
+@pytest.mark.parametrize("key", ["clean", "labels"])
+@pytest.mark.parametrize("shift", [-1.0, 0.05, 1.0])
+def test_paired_differences_and_verdicts(noise_help, key, shift):
+    """The interval is SciPy's for paired data; less is better in nats, more in per cent."""
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=5)
+    vae = base + shift + 0.2 * generator.normal(size=5)
+    runs = {"autoencoder": [{key: v} for v in base], "VAE": [{key: v} for v in vae]}
+    mean, half, word = noise_help["against"]("autoencoder", runs, key)
+    interval = stats.ttest_rel(vae, base).confidence_interval(0.95)
+    assert np.allclose([mean - half, mean + half], [interval.low, interval.high])
+    better = {"clean": -1, "labels": 1}[key] * shift > 0
+    assert word == ("no difference" if abs(shift) < 0.1 else "helps" if better else "hurts")
+
+
+def test_when_does_noise_help_runs(run, tmp_path):
+    options = ["--seeds", 2, "--epochs", 1, "--size", 200, "--few", 40, "--draws", 4]
+    options += ["--data", "digits", "--hidden", 8, "--latent", 2, "--out", tmp_path]
+    out = run("when_does_noise_help.py", *options)
+    table = [line for line in out.splitlines() if line.count("[") >= 2 and "], " not in line]
+    assert sum(line.startswith(("reconstruction", "linear", "log p(x)")) for line in table) == 3
+    assert len(table) == 10
+    said = out[out.index("What this run found on digits") :]
+    for word in ("helps", "hurts", "no difference"):  # the table's verdicts come back in words
+        told = [line for line in table if line.rstrip().endswith(word)]
+        assert told == [] or f"VAE against regularised, {word}" in said
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"digits"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rate_distortion.py", ["--steps", 0], "at least 1"),
+        ("when_does_noise_help.py", ["--seeds", 1], "--seeds of at least 2"),
+        ("when_does_noise_help.py", ["--few", 900], "--few <= 0.8"),
+    ],
+)
+def test_refusals(run, capsys, name, options, message):
+    with pytest.raises(SystemExit):
+        run(name, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_curves_hold_what_they_were_given():
+    curves = {"a": ([0.0, 1.0], [3.0, 2.0]), "b": ([0.5], [2.5])}
+    (axes,) = plots.rate_distortion_curves(curves, bounds={"c": ([0, 1], [1, 0])}, title="t").axes
+    assert [line.get_label() for line in axes.lines] == ["c", "a", "b"]
+    assert np.array_equal(axes.lines[1].get_xydata(), [[0.0, 3.0], [1.0, 2.0]])
+    assert axes.get_title() == "t"
+    with pytest.raises(ValueError, match=r"curves: .* same length for a, got shapes \(2,\) and"):
+        plots.rate_distortion_curves({"a": ([0.0, 1.0], [3.0])})
+
+
+def test_the_examples_are_short():
+    for name, most in {"rate_distortion.py": 150, "when_does_noise_help.py": 200}.items():
+        assert len((EXAMPLES / name).read_text().splitlines()) <= most

@@ -1,0 +1,799 @@
+"""Objectives beyond the ELBO: identities, closed forms, and themselves on half batches.
+
+Stochastic tests allow 5 standard errors of the mean over independent calls.
+"""
+
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, DENSITIES, cases
+from pyro import poutine
+from pyro.infer import RenyiELBO
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ppvae import VAE, Family, FamilyGuide, families, fit, likelihoods
+from ppvae._scopes import private_modules
+from ppvae.nn import mlp
+from ppvae.objectives.elbo import ELBO, negative_elbo
+from ppvae.objectives.iwae import IWAE
+from ppvae.objectives.schedules import warm_up
+from ppvae.objectives.trace_terms import terms
+from ppvae.programs.runs import trace_pair
+
+LOSSES = [
+    ELBO(kl="sampled", num_samples=3),
+    ELBO(beta=0.5, num_samples=2),
+    IWAE(3),
+    IWAE(3, "doubly_reparametrized"),
+]
+KINDS = ["pathwise", "doubly_reparametrized"]
+LOSS = pytest.mark.parametrize("loss", LOSSES, ids=["sampled", "beta", "iwae", "dreg"])
+
+
+@pytest.fixture(autouse=True)
+def private():
+    with private_modules():
+        yield
+
+
+class Noise(TorchFunctionMode):
+    """Hands out given standard normal numbers by shape: all draws at once, or one by one."""
+
+    def __init__(self, *noise):
+        super().__init__()
+        self.whole = {tuple(n.shape): n for n in noise}
+        self.single = {tuple(n.shape[1:]): iter(n) for n in noise}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.normal_ and len(args) == 1:
+            shape = tuple(result.shape)
+            if shape in self.whole:
+                return self.whole[shape].clone()
+            if shape in self.single:
+                return next(self.single[shape]).clone()
+        return result
+
+
+def build(family="mean_scale", scale=0.7, latent=2, size=3, **options):
+    """A small VAE with a linear decoder, its guide, and data."""
+    torch.manual_seed(5)
+    model = VAE(nn.Linear(latent, size), latent, likelihoods.Normal(scale), **options)
+    guide = FamilyGuide(model, families.LADDER[family], mlp(size, 4))
+    return model, guide, model(size=8).detach()
+
+
+def log_evidence(model, x):
+    weight, scale = model.decoder.weight.detach(), model.likelihood.scale
+    covariance = weight @ weight.T + scale**2 * torch.eye(len(weight))
+    return dist.MultivariateNormal(model.decoder.bias.detach(), covariance).log_prob(x)
+
+
+class Exact(nn.Module):
+    """The posterior of a linear-Gaussian VAE, as a guide with parameters."""
+
+    def __init__(self, model):
+        super().__init__()
+        weight, variance = model.decoder.weight.detach(), model.likelihood.scale**2
+        covariance = (weight.T @ weight / variance + torch.eye(weight.shape[1])).inverse()
+        self.gain = nn.Parameter(covariance @ weight.T / variance)
+        self.bias = nn.Parameter(model.decoder.bias.detach().clone())
+        self.factor = nn.Parameter(torch.linalg.cholesky(covariance))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            loc = (x - self.bias) @ self.gain.T
+            pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.factor.tril()))
+
+
+def parameters(*modules):
+    return list({id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def gradient(loss, wrt):
+    found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in found])
+
+
+def seeded(loss, model, guide, *args, seed=0, **options):
+    torch.manual_seed(seed)
+    return loss(model, guide, *args, **options)
+
+
+# --- the ELBO -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["deterministic", "mean_scale", "full_rank"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_default_is_the_negative_elbo_exactly(case, family):
+    case = cases()[case]
+    guide = FamilyGuide(case.model, families.LADDER[family], case.encoder).setup(*case.args)
+    expected = seeded(negative_elbo, case.model, guide, *case.args, size=24)
+    assert torch.equal(seeded(ELBO(), case.model, guide, *case.args, size=24), expected)
+
+
+@pytest.mark.parametrize(
+    "family", ["noise_only", "mean_scale", "low_rank", "full_rank", "flow", "asymmetric_laplace"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_has_a_finite_differentiable_loss(case, family):
+    case = cases()[case]
+    guide = FamilyGuide(case.model, DENSITIES[family], case.encoder).setup(*case.args)
+    for loss in (ELBO(kl="sampled", num_samples=3), ELBO(free_bits=0.1)):
+        value = loss(case.model, guide, *case.args)
+        assert value.shape == () and torch.isfinite(value)
+        if family != "noise_only":
+            found = gradient(value, parameters(guide))
+            assert torch.isfinite(found).all() and found.any()
+
+
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("family", ["deterministic", "mean_scale", "full_rank"])
+@pytest.mark.parametrize("case", ["one vector", "positive", "told rows", "regression"])
+def test_beta_weighs_the_rate_and_nothing_else(case, family, kl):
+    case = cases()[case]
+    guide = FamilyGuide(case.model, families.LADDER[family], case.encoder).setup(*case.args)
+    value = {
+        beta: seeded(ELBO(beta=beta, kl=kl), case.model, guide, *case.args) for beta in (0, 1, 2)
+    }
+    torch.manual_seed(0)
+    parts = terms(*trace_pair(case.model, guide, *case.args))
+    parts = parts._replace(kl={}) if kl == "sampled" else parts
+    distortion = parts.distortion.mean()
+    rate = parts.rate.mean() / (6 if case.encoder is None else 1)
+    torch.testing.assert_close(value[0], distortion, rtol=1e-13, atol=0)
+    torch.testing.assert_close(value[1], distortion + rate, rtol=1e-13, atol=0)
+    torch.testing.assert_close(value[2], distortion + 2 * rate, rtol=1e-13, atol=0)
+
+
+def test_beta_zero_and_a_point_is_the_plain_autoencoder():
+    """Squared error and nothing else, even for points that the prior does not allow."""
+    net = nn.Linear(3, 2)
+    prior = dist.Uniform(2 * torch.ones(2), 3 * torch.ones(2), validate_args=False).to_event(1)
+    model, _, x = build(prior=prior)
+    model.prior._validate_args = False
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(net(x), event_dim=1))
+
+    error = (x - model.decoder(net(x))).square().sum(-1).mean() / (2 * 0.7**2)
+    constant = 1.5 * math.log(2 * math.pi * 0.7**2)
+    torch.testing.assert_close(ELBO(beta=0)(model, guide, x), error + constant)
+    assert torch.isinf(ELBO()(model, guide, x))
+
+
+def test_warm_up_is_a_straight_line_that_can_be_pickled():
+    schedule = pickle.loads(pickle.dumps(warm_up(10, start=0.5, end=2.5)))
+    assert [schedule(step) for step in (0, 1, 5, 10, 11)] == [0.5, 0.7, 1.5, 2.5, 2.5]
+    assert warm_up(4, start=1.0, end=0.0)(3) == 0.25
+    assert torch.equal(schedule(torch.tensor(5.0)), torch.tensor(1.5))
+    model, guide, x = build()
+    loss = ELBO(beta=warm_up(4))
+    value = [seeded(loss, model, guide, x, step=step) for step in (0, 1, torch.tensor(3.0), 9)]
+    line = torch.lerp(value[0], value[3], torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(torch.stack(value[1:3]), line)
+    constant = ELBO(beta=torch.tensor(0.25))
+    torch.testing.assert_close(seeded(constant, model, guide, x), value[1])
+
+
+@pytest.mark.parametrize("family", ["mean_scale", "full_rank", "shared_scale", "student_t"])
+def test_the_sampled_kl_averages_to_the_analytic_one(family):
+    """With the same draws the distortions cancel; 60 calls on 5 copies of the data."""
+    model, guide, x = build(family)
+    x, gaps = x.repeat(5, 1), []
+    with torch.no_grad():
+        for seed in range(60):
+            both = [
+                seeded(ELBO(kl=kl), model, guide, x, seed=seed) for kl in ("sampled", "analytic")
+            ]
+            gaps.append(both[0] - both[1])
+    gaps = torch.stack(gaps)
+    assert gaps.std() > 1e-3
+    assert gaps.mean().abs() < 5 * gaps.std() / 60**0.5
+
+
+def test_draws_are_averaged():
+    """A model that is not vectorized goes through its draws one by one."""
+    case = cases()["positive"]
+    guide = FamilyGuide(case.model, families.mean_scale, case.encoder).setup(*case.args)
+    value = seeded(ELBO(num_samples=3), case.model, guide, *case.args)
+    torch.manual_seed(0)
+    singles = [negative_elbo(case.model, guide, *case.args) for _ in range(3)]
+    torch.testing.assert_close(value, sum(singles) / 3)
+
+
+@LOSS
+def test_one_vectorized_run_is_many_single_ones(loss):
+    model, guide, x = build("full_rank")
+    wrt, noise = parameters(model, guide), torch.randn(loss.num_samples, 8, 2)
+    found = {}
+    for vectorized in (True, False):
+        model.vectorized = vectorized
+        with Noise(noise):
+            value = loss(model, guide, x)
+        found[vectorized] = value.detach(), gradient(value, wrt)
+    torch.testing.assert_close(found[True], found[False], rtol=1e-11, atol=1e-12)
+
+
+def test_looking_at_the_plates_moves_no_buffer():
+    model, guide, x = build()
+    model.decoder = nn.Sequential(model.decoder, nn.BatchNorm1d(3))
+    ELBO(num_samples=4)(model, guide, x)
+    assert int(model.decoder[1].num_batches_tracked) == 1 and model.training
+
+
+# --- subsampling and scales -----------------------------------------------------------------------
+
+
+def told(x, rows):
+    """A model whose plate is told its rows, half of everything counting."""
+    with poutine.scale(scale=0.5), pyro.plate("data", 8, subsample=rows):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 0.5).to_event(1), obs=x)
+
+
+def told_with_global(x, rows):
+    with poutine.scale(scale=0.5):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", 8, subsample=rows):
+        with poutine.scale(scale=0.25):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        fn = dist.Normal(z.sum(-1, keepdim=True) + w.sum(), 0.5)
+        pyro.sample("x", fn.to_event(1), obs=x)
+
+
+class TwoPart(nn.Module):
+    """A guide for one global and one local latent."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc, self.net = nn.Parameter(torch.randn(3)), nn.Linear(3, 4)
+
+    def forward(self, x, rows):
+        pyro.sample("w", dist.Normal(self.loc, 0.5).to_event(1))
+        with pyro.plate("data", 8, subsample=rows):
+            loc, raw = self.net(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+class First(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(3, 4)
+
+    def forward(self, x, rows):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("way", ["batch", "told", "global"])
+@LOSS
+def test_half_batches_average_to_the_full_one(loss, way):
+    """Value and gradient, the draws of each datum held fixed, whatever tells the number of data."""
+    x, rows = torch.randn(8, 3), torch.arange(8)
+    noise, other = torch.randn(loss.num_samples, 8, 2), torch.randn(loss.num_samples, 3)
+    if way == "batch":
+        model, guide, _ = build()
+    elif way == "told":
+        model = told
+        guide = FamilyGuide(model, families.mean_scale, First()).setup(x[:4], rows[:4])
+    else:
+        model, guide = told_with_global, TwoPart()
+        if isinstance(loss, IWAE):
+            with pytest.raises(ValueError, match=r"all sites in the plate 'data'.*\['w'\]"):
+                loss(model, guide, x, rows)
+            return
+
+    def of(part):
+        args = (x[part],) if way == "batch" else (x[part], rows[part])
+        with Noise(noise[:, part], other):
+            return loss(model, guide, *args, size=8 if way == "batch" else None)
+
+    whole, halves = of(rows), (of(rows[:4]) + of(rows[4:])) / 2
+    torch.testing.assert_close(whole, halves, rtol=1e-12, atol=0)
+    wrt = [p for p in parameters(guide) if p.requires_grad]
+    torch.testing.assert_close(gradient(whole, wrt), gradient(halves, wrt), rtol=1e-10, atol=1e-13)
+
+
+def test_batches_keep_the_bound_that_pyros_renyi_elbo_loses():
+    """64 points, 50 draws, batches of 8: the subsample scale belongs outside the logarithm."""
+    x, rows, noise = torch.randn(64, 1) * 5**0.5, torch.arange(64), torch.randn(50, 64, 1)
+    true = -dist.Normal(0.0, 5**0.5).log_prob(x).sum()
+
+    def model(x, rows):
+        with pyro.plate("data", 64, subsample=rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 2.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x, rows):
+        with pyro.plate("data", 64, subsample=rows):
+            pyro.sample("z", dist.Normal(0.5 * x, 1.5).to_event(1))
+
+    model.vectorized = True
+
+    def of(part):
+        with Noise(noise[:, part]):
+            return 64 * IWAE(50)(model, guide, x[part], rows[part])
+
+    parts = rows.split(8)
+    full, average = of(rows), sum(of(part) for part in parts) / 8
+    torch.testing.assert_close(full, average, rtol=1e-12, atol=0)
+    batches = [[64 * IWAE(50)(model, guide, x[p], rows[p]) for p in parts] for _ in range(30)]
+    means = torch.tensor(batches).mean(1)
+    assert -5 * means.std() / 30**0.5 < means.mean() - true < 2
+    renyi = RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    pyros = sum(renyi.loss(model, guide, x[part], rows[part]) for part in parts) / 8
+    assert pyros < true - 5  # what must not happen
+
+
+@pytest.mark.parametrize("family", ["deterministic", "mean_scale", "full_rank"])
+@LOSS
+def test_a_scale_around_the_whole_model_scales_the_loss(loss, family):
+    """The guide knows nothing of it, and its joint draw belongs to two sites of the model."""
+    case = cases()["positive"]
+    guide = FamilyGuide(case.model, families.LADDER[family], case.encoder).setup(*case.args)
+    if family == "deterministic" and isinstance(loss, IWAE):
+        return
+    scaled = seeded(loss, poutine.scale(case.model, scale=0.25), guide, *case.args)
+    torch.testing.assert_close(scaled, 0.25 * seeded(loss, case.model, guide, *case.args))
+    weights = torch.linspace(0.5, 2, 6)
+    one = seeded(loss, poutine.scale(case.model, scale=weights), guide, *case.args)
+    assert torch.isfinite(one)
+
+
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+def test_a_scale_around_a_latent_scales_its_rate(kl):
+    def model(x, scale=0.25):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=scale):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = torch.randn(6, 3)
+    guide = FamilyGuide(model, families.mean_scale, mlp(3, 8)).setup(x)
+    value = seeded(ELBO(kl=kl), model, guide, x)
+    plain = poutine.scale(model, scale=1.0)
+    expected = seeded(ELBO(beta=0.25, kl=kl), lambda x: plain(x, scale=1.0), guide, x)
+    torch.testing.assert_close(value, expected)
+    with pytest.raises(ValueError, match=r"one poutine.scale around all sites, got \{'z': 0.25"):
+        IWAE()(model, guide, x)
+
+
+@pytest.mark.parametrize("loss", [ELBO(kl="sampled"), ELBO(free_bits=1e-300), IWAE(2)])
+def test_what_the_model_masks_counts_nothing(loss):
+    """A masked latent has no rate, and the guide is not paid for spreading there."""
+
+    def model(x, mask=True):
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    x, mask = torch.randn(6, 3), torch.tensor([True, False, True, True, False, True])
+    guide = FamilyGuide(model, families.mean_scale, mlp(3, 8)).setup(x)
+    noise = torch.randn(2, 6, 2)
+    with Noise(noise[: loss.num_samples]):
+        masked = loss(poutine.mask(model, mask=mask), guide, x)
+    with Noise(noise[: loss.num_samples, mask]):
+        expected = loss(model, guide, x[mask]) * 4 / 6
+    torch.testing.assert_close(masked, expected)
+
+
+# --- many draws -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient_of", KINDS)
+@pytest.mark.parametrize("family", ["noise_only", "mean_scale", "student_t", "full_rank", "flow"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_draw_is_the_elbo_with_sampled_kl(case, family, gradient_of):
+    """The same value; and the same gradient of the model, and, if pathwise, of the guide."""
+    case = cases()[case]
+    guide = FamilyGuide(case.model, DENSITIES[family], case.encoder).setup(*case.args)
+    value = seeded(IWAE(1, gradient_of), case.model, guide, *case.args)
+    elbo = seeded(ELBO(kl="sampled"), case.model, guide, *case.args)
+    torch.testing.assert_close(value, elbo, rtol=1e-9, atol=1e-9)
+    if gradient_of == "pathwise" and family != "noise_only":
+        wrt = parameters(guide)
+        torch.testing.assert_close(gradient(value, wrt), gradient(elbo, wrt), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [IWAE(1), IWAE(7), ELBO(kl="sampled", num_samples=4)])
+def test_with_the_exact_guide_every_draw_gives_the_likelihood(loss):
+    model, _, x = build()
+    value = torch.stack([seeded(loss, model, Exact(model), x, seed=s) for s in range(3)])
+    torch.testing.assert_close(value, -log_evidence(model, x).mean().expand(3), rtol=1e-12, atol=0)
+
+
+def test_all_draws_are_for_the_rows_that_the_plate_drew():
+    """With the exact guide the loss is that of one of the data, and no mixture."""
+    x = torch.tensor([0.0, 2.0, 5.0])
+
+    def model(x):
+        with pyro.plate("data", 3, subsample_size=1) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", 3, subsample_size=1) as rows:
+            pyro.sample("z", dist.Normal(x[rows] / 2, 0.5**0.5))
+
+    singles = -dist.Normal(0.0, 2**0.5).log_prob(x)
+    for model.vectorized in (False, True):
+        value = torch.stack([IWAE(5)(model, guide, x) for _ in range(20)])
+        nearest = (value[:, None] - singles).abs().min(-1)
+        assert nearest.values.max() < 1e-12 and nearest.indices.unique().numel() == 3
+
+
+def regression(X, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal((w * X).sum(-1), 0.5), obs=y)
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_global_latents_have_one_weight_for_all_the_data(vectorized):
+    """With the exact posterior every draw gives the evidence; a part of the data cannot."""
+    X, y = torch.randn(9, 2), torch.randn(9)
+    covariance = (X.T @ X / 0.25 + torch.eye(2)).inverse()
+
+    def guide(X, y):
+        loc = covariance @ X.T @ y / 0.25
+        pyro.sample("w", dist.MultivariateNormal(loc, covariance))
+
+    def model(X, y):
+        regression(X, y)
+
+    model.vectorized = vectorized
+    marginal = dist.MultivariateNormal(torch.zeros(9), X @ X.T + 0.25 * torch.eye(9))
+    for kind in KINDS:
+        value = IWAE(4, kind)(model, guide, X, y, size=9)
+        torch.testing.assert_close(value, -marginal.log_prob(y) / 9, rtol=1e-11, atol=0)
+    with pytest.raises(ValueError, match="expected all 18 data in one batch.*got 9"):
+        IWAE()(model, guide, X, y, size=18)
+
+
+def test_more_draws_come_closer_to_the_likelihood_from_above():
+    """In expectation, over 60 calls on 50 copies of the data; the guide is far from exact."""
+    model, guide, x = build("noise_only")
+    truth = -log_evidence(model, x).mean()
+    with torch.no_grad():
+        calls = [[IWAE(k)(model, guide, x.repeat(50, 1)) for _ in range(60)] for k in (1, 4, 16)]
+    means, errors = torch.tensor(calls).mean(1), torch.tensor(calls).std(1) / 60**0.5
+    assert (means[:-1] - means[1:] > 5 * (errors[:-1] ** 2 + errors[1:] ** 2).sqrt()).all()
+    assert (means - truth > 5 * errors).all()
+
+
+# --- doubly reparametrized gradients --------------------------------------------------------------
+
+
+class Learned(nn.Module):
+    """A learned prior."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc, self.log_scale = nn.Parameter(torch.randn(2)), nn.Parameter(torch.zeros(2))
+
+    def forward(self):
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+
+def positive(x):
+    """Two latents, one of them positive, which joint families draw together."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.LogNormal(torch.zeros(1), 0.5).to_event(1))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(a + b[..., None] * torch.ones(3), 1.0).to_event(1), obs=x)
+
+
+def estimates(kind, model, guide, x, wrt, calls, draws):
+    """Gradients of independent calls, shape `(calls, parameters)`."""
+    return torch.stack(
+        [gradient(seeded(IWAE(draws, kind), model, guide, x, seed=s), wrt) for s in range(calls)]
+    )
+
+
+@pytest.mark.parametrize(
+    "family", ["noise_only", "mean_scale", "full_rank", "student_t", "flow", "positive"]
+)
+def test_dreg_has_the_same_mean_and_a_smaller_variance(family):
+    """Of 60 calls, each on 15 copies of 4 data, after 100 steps of training.
+
+    The variance of the guide's parameters, summed, is below a fifth of the pathwise one (0.001 to
+    0.03 measured; before training it may be larger).
+    """
+    model, guide, x = build("mean_scale" if family == "positive" else family, prior=Learned())
+    if family == "positive":
+        model, guide = positive, FamilyGuide(positive, families.full_rank, mlp(3, 4)).setup(x)
+        model.vectorized = True
+    x = x[:4].repeat(15, 1)
+    options = {"learning_rate": 0.01, "progress": False, "optimizer": torch.optim.Adam}
+    fit(model, guide, x, num_epochs=100, seed=0, **options)
+    of_guide = [] if family == "noise_only" else parameters(guide)
+    of_model = [] if family == "positive" else parameters(model)
+    dreg, path = (
+        estimates(kind, model, guide, x, of_guide + of_model, calls=60, draws=4)
+        for kind in ("doubly_reparametrized", "pathwise")
+    )
+    error = ((dreg.var(0) + path.var(0)) / 60).sqrt()
+    assert ((dreg.mean(0) - path.mean(0)).abs() <= 5 * error + 1e-12).all()
+    assert ((path.var(0) > 0) == (dreg.var(0) > 0)).all()  # none where a unit of a network is dead
+    if of_guide:
+        first = sum(p.numel() for p in of_guide)
+        spread, pathwise = dreg[:, :first].var(0).sum(), path[:, :first].var(0).sum()
+        assert spread < pathwise / 5
+
+
+def test_dreg_of_the_exact_guide_is_zero_in_every_draw():
+    model, _, x = build()
+    guide = Exact(model)
+    wrt = parameters(guide)
+    assert gradient(IWAE(3, "doubly_reparametrized")(model, guide, x), wrt).abs().max() < 1e-12
+    assert gradient(IWAE(3)(model, guide, x), wrt).abs().max() > 1e-2
+
+
+def chain(x):
+    with pyro.plate("data", len(x)):
+        u, v, w = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "uvw")
+        pyro.sample("x", dist.Normal(u + v * w, 1.0), obs=x)
+
+
+def test_dreg_follows_draws_that_follow_from_others():
+    """By hand: with the explicit parameters of log q held fixed, and squared weights; exactly."""
+    x, noise = torch.randn(5), torch.randn(3, 3, 5)
+    a, b, c, d = wrt = [torch.randn((), requires_grad=True) for _ in range(4)]
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(a * x, d.exp()))
+            v = pyro.sample("v", dist.Normal(b * u + c * x, 0.5))
+            pyro.sample("w", dist.Normal(d * u * v, (b * v).exp()))
+
+    with Noise(noise.reshape(9, 5)):
+        value = IWAE(3, "doubly_reparametrized")(chain, guide, x)
+    e, f, g = noise.unbind(1)
+    u = a * x + d.exp() * e
+    v = b * u + c * x + 0.5 * f
+    w = d * u * v + (b * v).exp() * g
+    A, B, C, D = (p.detach() for p in wrt)
+    log_q = dist.Normal(A * x, D.exp()).log_prob(u) + dist.Normal(B * u + C * x, 0.5).log_prob(v)
+    log_q = log_q + dist.Normal(D * u * v, (B * v).exp()).log_prob(w)
+    log_p = sum(dist.Normal(0.0, 1.0).log_prob(z) for z in (u, v, w))
+    log_w = log_p + dist.Normal(u + v * w, 1.0).log_prob(x) - log_q
+    share = log_w.softmax(0).detach()
+    expected = -(share**2 * log_w).sum(0).mean()
+    torch.testing.assert_close(value, -(log_w.logsumexp(0) - math.log(3)).mean())
+    torch.testing.assert_close(gradient(value, wrt), gradient(expected, wrt), rtol=1e-10, atol=0)
+
+
+def test_dreg_runs_a_guide_with_dropout_once():
+    model, guide, x = build()
+    guide.encoder = nn.Sequential(guide.encoder, nn.Dropout(0.5))
+    value = [seeded(IWAE(3, kind), model, guide, x) for kind in KINDS]
+    torch.testing.assert_close(value[0], value[1], rtol=1e-12, atol=0)
+
+
+# --- free bits ------------------------------------------------------------------------------------
+
+
+def rates(guide, x):
+    """KL of a mean_scale guide from the standard normal, shape `(batch, latent)`."""
+    fn = trace_pair(lambda x: guide(x), guide, x)[1].nodes["z"]["fn"].base_dist
+    return (fn.loc**2 + fn.scale**2 - 1) / 2 - fn.scale.log()
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_free_bits_lift_each_coordinate_to_the_floor(beta):
+    """The maximum is of the mean over the batch; below it the guide's coordinate feels no rate."""
+    model, guide, x = build()
+    rate = rates(guide, x).mean(0)
+    floor = rate.detach().mean().item()
+    assert rate.min() < floor - 0.01 < floor + 0.01 < rate.max()
+    loss = [seeded(ELBO(beta=b, free_bits=f), model, guide, x) for b, f in ((0, 0), (beta, floor))]
+    expected = beta * (rate.max() + floor)
+    torch.testing.assert_close(loss[1] - loss[0], expected)
+    head = guide.heads["z"].loc.linear.bias
+    (slope,) = torch.autograd.grad(loss[1] - loss[0], head)
+    low = int(rate.argmin())
+    assert abs(slope[low]) < 1e-15 and abs(slope[1 - low]) > 1e-3
+
+
+# how many floors count per datum: coordinates where the divergence splits, sites where not (through
+# a transform, or a plate to the left); global latents count once for all 6 data
+FLOORS = {
+    "one vector": 2,
+    "one scalar": 1,
+    "positive": 2,
+    "simplex": 2,
+    "left of pixels": 2,
+    "right of steps": 1,
+    "steps inside": 3,
+    "told rows": 2,
+    "own rows": 2,
+    "regression": (3 + 1) / 6,
+    "hierarchy": (1 + 4) / 6,
+}
+
+
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_floor_above_every_rate_counts_the_latents(case, kl):
+    """The loss is then the distortion and the floors, all halved here; a joint draw has one."""
+    built = cases()[case]
+    for family, count in (
+        ("mean_scale", FLOORS[case]),
+        ("full_rank", 1 if built.encoder else 1 / 6),
+    ):
+        guide = FamilyGuide(built.model, families.LADDER[family], built.encoder)
+        guide.setup(*built.args)
+        high, none = (
+            seeded(loss, poutine.scale(built.model, scale=0.5), guide, *built.args)
+            for loss in (ELBO(kl=kl, free_bits=1e4, num_samples=2), ELBO(beta=0, num_samples=2))
+        )
+        assert (high - none).item() == pytest.approx(0.5e4 * count, rel=1e-9)
+
+
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("family", ["mean_scale", "full_rank"])
+@pytest.mark.parametrize("way", ["vector", "flat", "global", "right", "inside"])
+def test_a_floor_below_every_rate_changes_nothing(way, family, kl):
+    """Also with several draws and a scale, and for each shape of plates."""
+    case = cases()[
+        {"vector": "one vector", "flat": "positive", "global": "hierarchy"}.get(way)
+        or {"right": "right of steps", "inside": "steps inside"}[way]
+    ]
+    model = poutine.scale(case.model, scale=0.5)
+    guide = FamilyGuide(case.model, families.LADDER[family], case.encoder).setup(*case.args)
+    for name, p in guide.named_parameters():  # N(1.5, 1), so that each rate is above the floor
+        p.data.fill_(1.5 if ".loc." in name and name.endswith(("bias", "raw")) else 0.0)
+    low, none = (
+        seeded(ELBO(kl=kl, free_bits=f, num_samples=4), model, guide, *case.args) for f in (1e-9, 0)
+    )
+    torch.testing.assert_close(low, none, rtol=1e-12, atol=0)
+
+
+def test_free_bits_want_a_density():
+    model, guide, x = build("deterministic")
+    with pytest.raises(
+        ValueError, match="free_bits: expected 0 for a guide that draws only points"
+    ):
+        ELBO(free_bits=0.1)(model, guide, x)
+
+
+# --- fit, and what is refused ---------------------------------------------------------------------
+
+
+def fitted(family="mean_scale", **options):
+    model, guide, x = build(family)
+    options = {"num_epochs": 3, "batch_size": 4, "seed": 0, "progress": False, **options}
+    return fit(model, guide, x, **options), model, guide, x
+
+
+def test_fit_minimises_the_objective_it_is_given():
+    plain, _, guide, _ = fitted()
+    same, _, other, _ = fitted(objective=ELBO())
+    assert plain.losses == same.losses and plain.objective == same.objective == ELBO()
+    for p, q in zip(parameters(guide), parameters(other), strict=True):
+        assert torch.equal(p, q)
+    heavy, *_ = fitted(objective=ELBO(beta=3.0))
+    assert heavy.losses[0] > plain.losses[0] + 0.1 and heavy.objective.beta == 3.0
+
+
+def test_fit_tells_the_objective_the_number_of_data_and_of_steps():
+    calls = []
+
+    def objective(model, guide, *args, size=None, step=0):
+        calls.append((len(args[0]), size, step))
+        return negative_elbo(model, guide, *args, size=size)
+
+    fitted(objective=objective)
+    calls.remove((4, 8, 0))  # the first step has a second look, with Pyro's checks on
+    assert calls == [(4, 8, step) for step in range(6)]
+
+
+@pytest.mark.parametrize("objective", [IWAE(4), IWAE(4, "doubly_reparametrized"), ELBO(beta=0.1)])
+def test_fit_reports_the_plain_elbo_of_validation_data(objective):
+    """With a step too small to matter, and one batch: the same numbers whatever the objective."""
+    x = build()[2]
+    options = {"validation": x, "batch_size": None, "learning_rate": 1e-12, "num_epochs": 1}
+    result, model, guide, _ = fitted(objective=objective, **options)
+    expected = fitted(**options)[0]
+    assert result.validation_losses[0] == pytest.approx(expected.validation_losses[0], abs=1e-9)
+    assert result.losses[0] < expected.losses[0] - 0.01
+
+
+def test_dreg_trains_the_guide_to_the_exact_posterior():
+    """The decoder stays. The gradient's noise dies out as the guide gets there, at a large step."""
+    model, _, x = build()
+    guide = FamilyGuide(model, families.full_rank, nn.Linear(3, 3)).setup(x)
+    adam = torch.optim.Adam(guide.parameters(), lr=0.1)
+    options = {"optimizer": lambda *_, lr: adam, "num_epochs": 200, "seed": 0, "progress": False}
+    result = fit(model, guide, x, objective=IWAE(4, KINDS[1]), **options)
+    assert abs(result.losses[-1] + log_evidence(model, x).mean()) < 2e-3
+
+
+def test_only_the_plain_elbo_goes_to_the_quasi_newton_method():
+    x, y = torch.randn(9, 2), torch.randn(9)
+
+    def model(X, y):
+        regression(X, y)
+
+    model.vectorized = True
+    methods = []
+    for objective in (None, ELBO(), ELBO(beta=2.0), IWAE(2)):
+        guide = FamilyGuide(model, families.mean_scale).setup(x, y)
+        options = {"objective": objective, "num_epochs": 2, "seed": 0, "progress": False}
+        methods.append(fit(model, guide, (x, y), **options).method)
+    assert methods == ["L-BFGS"] * 2 + ["stochastic gradient"] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ELBO(beta=-1), "beta: expected a finite number of at least 0, got -1"),
+        (lambda: ELBO(beta=math.nan), "beta: expected a finite number of at least 0, got nan"),
+        (lambda: ELBO(beta="1"), "beta: expected a finite number of at least 0, got '1'"),
+        (lambda: ELBO(free_bits=-0.1), "free_bits: expected a finite number of at least 0"),
+        (lambda: ELBO(kl="closed"), r"kl: expected one of \['analytic', 'sampled'\], got 'closed'"),
+        (lambda: ELBO(num_samples=0), "num_samples: expected a whole number of at least 1, got 0"),
+        (lambda: IWAE(2.5), "num_samples: expected a whole number of at least 1, got 2.5"),
+        (lambda: IWAE(2, "dreg"), r"gradient: expected one of \['pathwise', .*\], got 'dreg'"),
+        (lambda: warm_up(0), "steps: expected a whole number of at least 1, got 0"),
+        (lambda: warm_up(5, start=-1.0), "start: expected a finite number of at least 0, got -1.0"),
+        (lambda: warm_up(5, end=math.inf), "end: expected a finite number of at least 0, got inf"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("objective", ["elbo", 1.0, ELBO])
+def test_fit_refuses_what_is_no_objective(objective):
+    with pytest.raises(TypeError, match=r"objective: expected a function, such as ELBO\(\), got"):
+        fitted(objective=objective)
+
+
+@LOSS
+def test_draws_without_reparametrization_are_refused(loss):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x[:, 0])
+
+    x = torch.randn(4, 3)
+    guide = FamilyGuide(model, Family(dist.Bernoulli), mlp(3, 4)).setup(x)
+    with pytest.raises(ValueError, match="'k' is drawn from Bernoulli"):
+        loss(model, guide, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_point_has_no_weight_of_importance(kind):
+    model, guide, x = build("deterministic")
+    with pytest.raises(ValueError, match=r"density for every latent site; \['z'\] are points"):
+        IWAE(2, kind)(model, guide, x)
+
+
+@LOSS
+def test_the_plate_must_be_there(loss):
+    model, guide, x = build()
+    with pytest.raises(ValueError, match=r"plate: expected one of \['data'\], got 'rows'"):
+        loss(model, guide, x, plate="rows")
+
+
+@LOSS
+def test_sites_must_match(loss):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z, w = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "zw")
+            pyro.sample("x", dist.Normal(z + w, 1.0), obs=x[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"misses \['w'\]"):
+        loss(model, guide, torch.randn(4, 1))

@@ -1,0 +1,212 @@
+"""Terms and loss: against Pyro's objectives, closed forms, and themselves on half batches."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, FAMILIES, cases
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+from ppvae import VAE, FamilyGuide, families, likelihoods
+from ppvae._scopes import private_modules
+from ppvae.nn import mlp
+from ppvae.objectives.divergence import closed_kl
+from ppvae.objectives.elbo import negative_elbo
+from ppvae.objectives.trace_terms import terms
+from ppvae.programs.nodes import data_plate
+from ppvae.programs.runs import trace_pair
+
+FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+@FAMILY
+@pytest.mark.parametrize("case", CASES)
+def test_terms_sum_to_the_elbo_of_pyro(family, case):
+    """Sampled terms with the same seed are Pyro's Trace_ELBO, up to rounding."""
+    case = cases()[case]
+    guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
+    with private_modules(), torch.no_grad():
+        torch.manual_seed(3)
+        expected = -Trace_ELBO().loss(case.model, guide, *case.args)
+        torch.manual_seed(3)
+        parts = terms(*trace_pair(case.model, guide, *case.args))
+    scale = 1.0 if parts.plate is None else parts.plate.full_size / parts.plate.size
+    total = 0.0
+    for sign, values in ((1, parts.log_likelihood), (1, parts.log_prior), (-1, parts.log_guide)):
+        for name, value in values.items():
+            factor = scale if name in parts.local else 1.0
+            total += sign * factor * float(value.sum())
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "family", ["mean_scale", "full_rank", "low_rank", "student_t", "shared_scale"]
+)
+def test_closed_kl_is_the_mean_of_the_sampled_one(family):
+    """5 standard errors of 200,000 draws; where torch knows the pair, exactly."""
+    fn = FAMILIES[family].head(3, torch.Size([4]))(torch.randn(1, 3))
+    fn = fn if FAMILIES[family].joint else fn.to_event(1)
+    prior = dist.Normal(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 1.5]))
+    exact = closed_kl(fn, prior.to_event(1))
+    with torch.no_grad():
+        z = fn.sample((200_000,))
+        sampled = fn.log_prob(z) - prior.to_event(1).log_prob(z)
+    error = 5 * sampled.std() / len(z) ** 0.5
+    assert (sampled.mean() - exact).abs() < error
+    if family in ("full_rank", "low_rank"):
+        twin = dist.MultivariateNormal(prior.loc, scale_tril=torch.diag(prior.scale))
+        dense = dist.MultivariateNormal(fn.mean, fn.covariance_matrix)
+        assert torch.allclose(exact, torch.distributions.kl_divergence(dense, twin), atol=1e-10)
+
+
+def test_a_point_has_no_divergence():
+    assert closed_kl(dist.Delta(torch.zeros(2), event_dim=1), dist.Normal(0, 1).expand([2])) is None
+
+
+@pytest.mark.parametrize("case", ["one vector", "positive", "left of pixels", "steps inside"])
+def test_the_loss_means_the_same_at_every_batch_size(case):
+    """For a point guide nothing is random: the mean over halves is the whole, exactly."""
+    case = cases()[case]
+    guide = FamilyGuide(case.model, families.deterministic, case.encoder).setup(*case.args)
+    (x,) = case.args
+    with private_modules():
+        whole = negative_elbo(case.model, guide, x)
+        halves = [negative_elbo(case.model, guide, half, size=len(x)) for half in (x[:3], x[3:])]
+    assert torch.allclose(whole, (halves[0] + halves[1]) / 2, atol=1e-12)
+
+
+def test_global_latents_count_once_whatever_the_batch():
+    case = cases()["regression"]
+    guide = FamilyGuide(case.model, families.deterministic).setup(*case.args)
+    x, y = case.args
+    with private_modules():
+        whole = negative_elbo(case.model, guide, x, y)
+        halves = [
+            negative_elbo(case.model, guide, x[rows], y[rows], size=len(x))
+            for rows in (slice(3), slice(3, None))
+        ]
+        pyro_loss = Trace_ELBO().loss(case.model, guide, x, y)
+    assert torch.allclose(whole, (halves[0] + halves[1]) / 2, atol=1e-12)
+    assert whole.item() * len(x) == pytest.approx(pyro_loss, rel=1e-12)
+
+
+def test_a_subsampled_plate_gives_the_same_loss_as_its_rows():
+    case = cases()["told rows"]
+    guide = FamilyGuide(case.model, families.deterministic, case.encoder).setup(*case.args)
+    with private_modules():
+        loss = negative_elbo(case.model, guide, *case.args)
+        whole = Trace_ELBO().loss(case.model, guide, *case.args)
+    assert loss.item() == pytest.approx(whole / 24, rel=1e-12)
+
+
+def test_a_scale_of_the_model_is_kept():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=0.25):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = torch.randn(6, 3)
+    guide = FamilyGuide(model, families.deterministic, mlp(3, 8)).setup(x)
+    with private_modules():
+        loss = negative_elbo(model, guide, x)
+        assert loss.item() == pytest.approx(Trace_ELBO().loss(model, guide, x) / 6, rel=1e-12)
+
+
+def test_masked_data_count_nothing():
+    mask = torch.tensor([True, False, True, True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=mask):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = torch.randn(6, 3)
+    guide = FamilyGuide(model, families.mean_scale, mlp(3, 8)).setup(x)
+    with private_modules():
+        parts = terms(*trace_pair(model, guide, x))
+    assert torch.equal(parts.log_likelihood["x"] != 0, mask)
+
+
+def test_data_plate_prefers_its_name_and_else_takes_the_outermost():
+    def model(names):
+        with pyro.plate(names[0], 2, dim=-2), pyro.plate(names[1], 3, dim=-1):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(2, 3))
+
+    assert data_plate(poutine.trace(model).get_trace(("a", "data"))).name == "data"
+    assert data_plate(poutine.trace(model).get_trace(("a", "b"))).name == "a"
+    assert data_plate(poutine.trace(model).get_trace(("a", "b")), "b").name == "b"
+    with pytest.raises(ValueError, match=r"plate: expected one of \['a', 'b'\], got 'c'"):
+        data_plate(poutine.trace(model).get_trace(("a", "b")), "c")
+
+
+def _model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + w, 1.0), obs=x[:, 0])
+
+
+def _misses(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def _adds(x):
+    with pyro.plate("data", len(x)):
+        for name in "zwv":
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [(_misses, r"misses \['w'\]"), (_adds, r"it has \['v'\], of which the model has none")],
+)
+def test_sites_must_match(guide, message):
+    with pytest.raises(ValueError, match=message):
+        negative_elbo(_model, guide, torch.randn(4, 1))
+
+
+def test_draws_without_reparametrization_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x[:, 0])
+
+    from ppvae import Family
+
+    x = torch.randn(4, 3)
+    guide = FamilyGuide(model, Family(dist.Bernoulli), mlp(3, 4)).setup(x)
+    with private_modules(), pytest.raises(ValueError, match="'k' is drawn from Bernoulli"):
+        negative_elbo(model, guide, x)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_the_log_determinants_of_pyros_autoguides_count(kind, plain_pyro):
+    """They stand in the `log_density` of a `Delta` on each constrained site."""
+
+    def model(x):
+        w = pyro.sample("w", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w.sum(), s), obs=x)
+
+    x = torch.randn(5)
+    guide = kind(model)
+    guide(x)
+    model_trace, guide_trace = trace_pair(model, guide, x)
+    parts = terms(model_trace, guide_trace)
+    assert sum(v.sum() for v in parts.log_guide.values()).item() == pytest.approx(
+        guide_trace.log_prob_sum().item(), rel=1e-12
+    )
+
+
+def test_a_guide_without_an_encoder_has_parameters_for_each_datum(plain_pyro):
+    model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(1.0))
+    x = torch.randn(5, 3)
+    guide = FamilyGuide(model, families.mean_scale)
+    assert guide(x)["z"].shape == (5, 2)
+    assert guide.heads["z"].loc.raw.numel() == 10

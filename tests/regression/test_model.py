@@ -1,0 +1,351 @@
+"""The regression twin: the program, and every family's fit against its closed-form optimum."""
+
+import functools
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import Lasso
+
+from ppvae import FamilyGuide, families, fit, from_pyro_svi
+from ppvae._scopes import private_modules
+from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.regression import (
+    Horseshoe,
+    LinearRegression,
+    exact_posterior,
+    objective,
+    plots,
+    predictive_scores,
+)
+
+
+def diabetes():
+    X, y = load_diabetes(return_X_y=True)
+    X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    return torch.as_tensor(X), torch.as_tensor(y)
+
+
+class Known:
+    """Known noise s and weights N(0, t^2 I): every optimum, from dense formulas."""
+
+    def __init__(self, X, y, s=0.7, t=0.5):
+        self.X, self.y, self.s, self.t = X, y, s, t
+        self.P = X.T @ X / s**2 + torch.eye(X.shape[1]) / t**2
+        self.m = torch.linalg.solve(self.P, X.T @ y) / s**2
+        S = s**2 * torch.eye(len(y)) + t**2 * X @ X.T
+        self.evidence = dist.MultivariateNormal(torch.zeros(len(y)), S).log_prob(y).item()
+        self.model = LinearRegression(X.shape[1], weight=dist.Normal(0.0, t), noise=s)
+
+    def elbo(self, mean, cov):
+        """log evidence - (tr PS - Z + (m-m*)'P(m-m*) - log det P - log det S)/2."""
+        away, P = mean - self.m, self.P
+        gap = (P @ cov).trace() - len(P) + away @ P @ away - P.logdet() - cov.logdet()
+        return self.evidence - 0.5 * gap.item()
+
+    def optimum(self, family):
+        P, one = self.P, torch.eye(len(self.P))
+        cov = {
+            "mean_only": one,
+            "shared_scale": one * len(P) / P.trace(),
+            "mean_scale": torch.diag(1 / P.diagonal()),
+            "full_rank": P.inverse(),
+        }[family]
+        return self.m, cov
+
+
+def problem(name):
+    torch.manual_seed(0)
+    X, y = diabetes()
+    if name == "unequal columns":
+        X = X * torch.logspace(-1, 1, 10)
+    if name == "badly scaled":  # condition of X'X about 1e12 from the scales alone
+        X, y = X[:, :4] * torch.logspace(-3, 3, 4), y
+    return Known(X, y)
+
+
+POINTS = ("deterministic", "zero")
+FAMILIES = ["mean_only", "shared_scale", "mean_scale", "full_rank"]
+
+
+@pytest.mark.parametrize("name", ["diabetes", "unequal columns", "badly scaled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fit_reaches_the_closed_form_optimum(name, family):
+    """Moment-matched draws make the objective exact; what is left is the optimizer's tolerance."""
+    known = problem(name)
+    guide = FamilyGuide(known.model, families.LADDER[family])
+    result = fit(known.model, guide, (known.X, known.y), num_epochs=1000, progress=False)
+    mean, cov = known.optimum(family)
+    best = known.elbo(mean, cov)
+    value = objective(known.model, guide, known.X, known.y)
+    # the objective's own rounding is about 1e-13 of its largest term
+    assert value == pytest.approx(best, abs=1e-6 + 1e-11 * abs(best))
+    assert -result.losses[-1] * len(known.y) == pytest.approx(value, abs=1e-6 + 1e-11 * abs(best))
+    fn = guide.heads["weight"](None)
+    assert torch.allclose(
+        fn.mean, mean, atol=1e-4 * float(known.P.inverse().diagonal().min()) ** 0.5
+    )
+    assert torch.allclose(fn.stddev.expand(len(cov)), cov.diagonal().sqrt(), rtol=1e-4)
+
+
+def test_the_numbers_of_the_ladder_on_diabetes():
+    known = problem("diabetes")
+    assert known.evidence == pytest.approx(-490.6469, abs=1e-4)
+    values = {f: known.elbo(*known.optimum(f)) for f in FAMILIES}
+    assert values["mean_scale"] == pytest.approx(-494.2852, abs=1e-4)
+    assert values["mean_only"] == pytest.approx(-4985.44, abs=1e-2)
+    guide = FamilyGuide(known.model, families.noise_only)
+    noise_only = objective(known.model, guide, known.X, known.y)
+    assert noise_only == pytest.approx(known.elbo(torch.zeros(10), 0.25 * torch.eye(10)), abs=1e-8)
+    assert noise_only == pytest.approx(-1827.09, abs=1e-2)
+
+
+def test_a_point_is_ridge_lasso_or_least_squares():
+    X, y = diabetes()
+    lasso = Lasso(0.49 / 0.05 / len(X), fit_intercept=False, tol=1e-15, max_iter=10**6).fit(X, y)
+    gram = X.T @ X
+    expected = {
+        dist.Normal(0.0, 0.5): torch.linalg.solve(gram + 1.96 * torch.eye(10), X.T @ y),
+        dist.Laplace(0.0, 0.05): torch.as_tensor(lasso.coef_),
+        None: torch.linalg.solve(gram, X.T @ y),
+    }
+    for prior, weight in expected.items():
+        model = LinearRegression(10, weight=prior, noise=0.7)
+        guide = FamilyGuide(model, families.deterministic)
+        fit(model, guide, (X, y), num_epochs=500, progress=False)
+        found = guide.heads["weight"](None).v.detach()
+        assert (found - weight).abs().max() < 1e-7, prior
+        if prior is not None and isinstance(prior, dist.Laplace):
+            assert torch.equal(found.abs() < 1e-9, weight == 0) and (weight == 0).any()
+
+
+def test_unknown_noise_comes_within_the_error_of_the_draws():
+    """The best Gaussian in log noise loses little to the exact posterior, and cannot beat it."""
+    X, y = diabetes()
+    prior = {"weight": dist.Normal(0.0, 0.5), "noise": dist.HalfNormal(1.0)}
+    model = LinearRegression(10, **prior)
+    exact = exact_posterior(X, y, **prior)
+    guide = FamilyGuide(model, families.full_rank)
+    fit(model, guide, (X, y), num_epochs=500, progress=False)
+    value = objective(model, guide, X, y, num_samples=4000, seed=1)
+    assert exact.log_evidence - 0.05 < value < exact.log_evidence + 0.01
+    tree = from_pyro_svi(model, guide, X, y, num_samples=4000, seed=0)
+    weight = tree.posterior["weight"].values[0]
+    error = 5 * exact.sd[:-1] / 4000**0.5
+    assert (abs(weight.mean(0) - exact.mean[:-1]) < error).all()
+    assert tree.posterior["noise"].dims == ("chain", "draw")
+
+
+PRIORS = {
+    "normal": dist.Normal(0.0, 0.5),
+    "per column": dist.Normal(torch.zeros(3), torch.tensor([0.1, 1.0, 10.0])).to_event(1),
+    "laplace": dist.Laplace(0.0, 0.1),
+    "student": dist.StudentT(3.0, 0.0, 0.2),
+    "horseshoe": Horseshoe(0.1),
+    "flat": None,
+}
+NOISES = {"known": 0.7, "half normal": dist.HalfNormal(1.0), "flat": None}
+ERRORS = {"normal": dist.Normal, "student": functools.partial(dist.StudentT, 4.0)}
+
+
+@pytest.mark.parametrize("noise", list(NOISES))
+@pytest.mark.parametrize("prior", list(PRIORS))
+@pytest.mark.parametrize("errors", list(ERRORS))
+def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, errors):
+    """The trap of `weight @ X.T`: densities of a vectorized run against a loop over its draws."""
+    X, y = torch.randn(7, 3), torch.randn(7)
+    model = LinearRegression(3, weight=PRIORS[prior], noise=NOISES[noise], errors=ERRORS[errors])
+    guide = FamilyGuide(model, families.mean_scale).setup(X, y)
+    with private_modules():
+        model_trace, _ = trace_pair(model, guide, X, y, draws=draws_plate(model, X, y, draws=4))
+        model_trace.compute_log_prob()
+        latents = [n for n, node in model_trace.nodes.items() if n in guide.heads]
+        for draw in range(4):
+            values = {}
+            for name in latents:
+                value = model_trace.nodes[name]["value"][draw]
+                values[name] = value.reshape(value.shape[1:])
+            single = poutine.trace(poutine.condition(model, values)).get_trace(X, y)
+            single.compute_log_prob()
+            for name in [*latents, "y"]:
+                many = model_trace.nodes[name]["log_prob"][draw]
+                assert torch.allclose(many.reshape(-1), single.nodes[name]["log_prob"].reshape(-1))
+
+
+def test_joint_density_written_out():
+    X, y = torch.randn(7, 3), torch.randn(7)
+    model = LinearRegression(3, weight=dist.Normal(1.0, 2.0), noise=dist.HalfNormal(0.5))
+    with private_modules():
+        trace = poutine.trace(model).get_trace(X, y)
+    w, s = trace.nodes["weight"]["value"], trace.nodes["noise"]["value"]
+    expected = dist.Normal(1.0, 2.0).log_prob(w).sum() + dist.HalfNormal(0.5).log_prob(s)
+    expected = expected + dist.Normal(X @ w, s).log_prob(y).sum()
+    assert torch.allclose(trace.log_prob_sum(), expected)
+
+
+def test_works_in_plain_pyro(plain_pyro):
+    """SVI and Predictive run; NUTS finds the exact mean: 5 Monte Carlo errors at an ESS of 100."""
+    torch.manual_seed(0)
+    X = torch.randn(30, 2)
+    y = X @ torch.tensor([1.0, -1.0]) + 0.5 * torch.randn(30)
+    model = LinearRegression(2, weight=dist.Normal(0.0, 1.0), noise=0.5)
+    guide = FamilyGuide(model, families.full_rank)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert np.isfinite([svi.step(X, y) for _ in range(3)]).all()
+    drawn = Predictive(model, guide=guide, num_samples=5)(X)
+    assert drawn["y"].shape == (5, 30)
+    sampler = MCMC(NUTS(model), num_samples=300, warmup_steps=100, disable_progbar=True)
+    sampler.run(X, y)
+    weight = sampler.get_samples()["weight"].numpy()
+    exact = exact_posterior(X, y, weight=dist.Normal(0.0, 1.0), noise=0.5)
+    assert (abs(weight.mean(0) - exact.mean) < 5 * exact.sd / 100**0.5).all()
+
+
+def test_single_precision_data():
+    X, y = (a.float() for a in diabetes())
+    model = LinearRegression(10, weight=dist.Normal(0.0, 0.5), noise=0.7)
+    guide = FamilyGuide(model, families.mean_scale)
+    fit(model, guide, (X, y), num_epochs=200, progress=False)
+    assert guide.heads["weight"](None).loc.dtype == torch.float32
+    assert objective(model, guide, X, y) == pytest.approx(-494.2852, abs=0.01)
+
+
+def test_predictive_scores_of_a_point_and_of_a_gaussian():
+    X, y = torch.randn(50, 3), torch.randn(50)
+    w = torch.tensor([0.3, -0.2, 0.1])
+    point = predictive_scores(X, y, w[None], 0.7)
+    log_p = dist.Normal(X @ w, 0.7).log_prob(y)
+    assert point.rmse == pytest.approx((y - X @ w).square().mean().sqrt().item())
+    assert point.log_density == pytest.approx(log_p.mean().item())
+    inside = ((y - X @ w).abs() < 1.6448536 * 0.7).double().mean().item()
+    assert point.coverage == pytest.approx(inside)
+    # a Gaussian posterior predicts N(x w, s^2 + x'Sx); 20,000 draws, 5 standard errors
+    draws = w + 0.4 * torch.randn(20_000, 3)
+    many = predictive_scores(X, y, draws, np.full(20_000, 0.7))
+    wide = dist.Normal(X @ w, (0.49 + 0.16 * X.square().sum(-1)).sqrt()).log_prob(y)
+    density = dist.Normal(draws @ X.T, 0.7).log_prob(y).exp()
+    error = (density.std(0) / density.mean(0) / 20_000**0.5).mean().item()
+    assert many.log_density == pytest.approx(wide.mean().item(), abs=5 * error)
+
+
+def test_band_is_the_quantile_of_the_mixture():
+    middle, low, high = plots.band(np.array([[0.0], [2.0]]), 0.5)
+    assert np.allclose(middle, [0, 2]) and np.allclose(high - middle, 1.6448536 * 0.5, atol=1e-7)
+    assert np.allclose(low, 2 * middle - high)
+
+
+def test_pictures_hold_what_they_were_given():
+    rows = {"a": (np.zeros(3), -np.ones(3), np.ones(3)), "b": (np.ones(3), np.zeros(3), np.ones(3))}
+    figure = plots.forest(rows, ["x", "y", "z"])
+    assert [panel.get_title() for panel in figure.axes] == ["x", "y", "z"]
+    k = np.logspace(0, 2, 5)
+    figure = plots.paths((k, np.eye(5)[:, :2]), (k, np.eye(5)[:, :2]), -k, (2.0, -2.0), ["x", "y"])
+    assert np.array_equal(figure.axes[0].lines[0].get_ydata(), np.eye(5)[:, 0])
+    curve = (np.zeros(5), -np.ones(5), np.ones(5))
+    assert len(plots.bands(k, {"a": curve, "b": curve}, (k, k), "x").axes) == 2
+    (axes,) = plots.overconfidence({"a": (np.zeros(2), np.diag([4.0, 1.0]))}, ("x", "y")).axes
+    # a 90 % region of two dims reaches sqrt(-2 log 0.1) sds
+    size = sorted([axes.patches[0].get_width(), axes.patches[0].get_height()])
+    assert np.allclose(size, 2 * np.sqrt(-2 * np.log(0.1)) * np.array([1, 2]))
+
+
+X3, Y3 = np.zeros((4, 3)), np.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LinearRegression(0), "columns: expected at least 1, got 0"),
+        (
+            lambda: LinearRegression(2, noise=-1.0),
+            "noise: expected a positive, finite number, got -1.0",
+        ),
+        (
+            lambda: LinearRegression(2, noise=0.0),
+            "noise: expected a positive, finite number, got 0.0",
+        ),
+        (lambda: Horseshoe(0.0), "scale: expected a positive number, got 0.0"),
+        (
+            lambda: LinearRegression(2, weight=dist.Normal(torch.zeros(3), 1.0)),
+            r"weight: expected a univariate prior of shape \(\) or \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: LinearRegression(2, noise=dist.HalfNormal(torch.ones(2))),
+            "noise: expected a univariate distribution",
+        ),
+        (
+            lambda: LinearRegression(2)(torch.zeros(4, 3)),
+            r"X: expected shape \(rows, 2\), got \(4, 3\)",
+        ),
+        (
+            lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5)),
+            r"y: expected shape \(4,\), as X has rows; got \(5,\)",
+        ),
+        (lambda: predictive_scores(X3, Y3, np.zeros((1, 2)), 1.0), r"weight: .* got \(1, 2\)"),
+        (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 1.0, level=1.0), "level: .* got 1.0"),
+    ],
+)
+def test_bad_input(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", ["diabetes", "unequal columns"])
+@pytest.mark.parametrize(
+    "family", [n for n in families.LADDER if n not in ("deterministic", "zero")]
+)
+def test_no_objective_lies_above_the_evidence(name, family):
+    """A bound is a bound: also where densities lose digits (tails at their Gaussian end)."""
+    known = problem(name)
+    guide = FamilyGuide(known.model, families.LADDER[family])
+    fit(known.model, guide, (known.X, known.y), num_epochs=100, seed=0, progress=False)
+    value = objective(known.model, guide, known.X, known.y, num_samples=4000, seed=1)
+    # Gaussian families are averaged exactly; for the others log p - log q has a sd of a few nats
+    slack = 1e-6 if family in FAMILIES else 0.3
+    assert value < known.evidence + slack
+
+
+def test_a_flat_prior_needs_the_rank_of_the_columns():
+    X, y = torch.randn(20, 3), torch.randn(20)
+    for bad in (X[:2], X * torch.tensor([1.0, 1.0, 0.0])):
+        model = LinearRegression(3, weight=None, noise=0.7)
+        guide = FamilyGuide(model, families.full_rank)
+        with pytest.raises(
+            ValueError, match="weight: .* the posterior is improper; got a flat one"
+        ):
+            fit(model, guide, (bad, y[: len(bad)]), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"noise": torch.tensor(-1.0)}, ValueError, "noise: expected a positive, finite number"),
+        ({"noise": float("inf")}, ValueError, "noise: expected a positive, finite number, got inf"),
+        ({"noise": "a"}, TypeError, "noise: expected a positive number, a distribution"),
+        ({"noise": dist.Normal(0.0, 1.0)}, ValueError, "noise: .*on the positive reals"),
+        ({"weight": "a"}, TypeError, "weight: expected a distribution, a Horseshoe or None"),
+        (
+            {"weight": dist.Normal(0.0, 0.0, validate_args=False)},
+            ValueError,
+            "weight: expected a positive, finite scale",
+        ),
+        (
+            {"weight": dist.MultivariateNormal(torch.zeros(3), torch.eye(3))},
+            ValueError,
+            "weight: expected a univariate prior",
+        ),
+    ],
+)
+def test_priors_that_make_no_model(arguments, error, message):
+    with pytest.raises(error, match=message):
+        LinearRegression(3, **arguments)
+
+
+def test_a_known_noise_in_any_form():
+    for noise in (0.7, torch.tensor(0.7, dtype=torch.float32), np.float32(0.7)):
+        assert LinearRegression(3, noise=noise).noise_prior == 0.7
