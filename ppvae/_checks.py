@@ -1,28 +1,61 @@
-"""The parts of the training loop: steps, parameters, checks, and the way back."""
+"""One way to refuse an argument: its name, what was expected, and what came."""
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["is_count"]
+
+def expect(
+    ok: Any, name: str, expected: str, got: Any, error: type[Exception] = ValueError
+) -> None:
+    """Raises an error that says `name: expected ..., got ...`, unless `ok`.
+
+    Args:
+        ok: whether the argument is as expected.
+        name: of the argument.
+        expected: what it should be, in words.
+        got: what came, a value or words.
+        error: the kind of error.
+    """
+    if not ok:
+        raise error(f"{name}: expected {expected}, got {got}")
 
 
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number as an `int`, of at least `least`; NumPy's are as good as Python's.
+
+    Raises:
+        ValueError: it is no whole number, or below `least`.
+    """
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or count < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    return count
 
 
-def check_count(name: str, value: Any) -> None:
-    if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+def check_number(name: str, value: Any, *, positive: bool = False) -> float:
+    """A finite number of at least 0, or above 0, as a `float`; NumPy's are as good as Python's.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and (number > 0 or number == 0 and not positive)):
+        kind = "positive number" if positive else "number of at least 0"
+        raise ValueError(f"{name}: expected a finite {kind}, got {value!r}")
+    return number
 
 
-def check_weight(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises a ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")

@@ -13,20 +13,6 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = [
-    "Named",
-    "eval_mode",
-    "kept_buffers",
-    "matmul_precision",
-    "private_modules",
-    "random_state",
-    "train_mode",
-    "unchecked",
-    "unique_name",
-    "without_warnings",
-]
-
-
 _numbers = itertools.count()
 
 

@@ -21,16 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ppvae._checks import is_count
+from ppvae._checks import check_count
 from ppvae._scopes import private_modules, random_state
 from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.families.ladder import LADDER
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.training.fitting import fit
-
-__all__ = ["Comparison", "compare_families", "crossed_interval", "last_fall", "still_to_come"]
-
 
 _MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]
 
@@ -285,8 +282,7 @@ def _members(families: Sequence[Any]) -> dict[str, Any]:
 
 def _check_numbers(num_seeds: int, min_gain: float, level: float, num_samples: int) -> None:
     for name, value in {"num_seeds": num_seeds, "num_samples": num_samples}.items():
-        if not (is_count(value) and value >= 2):
-            raise ValueError(f"{name}: expected a whole number of at least 2, got {value}")
+        check_count(name, value, 2)
     for name, number, end in [("min_gain", min_gain, math.inf), ("level", level, 1)]:
         if not 0 <= number < end:
             raise ValueError(f"{name}: expected a number from 0 to below {end}, got {number}")

@@ -219,7 +219,7 @@ SHORT = {"num_epochs": 2, "num_samples": 4, "progress": False}
 def test_one_family_under_two_names_gains_exactly_nothing():
     """Start, minibatches, draws of the training and of the evaluation: all are paired."""
     x = torch.randn(30, 4)
-    pair = [families.mean_scale, Family(dist.Normal)]
+    pair = [families.mean_scale, Family(dist.Normal, scale=dist.constraints.positive)]
     found = compare_families(plain, pair, x, x[:9], batch_size=8, **SHORT).dataset
     assert (found.gain[1] == 0) and (found.elbo[0] == found.elbo[1]).all()
     assert found.elbo[0].values.std() > 0  # while the seeds differ

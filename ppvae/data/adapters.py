@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["as_tensors", "length_of", "prepared"]
-
 
 def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
     """A tuple of finite tensors with equal first dimensions."""

@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ppvae._scopes import random_state
 from ppvae.data.adapters import _check_some, as_tensors, length_of
 
-__all__ = ["Batches"]
-
 
 class Batches:
     """Minibatches of positional arguments, from whatever the data came as."""

@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "load", "split"]
-
-
 #: The data sets that `load` knows by name.
 NAMES = ("digits", "mnist5k")
 

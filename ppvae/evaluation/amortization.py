@@ -22,9 +22,6 @@ from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, check_local, terms
 from ppvae.programs.runs import is_vectorized, minibatches, trace_pair
 
-__all__ = ["gaps"]
-
-
 _GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
 
 

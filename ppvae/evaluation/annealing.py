@@ -18,16 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae import families
-from ppvae._checks import is_count
+from ppvae._checks import check_count
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
 from ppvae.evaluation.hmc import anneal, tune
 from ppvae.evaluation.path import Densities
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.programs.runs import draw_runs, is_vectorized, minibatches
-
-__all__ = ["annealed_importance"]
-
 
 _STARTS = ("guide", "prior")
 
@@ -143,8 +140,7 @@ class _Options(NamedTuple):
 
     def check(self) -> None:
         for name, value in self._asdict().items():
-            if not is_count(value):
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
+            check_count(name, value)
 
 
 class _Pair(NamedTuple):

@@ -14,9 +14,6 @@ from ppvae.objectives.divergence import by_coordinate, closed_kl
 from ppvae.programs.layout import drawn_rows, in_front, labels
 from ppvae.programs.nodes import counts, is_point, latent_nodes
 
-__all__ = ["Coordinates", "Directions", "WORTH"]
-
-
 WORTH = 0.05  # nats per datum: a direction that gains less is not worth a latent
 
 

@@ -24,8 +24,6 @@ from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import draw_runs, draws_plate, is_vectorized, minibatches, trace_pair
 from ppvae.staging.many_draws import ManyDraws
 
-__all__ = ["evaluate"]
-
 
 def evaluate(
     model: Callable[..., Any],

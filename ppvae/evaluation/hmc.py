@@ -12,9 +12,6 @@ from torch import Tensor
 
 from ppvae.evaluation.path import Densities, Point
 
-__all__ = ["Schedule", "anneal", "tune"]
-
-
 _TARGET = 0.8  # acceptance that the step sizes are tuned towards
 
 

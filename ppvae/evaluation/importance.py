@@ -8,9 +8,6 @@ import warnings
 import numpy as np
 from arviz_stats.base import array_stats
 
-__all__ = []
-
-
 _FEWEST = 25  # draws, below which the tail has too few for a Pareto fit
 
 

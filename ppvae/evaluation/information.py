@@ -20,9 +20,6 @@ from ppvae.objectives.trace_terms import log_density
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import BUDGET, given, run_trace
 
-__all__ = ["Draws", "Information", "draws_needed", "draws_of", "information"]
-
-
 _PAIRS = 10_000_000  # of a draw and a datum; with more data fewer draws are compared with them
 
 

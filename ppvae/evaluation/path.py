@@ -20,9 +20,6 @@ from ppvae.programs.nodes import (
 )
 from ppvae.programs.runs import given, run_trace, trace_pair
 
-__all__ = ["Densities", "Point"]
-
-
 _ELSE = 'start="prior" needs no density of a guide'
 
 

@@ -8,9 +8,6 @@ import numpy as np
 import xarray as xr
 from scipy.stats import binom, poisson
 
-__all__ = ["ALPHA", "coverage", "ecdf_band", "ecdf_of", "reading", "uniformity"]
-
-
 ALPHA = 0.01  # level of the verdict, shared among the latents
 
 

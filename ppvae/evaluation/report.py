@@ -10,9 +10,6 @@ import xarray as xr
 
 from ppvae.evaluation.coordinates import WORTH
 
-__all__ = ["reading", "summary"]
-
-
 _TRUSTED = 0.7  # k-hat above it: the weights' mean converges too slowly to be of use
 
 

@@ -26,9 +26,6 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.runs import draw_runs, is_vectorized, minibatches, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
 
-__all__ = ["calibration"]
-
-
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 
 

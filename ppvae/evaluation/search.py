@@ -17,9 +17,6 @@ from ppvae.programs.matched_normals import MatchedPerDatum
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import draw_runs, trace_pair
 
-__all__ = ["Offsets", "adam", "quasi_newton"]
-
-
 _RATE = 0.2  # first step size of a search, in the unconstrained space of an argument
 
 

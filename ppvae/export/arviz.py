@@ -22,9 +22,6 @@ from ppvae.programs.nodes import data_plate, latent_nodes, prototype
 from ppvae.programs.runs import draw_runs, is_vectorized, minibatches, run_trace, trace_pair
 from ppvae.programs.simulation import Uncondition
 
-__all__ = ["from_pyro_svi"]
-
-
 Groups = dict[str, dict[str, np.ndarray]]
 
 

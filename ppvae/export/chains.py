@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["concat_chains"]
-
 
 def concat_chains(trees: Sequence[xr.DataTree]) -> xr.DataTree:
     """Puts runs over seeds side by side, as the chains of one tree.

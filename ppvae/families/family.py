@@ -42,9 +42,6 @@ from torch.distributions import transform_to
 from ppvae.families.base import Value
 from ppvae.families.heads import Channel, Head, Shared, event_dim_of, fixed
 
-__all__ = ["Family", "cap", "shared"]
-
-
 Constraint = constraints.Constraint
 
 

@@ -39,8 +39,6 @@ from torch import Tensor, nn
 from ppvae.families.base import Value
 from ppvae.families.heads import Argument
 
-__all__ = ["Flow", "FlowHead"]
-
 
 class Flow(Value):
     r"""A conditional normalizing flow: `z = loc + scale * T(eps)`, all of it from the features.

@@ -10,9 +10,6 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-__all__ = ["Argument", "Channel", "Head", "Shared", "event_dim_of", "fixed"]
-
-
 Constraint = constraints.Constraint
 
 

@@ -38,22 +38,6 @@ from ppvae.families.flows import Flow
 from ppvae.families.heads import Channel
 from ppvae.families.prior import Prior
 
-__all__ = [
-    "LADDER",
-    "deterministic",
-    "flow",
-    "full_rank",
-    "low_rank",
-    "mean_only",
-    "mean_only_bounded",
-    "mean_scale",
-    "noise_only",
-    "shared_scale",
-    "student_t",
-    "zero",
-]
-
-
 deterministic = Family(dist.Delta)
 
 

@@ -31,8 +31,6 @@ from typing import Any
 
 from ppvae.families.base import Value
 
-__all__ = ["Prior"]
-
 
 class Prior(Value):
     """The family whose only member is the prior itself: no information passes to the latent.

@@ -12,8 +12,6 @@ from ppvae._scopes import random_state
 from ppvae.guides.sites import Site
 from ppvae.programs.nodes import is_real, same_support
 
-__all__ = ["Part", "divide"]
-
 
 class Part(NamedTuple):
     """One head and the sites that it serves; several sites, or odd plates, go by a flat draw."""

@@ -23,8 +23,6 @@ from ppvae.guides.plates import Plates
 from ppvae.guides.sites import data_frame, read_site
 from ppvae.programs.nodes import draws_its_rows, dtype_of, is_real, latent_nodes, prototype
 
-__all__ = ["FamilyGuide"]
-
 
 class FamilyGuide(AutoGuide):
     r"""A guide that draws every latent site of a model from one family.

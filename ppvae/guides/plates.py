@@ -12,8 +12,6 @@ from torch import Tensor
 from ppvae.guides.sites import Site
 from ppvae.programs.nodes import prototype
 
-__all__ = ["Plates"]
-
 
 class Plates(NamedTuple):
     """What the model's plates looked like at the first call.

@@ -16,8 +16,6 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import given, run_trace, trace_pair
 
-__all__ = ["needs_training", "terms_at"]
-
 
 def needs_training(guide: Any, layout: Layout) -> str:
     """Why a guide must be trained on data before it can answer for them; empty if it need not."""

@@ -9,8 +9,6 @@ from torch.distributions import biject_to
 
 from ppvae.programs.nodes import is_real
 
-__all__ = ["Site", "data_frame", "read_site"]
-
 
 class Site(NamedTuple):
     """A latent site of a model.

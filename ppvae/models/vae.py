@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ppvae._scopes import Named, eval_mode, random_state
 
-__all__ = ["VAE"]
-
 
 class VAE(Named):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.

@@ -19,8 +19,6 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.nodes import is_point
 from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_trace
 
-__all__ = ["Cut", "check_reparametrized", "runs"]
-
 
 def check_reparametrized(parts: Terms, guide_trace: Any) -> None:
     """Raises a ValueError if the guide has parameters that no gradient reaches through a draw."""
@@ -91,6 +89,7 @@ def runs(
 
 
 def read_terms(pairs: list[Any], plate: str | None) -> list[Terms]:
+    """The terms of each pair of traces, every draw of which must be reparametrized."""
     parts = []
     for model_trace, guide_trace in pairs:
         parts.append(terms(model_trace, guide_trace, plate))

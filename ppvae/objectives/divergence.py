@@ -11,8 +11,6 @@ from torch.distributions import kl_divergence
 
 from ppvae.programs.nodes import is_point
 
-__all__ = ["by_coordinate", "closed_kl"]
-
 
 def by_coordinate(guide: Any, prior: Any) -> tuple[Any, Any] | None:
     """Both distributions as those of single coordinates, so that the divergence splits, or None."""

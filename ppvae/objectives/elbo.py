@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae._checks import check_choice, check_count, check_weight
+from ppvae._checks import check_choice, check_count, check_number
 from ppvae.objectives.base import check_reparametrized, read_terms, runs
 from ppvae.objectives.divergence import by_coordinate, closed_kl
 from ppvae.objectives.trace_terms import Terms, data_size, terms
 from ppvae.programs.nodes import is_point
 from ppvae.programs.runs import trace_pair
-
-__all__ = ["ELBO", "floored_rate", "loss_of", "negative_elbo"]
 
 
 def negative_elbo(
@@ -110,8 +108,8 @@ class ELBO:
 
     def __post_init__(self) -> None:
         if not (callable(self.beta) or isinstance(self.beta, Tensor)):
-            check_weight("beta", self.beta)
-        check_weight("free_bits", self.free_bits)
+            check_number("beta", self.beta)
+        check_number("free_bits", self.free_bits)
         check_choice("kl", self.kl, ("analytic", "sampled"))
         check_count("num_samples", self.num_samples)
 

@@ -14,8 +14,6 @@ from ppvae._checks import check_choice, check_count
 from ppvae.objectives.base import Cut, read_terms, runs
 from ppvae.objectives.trace_terms import Terms, common_scale, data_size
 
-__all__ = ["IWAE", "averaged", "log_joint_and_guide", "path"]
-
 
 @dataclass(frozen=True)
 class IWAE:

@@ -21,8 +21,6 @@ from ppvae.objectives.trace_terms import terms
 from ppvae.programs.matched_normals import MomentMatched
 from ppvae.programs.runs import draws_plate, trace_pair
 
-__all__ = ["average_loss"]
-
 
 def average_loss(
     model: Callable[..., Any],

@@ -18,9 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ppvae._checks import check_count, check_weight
-
-__all__ = ["WarmUp", "warm_up"]
+from ppvae._checks import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
-        check_weight("start", self.start)
-        check_weight("end", self.end)
+        check_number("start", self.start)
+        check_number("end", self.end)
 
     def __call__(self, step: Any) -> Any:
         """The number at a step, counted from 0; a tensor, if the step is one."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from ppvae.objectives.divergence import closed_kl
 from ppvae.programs.nodes import counts, data_plate, has_density, log_prob, masked, per_datum
 
-__all__ = ["Terms", "common_scale", "data_size", "log_density", "terms"]
-
 
 class Terms(NamedTuple):
     """The terms of the objective by site, unscaled, in nats; sums over event dims.
@@ -122,6 +120,7 @@ def data_size(parts: Terms, size: int | None) -> int:
 
 
 def check_local(parts: Terms) -> None:
+    """Raises a ValueError unless all sites are in the data plate."""
     if parts.plate is None:
         raise ValueError("model: expected a plate over the data, got none")
     outside = (set(parts.log_prior) | set(parts.log_likelihood)) - parts.local

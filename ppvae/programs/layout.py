@@ -14,8 +14,6 @@ from torch.distributions import biject_to
 from ppvae._scopes import eval_mode, random_state
 from ppvae.programs.nodes import _is_data, data_plate, latent_nodes, prototype
 
-__all__ = ["Layout", "Place", "drawn_rows"]
-
 
 class Layout:
     """The coordinates of a model's latents, and the simulations that they belong to.

@@ -14,8 +14,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["MatchedPerDatum", "MomentMatched"]
-
 
 class MomentMatched(TorchFunctionMode):
     """Makes the standard normal numbers of a run uncorrelated over its draws, exactly."""

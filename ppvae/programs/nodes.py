@@ -15,19 +15,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-__all__ = [
-    "data_plate",
-    "drawn_nodes",
-    "draws_its_rows",
-    "dtype_of",
-    "has_density",
-    "is_point",
-    "is_real",
-    "latent_nodes",
-    "prototype",
-    "same_support",
-]
-
 
 def latent_nodes(trace: Any) -> list[dict[str, Any]]:
     """The latent sample statements of a trace, without those that draw subsamples."""
@@ -114,10 +101,12 @@ def counts(node: Any) -> bool:
 
 
 def log_prob(node: dict[str, Any]) -> Tensor:
+    """Log density of a node's value by batch element; zero where it is masked."""
     return masked(node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]), node)
 
 
 def masked(value: Tensor, node: dict[str, Any]) -> Tensor:
+    """A value by batch element, made zero where the node's mask is false."""
     mask = node["mask"]
     if mask is None:
         return value

@@ -19,17 +19,6 @@ from torch import Tensor
 from ppvae._scopes import eval_mode, random_state
 from ppvae.programs.nodes import data_plate, draws_its_rows, latent_nodes, prototype
 
-__all__ = [
-    "draw_runs",
-    "draws_plate",
-    "given",
-    "is_vectorized",
-    "minibatches",
-    "run_trace",
-    "trace_pair",
-]
-
-
 _leftmost: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # dim of a model's leftmost plate
 
 

@@ -16,8 +16,6 @@ from ppvae.data.adapters import prepared
 from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import given, run_trace
 
-__all__ = ["Simulation", "Uncondition", "simulate"]
-
 
 class Simulation(NamedTuple):
     """Data drawn from a model.

@@ -7,8 +7,6 @@ from scipy import linalg
 
 from ppvae.regression.factor import Factor
 
-__all__ = ["Decomposition"]
-
 _EPSILON = np.finfo(float).eps
 _LOG_TWO_PI = np.log(2 * np.pi)
 

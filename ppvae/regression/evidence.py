@@ -17,8 +17,6 @@ from ppvae.regression.exact import ExactPosterior
 from ppvae.regression.hyperposterior import Unknown, hyper_posterior
 from ppvae.regression.problem import Problem, read_problem
 
-__all__ = ["EvidenceMaximum", "evidence_maximum", "log_evidence_curve"]
-
 _WEIGHT = dist.Normal(0.0, 1.0)
 # Natural logs of the scale, relative to the prior's own, between which the maximum is looked for.
 _RANGE = 35.0

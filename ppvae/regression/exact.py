@@ -23,8 +23,6 @@ from ppvae.regression.leave_one_out import LeaveOneOut, leave_one_out
 from ppvae.regression.problem import Problem, read_problem
 from ppvae.regression.roots import mixture_quantiles
 
-__all__ = ["ExactPosterior", "exact_posterior"]
-
 _WEIGHT = dist.Normal(0.0, 10.0)
 _NOISE = dist.HalfNormal(10.0)
 # Numbers of the largest array in one step of a computation that can be cut into steps.

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Factor", "factorize"]
-
 # Rows that are factorized at a time: enough to keep the cores busy, and little memory.
 _ROWS = 8192
 

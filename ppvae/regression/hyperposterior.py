@@ -11,8 +11,6 @@ from ppvae.regression.priors import PositivePrior
 from ppvae.regression.quadrature import Quadrature, integrate
 from ppvae.regression.roots import increasing_root
 
-__all__ = ["HyperPosterior", "Unknown", "hyper_posterior"]
-
 # Log integrands `(k, integrands)` at logs of the noise and of the scale, each `(k,)`; the first is
 # the joint density of the data and the two logs, the others only have to be resolved as well.
 LogJoint = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -11,8 +11,6 @@ from ppvae.regression.factor import factorize
 from ppvae.regression.hyperposterior import HyperPosterior
 from ppvae.regression.problem import Problem
 
-__all__ = ["LeaveOneOut", "leave_one_out"]
-
 _BUDGET = 4_000_000
 # Below this share of a datum's own variance the closed form loses digits, and one refits instead.
 _LEAST_SHARE = 1e-6

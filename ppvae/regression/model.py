@@ -15,8 +15,6 @@ from torch.distributions import Distribution, Independent
 from ppvae._scopes import Named
 from ppvae.regression.priors import known_number, positive_prior
 
-__all__ = ["Horseshoe", "LinearRegression"]
-
 
 class Horseshoe:
     r"""A prior for few large weights: `w_j ~ Normal(0, tau lambda_j)`, both scales half-Cauchy.

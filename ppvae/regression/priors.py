@@ -14,8 +14,6 @@ from torch.distributions.transforms import Transform
 
 from ppvae.regression.quadrature import LIMIT
 
-__all__ = ["PositivePrior", "known_number", "positive_prior", "weight_prior"]
-
 
 class PositivePrior(NamedTuple):
     """A prior of a positive number, by its log.

@@ -13,8 +13,6 @@ from ppvae.regression.hyperposterior import HyperPosterior, LogJoint, Unknown, h
 from ppvae.regression.priors import known_number, positive_prior, weight_prior
 from ppvae.regression.quadrature import LIMIT
 
-__all__ = ["Problem", "read_problem"]
-
 # The reference of the decomposition is moved where the posterior is further away than this (log).
 _FAR = 7.0
 

@@ -15,8 +15,6 @@ from numpy.polynomial import legendre
 
 from ppvae.regression.roots import increasing_root
 
-__all__ = ["LIMIT", "Quadrature", "integrate"]
-
 # Logs of positive numbers are kept within this, so that their squares are floats.
 LIMIT = 300.0
 _ORDER = 20

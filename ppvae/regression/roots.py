@@ -7,8 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from scipy import special
 
-__all__ = ["increasing_root", "mixture_quantiles"]
-
 _ROUNDS = 80
 
 

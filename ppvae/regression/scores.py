@@ -14,8 +14,6 @@ from ppvae._scopes import eval_mode, private_modules
 from ppvae.objectives.matched import average_loss
 from ppvae.regression.model import LinearRegression
 
-__all__ = ["PredictiveScores", "objective", "predictive_scores"]
-
 
 class PredictiveScores(NamedTuple):
     """How well draws of a posterior predict data.

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ppvae._scopes import random_state, unchecked
 from ppvae.staging.program import Program
 
-__all__ = ["export"]
-
 
 def export(program: Program, args: tuple[Any, ...]) -> Any:
     """The exported program of a call; the first dimension of tensors may vary where it can."""

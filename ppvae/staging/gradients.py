@@ -15,8 +15,6 @@ from ppvae._scopes import random_state, unchecked, without_warnings
 from ppvae.staging.passes import drop_unused, spell_sizes
 from ppvae.staging.staged import NotStageable, Staged, alike, one_line
 
-__all__ = ["Gradients"]
-
 
 class Gradients:
     """The loss and its gradients as a function of the state and the data of a staged loss.

@@ -13,9 +13,6 @@ from ppvae.programs.runs import draws_plate
 from ppvae.staging.program import Program
 from ppvae.staging.staged import NotStageable, Staged
 
-__all__ = ["ManyDraws"]
-
-
 # Runs, each of as much as fits in memory, that take longer than the compiler: it needs 4 to 8 s and
 # saves 18 of the 37 ms of a run (784-400-20 on two cores).
 _COMPILE = 400

@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["clean", "drop_unused", "spell_sizes", "split_noise"]
-
-
 _sized = torch.ops.aten.sym_size.int
 
 

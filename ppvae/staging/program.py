@@ -18,8 +18,6 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.iwae import IWAE
 from ppvae.programs.runs import draws_plate, is_vectorized, trace_pair
 
-__all__ = ["Program", "setting"]
-
 
 class Program(nn.Module):
     """The loss of a model and its guide as a module that holds all that they are made of.

@@ -27,8 +27,6 @@ from ppvae.staging.export import export
 from ppvae.staging.passes import clean, split_noise
 from ppvae.staging.program import Program
 
-__all__ = ["NotStageable", "Staged", "stage"]
-
 
 class NotStageable(ValueError):
     """A model or guide does what a graph cannot hold; the message says what, in one line."""

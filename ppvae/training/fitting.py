@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ppvae._checks import is_count
+from ppvae._checks import check_count, expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.adapters import length_of
 from ppvae.data.batches import Batches
@@ -28,8 +28,6 @@ from ppvae.training.steppers import (
     mean_loss,
     parameters_of,
 )
-
-__all__ = ["Fit", "fit"]
 
 
 class Fit(NamedTuple):
@@ -150,8 +148,9 @@ def fit(
         size = min(batches.batch_size or 1024, length_of(validation))
         held_out = Batches("validation", validation, size, shuffle=False)
     check_options(num_epochs, learning_rate, optimizer, objective, precision)
-    if patience is not None and (held_out is None or not is_count(patience)):
-        raise ValueError(f"patience: expected at least 1 and `validation` data, got {patience}")
+    if patience is not None:
+        patience = check_count("patience", patience)
+        expect(held_out is not None, "patience", "`validation` data beside it", "none")
     objective = ELBO() if objective is None else objective
     how = how_to_run(compile, num_epochs * batches.count, batches.batch_size or 1)
     if batches.tensors and hasattr(model, "check_data"):

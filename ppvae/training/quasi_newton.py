@@ -24,9 +24,6 @@ from ppvae.objectives.matched import average_loss
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import is_vectorized, trace_pair
 
-__all__ = ["draws_needed", "minimise"]
-
-
 _MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
 
 

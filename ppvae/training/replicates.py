@@ -27,8 +27,6 @@ from ppvae.training.quasi_newton import draws_needed
 from ppvae.training.stacked import Stacked
 from ppvae.training.steppers import adam, check_options, how_to_run, parameters_of
 
-__all__ = ["fit_replicates"]
-
 
 def fit_replicates(
     pairs: Sequence[tuple[Any, Any]],

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Diverged", "Kept", "restore", "undone_by_errors"]
-
 
 class Diverged(ArithmeticError):
     """The loss stopped being finite; parameters of at most ten steps before are in place."""

@@ -18,8 +18,6 @@ from ppvae.staging.program import Program, setting
 from ppvae.staging.staged import NotStageable, Staged, one_line
 from ppvae.training.snapshots import Diverged, Kept
 
-__all__ = ["Stacked"]
-
 
 class Stacked:
     """Replicates whose parameters, buffers and data have a first dimension in common.

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae._checks import is_count
+from ppvae._checks import check_count, check_number
 from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
 from ppvae.data.batches import Batches
 from ppvae.objectives.elbo import negative_elbo
@@ -22,17 +22,6 @@ from ppvae.programs.runs import trace_pair
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, stage
 from ppvae.training.snapshots import Diverged, Kept
-
-__all__ = [
-    "Runner",
-    "Stepper",
-    "adam",
-    "check_options",
-    "check_support_of",
-    "how_to_run",
-    "mean_loss",
-    "parameters_of",
-]
 
 
 class Stepper:
@@ -132,10 +121,8 @@ def check_options(
     num_epochs: Any, learning_rate: Any, optimizer: Any, objective: Any, precision: Any
 ) -> None:
     """Raises, if an option of `fit` is not what it should be."""
-    if not is_count(num_epochs):
-        raise ValueError(f"num_epochs: expected a whole number of at least 1, got {num_epochs}")
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
+    check_count("num_epochs", num_epochs)
+    check_number("learning_rate", learning_rate, positive=True)
     if optimizer is not None and not callable(optimizer):
         raise TypeError(f"optimizer: expected a class or function, got {type(optimizer).__name__}")
     if objective is not None and (not callable(objective) or inspect.isclass(objective)):
