@@ -15,11 +15,16 @@ from tqdm.auto import tqdm
 
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
-from ppvae.evaluation.importance import khat
 from ppvae.evaluation.search import Offsets, adam, quasi_newton
 from ppvae.families.prior import Prior
 from ppvae.guides.family_guide import FamilyGuide
-from ppvae.objectives.trace_terms import Terms, check_local, terms
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.weights import (
+    effective_sample_size,
+    khat,
+    log_mean_weight,
+    log_mean_weight_se,
+)
 from ppvae.programs.runs import is_vectorized, minibatches, trace_pair
 
 _GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
@@ -160,7 +165,7 @@ def _check_guide(guide: Any) -> None:
 
 def _check_terms(parts: Terms, guide: Any) -> Any:
     """The frame of the data plate, if the gaps can be measured."""
-    check_local(parts)
+    parts.check_local()
     if not parts.log_guide:
         name = getattr(guide.family, "name", guide.family)
         raise ValueError(
@@ -253,17 +258,13 @@ def _importance_sampling(offsets: Offsets, draws: int, seed: int) -> dict[str, T
     """Log p(x) from below, from independent draws at the place where the offsets are."""
     weights = []
     for parts, count in offsets.terms(draws, seed):
-        log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())
-        log_q = sum(parts.log_guide.values(), start=torch.zeros(()))
-        weights.append((log_p - log_q).expand(count, offsets.frame.size))
+        weights.append(parts.log_weight.expand(count, offsets.frame.size))
     log_w = torch.cat(weights).double()
-    ess = 1 / torch.softmax(log_w, 0).square().sum(0)
     return {
-        "log_likelihood": log_w.logsumexp(0) - math.log(draws),
-        # the delta method: the relative error of the mean weight
-        "log_likelihood_se": (1 / ess - 1 / draws).clamp_min(0).sqrt(),
-        "ess": ess,
-        "khat": torch.from_numpy(khat(log_w.T.cpu().numpy())),
+        "log_likelihood": log_mean_weight(log_w),
+        "log_likelihood_se": log_mean_weight_se(log_w),
+        "ess": effective_sample_size(log_w),
+        "khat": khat(log_w),
     }
 
 

@@ -15,10 +15,14 @@ from tqdm.auto import tqdm
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
 from ppvae.evaluation.coordinates import Coordinates, Directions
-from ppvae.evaluation.importance import khat
 from ppvae.evaluation.information import Draws, Information, draws_needed, draws_of, information
 from ppvae.families.family import cap
-from ppvae.objectives.trace_terms import Terms, check_local, terms
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.weights import (
+    effective_sample_size,
+    khat,
+    log_mean_weight,
+)
 from ppvae.programs.layout import drawn_rows
 from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import draw_runs, draws_plate, is_vectorized, minibatches, trace_pair
@@ -99,7 +103,7 @@ def evaluate(
         with unchecked():
             pair = _Pair(model, guide, plate, vectorized)
             parts = pair.run(args)[0]
-            check_local(parts)
+            parts.check_local()
             batches = minibatches(model, guide, args, parts.plate, batch_size, plate)
             few = draws_needed(parts.plate.size) if pair.channels != () else 1
             bar = tqdm(batches, "evaluate", disable=not progress, delay=3.0, unit="batch")
@@ -132,13 +136,11 @@ class _Pair(NamedTuple):
     def read(self, args: tuple[Any, ...], draws: Any) -> tuple[Tensor, ...]:
         """Of a run: log weights, draws `(draws, batch, coordinates)`, the objective by site."""
         parts, model_trace, guide_trace = self.run(args, draws)
-        log_p = sum(parts.log_likelihood.values()) + sum(parts.log_prior.values())
-        log_q = sum(parts.log_guide.values(), start=torch.zeros(()))
         size = (1 if draws is None else draws.size, parts.plate.size)
         sites = [value.expand(size) for value in _by_site(parts).values()]
         dim = None if draws is None else draws.dim
         rows = drawn_rows(guide_trace, latent_nodes(model_trace), parts.plate, dim)
-        return (log_p - log_q).expand(size), rows, *sites
+        return parts.log_weight.expand(size), rows, *sites
 
     @property
     def channels(self) -> tuple[str, ...] | None:
@@ -195,13 +197,13 @@ class _Batch:
         self.terms = {name: (value / total).cpu().numpy() for name, value in sums.items()}
         self.names, self.differ = coordinates.names, coordinates.differ
         self.coordinates = coordinates.arrays()
-        log_likelihood = log_w.logsumexp(0) - math.log(total)
+        log_likelihood = log_mean_weight(log_w)
         self.data = {
             "distortion": -sum(self.terms[name] for name in parts.log_likelihood),
             "rate": -sum(v for k, v in self.terms.items() if k not in parts.log_likelihood),
             "log_likelihood": log_likelihood.cpu().numpy(),
-            "ess": (1 / torch.softmax(log_w, 0).square().sum(0)).cpu().numpy(),
-            "khat": khat(log_w.T.cpu().numpy()),
+            "ess": effective_sample_size(log_w).cpu().numpy(),
+            "khat": khat(log_w).numpy(),
         }
         self.data["objective"] = -(self.data["distortion"] + self.data["rate"])
         self.data["elbo"] = self.data["objective"]

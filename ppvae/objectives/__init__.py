@@ -1,4 +1,4 @@
-r"""Objectives: the losses that `fit` can minimise, in nats per datum.
+"""Objectives: the losses that `fit` can minimise, in nats per datum, and the terms they are made of.
 
 An objective is anything that is called as `objective(model, guide, *args, size=None, step=0)` and
 returns a scalar that can be differentiated:
@@ -8,35 +8,14 @@ returns a scalar that can be differentiated:
 
 Those here mean the same at every batch size: what is local to a datum is averaged over the batch,
 what is global is divided by the number of data, and a `poutine.scale` of the model is kept.
-**To add an objective**, write a function of that signature; `objective.terms` reads its terms.
+**To add an objective**, write a function of that signature: `trace_pair` runs the programs, and
+`terms` reads the traces.
 """
 
-from ppvae.objectives.base import Cut, check_reparametrized, runs
-from ppvae.objectives.divergence import by_coordinate, closed_kl
-from ppvae.objectives.elbo import ELBO, floored_rate, loss_of, negative_elbo
-from ppvae.objectives.iwae import IWAE, averaged, log_joint_and_guide, path
+from ppvae.objectives.elbo import ELBO, negative_elbo
+from ppvae.objectives.iwae import IWAE
 from ppvae.objectives.schedules import WarmUp, warm_up
-from ppvae.objectives.trace_terms import Terms, common_scale, data_size, log_density, terms
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.runs import trace_pair
 
-__all__ = [
-    "Cut",
-    "ELBO",
-    "IWAE",
-    "Terms",
-    "WarmUp",
-    "averaged",
-    "by_coordinate",
-    "check_reparametrized",
-    "closed_kl",
-    "common_scale",
-    "data_size",
-    "floored_rate",
-    "log_density",
-    "log_joint_and_guide",
-    "loss_of",
-    "negative_elbo",
-    "path",
-    "runs",
-    "terms",
-    "warm_up",
-]
+__all__ = ["ELBO", "IWAE", "Terms", "WarmUp", "negative_elbo", "terms", "trace_pair", "warm_up"]

@@ -98,10 +98,7 @@ def log_joint_and_guide(parts: list[Terms], size: int | None) -> tuple[Tensor, T
             )
     else:
         _check_all_data(first, size)
-    log_p, log_q = [], []
-    for part in parts:
-        log_p.append(_summed({**part.log_likelihood, **part.log_prior}, part, local=local))
-        log_q.append(_summed(part.log_guide, part, local=local))
+    log_p, log_q = [part.log_joint for part in parts], [part.log_q for part in parts]
     return _stacked(log_p, local=local), _stacked(log_q, local=local)
 
 
@@ -172,12 +169,6 @@ def _check_all_data(parts: Terms, size: int | None) -> None:
             f"batch_size: expected all {full} data in one batch, since the latent sites are "
             f"global, and a weight of importance belongs to all the data; got {frame.size}"
         )
-
-
-def _summed(values: dict[str, Tensor], parts: Terms, *, local: bool) -> Tensor:
-    """The sum over sites, and over the data too, unless it is to be local."""
-    summed = [v.sum(-1) if n in parts.local and not local else v for n, v in values.items()]
-    return sum(summed, start=torch.zeros(()))
 
 
 def _stacked(runs: list[Tensor], *, local: bool) -> Tensor:

@@ -1,7 +1,7 @@
-r"""The terms of the objective, read from the traces, and the losses made of them.
+"""The terms of the objective, read from the traces of a model and its guide, in nats.
 
-Everything here is in nats. `terms` is the one place that turns a pair of traces into numbers;
-training, evaluation and export all use it.
+`terms` is the one place that turns a pair of traces into numbers; training, evaluation and export
+all use it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae.objectives.divergence import closed_kl
-from ppvae.programs.nodes import counts, data_plate, has_density, log_prob, masked, per_datum
+from ppvae.programs.nodes import (
+    counts,
+    data_plate,
+    has_density,
+    is_inside,
+    log_prob,
+    masked,
+    per_datum,
+)
 
 
 class Terms(NamedTuple):
@@ -43,7 +52,7 @@ class Terms(NamedTuple):
     @property
     def distortion(self) -> Tensor:
         """-log p(x | z), summed over sites."""
-        return -_total(self.log_likelihood)
+        return -_sum(self.log_likelihood)
 
     @property
     def rate(self) -> Tensor:
@@ -53,11 +62,52 @@ class Terms(NamedTuple):
         """
         sampled = {k: -v for k, v in self.log_prior.items() if k not in self.kl}
         guide = {k: v for k, v in self.log_guide.items() if k not in self.kl}
-        return _total(self.kl) + _total(sampled) + _total(guide)
+        return _sum(self.kl) + _sum(sampled) + _sum(guide)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all latent sites are in the data plate, so that each datum has its own draws."""
+        return self.plate is not None and set(self.log_prior) | set(self.log_guide) <= self.local
+
+    @property
+    def log_joint(self) -> Tensor:
+        """Log p(x, z): `(*draws, batch)` if `is_local`, else of all data together, `(*draws,)`."""
+        return self._total({**self.log_likelihood, **self.log_prior})
+
+    @property
+    def log_q(self) -> Tensor:
+        """Log q(z), of the shape of `log_joint`; zero for a point."""
+        return self._total(self.log_guide)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Log p(x, z) - log q(z): the log of the importance weight of a draw."""
+        return self.log_joint - self.log_q
+
+    def _total(self, values: dict[str, Tensor]) -> Tensor:
+        """The sum over sites, and over the data too where latents belong to all of them."""
+        whole = not self.is_local
+        return _sum({k: v.sum(-1) if whole and k in self.local else v for k, v in values.items()})
+
+    def check_local(self) -> None:
+        """Raises a ValueError unless all sites are in the data plate."""
+        expect(self.plate is not None, "model", "a plate over the data", "none")
+        outside = (set(self.log_prior) | set(self.log_likelihood)) - self.local
+        if outside:
+            raise ValueError(
+                f"model: expected all sites in the plate {self.plate.name!r}; outside: "
+                f"{sorted(outside)}"
+            )
+        joint = set(self.log_guide) - self.local
+        if joint:
+            raise ValueError(
+                f"guide: expected draws per datum, in the plate {self.plate.name!r}; "
+                f"{sorted(joint)} are of all data at once (a joint family without an encoder?)"
+            )
 
 
-def _total(parts: dict[str, Tensor]) -> Tensor:
-    return sum(parts.values(), start=torch.zeros(()))
+def _sum(values: dict[str, Tensor]) -> Tensor:
+    return sum(values.values(), start=torch.zeros(()))
 
 
 def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms:
@@ -74,7 +124,7 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
     local = set()
 
     def read(name: str, node: dict[str, Any], value: Tensor) -> Tensor:
-        inside = frame is not None and any(f.name == frame.name for f in node["cond_indep_stack"])
+        inside = is_inside(node, frame)
         if inside:
             local.add(name)
         thinned = frame.full_size / frame.size if inside and frame.full_size else 1.0
@@ -119,29 +169,11 @@ def data_size(parts: Terms, size: int | None) -> int:
     return size or (1 if parts.plate is None else parts.plate.full_size or parts.plate.size)
 
 
-def check_local(parts: Terms) -> None:
-    """Raises a ValueError unless all sites are in the data plate."""
-    if parts.plate is None:
-        raise ValueError("model: expected a plate over the data, got none")
-    outside = (set(parts.log_prior) | set(parts.log_likelihood)) - parts.local
-    if outside:
-        raise ValueError(
-            f"model: expected all sites in the plate {parts.plate.name!r}; outside: "
-            f"{sorted(outside)}"
-        )
-    joint = set(parts.log_guide) - parts.local
-    if joint:
-        raise ValueError(
-            f"guide: expected draws per datum, in the plate {parts.plate.name!r}; {sorted(joint)} "
-            "are of all data at once (a joint family without an encoder?)"
-        )
-
-
 def log_density(trace: Any, frame: Any) -> Tensor:
     """Log q of all latents of a guide's trace, in nats, per datum (and draw) where `frame` says."""
     total = torch.zeros(())
     for node in trace.nodes.values():
         if node["type"] == "sample" and counts(node) and has_density(node, trace):
-            inside = any(f.name == frame.name for f in node["cond_indep_stack"])
+            inside = is_inside(node, frame)
             total = total + per_datum(log_prob(node), node, frame if inside else None)
     return total

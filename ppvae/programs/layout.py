@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ppvae._scopes import eval_mode, random_state
-from ppvae.programs.nodes import _is_data, data_plate, latent_nodes, prototype
+from ppvae.programs.nodes import data_plate, is_data, latent_nodes, prototype
 
 
 class Layout:
@@ -34,7 +34,7 @@ class Layout:
             raise ValueError("model: expected latent sites, got none")
         self.frame = data_plate(trace, plate)
         name = None if self.frame is None else self.frame.name
-        nodes = self.nodes + [node for node in trace.nodes.values() if _is_data(node)]
+        nodes = self.nodes + [node for node in trace.nodes.values() if is_data(node)]
         stacks = {node["name"]: node["cond_indep_stack"] for node in nodes}
         self.outside = [n for n, stack in stacks.items() if name not in {f.name for f in stack}]
         if not (local and self.outside):

@@ -1,4 +1,4 @@
-"""What a guide has to know of a model: its latent sites, their plates and their supports."""
+"""Reads the nodes of a trace: which are latent or observed, in which plates, on which support."""
 
 from __future__ import annotations
 
@@ -14,11 +14,30 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
+Node = dict[str, Any]
+
+#: The name of the plate that the draws of one vectorized run stand in.
+DRAWS = "_draws"
 
 
-def latent_nodes(trace: Any) -> list[dict[str, Any]]:
+def latent_nodes(trace: Any) -> list[Node]:
     """The latent sample statements of a trace, without those that draw subsamples."""
     return [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+
+
+def observed_nodes(trace: Any) -> list[Node]:
+    """The observed sample statements of a trace, factors among them."""
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    return [node for node in nodes if node["is_observed"] and counts(node)]
+
+
+def is_data(node: Node) -> bool:
+    """Whether a sample statement is observed, or was until its observation was taken off."""
+    if not counts(node) or isinstance(node["fn"], dist.Unit):
+        return False
+    return node["is_observed"] or node["infer"].get("was_observed", False)
 
 
 def draws_its_rows(node: Any) -> bool:
@@ -43,12 +62,23 @@ def prototype(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return fn.sample().detach()
         except NotImplementedError:
-            transform = biject_to(fn.support)
+            transform = from_reals(fn.support)
             zeros = torch.zeros(transform.inverse_shape(fn.shape()), dtype=dtype_of(*args))
             return transform(zeros)
 
     with poutine.block(), torch.no_grad():
         return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
+
+
+def from_reals(support: Any) -> Any:
+    """The bijection from the reals to a support; a mixture's is that of its components.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    while isinstance(support, MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    return biject_to(support)
 
 
 def is_real(support: Any) -> bool:
@@ -73,26 +103,57 @@ def _bare(support: Any) -> Any:
     return support
 
 
+def plates_of(node: Node) -> dict[str, Any]:
+    """The vectorized plates around a node by name, outermost first, those of draws left out."""
+    stack = node["cond_indep_stack"]
+    return {f.name: f for f in stack if f.dim is not None and f.name != DRAWS}
+
+
+def is_inside(node: Node, plate: Any) -> bool:
+    """Whether a node lies in a plate; nothing lies in None."""
+    return plate is not None and any(f.name == plate.name for f in node["cond_indep_stack"])
+
+
 def data_plate(trace: Any, plate: str | None = None) -> Any:
-    """The plate whose members are the data: `plate`, or else `data`, or else the outermost one.
+    """Finds the plate whose members are the data, by the one rule of the library.
+
+    A name that is given decides. Else it is the plate `data`; else, of the plates around observed
+    sites, those of the length of the data (the first tensor among the arguments of the trace), or
+    all if none has it; of several the one that all latent sites share, and then the outermost.
 
     Args:
         trace: a trace of the model.
         plate: its name.
 
+    Returns:
+        The frame of the plate, or None if nothing is observed in a plate.
+
     Raises:
         ValueError: there is no plate of that name.
     """
     frames: dict[str, Any] = {}
-    for node in trace.nodes.values():
-        if node["type"] == "sample" and node["is_observed"] and counts(node):
-            for frame in node["cond_indep_stack"]:
-                if frame.dim is not None and frame.name != "_draws":
-                    frames.setdefault(frame.name, frame)
-    if plate is not None and plate not in frames:
-        raise ValueError(f"plate: expected one of {list(frames)}, got {plate!r}")
-    wanted = plate or ("data" if "data" in frames else next(iter(frames), None))
-    return frames.get(wanted) if wanted is not None else None
+    for node in observed_nodes(trace):
+        frames |= {name: f for name, f in plates_of(node).items() if name not in frames}
+    latents = [plates_of(node) for node in latent_nodes(trace)]
+    shared = {name for name in frames if latents and all(name in plates for plates in latents)}
+    if plate is not None:
+        if plate not in frames:
+            raise ValueError(f"plate: expected one of {list(frames)}, got {plate!r}")
+        return frames[plate]
+    if "data" in frames:
+        return frames["data"]
+    length = _length(trace)
+    fitting = [name for name, f in frames.items() if length in (f.size, f.full_size)]
+    names = fitting or list(frames)
+    names = [name for name in names if name in shared] or names
+    return frames[names[0]] if names else None
+
+
+def _length(trace: Any) -> int | None:
+    """Length of the first tensor among the arguments of a traced call."""
+    call = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
+    values = [*call["args"], *call["kwargs"].values()]
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), None)
 
 
 def counts(node: Any) -> bool:
@@ -100,12 +161,12 @@ def counts(node: Any) -> bool:
     return not (site_is_subsample(node) or node["infer"].get("_deterministic", False))
 
 
-def log_prob(node: dict[str, Any]) -> Tensor:
+def log_prob(node: Node) -> Tensor:
     """Log density of a node's value by batch element; zero where it is masked."""
     return masked(node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]), node)
 
 
-def masked(value: Tensor, node: dict[str, Any]) -> Tensor:
+def masked(value: Tensor, node: Node) -> Tensor:
     """A value by batch element, made zero where the node's mask is false."""
     mask = node["mask"]
     if mask is None:
@@ -113,9 +174,9 @@ def masked(value: Tensor, node: dict[str, Any]) -> Tensor:
     return torch.where(torch.as_tensor(mask, device=value.device), value, torch.zeros_like(value))
 
 
-def per_datum(value: Tensor, node: dict[str, Any], frame: Any) -> Tensor:
+def per_datum(value: Tensor, node: Node, frame: Any) -> Tensor:
     """Sums over all plates but those of the data and of the draws."""
-    keep = {f.dim for f in node["cond_indep_stack"] if f.name == "_draws"}
+    keep = {f.dim for f in node["cond_indep_stack"] if f.name == DRAWS}
     if frame is not None:
         keep.add(frame.dim)
     drop = [dim for dim in range(-value.dim(), 0) if dim not in keep]
@@ -129,7 +190,7 @@ def is_point(fn: Any) -> bool:
     return isinstance(fn, dist.Delta)
 
 
-def has_density(node: Any, trace: Any) -> bool:
+def has_density(node: Node, trace: Any) -> bool:
     """Whether a site of a guide has a density, which a point has not.
 
     The points of Pyro's autoguides carry one: the log-determinant of the map that leads there from
@@ -155,9 +216,3 @@ def drawn_nodes(trace: Any) -> dict[str, Any]:
         for name, node in trace.iter_stochastic_nodes()
         if not (site_is_subsample(node) or is_point(node["fn"]))
     }
-
-
-def _is_data(node: Any) -> bool:
-    seen = node["type"] == "sample" and node["is_observed"]
-    deterministic = seen and node["infer"].get("_deterministic")
-    return seen and not (deterministic or isinstance(node["fn"], dist.Unit))

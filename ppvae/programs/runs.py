@@ -1,23 +1,27 @@
-r"""The terms of the objective, read from the traces, and the losses made of them.
-
-Everything here is in nats. `terms` is the one place that turns a pair of traces into numbers;
-training, evaluation and export all use it.
-"""
+"""Runs a Pyro model and its guide: one pair of traces, many draws, and the data in minibatches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae._scopes import eval_mode, random_state
-from ppvae.programs.nodes import data_plate, draws_its_rows, latent_nodes, prototype
+from ppvae._checks import check_count, expect
+from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
+from ppvae.data.adapters import prepared
+from ppvae.programs.keywords import with_keywords
+from ppvae.programs.nodes import DRAWS, data_plate, draws_its_rows, latent_nodes, prototype
+
+# Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
+BUDGET = 4_000_000
 
 _leftmost: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # dim of a model's leftmost plate
 
@@ -54,7 +58,7 @@ def draws_plate(model: Callable[..., Any], *args: Any, draws: int) -> Any:
         nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
         dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
         _leftmost[model] = min(dims, default=0)
-    return pyro.plate("_draws", draws, dim=_leftmost[model] - 1)
+    return pyro.plate(DRAWS, draws, dim=_leftmost[model] - 1)
 
 
 def check_sites(model_trace: Any, guide_trace: Any) -> None:
@@ -63,13 +67,9 @@ def check_sites(model_trace: Any, guide_trace: Any) -> None:
     drawn = {
         node["name"] for node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
     }
-    if latent - drawn:
-        raise ValueError(f"guide: expected every latent site; it misses {sorted(latent - drawn)}")
-    if drawn - latent:
-        raise ValueError(
-            f"guide: expected only latent sites of the model; it has {sorted(drawn - latent)}, of "
-            f"which the model has none (its latent sites: {sorted(latent)})"
-        )
+    missing, extra = sorted(latent - drawn), sorted(drawn - latent)
+    expect(not missing, "guide", "every latent site of the model", f"one that misses {missing}")
+    expect(not extra, "guide", f"only the latent sites {sorted(latent)} of the model", extra)
 
 
 def is_vectorized(model: Any) -> bool:
@@ -101,10 +101,6 @@ def run_trace(program: Callable[..., Any], args: tuple[Any, ...], draws: Any = N
         return poutine.trace(program).get_trace(*args)
 
 
-# Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
-BUDGET = 4_000_000
-
-
 def minibatches(
     model: Any, guide: Any, args: tuple[Any, ...], frame: Any, size: int, plate: str | None
 ) -> list[tuple[Any, ...]]:
@@ -133,7 +129,8 @@ def minibatches(
     ]
     try:
         found = data_plate(trace_pair(model, guide, *cut[0])[0], plate)
-    except Exception:  # whatever a model may raise that was written for one number of data
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
+        # whatever a model may raise that was written for one number of data
         return [args]
     return cut if found is not None and found.size == size else [args]
 
@@ -150,3 +147,94 @@ def draw_runs(
     for start in range(0, draws, at_once):
         count = min(at_once, draws - start)
         yield count, None if widest is None else draws_plate(model, *args, draws=count)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A model and its guide, ready to be run on data as often as needed; made by `opened`.
+
+    Attributes:
+        model: the model, which takes positional arguments only.
+        guide: the guide, likewise.
+        args: the arguments, those that were given by keyword behind the others.
+        traces: of model and guide, on all the data.
+        plate: the data plate, or None.
+        batches: the arguments in minibatches.
+        vectorized: whether many draws are made in one run.
+    """
+
+    model: Any
+    guide: Any
+    args: tuple[Any, ...]
+    traces: tuple[Any, Any]
+    plate: Any
+    batches: list[tuple[Any, ...]]
+    vectorized: bool
+
+    def pair(self, args: tuple[Any, ...], draws: Any = None) -> tuple[Any, Any]:
+        """Traces of model and guide on a minibatch, inside a plate of draws if one is given."""
+        return trace_pair(self.model, self.guide, *args, draws=draws)
+
+    def draws(
+        self, args: tuple[Any, ...], num_samples: int, traces: tuple[Any, Any] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Cuts draws for a minibatch into runs that fit in memory; see `draw_runs`.
+
+        Args:
+            args: the minibatch.
+            num_samples: number of draws.
+            traces: of one draw on the minibatch, from which the need of memory is read.
+        """
+        widest = _widest(args, *(traces or self.traces)) if self.vectorized else None
+        return draw_runs(self.model, args, num_samples, widest)
+
+
+def _widest(args: tuple[Any, ...], *traces: Any) -> int:
+    """Size of the largest tensor of a run of one draw: an argument, or the value of a site."""
+    nodes = [node for trace in traces for node in trace.nodes.values() if node["type"] == "sample"]
+    values = [*args, *(node["value"] for node in nodes)]
+    return max(value.numel() for value in values if isinstance(value, Tensor))
+
+
+@contextmanager
+def opened(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    vectorized: bool | None = None,
+    seed: int | None = None,
+    plate: str | None = None,
+) -> Iterator[Runs]:
+    """Opens a model and its guide for measurements that change nothing.
+
+    Inside, no gradients are recorded, modules are in evaluation mode, the random numbers are those
+    of the seed, Pyro's checks are off and its param store is left alone.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        args: their arguments.
+        kwargs: their keyword arguments.
+        batch_size: data per run; None leaves the data whole.
+        vectorized: whether to make many draws in one run; by default as the model says.
+        seed: seeds the draws; None uses the caller's stream.
+        plate: name of the data plate, see `data_plate`.
+
+    Raises:
+        ValueError: the data are not finite, or guide and model do not fit.
+    """
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
+    vectorized = is_vectorized(model) if vectorized is None else vectorized
+    model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
+    with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
+        with unchecked():
+            traces = trace_pair(model, guide, *args)
+            frame = data_plate(traces[0], plate)
+            batches = [args]
+            if frame is not None and batch_size is not None:
+                batches = minibatches(model, guide, args, frame, batch_size, plate)
+            yield Runs(model, guide, args, traces, frame, batches, vectorized)

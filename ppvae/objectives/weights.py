@@ -1,0 +1,62 @@
+"""Importance weights of draws: log p(x), its standard error, and whether the two can be trusted.
+
+All take log weights log p(x, z) - log q(z) with the draws in front, `(draws, *)`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TRUSTED = 0.7  # k-hat above it: the mean of the weights converges too slowly to be of use
+_FEWEST = 25  # draws, below which the tail has too few for a Pareto fit
+
+
+def log_mean_weight(log_weight: Tensor) -> Tensor:
+    """The log of the mean weight: log p(x) from below, in expectation, in nats."""
+    return log_weight.logsumexp(0) - math.log(len(log_weight))
+
+
+def effective_sample_size(log_weight: Tensor) -> Tensor:
+    """The number of equally weighted draws that are worth as much, from 1 to `draws` (Kish)."""
+    return 1 / torch.softmax(log_weight, 0).square().sum(0)
+
+
+def log_mean_weight_se(log_weight: Tensor) -> Tensor:
+    """Standard error of `log_mean_weight`, by the delta method.
+
+    It is the relative error of the mean weight, `sqrt(1/ess - 1/draws)`.
+    """
+    share = 1 / effective_sample_size(log_weight) - 1 / len(log_weight)
+    return share.clamp_min(0).sqrt()
+
+
+def khat(log_weight: Tensor) -> Tensor:
+    """Pareto shape of the upper tail of the weights, `(draws, *)` to `(*)`, in float64.
+
+    Above 0.7 neither `log_mean_weight` nor the effective sample size can be trusted. It is 0 where
+    the weights are equal up to rounding, and NaN with fewer than 25 draws.
+
+    Vehtari et al., Pareto smoothed importance sampling, 2024.
+    """
+    from arviz_stats.base import array_stats  # takes half a second to import
+
+    rows = log_weight.double().reshape(len(log_weight), -1).T.cpu().numpy()
+    result = np.full(len(rows), math.nan)
+    finite = np.isfinite(rows).all(1)
+    spread = np.where(finite, np.ptp(np.where(finite[:, None], rows, 0.0), axis=1), 1.0)
+    equal = finite & (spread < 1e-5 * (1 + abs(rows[:, 0])))
+    result[equal] = 0.0
+    if rows.shape[1] >= _FEWEST:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            for row in np.flatnonzero(finite & ~equal):
+                try:
+                    result[row] = array_stats.psislw(-rows[row])[1]
+                except ValueError:  # all values in the tail are the same
+                    result[row] = 0.0
+    return torch.from_numpy(result).reshape(log_weight.shape[1:])

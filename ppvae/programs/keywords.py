@@ -1,0 +1,58 @@
+"""Keyword arguments of a model and its guide, made positional at the outer door.
+
+All that runs a pair inside the library hands over a tuple: data in minibatches, inputs of a graph.
+A call with keyword arguments becomes such a tuple here, once, and is taken apart again around the
+programs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ppvae._checks import expect
+from ppvae.data.adapters import prepared
+
+
+class WithKeywords(nn.Module):
+    """A program that takes its keyword arguments behind the others, in a fixed order.
+
+    It holds the program, if that is a module, so that parameters and modes are found in it.
+
+    Args:
+        program: a Pyro model or guide.
+        names: of the keyword arguments, in their order.
+    """
+
+    def __init__(self, program: Any, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.program, self.names = program, names
+
+    @property
+    def vectorized(self) -> bool:
+        """What the program says of itself."""
+        return bool(getattr(self.program, "vectorized", False))
+
+    def forward(self, *args: Any) -> Any:
+        """Calls the program."""
+        cut = len(args) - len(self.names)
+        return self.program(*args[:cut], **dict(zip(self.names, args[cut:], strict=True)))
+
+
+def with_keywords(
+    model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Model, guide and arguments without keywords; unchanged where there are none.
+
+    Raises:
+        TypeError: `kwargs` is no mapping from names.
+    """
+    if not kwargs:
+        return model, guide, args
+    named = isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
+    expect(named, "kwargs", "a mapping from names to arguments", kwargs, TypeError)
+    names = tuple(kwargs)
+    values = prepared(tuple(kwargs.values()))
+    return WithKeywords(model, names), WithKeywords(guide, names), (*args, *values)
