@@ -60,6 +60,26 @@ def _plain(state: Any) -> Any:
 
 
 @contextmanager
+def param_store(*, copies: bool = False) -> Iterator[None]:
+    """Pyro's param store as it is inside, and as it was outside, whatever happens to it.
+
+    Args:
+        copies: give `pyro.param` statements copies of their parameters, which are dropped.
+    """
+    store = pyro.get_param_store()
+    state = store.get_state()
+    if copies:
+        params = {
+            name: value.detach().clone().requires_grad_(value.requires_grad)
+            for name, value in state["params"].items()
+        }
+        state = {"params": params, "constraints": dict(state["constraints"])}
+    with store.scope(state):
+        yield
+    dict(store.items())  # reading a parameter restores the weak reference that get_state takes off
+
+
+@contextmanager
 def random_state(seed: int | None, *, keep: bool = False) -> Iterator[None]:
     """Seeds the random numbers inside; outside they go on as if nothing had been drawn.
 

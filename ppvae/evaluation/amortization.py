@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import prepared
+from ppvae._checks import check_count, expect
 from ppvae.evaluation.search import Offsets, adam, quasi_newton
 from ppvae.families.prior import Prior
 from ppvae.guides.family_guide import FamilyGuide
@@ -25,7 +23,7 @@ from ppvae.objectives.weights import (
     log_mean_weight,
     log_mean_weight_se,
 )
-from ppvae.programs.runs import is_vectorized, minibatches, trace_pair
+from ppvae.programs.runs import opened
 
 _GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
 
@@ -44,7 +42,7 @@ _CHOICE = 64  # draws that choose between two answers of the search
 
 def gaps(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Any,
     *args: Any,
     num_samples: int = 512,
     num_steps: int = 300,
@@ -53,6 +51,7 @@ def gaps(
     vectorized: bool | None = None,
     seed: int | None = 0,
     plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     progress: bool | str = True,
 ) -> xr.Dataset:
     r"""Splits log p(x) - ELBO of an encoder into an approximation and an amortization gap.
@@ -95,6 +94,7 @@ def gaps(
             leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.
         plate: name of the data plate; by default `data`, or else the outermost one.
+        kwargs: keyword arguments of model and guide.
         progress: show a progress bar when it takes long; a string is its label.
 
     Returns:
@@ -117,42 +117,26 @@ def gaps(
         >>> bool(found.approximation.mean() < 1e-3 < found.amortization.mean())
         True
     """
-    for name, value, least in (
-        ("num_samples", num_samples, 2 * _GROUPS),
-        ("num_steps", num_steps, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    num_samples = check_count("num_samples", num_samples, 2 * _GROUPS)
+    num_steps = check_count("num_steps", num_steps)
     _check_guide(guide)
-    args = prepared(args)
-    if vectorized is None:
-        vectorized = is_vectorized(model)
     draws = math.ceil(num_samples / _GROUPS) * _GROUPS
     label = progress if isinstance(progress, str) else "gaps"
-    with ExitStack() as stack:
-        for context in (
-            torch.no_grad(),
-            private_modules(),
-            random_state(seed),
-            eval_mode(model, guide),
-            unchecked(),
-        ):
-            stack.enter_context(context)
-        frame = _check_terms(terms(*trace_pair(model, guide, *args), plate), guide)
-        given = _check_given(log_likelihood, frame.size)
-        batches = minibatches(model, guide, args, frame, batch_size, plate)
-        total = len(batches) * num_steps
-        bar = stack.enter_context(tqdm(total=total, desc=label, disable=not progress, delay=3.0))
-        measures = []
-        for number, batch in enumerate(batches, 1):
-            offsets = Offsets(model, guide, batch, plate, vectorized=vectorized)
-            with offsets.attached():
-                best = _search(offsets, num_steps, bar.update)
-                measures.append(_measure(offsets, best, draws, sample=given is None))
-            bar.update(number * num_steps - bar.n)
-    arrays = {k: np.concatenate([found[k] for found in measures]) for k in measures[0]}
-    return _dataset(arrays, given, {"num_samples": draws, "num_steps": num_steps})
+    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
+    measures = []
+    with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+        _check_terms(terms(*runs.traces, plate), guide)
+        exact = None if log_likelihood is None else _checked(log_likelihood, runs.plate.size)
+        total = len(runs.batches) * num_steps
+        with tqdm(total=total, desc=label, disable=not progress, delay=3.0) as bar:
+            for number, batch in enumerate(runs.batches, 1):
+                offsets = Offsets(runs, guide.heads, batch, plate)
+                with offsets.attached():
+                    best = _search(offsets, num_steps, bar.update)
+                    measures.append(_measure(offsets, best, draws, sample=exact is None))
+                bar.update(number * num_steps - bar.n)
+    arrays = {k: np.concatenate([each[k] for each in measures]) for k in measures[0]}
+    return _dataset(arrays, exact, {"num_samples": draws, "num_steps": num_steps})
 
 
 def _check_guide(guide: Any) -> None:
@@ -163,36 +147,29 @@ def _check_guide(guide: Any) -> None:
         raise ValueError(f"{wanted}, got one of global latents, whose channels are parameters")
 
 
-def _check_terms(parts: Terms, guide: Any) -> Any:
-    """The frame of the data plate, if the gaps can be measured."""
+def _check_terms(parts: Terms, guide: Any) -> None:
+    """Raises a ValueError unless the gaps can be measured."""
     parts.check_local()
     if not parts.log_guide:
-        name = getattr(guide.family, "name", guide.family)
         raise ValueError(
-            f"guide: expected a family with a density, got {name}: the objective of a point is no "
-            "bound on log p(x), so there is no gap"
+            f"guide: expected a family with a density, got {guide.family.name}: the objective of a "
+            "point is no bound on log p(x), so there is no gap"
         )
-    encoded = guide._plates.data
-    if encoded not in (None, parts.plate.name):
-        raise ValueError(
-            f"plate: expected {encoded!r}, along which the encoder's batch runs, got "
-            f"{parts.plate.name!r}"
-        )
-    return parts.plate
+    encoded, here = guide._plates.data, parts.plate.name
+    along = f"{encoded!r}, along which the batch of the encoder runs"
+    expect(encoded in (None, here), "plate", along, repr(here))
 
 
-def _check_given(values: Any, size: int) -> np.ndarray | None:
-    if values is None:
-        return None
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-    found = np.asarray(values, dtype=float)
-    if found.shape != (size,) or not np.isfinite(found).all():
+def _checked(log_likelihood: Any, size: int) -> np.ndarray:
+    if isinstance(log_likelihood, Tensor):
+        log_likelihood = log_likelihood.detach().cpu()
+    values = np.asarray(log_likelihood, dtype=float)
+    if values.shape != (size,) or not np.isfinite(values).all():
         raise ValueError(
             f"log_likelihood: expected {size} finite numbers, one per datum, got shape "
-            f"{found.shape} with {int((~np.isfinite(found)).sum())} that are not finite"
+            f"{values.shape} with {int((~np.isfinite(values)).sum())} that are not finite"
         )
-    return found
+    return values
 
 
 def _new_seed() -> int:
@@ -258,7 +235,7 @@ def _importance_sampling(offsets: Offsets, draws: int, seed: int) -> dict[str, T
     """Log p(x) from below, from independent draws at the place where the offsets are."""
     weights = []
     for parts, count in offsets.terms(draws, seed):
-        weights.append(parts.log_weight.expand(count, offsets.frame.size))
+        weights.append(parts.log_weight.expand(count, offsets.plate.size))
     log_w = torch.cat(weights).double()
     return {
         "log_likelihood": log_mean_weight(log_w),
@@ -268,9 +245,9 @@ def _importance_sampling(offsets: Offsets, draws: int, seed: int) -> dict[str, T
     }
 
 
-def _dataset(arrays: dict[str, Any], given: np.ndarray | None, attrs: dict[str, Any]) -> xr.Dataset:
+def _dataset(arrays: dict[str, Any], exact: np.ndarray | None, attrs: dict[str, Any]) -> xr.Dataset:
     elbo, best = arrays["elbo"], arrays["best_elbo"]
-    log_p = given if given is not None else arrays["log_likelihood"]
+    log_p = exact if exact is not None else arrays["log_likelihood"]
     error = arrays.get("log_likelihood_se", np.zeros(len(log_p)))
     columns = {
         "elbo": elbo,
@@ -283,6 +260,6 @@ def _dataset(arrays: dict[str, Any], given: np.ndarray | None, attrs: dict[str, 
         "amortization_se": arrays["amortization_se"],
         "gap_se": np.hypot(error, arrays["elbo_se"]),
     }
-    if given is None:
+    if exact is None:
         columns |= {"ess": arrays["ess"], "khat": arrays["khat"]}
     return xr.Dataset({name: ("datum", value) for name, value in columns.items()}, attrs=attrs)

@@ -7,8 +7,8 @@ p(x) whatever the number of temperatures; the more there are, the less it varies
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae import families
-from ppvae._checks import check_count
-from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import prepared
+from ppvae._checks import check_choice, check_count, expect
 from ppvae.evaluation.hmc import anneal, tune
-from ppvae.evaluation.path import Densities
+from ppvae.evaluation.path import Densities, densities
 from ppvae.guides.family_guide import FamilyGuide
-from ppvae.programs.runs import draw_runs, is_vectorized, minibatches
+from ppvae.objectives.weights import effective_sample_size, log_mean_weight
+from ppvae.programs.layout import Layout
+from ppvae.programs.nodes import latent_nodes
+from ppvae.programs.runs import Runs, opened
 
 _STARTS = ("guide", "prior")
 
@@ -42,6 +43,7 @@ def annealed_importance(
     vectorized: bool | None = None,
     seed: int | None = 0,
     plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     progress: bool | str = True,
 ) -> xr.Dataset:
     r"""Estimates log p(x) of each datum by annealed importance sampling.
@@ -82,6 +84,7 @@ def annealed_importance(
             leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.
         plate: name of the data plate; by default `data`, or else the outermost one.
+        kwargs: keyword arguments of model and guide.
         progress: show a progress bar, if it takes longer than some seconds; a string is its label.
 
     Returns:
@@ -106,123 +109,103 @@ def annealed_importance(
         >>> bool(found.log_likelihood.mean() < found.upper.mean() + 0.1)
         True
     """
-    options = _Options(num_temperatures, num_chains, num_leapfrog, batch_size)
-    options.check()
-    guide = _start_of(model, guide, start)
-    args = prepared(args)
-    vectorized = is_vectorized(model) if vectorized is None else vectorized
-    found = []
-    with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
-        with unchecked():
-            pair = _Pair(model, guide, plate, start == "prior", vectorized)
-            whole = pair.densities(args)
-            true = None if latents is None else whole.state(_checked(whole, latents))
-            batches = minibatches(model, guide, args, whole.frame, batch_size, plate)
-            ends = 1 if latents is None else 2
-            label = progress if isinstance(progress, str) else "annealed_importance"
-            total = len(batches) * num_chains * num_temperatures * ends
-            size = whole.frame.size if len(batches) == 1 else batch_size
-            with tqdm(desc=label, total=total, disable=not progress, delay=3.0) as bar:
-                for number, batch in enumerate(batches):
-                    rows = slice(number * size, (number + 1) * size)
-                    state = None if true is None else true[:, rows]
-                    found.append(_estimates(pair, batch, options, state, bar.update))
-    arrays = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+    for name, value in (
+        ("num_temperatures", num_temperatures),
+        ("num_chains", num_chains),
+        ("num_leapfrog", num_leapfrog),
+    ):
+        check_count(name, value)
+    check_choice("start", start, _STARTS)
+    if start == "prior":
+        guide = FamilyGuide(model, families.noise_only)
+    if guide is None:
+        raise ValueError('guide: expected a guide for start="guide", got None')
+    path = _Path(num_temperatures, num_chains, num_leapfrog, plate, start == "prior")
+    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
+    results = []
+    with _drawable(start), opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+        states: Sequence[Tensor | None] = [None] * len(runs.batches)
+        if latents is not None:
+            true = Layout.of(runs.traces[0], runs.plate).free(_checked(runs.traces[0], latents))
+            states = true.split(batch_size if len(runs.batches) > 1 else true.shape[1], 1)
+        label = progress if isinstance(progress, str) else "annealed_importance"
+        ways = 1 if latents is None else 2
+        total = len(runs.batches) * num_chains * num_temperatures * ways
+        with tqdm(desc=label, total=total, disable=not progress, delay=3.0) as bar:
+            for batch, state in zip(runs.batches, states, strict=True):
+                results.append(_estimates(runs, batch, path, state, bar.update))
+    arrays = {name: np.concatenate([each[name] for each in results]) for name in results[0]}
     attrs = {"num_temperatures": num_temperatures, "num_chains": num_chains, "start": start}
     return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)
 
 
-class _Options(NamedTuple):
+class _Path(NamedTuple):
+    """How the chains of each datum go from the start to the posterior."""
+
     num_temperatures: int
     num_chains: int
     num_leapfrog: int
-    batch_size: int
-
-    def check(self) -> None:
-        for name, value in self._asdict().items():
-            check_count(name, value)
-
-
-class _Pair(NamedTuple):
-    """A model, the guide that the chains start from, and how to run them."""
-
-    model: Any
-    guide: Any
     plate: str | None
     prior: bool
-    vectorized: bool
-
-    def densities(self, args: tuple[Any, ...], draws: Any = None) -> Densities:
-        try:
-            return Densities(self.model, self.guide, args, self.plate, draws, prior=self.prior)
-        except NotImplementedError as error:
-            if not self.prior:
-                raise
-            raise ValueError(f"model: expected priors that can be drawn from; {error}") from error
 
 
-def _start_of(model: Any, guide: Any, start: str) -> Any:
-    """The guide that the chains start from."""
-    if start not in _STARTS:
-        raise ValueError(f"start: expected one of {', '.join(_STARTS)}; got {start!r}")
-    if start == "prior":
-        return FamilyGuide(model, families.noise_only)
-    if guide is None:
-        raise ValueError('guide: expected a guide for start="guide", got None')
-    return guide
+@contextmanager
+def _drawable(start: str) -> Iterator[None]:
+    """Says of priors that cannot be drawn from that no chain can start there."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if start != "prior":
+            raise
+        raise ValueError(f"model: expected priors that can be drawn from; {error}") from error
 
 
-def _checked(whole: Densities, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked(trace: Any, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The latents as tensors like those that the model draws."""
-    if set(latents) != set(whole.places):
-        raise ValueError(
-            f"latents: expected values of {list(whole.places)}, got those of {list(latents)}"
-        )
+    nodes = {node["name"]: node for node in latent_nodes(trace)}
+    expect(set(latents) == set(nodes), "latents", f"values of {list(nodes)}", list(latents))
     values = {}
-    for name, given in latents.items():
-        node = whole.model_trace.nodes[name]
-        value = torch.as_tensor(given).to(node["value"])
-        if value.shape != node["value"].shape:
-            raise ValueError(
-                f"latents: expected shape {tuple(node['value'].shape)} at {name!r}, got "
-                f"{tuple(value.shape)}"
-            )
-        if not (node["fn"].support.check(value).all() and value.isfinite().all()):
-            raise ValueError(f"latents: expected values in {node['fn'].support} at {name!r}")
+    for name, node in nodes.items():
+        value = torch.as_tensor(latents[name]).to(node["value"])
+        shape, support = tuple(node["value"].shape), node["fn"].support
+        same = value.shape == node["value"].shape
+        expect(same, "latents", f"shape {shape} at {name!r}", tuple(value.shape))
+        inside = support.check(value).all() and value.isfinite().all()
+        expect(inside, "latents", f"values in {support} at {name!r}", "others")
         values[name] = value
     return values
 
 
 def _estimates(
-    pair: _Pair,
+    runs: Runs,
     args: tuple[Any, ...],
-    options: _Options,
+    path: _Path,
     true: Tensor | None,
     tick: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
     """The estimates for one minibatch; `true` is the state that the data were simulated from."""
-    one, chains = pair.densities(args), options.num_chains
-    nodes = [*one.model_trace.nodes.values(), *one.guide_trace.nodes.values()]
-    sizes = [node["value"].numel() for node in nodes if node["type"] == "sample"]
-    widest = max(sizes) if pair.vectorized else None
-    few = next(draw_runs(pair.model, args, max(1, chains // 4), widest))[1]
-    pilot = pair.densities(args, few)
-    schedule = tune(pilot, options.num_temperatures, options.num_leapfrog)
+
+    def at(draws: Any) -> Densities:
+        return densities(runs.model, runs.guide, args, path.plate, draws, prior=path.prior)
+
+    traces, num_chains = at(None).traces, path.num_chains
+    _, few = next(runs.draws(args, max(1, num_chains // 4), traces))
+    schedule = tune(at(few), path.num_temperatures, path.num_leapfrog)
     forth, back, accepted = [], [], []
-    for count, draws in draw_runs(pair.model, args, chains, widest):
-        densities = pair.densities(args, draws)
-        log_weight, share = anneal(densities, densities.at(densities.draw()), schedule, tick)
+    for count, draws in runs.draws(args, num_chains, traces):
+        both = at(draws)
+        log_weight, share = anneal(both, both.at(both.draw()), schedule, tick)
         forth.append(log_weight)
         accepted.append(share)
         if true is not None:
-            point = densities.at(true.expand(count, -1, -1))
-            back.append(anneal(densities, point, schedule.reversed(), tick)[0])
+            point = both.at(true.expand(count, -1, -1))
+            back.append(anneal(both, point, schedule.reversed(), tick)[0])
     log_weight = torch.cat(forth)
-    found = {
-        "log_likelihood": log_weight.logsumexp(0) - math.log(chains),
-        "ess": 1 / torch.softmax(log_weight, 0).square().sum(0),
+    estimates = {
+        "log_likelihood": log_mean_weight(log_weight),
+        "ess": effective_sample_size(log_weight),
         "acceptance": torch.cat(accepted).mean(0),
     }
     if true is not None:
-        found["upper"] = math.log(chains) - torch.cat(back).logsumexp(0)
-    return {name: value.cpu().numpy() for name, value in found.items()}
+        estimates["upper"] = -log_mean_weight(torch.cat(back))
+    return {name: value.cpu().numpy() for name, value in estimates.items()}

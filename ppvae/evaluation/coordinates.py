@@ -1,4 +1,4 @@
-"""Measures of each coordinate of the latents, and of the directions of the data."""
+"""The mean of q and the divergence of every latent coordinate, for each datum."""
 
 from __future__ import annotations
 
@@ -7,84 +7,79 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import Normal
 from torch import Tensor
 
 from ppvae.objectives.divergence import by_coordinate, closed_kl
-from ppvae.programs.layout import drawn_rows, in_front, labels
-from ppvae.programs.nodes import counts, is_point, latent_nodes
-
-WORTH = 0.05  # nats per datum: a direction that gains less is not worth a latent
-
-
-_WIDEST = 2000  # values per datum of which the covariance is looked at
+from ppvae.programs.layout import Layout
+from ppvae.programs.nodes import is_point, latent_nodes
 
 
 class Coordinates:
-    """The mean of q and the KL of every latent coordinate, for one minibatch.
+    """The coordinates of the latents of one minibatch; draws are added run by run.
 
     Args:
         model_trace: a trace of the model, without a plate of draws.
         guide_trace: the trace of the guide that it was replayed on.
-        frame: the data plate.
+        plate: the data plate.
 
     Attributes:
-        names: of the coordinates: numbers for one latent vector, else `site[index]`.
+        labels: names of the coordinates, see `Layout.labels`.
         differ: whether two draws differ.
     """
 
-    def __init__(self, model_trace: Any, guide_trace: Any, frame: Any) -> None:
-        self.frame, self.differ = frame, False
-        priors = latent_nodes(model_trace)
-        guides = [guide_trace.nodes[node["name"]] for node in priors]
-        point = all(is_point(node["fn"]) for node in guides) and not _auxiliary(guide_trace)
-        self.first = drawn_rows(guide_trace, priors, frame, None)[0]
-        self.names: list[Any] = []
+    def __init__(self, model_trace: Any, guide_trace: Any, plate: Any) -> None:
+        self.layout = Layout.of(model_trace, plate)
+        self.labels, self.differ = self.layout.labels, False
+        names = list(self.layout.places)
+        self.first = self.layout.flat({name: guide_trace.nodes[name]["value"] for name in names})[0]
+        point = not _is_drawn(guide_trace)
         means: list[Tensor] = []
         kls: list[Tensor] = []
-        for node, prior in zip(guides, priors, strict=True):
-            value = in_front(node["value"], node, frame)
-            flat = value.reshape(len(value), -1)
-            self.names += labels(node["name"], value.shape[1:], single=len(priors) == 1)
-            mean, kl = None, None
-            if point or not is_point(node["fn"]):
-                mean = _mean(node["fn"])
-                kl = _split_kl(node["fn"], prior["fn"])
-            for found, values in ((mean, means), (kl, kls)):
-                if found is None:
-                    values.append(torch.full_like(flat, math.nan, dtype=torch.float64))
-                else:
-                    found = in_front(found.expand(node["value"].shape), node, frame)
-                    values.append(found.reshape(flat.shape).double())
+        for prior in latent_nodes(model_trace):
+            place, node = self.layout.places[prior["name"]], guide_trace.nodes[prior["name"]]
+            known = point or not is_point(node["fn"])
+            for arrays, value in (
+                (means, _mean(node["fn"]) if known else None),
+                (kls, _split_kl(node["fn"], prior["fn"]) if known else None),
+            ):
+                nothing = torch.full_like(node["value"], math.nan, dtype=torch.float64)
+                value = nothing if value is None else value.double().expand(node["value"].shape)
+                arrays.append(place.flat(value)[0])
         self.mean, self.kl = torch.cat(means, -1), torch.cat(kls, -1)
         self.count = 0
         self.sum: Any = 0.0
         self.squares: Any = 0.0
 
-    def add(self, rows: Tensor) -> None:
-        """Counts in the draws of a run, of shape `(draws, batch, coordinates)`."""
-        self.differ = self.differ or bool((rows != self.first).any())
-        away = (rows - self.first).double()
-        self.count += len(rows)
+    def add(self, guide_trace: Any, draws: Any = None) -> None:
+        """Counts in the draws of a run, made in a plate of draws or without one."""
+        rows = []
+        for name, place in self.layout.places.items():
+            place = place if draws is None else place.inside(draws)
+            rows.append(place.flat(guide_trace.nodes[name]["value"]))
+        away = torch.cat(rows, -1) - self.first
+        self.differ = self.differ or bool((away != 0).any())
+        away = away.double()
+        self.count += len(away)
         self.sum, self.squares = self.sum + away.sum(0), self.squares + away.square().sum(0)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The mean, the variance of its error (where it is one of draws), and the KL.
 
-        Each is of shape `(batch, coordinates)`.
+        Each is of shape `(datum, coordinates)`.
         """
         drawn = self.sum / self.count
         spread = (self.squares / self.count - drawn.square()) / max(1, self.count - 1)
         known = ~self.mean.isnan()
         mean = torch.where(known, self.mean, self.first.double() + drawn)
         error = torch.where(known, 0.0, spread)
-        found = {"mean": mean, "error": error, "kl": self.kl}
-        return {name: value.cpu().numpy() for name, value in found.items()}
+        arrays = {"mean": mean, "error": error, "kl": self.kl}
+        return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
-def _auxiliary(trace: Any) -> bool:
+def _is_drawn(trace: Any) -> bool:
+    """Whether a guide draws anything: a latent, or an auxiliary site that latents follow from."""
     nodes = [node for _, node in trace.iter_stochastic_nodes()]
-    return any(node["infer"].get("is_auxiliary") for node in nodes)
+    return any(node["infer"].get("is_auxiliary") or not is_point(node["fn"]) for node in nodes)
 
 
 def _mean(fn: Any) -> Tensor | None:
@@ -98,47 +93,3 @@ def _split_kl(guide: Any, prior: Any) -> Tensor | None:
     """KL by coordinate, of the shape of a draw; None where it does not split."""
     pair = by_coordinate(guide, prior)
     return None if pair is None else closed_kl(*pair)
-
-
-class Directions:
-    """The principal directions of the data against the noise of a Gaussian likelihood.
-
-    At noise variance s2 a direction of variance l > s2 is worth `(l/s2 - 1 - log(l/s2)) / 2` nats
-    per datum to a linear decoder (see `closed_form.learned_decoder`); one of less is worth nothing.
-    """
-
-    def __init__(self) -> None:
-        self.noise: list[float] = []
-        self.count = 0
-        self.sum: Any = 0.0
-        self.products: Any = 0.0
-
-    def add(self, model_trace: Any, frame: Any) -> None:
-        """Counts in the data of a minibatch, from the one observed site if it is Gaussian."""
-        seen = [
-            node
-            for node in model_trace.nodes.values()
-            if node["type"] == "sample" and node["is_observed"] and counts(node)
-        ]
-        fn = seen[0]["fn"]
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        if len(seen) > 1 or not isinstance(fn, Normal):
-            return
-        rows = in_front(seen[0]["value"], seen[0], frame)
-        x = rows.reshape(len(rows), -1).double().cpu().numpy()
-        if x.shape[1] <= _WIDEST:
-            self.noise.append(float(fn.variance.double().mean()))
-            self.count += len(x)
-            self.sum, self.products = self.sum + x.sum(0), self.products + x.T @ x
-
-    def found(self) -> dict[str, Any]:
-        """The mean noise variance, and the number of directions that are worth a latent."""
-        if self.count < 2:
-            return {}
-        mean = self.sum / self.count
-        values = np.linalg.eigvalsh(self.products / self.count - np.outer(mean, mean))
-        noise = float(np.mean(self.noise))
-        ratio = np.maximum(values / noise, 1.0)
-        worth = (ratio - 1 - np.log(ratio)) / 2
-        return {"noise_variance": noise, "directions": int((worth > WORTH).sum())}

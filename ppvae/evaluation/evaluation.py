@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import prepared
-from ppvae.evaluation.coordinates import Coordinates, Directions
+from ppvae._checks import check_count
+from ppvae.evaluation.coordinates import Coordinates
+from ppvae.evaluation.directions import Directions
 from ppvae.evaluation.information import Draws, Information, draws_needed, draws_of, information
+from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.families.family import cap
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.objectives.weights import (
-    effective_sample_size,
-    khat,
-    log_mean_weight,
-)
-from ppvae.programs.layout import drawn_rows
-from ppvae.programs.nodes import latent_nodes
-from ppvae.programs.runs import draw_runs, draws_plate, is_vectorized, minibatches, trace_pair
-from ppvae.staging.many_draws import ManyDraws
+from ppvae.programs.runs import Runs, draws_plate, opened
 
 
 def evaluate(
@@ -38,7 +30,8 @@ def evaluate(
     vectorized: bool | None = None,
     seed: int | None = 0,
     plate: str | None = None,
-    progress: bool = True,
+    kwargs: Mapping[str, Any] | None = None,
+    progress: bool | str = True,
 ) -> xr.Dataset:
     r"""Measures a guide with local latents on data, without touching a weight or a buffer.
 
@@ -80,7 +73,9 @@ def evaluate(
             leave leading dims alone); by default only where the model says so, as `VAE` does.
         seed: seeds the draws, without a trace outside; None uses the caller's stream.
         plate: name of the data plate; by default `data`, or else the outermost one.
-        progress: show a progress bar if it takes more than some seconds.
+        kwargs: keyword arguments of model and guide; tensors with as many rows as the data plate
+            are cut into the same runs.
+        progress: show a progress bar if it takes more than some seconds; a string is its label.
 
     Returns:
         The measures, with dims `datum`, `site` and `latent`.
@@ -93,169 +88,112 @@ def evaluate(
     Vehtari et al., Pareto smoothed importance sampling, 2024; Yao et al., Yes, but did it work?,
     2018 (k-hat of a guide); Hoffman and Johnson, ELBO surgery, 2016.
     """
-    if num_samples < 2 or batch_size < 1:
-        raise ValueError(
-            f"num_samples, batch_size: expected at least 2 and 1, got {num_samples}, {batch_size}"
-        )
-    args = prepared(args)
-    vectorized = is_vectorized(model) if vectorized is None else vectorized
-    with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
-        with unchecked():
-            pair = _Pair(model, guide, plate, vectorized)
-            parts = pair.run(args)[0]
-            parts.check_local()
-            batches = minibatches(model, guide, args, parts.plate, batch_size, plate)
-            few = draws_needed(parts.plate.size) if pair.channels != () else 1
-            bar = tqdm(batches, "evaluate", disable=not progress, delay=3.0, unit="batch")
-            directions = Directions()
-            many = ManyDraws(model, guide, pair.read, len(batches))
-            found = [_Batch(pair, many, batch, num_samples, few, directions) for batch in bar]
-            told = _told(pair, batches, found)
-    dataset = _dataset(found, told)
+    check_count("num_samples", num_samples, 2)
     family = getattr(guide, "family", None)
-    dataset.attrs |= {"num_samples": num_samples, **directions.found()}
+    channels = None if family is None else family.channels
+    label = progress if isinstance(progress, str) else "evaluate"
+    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
+    with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+        whole = terms(*runs.traces, plate)
+        whole.check_local()
+        few = draws_needed(whole.plate.size) if channels != () else 1
+        bar = tqdm(runs.batches, label, disable=not progress, delay=3.0, unit="batch")
+        directions, measured, draws = Directions(), [], []
+        for batch in bar:
+            pairs = [runs.pair(batch) for _ in range(few)]
+            directions.add(pairs[0][0], whole.plate)
+            measured.append(_measured(_sample(runs, batch, pairs[0], plate, num_samples)))
+            if whole.log_guide:
+                draws.append(draws_of([(terms(*pair, plate), pair[1]) for pair in pairs]))
+        totals = _totals(runs, measured, draws, channels)
+    dataset = _dataset(measured, totals)
+    dataset.attrs |= {"bound": int(bool(whole.log_guide)), "num_samples": num_samples}
+    dataset.attrs |= directions.found()
     if family is not None:
-        channels = ", ".join(family.channels) or "none"
-        dataset.attrs |= {"family": family.name, "channels": channels, "cap": cap(family)}
+        names = ", ".join(family.channels) or "none"
+        dataset.attrs |= {"family": family.name, "channels": names, "cap": cap(family)}
     return dataset
 
 
-class _Pair(NamedTuple):
-    """A model and its guide, and how to run them."""
+class _Measured(NamedTuple):
+    """What is kept of the draws for one minibatch; arrays with the data in front."""
 
-    model: Any
-    guide: Any
-    plate: str | None
-    vectorized: bool
-
-    def run(self, args: tuple[Any, ...], draws: Any = None) -> tuple[Terms, Any, Any]:
-        """The terms, the model's trace and the guide's."""
-        traces = trace_pair(self.model, self.guide, *args, draws=draws)
-        return terms(*traces, self.plate), *traces
-
-    def read(self, args: tuple[Any, ...], draws: Any) -> tuple[Tensor, ...]:
-        """Of a run: log weights, draws `(draws, batch, coordinates)`, the objective by site."""
-        parts, model_trace, guide_trace = self.run(args, draws)
-        size = (1 if draws is None else draws.size, parts.plate.size)
-        sites = [value.expand(size) for value in _by_site(parts).values()]
-        dim = None if draws is None else draws.dim
-        rows = drawn_rows(guide_trace, latent_nodes(model_trace), parts.plate, dim)
-        return parts.log_weight.expand(size), rows, *sites
-
-    @property
-    def channels(self) -> tuple[str, ...] | None:
-        """The channels of a family's guide; None for another guide."""
-        return getattr(getattr(self.guide, "family", None), "channels", None)
+    per_datum: dict[str, np.ndarray]
+    terms: dict[str, np.ndarray]
+    coordinates: dict[str, np.ndarray]
+    labels: list[Any]
+    differ: bool
 
 
-class _Batch:
-    """The measures of one minibatch.
-
-    Attributes:
-        data: name -> array of shape `(batch,)`.
-        terms: site -> its part of the objective, `(batch,)`.
-        coordinates: what `Coordinates.arrays` gives, and `names` their labels.
-        draws: a few draws per datum, with their densities; None for a point.
-        frame: the data plate.
-        differ: whether two draws differ.
-    """
-
-    def __init__(
-        self,
-        pair: _Pair,
-        many: ManyDraws,
-        args: tuple[Any, ...],
-        num_samples: int,
-        few: int,
-        directions: Directions,
-    ) -> None:
-        runs = [pair.run(args) for _ in range(few)]
-        parts, model_trace, guide_trace = runs[0]
-        directions.add(model_trace, parts.plate)
-        self.frame, point = parts.plate, not parts.log_guide
-        read = [(run[0], run[2]) for run in runs]
-        self.draws: Draws | None = None if point else draws_of(read)
-        nodes = latent_nodes(model_trace) + latent_nodes(guide_trace)
-        widest = max(
-            [n["value"].numel() for n in nodes] + [a.numel() for a in args if isinstance(a, Tensor)]
-        )
-        coordinates = Coordinates(model_trace, guide_trace, self.frame)
-        total = 2 if point else num_samples
-        weights: list[Tensor] = []
-        sums: dict[str, Any] = {}
-        at_once = widest if pair.vectorized else None
-        names = list(_by_site(parts))
-        for count, draws in draw_runs(pair.model, args, total, at_once):
-            if draws is not None and not weights:
-                many.plan(args, count, total)
-            log_w, rows, *values = many(args, count, draws)
-            weights.append(log_w.double())
-            for name, value in zip(names, values, strict=True):
-                sums[name] = sums.get(name, 0) + value.double().sum(0)
-            coordinates.add(rows)
-        log_w = torch.cat(weights)
-        self.terms = {name: (value / total).cpu().numpy() for name, value in sums.items()}
-        self.names, self.differ = coordinates.names, coordinates.differ
-        self.coordinates = coordinates.arrays()
-        log_likelihood = log_mean_weight(log_w)
-        self.data = {
-            "distortion": -sum(self.terms[name] for name in parts.log_likelihood),
-            "rate": -sum(v for k, v in self.terms.items() if k not in parts.log_likelihood),
-            "log_likelihood": log_likelihood.cpu().numpy(),
-            "ess": effective_sample_size(log_w).cpu().numpy(),
-            "khat": khat(log_w).numpy(),
-        }
-        self.data["objective"] = -(self.data["distortion"] + self.data["rate"])
-        self.data["elbo"] = self.data["objective"]
-        if point:
-            nothing = np.full(len(log_likelihood), math.nan)
-            self.data |= dict.fromkeys(("log_likelihood", "ess", "khat", "elbo"), nothing)
+def _measured(sample: Sample) -> _Measured:
+    per_datum = {name: measure(sample) for name, measure in PER_DATUM.items()}
+    coordinates = sample.coordinates
+    arrays = coordinates.arrays()
+    return _Measured(per_datum, sample.terms, arrays, coordinates.labels, coordinates.differ)
 
 
-def _by_site(parts: Terms) -> dict[str, Tensor]:
-    """The parts of the objective; those of joint draws, which are of no one site, as `guide`."""
-    found = dict(parts.log_likelihood)
+def _sample(
+    runs: Runs, args: tuple[Any, ...], pair: tuple[Any, Any], plate: str | None, num_samples: int
+) -> Sample:
+    """Draws for one minibatch, summed up; `pair` is a pair of traces on it."""
+    first = terms(*pair, plate)
+    point, total = not first.log_guide, num_samples if first.log_guide else 2
+    coordinates = Coordinates(*pair, first.plate)
+    log_weight = []
+    sums: dict[str, Any] = dict.fromkeys(_by_site(first), 0.0)
+    for count, draws in runs.draws(args, total, pair):
+        model_trace, guide_trace = runs.pair(args, draws)
+        read = terms(model_trace, guide_trace, plate)
+        size = (count, first.plate.size)
+        log_weight.append(read.log_weight.expand(size).double())
+        for name, value in _by_site(read).items():
+            sums[name] = sums[name] + value.expand(size).double().sum(0)
+        coordinates.add(guide_trace, draws)
+    means = {name: (value / total).cpu().numpy() for name, value in sums.items()}
+    return Sample(torch.cat(log_weight), means, tuple(first.log_likelihood), point, coordinates)
+
+
+def _by_site(parts: Terms) -> dict[str, torch.Tensor]:
+    """The objective by site; what belongs to a joint draw of several sites is called `guide`."""
+    by_site = dict(parts.log_likelihood)
     for name, value in parts.log_prior.items():
         if name in parts.kl:
-            found[name] = -parts.kl[name]
+            by_site[name] = -parts.kl[name]
         else:
-            found[name] = value - parts.log_guide.get(name, torch.zeros(()))
+            by_site[name] = value - parts.log_guide.get(name, torch.zeros(()))
     joint = [value for name, value in parts.log_guide.items() if name not in parts.log_prior]
     if joint:
-        found["guide"] = -sum(joint, start=torch.zeros(()))
-    return found
+        by_site["guide"] = -sum(joint, start=torch.zeros(()))
+    return by_site
 
 
-def _told(pair: _Pair, batches: list[Any], found: list[_Batch]) -> Information | None:
-    """What the latents tell of the data; None for a point, whose density there is not."""
-    draws = [batch.draws for batch in found if batch.draws is not None]
+def _totals(
+    runs: Runs, measured: list[_Measured], draws: list[Draws], channels: tuple[str, ...] | None
+) -> Information:
+    """What the latents tell of the data; NaN for a point, which has no density."""
     if not draws:
-        return None
-    rate = np.concatenate([batch.data["rate"] for batch in found])
+        return Information(*[math.nan] * 4)
+    rate = np.concatenate([each.per_datum["rate"] for each in measured])
     # a family with channels never runs its model; one without runs it, decoder and all
-    inside = pair.vectorized or pair.channels
-    dim = draws_plate(pair.model, *batches[0], draws=2).dim if inside else None
-    few = dim is None or pair.channels == ()
-    return information(pair.guide, batches, draws, rate, found[0].frame, dim, few=few)
+    inside = runs.vectorized or channels
+    dim = draws_plate(runs.model, *runs.batches[0], draws=2).dim if inside else None
+    few = dim is None or channels == ()
+    return information(runs.guide, runs.batches, draws, rate, runs.plate, dim, few=few)
 
 
-def _dataset(found: list[_Batch], told: Information | None) -> xr.Dataset:
-    def joined(part: str) -> dict[str, np.ndarray]:
-        pieces = [getattr(batch, part) for batch in found]
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+def _dataset(measured: list[_Measured], totals: Information) -> xr.Dataset:
+    def joined(tables: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
-    data, by_site = joined("data"), joined("terms")
-    variables: dict[str, Any] = {name: ("datum", value) for name, value in data.items()}
+    variables: dict[str, Any] = {}
+    for name, values in joined([each.per_datum for each in measured]).items():
+        variables[name] = ("datum", values, {"unit": PER_DATUM[name].unit})
+    by_site = joined([each.terms for each in measured])
     variables["terms"] = (("datum", "site"), np.stack(list(by_site.values()), -1))
-    coordinates = joined("coordinates")
-    away = (coordinates["mean"] - coordinates["mean"].mean(0)) ** 2 - coordinates["error"]
-    spread, size = away.mean(0), len(away)
-    variables["mean_variance"] = ("latent", np.maximum(spread, 0.0))
-    variables["mean_variance_se"] = ("latent", away.std(0) / math.sqrt(size))
-    variables["active"] = ("latent", spread > 0.01)
-    variables["kl"] = ("latent", coordinates["kl"].mean(0))
-    nothing = Information(*[math.nan] * 4)
-    variables |= {name: ((), value) for name, value in (told or nothing)._asdict().items()}
-    attrs = {"bound": int(told is not None), "stochastic": int(any(b.differ for b in found))}
-    coords = {"site": list(by_site), "latent": found[0].names}
+    arrays = joined([each.coordinates for each in measured])
+    for name, measure in PER_LATENT.items():
+        variables[name] = ("latent", measure(arrays), {"unit": measure.unit})
+    variables |= {name: ((), value) for name, value in totals._asdict().items()}
+    coords = {"site": list(by_site), "latent": measured[0].labels}
+    attrs = {"stochastic": int(any(each.differ for each in measured))}
     return xr.Dataset(variables, coords, attrs)

@@ -138,7 +138,7 @@ def tune(densities: Densities, num_temperatures: int, num_leapfrog: int) -> Sche
         num_leapfrog: leapfrog steps of a transition.
     """
     if num_temperatures == 1:  # importance sampling, without transitions
-        ends = torch.tensor([0.0, 1.0])[:, None].expand(2, densities.frame.size)
+        ends = torch.tensor([0.0, 1.0])[:, None].expand(2, densities.plate.size)
         like = densities.draw()
         return Schedule(ends.to(like), torch.ones_like(like[:1]).expand(2, -1, -1), num_leapfrog)
     count = min(max(num_temperatures, _PILOT[0]), _PILOT[1])

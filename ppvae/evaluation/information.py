@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ppvae.objectives.trace_terms import log_density
-from ppvae.programs.nodes import drawn_nodes
+from ppvae.programs.layout import Place
+from ppvae.programs.nodes import DRAWS, drawn_nodes
 from ppvae.programs.runs import BUDGET, given, run_trace
 
 _PAIRS = 10_000_000  # of a draw and a datum; with more data fewer draws are compared with them
@@ -27,15 +28,13 @@ class Draws(NamedTuple):
     """Draws of the latents of a minibatch, as many for each datum.
 
     Attributes:
-        values: site of the guide -> value with the draws in front, `(draws, *others, *event)`.
-        places: site -> from the right, the dim of the data plate in the value.
+        values: site of the guide -> values, shape `(draws, coordinates)`.
         log_guide: log q(z | x) of each draw, shape `(draws,)`.
         log_prior: log p(z) of each draw, shape `(draws,)`.
         datum: the datum of each draw, a number within the minibatch, shape `(draws,)`.
     """
 
     values: dict[str, Tensor]
-    places: dict[str, int]
     log_guide: Tensor
     log_prior: Tensor
     datum: Tensor
@@ -65,21 +64,17 @@ def draws_needed(size: int) -> int:
 def draws_of(runs: Sequence[tuple[Any, Any]]) -> Draws:
     """Reads the draws off some runs on one minibatch: the terms and the guide's trace of each."""
     parts, trace = runs[0]
-    size, places = parts.plate.size, {}
-    values: dict[str, Tensor] = {}
+    size, values = parts.plate.size, {}
     for name, node in drawn_nodes(trace).items():
-        places[name] = dim = parts.plate.dim - len(node["fn"].event_shape)
-        shape = list(node["value"].shape)
-        shape[dim] = size  # also a draw that the plate never broadcast
-        rows = [run.nodes[name]["value"].expand(shape).movedim(dim, 0) for _, run in runs]
-        values[name] = torch.cat(rows)
+        place = Place.of(node, parts.plate)
+        values[name] = torch.cat([place.flat(run.nodes[name]["value"])[0] for _, run in runs])
 
     def total(which: str) -> Tensor:
         sums = [sum(getattr(p, which).values(), start=torch.zeros(())) for p, _ in runs]
         return torch.cat([value.expand(size) for value in sums])
 
     datum = torch.arange(size).repeat(len(runs))
-    return Draws(values, places, total("log_guide"), total("log_prior"), datum)
+    return Draws(values, total("log_guide"), total("log_prior"), datum)
 
 
 def information(
@@ -87,7 +82,7 @@ def information(
     batches: Sequence[tuple[Any, ...]],
     draws: Sequence[Draws],
     rate: np.ndarray,
-    frame: Any,
+    plate: Any,
     dim: int | None,
     *,
     few: bool = False,
@@ -104,7 +99,7 @@ def information(
         batches: arguments in minibatches, of N data together.
         draws: a draw for each datum of each minibatch.
         rate: KL(q(z | x) || p(z)) per datum, shape `(N,)`.
-        frame: the data plate.
+        plate: the data plate.
         dim: where to put a plate of draws, for a guide that can run inside one; None runs one draw
             at a time.
         few: use a hundredth of the pairs, where each is dear.
@@ -120,7 +115,7 @@ def information(
         rows = torch.as_tensor(np.flatnonzero(chosen[datum]), device=some.log_guide.device)
         if len(rows):
             picked = {name: value[rows] for name, value in some.values.items()}
-            log_q = _log_sum(guide, batches, picked, some.places, frame, dim) - math.log(size)
+            log_q = _log_sum(guide, batches, picked, plate, dim) - math.log(size)
             columns = [some.log_guide[rows], some.log_prior[rows], log_q]
             table = torch.stack(columns).double().cpu().numpy()
             found.append(np.vstack([datum[rows.cpu().numpy()], table]))
@@ -147,46 +142,29 @@ def _log_sum(
     guide: Any,
     batches: Sequence[tuple[Any, ...]],
     values: dict[str, Tensor],
-    places: dict[str, int],
-    frame: Any,
+    plate: Any,
     dim: int | None,
 ) -> Tensor:
     """Log of the sum over all data of q(z | x_n), for points z in front of `values`."""
     count = len(next(iter(values.values())))
-    widest = max(value[0].numel() for value in values.values())
+    widest = max(value.shape[1] for value in values.values())
     total = torch.full((count,), -math.inf)
     for batch in batches:
         trace = run_trace(guide, batch)
-        rows = next(f.size for f in _frames(trace) if f.name == frame.name)
+        places = {name: Place.of(trace.nodes[name], plate) for name in values}
+        rows = next(place.batch[place.datum] for place in places.values() if place.datum)
         at_once = 1 if dim is None else max(1, BUDGET // (rows * widest))
         pieces = []
         for start in range(0, count, at_once):
-            some = {name: value[start : start + at_once] for name, value in values.items()}
             number = min(at_once, count - start)
-            plate = None if dim is None else pyro.plate("_draws", number, dim=dim)
-            spread = {
-                name: _across(value, places[name], rows, trace.nodes[name]["fn"], dim)
-                for name, value in some.items()
-            }
-            scored = run_trace(given(guide, trace, spread), batch, plate)
-            log_q = log_density(scored, frame)
+            draws = None if dim is None else pyro.plate(DRAWS, number, dim=dim)
+            spread = {}
+            for name, place in places.items():
+                place = place if draws is None else place.inside(draws)
+                some = values[name][start : start + number, None].expand(-1, rows, -1)
+                spread[name] = place.back(some)
+            scored = run_trace(given(guide, trace, spread), batch, draws)
+            log_q = log_density(scored, plate)
             pieces.append(log_q.expand(number, rows).logsumexp(-1))
         total = torch.logaddexp(total.to(pieces[0]), torch.cat(pieces))
     return total
-
-
-def _across(value: Tensor, place: int, rows: int, fn: Any, dim: int | None) -> Tensor:
-    """Values `(points, ...)` set beside each of the rows of a minibatch."""
-    value = value.unsqueeze(place)
-    shape = list(value.shape)
-    shape[place] = rows
-    value = value.expand(shape)
-    if dim is None:
-        return value[0]
-    batch = value.dim() - 1 - len(fn.event_shape)
-    ones = [1] * (-dim - 1 - batch)
-    return value.reshape(value.shape[:1] + torch.Size(ones) + value.shape[1:])
-
-
-def _frames(trace: Any) -> list[Any]:
-    return [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]

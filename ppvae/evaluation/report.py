@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ppvae.evaluation.coordinates import WORTH
-
-_TRUSTED = 0.7  # k-hat above it: the weights' mean converges too slowly to be of use
+from ppvae.evaluation.directions import WORTH
+from ppvae.objectives.weights import TRUSTED
 
 
 def summary(found: xr.Dataset) -> pd.DataFrame:
@@ -39,8 +38,8 @@ def summary(found: xr.Dataset) -> pd.DataFrame:
         for name in ("mutual_information", "aggregate_kl"):
             rows[name] = (float(found[name]), float(found[f"{name}_se"]), "nats per datum")
         rows["ess"] = (*_mean(found.ess.values), f"of {found.num_samples} draws")
-        above = np.where(found.khat.isnull(), np.nan, found.khat.values > _TRUSTED)
-        rows[f"khat > {_TRUSTED}"] = (*_mean(above), "share of the data")
+        above = np.where(found.khat.isnull(), np.nan, found.khat.values > TRUSTED)
+        rows[f"khat > {TRUSTED}"] = (*_mean(above), "share of the data")
     rows["active"] = (*_active(found), f"of {found.sizes['latent']} latents")
     if math.isfinite(found.attrs.get("cap", math.inf)):
         rows["cap"] = (found.cap, 0.0, "nats per latent")
@@ -131,11 +130,11 @@ def _trust(found: xr.Dataset) -> list[str]:
     known = found.khat.values[~np.isnan(found.khat.values)]
     if not len(known):
         return ["k-hat cannot be told from so few draws."]
-    share = float((known > _TRUSTED).mean())
+    share = float((known > TRUSTED).mean())
     if share == 0:
-        return [f"k-hat is below {_TRUSTED} for all data: the importance weights are well behaved."]
+        return [f"k-hat is below {TRUSTED} for all data: the importance weights are well behaved."]
     return [
-        f"k-hat is above {_TRUSTED} for {100 * share:.0f} % of the data: there the guide misses "
+        f"k-hat is above {TRUSTED} for {100 * share:.0f} % of the data: there the guide misses "
         "parts of the posterior, and neither it nor log p(x) by importance sampling can be "
         "trusted; `annealed_importance` gives a better estimate, a wider family a better guide."
     ]

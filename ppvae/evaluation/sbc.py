@@ -6,23 +6,28 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
 import xarray as xr
+from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
+from ppvae._checks import check_count, expect
+from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
 from ppvae.evaluation.ranks import ALPHA, coverage, reading, uniformity
-from ppvae.guides.score import needs_training, terms_at
-from ppvae.objectives.trace_terms import terms
+from ppvae.guides.family_guide import FamilyGuide
+from ppvae.guides.score import terms_at
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.weights import log_mean_weight
+from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Layout
+from ppvae.programs.nodes import data_plate, is_data, is_inside, latent_nodes, prototype
 from ppvae.programs.runs import draw_runs, is_vectorized, minibatches, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
 
@@ -42,6 +47,7 @@ def calibration(
     vectorized: bool | None = None,
     seed: int | None = 0,
     plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     progress: bool | str = True,
 ) -> xr.Dataset:
     r"""Simulates data from the model and ranks the latents they came from among the guide's draws.
@@ -82,6 +88,7 @@ def calibration(
         seed: seeds the draws, without a trace outside; None uses the caller's stream. With one
             seed all guides of a model see the same simulated data.
         plate: name of the data plate; by default `data`, or else the outermost one.
+        kwargs: keyword arguments of model and guide (and of `refit`, behind the others).
         progress: show a progress bar; a string is its label.
 
     Returns:
@@ -112,52 +119,92 @@ def calibration(
     Säilynoja et al., Graphical test for discrete uniformity, 2022 (the p-value); Grosse et al.,
     Sandwiching the marginal likelihood, 2015 (the upper gap).
     """
-    _check(num_samples, levels, batch_size)
-    args = prepared(args)
+    num_samples, batch_size = _checked(num_samples, levels, batch_size)
     vectorized = is_vectorized(model) if vectorized is None else vectorized
     label = progress if isinstance(progress, str) else "calibration"
+    model, named, args = with_keywords(model, guide, prepared(args), kwargs)
     with private_modules(), random_state(seed):
-        layout = Layout(model, args, plate, local=refit is None)
-        _check_refit(guide, refit, layout)
+        truth = _read_truth(model, args, plate, local=refit is None)
+        _check_refit(guide, refit, truth)
         total = num_simulations
         if total is None:
-            total = 100 if refit else min(layout.frame.size, 1000)
-        if total < 2:
-            raise ValueError(f"num_simulations: expected at least 2, got {total}")
+            total = 100 if refit else min(truth.plate.size, 1000)
+        total = check_count("num_simulations", total, 2)
         if refit is None:
             size = min(batch_size, total)
-            with torch.no_grad(), eval_mode(model, guide):
-                batches = minibatches(model, guide, args, layout.frame, size, plate)
-            runs = _answers(model, guide, batches, layout, total, arguments)
+            with torch.no_grad(), eval_mode(model, named):
+                batches = minibatches(model, named, args, truth.plate, size, plate)
+            runs = _answers(model, named, batches, total, arguments)
         else:
-            runs = _refits(model, guide, args, total, refit, arguments)
-        found, note = [], ""
+            runs = _refits(model, named, args, total, refit, arguments)
+        results, done, note = [], 0, ""
         bar = tqdm(total=total, desc=label, disable=not progress, unit="simulation")
         with bar, closing(runs):  # an error ends the run inside, and what it has opened, at once
             for trained, simulation in runs:
                 arrays, why = _measured(
-                    model, trained, simulation, layout, num_samples, vectorized=vectorized
+                    model, trained, simulation, truth, num_samples, vectorized=vectorized
                 )
-                found.append(arrays)
+                results.append(arrays)
                 note = note or why
-                bar.update(min(len(arrays["rank"]), total - bar.n))
-    joined = {name: np.concatenate([f[name] for f in found])[:total] for name in found[0]}
+                done += len(arrays["rank"])
+                bar.update(min(done, total) - bar.n)
+                if done >= total:
+                    break
+    joined = {name: np.concatenate([each[name] for each in results])[:total] for name in results[0]}
     attrs = {"num_samples": num_samples, "note": note}
-    attrs["unit"] = "nats per datum" if layout.local else "nats per data set"
-    return _dataset(joined, layout.names, [float(level) for level in levels], attrs)
+    attrs["unit"] = "nats per datum" if truth.local else "nats per data set"
+    return _dataset(joined, truth.labels, [float(level) for level in levels], attrs)
+
+
+class _Truth(NamedTuple):
+    """What a simulation is in a model, and the latents of which it tells the true values.
+
+    Attributes:
+        plate: the data plate; its members are the simulations where `local` is true.
+        name: of the plate, as the user gave it.
+        local: whether each datum is a simulation, and not the whole data set.
+        outside: names of the sites outside the data plate.
+        labels: of the coordinates of the latents.
+    """
+
+    plate: Any
+    name: str | None
+    local: bool
+    outside: list[str]
+    labels: list[str]
+
+    def layout(self, trace: Any, draws: Any = None) -> Layout:
+        """The latents of a trace of the model, one row for each simulation."""
+        return Layout.of(trace, self.plate if self.local else None, draws)
+
+    def per_simulation(self, value: Tensor, parts: Terms, size: tuple[int, int]) -> Tensor:
+        """Nats per datum, or of all data, as `(draws, simulations)` of that size."""
+        if not self.local:
+            value = (value.sum(-1) if parts.is_local else value)[..., None]
+        return value.double().expand(size)
+
+
+def _read_truth(model: Any, args: tuple[Any, ...], plate: str | None, *, local: bool) -> _Truth:
+    with torch.no_grad(), eval_mode(model), random_state(None, keep=True):
+        trace = prototype(model, args, {})
+    frame = data_plate(trace, plate)
+    nodes = latent_nodes(trace)
+    expect(nodes, "model", "latent sites", "none")
+    data = [node for node in trace.nodes.values() if node["type"] == "sample" and is_data(node)]
+    outside = [node["name"] for node in nodes + data if not is_inside(node, frame)]
+    truth = _Truth(frame, plate, local, outside, [])
+    if local and outside:
+        return truth
+    places = truth.layout(trace).places.values()
+    return truth._replace(labels=[label for place in places for label in place.labels])
 
 
 def _answers(
-    model: Any, guide: Any, batches: Any, layout: Layout, total: int, arguments: Arguments | None
+    model: Any, guide: Any, batches: Any, total: int, arguments: Arguments | None
 ) -> Generator[tuple[Any, Simulation]]:
-    """The guide as it is, with minibatches of simulated data, until there are enough."""
-    done = 0
+    """The guide as it is, with minibatches of simulated data, again and again."""
     for batch, seed in zip(itertools.cycle(batches), _seeds(total), strict=False):
-        simulation = simulate(model, *batch, seed=seed, arguments=arguments)
-        yield guide, simulation
-        done += layout.rows(simulation.latents, simulation.latents).shape[1]
-        if done >= total:
-            return
+        yield guide, simulate(model, *batch, seed=seed, arguments=arguments)
 
 
 def _refits(
@@ -169,7 +216,7 @@ def _refits(
         truth, trained = copy.deepcopy((model, guide))
         if isinstance(truth, nn.Module):
             truth.requires_grad_(requires_grad=False)
-        with _copied_parameters():
+        with param_store(copies=True):
             with random_state(other), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*was not registered in the param store")
                 refit(truth, trained, *simulation.args)
@@ -181,25 +228,11 @@ def _seeds(count: int) -> list[int]:
     return torch.randint(2**31, (count,)).tolist()
 
 
-@contextmanager
-def _copied_parameters() -> Iterator[None]:
-    """Plain `pyro.param` statements see copies inside, which are dropped at the end."""
-    store = pyro.get_param_store()
-    state = store.get_state()
-    params = {
-        name: value.detach().clone().requires_grad_(value.requires_grad)
-        for name, value in state["params"].items()
-    }
-    with store.scope({"params": params, "constraints": dict(state["constraints"])}):
-        yield
-    dict(store.items())  # reading a parameter restores the weak reference that get_state takes off
-
-
 def _measured(
     model: Any,
     guide: Any,
     simulation: Simulation,
-    layout: Layout,
+    truth: _Truth,
     num_samples: int,
     *,
     vectorized: bool,
@@ -207,36 +240,45 @@ def _measured(
     """Ranks of shape `(simulations, coordinates)`, and nats of shape `(simulations,)`."""
     args, latents = simulation
     with torch.no_grad(), unchecked(), eval_mode(model, guide):
-        truth = layout.rows(latents, latents)[0]
-        below, ties = torch.zeros((2, *truth.shape), dtype=torch.long, device=truth.device)
+        with random_state(None, keep=True):
+            trace = prototype(model, args, {})
+        true = truth.layout(trace).flat(latents)[0]
+        below, ties = torch.zeros((2, *true.shape), dtype=torch.long, device=true.device)
         weights = []
         widest = max(v.numel() for v in (*latents.values(), *args) if isinstance(v, Tensor))
         for count, draws in draw_runs(model, args, num_samples, widest if vectorized else None):
             model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
             values = {name: guide_trace.nodes[name]["value"] for name in latents}
-            drawn = layout.rows(values, latents, draws)
-            if drawn.isnan().any():
-                raise ValueError("guide: expected draws that are numbers, got NaN")
-            below += (drawn < truth).sum(0)
-            ties += (drawn == truth).sum(0)
-            parts = terms(model_trace, guide_trace, layout.plate)
-            weights.append(layout.log_weight(parts, (count, len(truth))))
-        known = terms_at(model, guide, args, latents, layout.plate) if parts.log_guide else None
+            drawn = truth.layout(model_trace, draws).flat(values)
+            expect(not drawn.isnan().any(), "guide", "draws that are numbers", "NaN")
+            below += (drawn < true).sum(0)
+            ties += (drawn == true).sum(0)
+            parts = terms(model_trace, guide_trace, truth.name)
+            size = (count, len(true))
+            weights.append(truth.per_simulation(parts.log_weight, parts, size))
+        known = terms_at(model, guide, args, latents, truth.name) if parts.log_guide else None
     shift = (torch.rand(ties.shape, dtype=torch.float64, device=ties.device) * (ties + 1)).floor()
-    log_w = torch.cat(weights)
-    found = dict.fromkeys(("information", "gap", "gap_upper"), torch.full_like(log_w[0], math.nan))
-    if parts.log_guide:
-        found["gap"] = log_w.logsumexp(0) - math.log(num_samples) - log_w.mean(0)
-    if known is not None:
-        size = (1, len(truth))
-        gain = layout.total(known, "log_guide", size) - layout.total(known, "log_prior", size)
-        joined = torch.cat([log_w, layout.log_weight(known, size)])
-        found["information"] = gain[0]
-        found["gap_upper"] = joined.logsumexp(0) - math.log(len(joined)) - log_w.mean(0)
-    found["rank"] = below + shift.long()
-    point, hidden = "a point has no density", "the guide's density at given latents was not found"
-    note = "" if known is not None else hidden if parts.log_guide else point
-    return {name: value.cpu().numpy() for name, value in found.items()}, note
+    nats, note = _nats(torch.cat(weights), known, truth, point=not parts.log_guide)
+    values = {**nats, "rank": below + shift.long()}
+    return {name: value.cpu().numpy() for name, value in values.items()}, note
+
+
+def _nats(
+    log_w: Tensor, known: Terms | None, truth: _Truth, *, point: bool
+) -> tuple[dict[str, Tensor], str]:
+    """Information and gaps, from the weights of the draws and the terms at the true latents."""
+    nats = dict.fromkeys(("information", "gap", "gap_upper"), torch.full_like(log_w[0], math.nan))
+    if point:
+        return nats, "a point has no density"
+    nats["gap"] = log_mean_weight(log_w) - log_w.mean(0)
+    if known is None:
+        return nats, "the guide's density at given latents was not found"
+    size = (1, log_w.shape[1])
+    gain = known.log_q - known.total(known.log_prior)
+    nats["information"] = truth.per_simulation(gain, known, size)[0]
+    joined = torch.cat([log_w, truth.per_simulation(known.log_weight, known, size)])
+    nats["gap_upper"] = log_mean_weight(joined) - log_w.mean(0)
+    return nats, ""
 
 
 def _dataset(
@@ -260,29 +302,45 @@ def _dataset(
     return found
 
 
-def _check(num_samples: int, levels: Sequence[float], batch_size: int) -> None:
-    if num_samples < 2 or batch_size < 1:
-        raise ValueError(
-            f"num_samples, batch_size: expected at least 2 and 1, got {num_samples}, {batch_size}"
-        )
-    if len(levels) == 0 or not all(0 < level < 1 for level in levels):
-        raise ValueError(f"levels: expected numbers in (0, 1), at least one; got {levels}")
+def _checked(num_samples: Any, levels: Sequence[float], batch_size: Any) -> tuple[int, int]:
+    inside = len(levels) > 0 and all(0 < level < 1 for level in levels)
+    expect(inside, "levels", "numbers in (0, 1), at least one", levels)
+    return check_count("num_samples", num_samples, 2), check_count("batch_size", batch_size)
 
 
-def _check_refit(guide: Any, refit: Any, layout: Layout) -> None:
+def _check_refit(guide: Any, refit: Any, truth: _Truth) -> None:
     if refit is not None:
-        if not callable(refit):
-            raise TypeError(f"refit: expected a function, got {type(refit).__name__}")
-        frame = layout.frame
+        expect(callable(refit), "refit", "a function", type(refit).__name__, TypeError)
+        frame = truth.plate
         if frame is not None and frame.full_size not in (None, frame.size):
             raise ValueError(
                 f"model: expected all the data in the plate {frame.name!r} with `refit`, got "
                 f"{frame.size} of {frame.full_size}"
             )
         return
-    why = needs_training(guide, layout)
+    why = _needs_training(guide, truth)
     if why:
         raise ValueError(
             f"refit: expected a function that trains a copy of the guide on simulated data, since "
             f"{why}; got None"
         )
+
+
+def _needs_training(guide: Any, truth: _Truth) -> str:
+    """Why a guide must be trained on data before it can answer for them; empty if it need not."""
+    if truth.plate is None:
+        return "the model has no plate over its data"
+    if truth.outside:
+        return f"the sites {truth.outside} are outside the plate {truth.plate.name!r}"
+    if not _is_amortized(guide):
+        return "the parameters of a guide without encoder are those of one data set"
+    return ""
+
+
+def _is_amortized(guide: Any) -> bool:
+    """Whether a guide can answer for data that it was not trained on, as far as one can tell."""
+    if isinstance(guide, AutoGuideList):
+        return all(_is_amortized(part) for part in guide)
+    if isinstance(guide, FamilyGuide):
+        return guide.encoder is not None or not guide.family.channels
+    return not isinstance(guide, (AutoContinuous, AutoDelta, AutoNormal))

@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae._scopes import random_state
 from ppvae.families.heads import Argument, Head
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.matched_normals import MatchedPerDatum
 from ppvae.programs.nodes import drawn_nodes
-from ppvae.programs.runs import draw_runs, trace_pair
+from ppvae.programs.runs import Runs
 
 _RATE = 0.2  # first step size of a search, in the unconstrained space of an argument
 
@@ -32,18 +32,17 @@ class Offsets:
     `(data, size)`.
 
     Args:
-        model: a Pyro model.
-        guide: a `FamilyGuide`; its heads are held to while `attached`.
-        args: their arguments.
-        plate: name of the data plate.
-        vectorized: run many draws at once.
+        runs: a model and its `FamilyGuide`.
+        heads: of the guide; they are held to while `attached`.
+        args: a minibatch.
+        name: of the data plate, as the user gave it.
     """
 
     def __init__(
-        self, model: Any, guide: Any, args: tuple[Any, ...], plate: str | None, *, vectorized: bool
+        self, runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...], name: str | None
     ) -> None:
-        self.model, self.guide, self.args, self.plate = model, guide, args, plate
-        self.vectorized = vectorized
+        self.runs, self.heads, self.args, self.name = runs, heads, args, name
+        self.vectorized = runs.vectorized
         self._first: dict[str, Tensor] = {}  # zeros like what each piece is added to
         self._pieces: dict[str, Tensor] = {}
         self._runs: dict[int, list[tuple[int, Any]]] = {}
@@ -58,7 +57,7 @@ class Offsets:
             yield self
 
     def _hooks(self) -> Iterator[Any]:
-        for key, head in self.guide.heads.items():
+        for key, head in self.heads.items():
             plain = type(head) is Head
             if not plain:
                 yield head.register_forward_pre_hook(self._before(key))
@@ -81,26 +80,25 @@ class Offsets:
 
     def _look(self) -> None:
         """One run, which tells the shapes."""
-        model_trace, guide_trace = trace_pair(self.model, self.guide, *self.args)
-        self.frame = terms(model_trace, guide_trace, self.plate).plate
-        drawn = drawn_nodes(guide_trace)
+        self._traces = self.runs.pair(self.args)
+        self.plate = terms(*self._traces, self.name).plate
+        drawn = drawn_nodes(self._traces[1])
         for name, node in drawn.items():
             if self._first and not node["fn"].has_rsample:
                 raise ValueError(
                     f"guide: expected reparametrized draws; {name!r} is drawn from {node['fn']}"
                 )
         values = [node["value"] for node in drawn.values()]
-        self._widest = max(v.numel() for v in [*values, *self.args] if isinstance(v, Tensor))
         #: coordinates of the latents of one datum
-        self.coordinates = sum(value.numel() for value in values) // self.frame.size
-        rows = [zeros.reshape(self.frame.size, -1) for zeros in self._first.values()]
+        self.coordinates = sum(value.numel() for value in values) // self.plate.size
+        rows = [zeros.reshape(self.plate.size, -1) for zeros in self._first.values()]
         #: offsets of zero
-        self.zero = torch.cat(rows, 1) if rows else values[0].new_zeros(self.frame.size, 0)
+        self.zero = torch.cat(rows, 1) if rows else values[0].new_zeros(self.plate.size, 0)
         self._lengths = [row.shape[1] for row in rows]
 
     def step_sizes(self) -> Tensor:
         """With what step size to begin a search, for each column."""
-        rates = [_FEATURE_RATE if key in self.guide.heads else _RATE for key in self._first]
+        rates = [_FEATURE_RATE if key in self.heads else _RATE for key in self._first]
         return torch.tensor(rates).repeat_interleave(torch.tensor(self._lengths)).to(self.zero)
 
     def place(self, offsets: Tensor) -> None:
@@ -118,25 +116,24 @@ class Offsets:
             match: match the moments over the draws, for each "datum", or in "common" numbers.
         """
         if draws not in self._runs:  # before the seed, since this looks at the model
-            widest = self._widest if self.vectorized else None
-            self._runs[draws] = list(draw_runs(self.model, self.args, draws, widest))
+            self._runs[draws] = list(self.runs.draws(self.args, draws, self._traces))
         found, first = [], 0
         numbers = MatchedPerDatum(draws, common=match == "common")
         with random_state(seed), ExitStack() as stack:
             if match is not None:
                 stack.enter_context(numbers)
-                stack.enter_context(numbers.places(self.frame))
+                stack.enter_context(numbers.places(self.plate))
             for count, plate in self._runs[draws]:
                 numbers.start_run(first, count, single=plate is None)
-                pair = trace_pair(self.model, self.guide, *self.args, draws=plate)
-                found.append((terms(*pair, self.plate), count))
+                pair = self.runs.pair(self.args, plate)
+                found.append((terms(*pair, self.name), count))
                 first += count
         return found
 
     def loss(self, offsets: Tensor, draws: int, seed: int, match: str = "datum") -> Tensor:
         """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`."""
         self.place(offsets)
-        size = self.frame.size
+        size = self.plate.size
         sums = [
             (parts.distortion + parts.rate).expand(count, size).sum(0)
             for parts, count in self.terms(draws, seed, match)

@@ -1,4 +1,9 @@
-"""Latents whose true values are known: their coordinates, and what a guide says of them."""
+"""The density of a guide at given latents, however it draws them.
+
+A guide that draws a latent at its own site is scored there. Joint families and Pyro's autoguides
+draw at an auxiliary site instead, in unconstrained space, and hand each latent its piece; here the
+entries of such a draw are found among the coordinates of the latents.
+"""
 
 from __future__ import annotations
 
@@ -6,72 +11,126 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
 from torch import Tensor
-from torch.distributions import biject_to
 
-from ppvae.guides.family_guide import FamilyGuide
+from ppvae._checks import expect
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import drawn_nodes
+from ppvae.programs.layout import Layout, Place
+from ppvae.programs.nodes import drawn_nodes, is_real
 from ppvae.programs.runs import given, run_trace, trace_pair
 
+_PROBE = 0.3  # a value that other maps than a copy change
 
-def needs_training(guide: Any, layout: Layout) -> str:
-    """Why a guide must be trained on data before it can answer for them; empty if it need not."""
-    if layout.frame is None:
-        return "the model has no plate over its data"
-    if layout.outside:
-        return f"the sites {layout.outside} are outside the plate {layout.frame.name!r}"
-    if not _is_amortized(guide):
-        return "the parameters of a guide without encoder are those of one data set"
-    return ""
+Auxiliary = dict[str, tuple[Place, Tensor]]
 
 
-def _is_amortized(guide: Any) -> bool:
-    """Whether a guide can answer for data that it was not trained on, as far as one can tell."""
-    if isinstance(guide, AutoGuideList):
-        return all(_is_amortized(part) for part in guide)
-    if isinstance(guide, FamilyGuide):
-        return guide.encoder is not None or not guide.family.channels
-    return not isinstance(guide, (AutoContinuous, AutoDelta, AutoNormal))
+def auxiliary_draws(
+    guide: Any,
+    trace: Any,
+    layout: Layout,
+    args: tuple[Any, ...],
+    plate: Any,
+    draws: Any = None,
+) -> Auxiliary:
+    """Finds which unconstrained coordinates of the latents the auxiliary draws of a guide are.
+
+    Args:
+        guide: a guide.
+        trace: its trace.
+        layout: of the latents of the model.
+        args: the arguments of the guide.
+        plate: the data plate, or None for draws that belong to all the data.
+        draws: the plate of draws that the trace was made in, or None.
+
+    Returns:
+        Auxiliary site -> its place, and the number of the coordinate behind each of its entries.
+
+    Raises:
+        ValueError: a latent is a point, or an auxiliary draw is not made of such coordinates.
+    """
+    drawn = drawn_nodes(trace)
+    own = [name for name in layout.places if name in drawn]
+    hidden = {name: node for name, node in drawn.items() if name not in own}
+    points = [name for name in layout.places if name not in own]
+    expect(hidden or not points, "guide", "a density", f"a point at {points}")
+    if not hidden:
+        return {}
+    found = {}
+    slopes, state = _copies(guide, trace, layout, args, draws, own, hidden)
+    for (name, node), slope in zip(hidden.items(), slopes, strict=True):
+        place = Place.of(node, plate, draws)
+        copies = place.flat(slope)
+        numbers = copies[0, 0].round().long().clamp(1, layout.size) - 1
+        copied = (copies - numbers - 1).abs().amax((0, 1)) < 0.01
+        copied &= (state[..., numbers] - _PROBE).abs().amax((0, 1)) < 0.001
+        copied &= is_real(node["fn"].support)
+        found[name] = place, torch.where(copied, numbers, -1)
+    taken = [number for name in own for number in range(layout.size)[layout.slices[name]]]
+    for _, numbers in found.values():
+        taken += numbers.tolist()
+    expect(
+        sorted(taken) == list(range(layout.size)),
+        "guide",
+        "auxiliary draws whose entries are unconstrained coordinates of the latents",
+        f"others at {list(hidden)}",
+    )
+    return found
+
+
+def _copies(
+    guide: Any,
+    trace: Any,
+    layout: Layout,
+    args: tuple[Any, ...],
+    draws: Any,
+    own: list[str],
+    hidden: Mapping[str, Any],
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """For each hidden draw the numbers of the coordinates that copy its entries, and the state.
+
+    If the coordinates are numbered from 1, the gradient of the sum of number times coordinate is,
+    at each entry of a draw, the number of its copy. And where all entries are set to one value,
+    that is what the copies are.
+    """
+    with torch.enable_grad():
+        probes = {
+            name: torch.full_like(node["value"], _PROBE).requires_grad_()
+            for name, node in hidden.items()
+        }
+        values = {name: trace.nodes[name]["value"] for name in own} | probes
+        again = run_trace(given(guide, trace, values), args, draws)
+        state = layout.free({name: again.nodes[name]["value"] for name in layout.places})
+        total = (state * torch.arange(1, layout.size + 1, device=state.device)).sum()
+        total = total + sum(0 * probe.sum() for probe in probes.values())  # for one not copied
+        return torch.autograd.grad(total, list(probes.values())), state
 
 
 def terms_at(
     model: Any, guide: Any, args: tuple[Any, ...], latents: Mapping[str, Tensor], plate: str | None
 ) -> Terms | None:
-    """The terms of the objective at given values of the latents; None where they are not found.
+    """The terms of the objective at given values of the latents.
 
-    A guide that draws a latent through an auxiliary site (joint families, Pyro's autoguides) has
-    its density there. If the unconstrained coordinates of the latents are those of the auxiliary
-    sites in another order, the map between them is a permutation, and its inverse its transpose:
-    one gradient. Whether this was so is seen by running the guide on the values found.
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        args: their arguments.
+        latents: latent site -> value.
+        plate: name of the data plate.
+
+    Returns:
+        The terms; None where the density of the guide at given latents cannot be found.
     """
     model_trace, guide_trace = trace_pair(model, guide, *args)
-    drawn = drawn_nodes(guide_trace)
-    values = {name: latents[name] for name in drawn if name in latents}
-    hidden = {name: node["value"] for name, node in drawn.items() if name not in latents}
-    model_trace = run_trace(given(model, model_trace, latents), args)
-    if hidden:
-        transforms = {
-            name: biject_to(model_trace.nodes[name]["fn"].support)
-            for name in latents
-            if name not in values
+    layout = Layout.of(model_trace, None)
+    try:
+        auxiliary = auxiliary_draws(guide, guide_trace, layout, args, None)
+    except ValueError:
+        return None
+    values = {name: latents[name] for name in drawn_nodes(guide_trace) if name in latents}
+    if auxiliary:
+        state = layout.free(latents)
+        values |= {
+            name: place.back(state[..., numbers]) for name, (place, numbers) in auxiliary.items()
         }
-        with torch.enable_grad():
-            zeros = {n: torch.zeros_like(v).requires_grad_() for n, v in hidden.items()}
-            trace = run_trace(given(guide, guide_trace, {**values, **zeros}), args)
-            product: Any = 0.0
-            for name, transform in transforms.items():
-                free = transform.inv(trace.nodes[name]["value"])
-                product = product + (free * transform.inv(latents[name])).sum()
-            found = torch.autograd.grad(
-                product, list(zeros.values()), allow_unused=True, materialize_grads=True
-            )
-        values |= dict(zip(zeros, found, strict=True))
-    guide_trace = run_trace(given(guide, guide_trace, values), args)
-    for name, value in latents.items():
-        again = guide_trace.nodes[name]["value"]
-        if not torch.allclose(again, value.expand(again.shape), rtol=1e-3, atol=1e-4):
-            return None
-    return terms(model_trace, guide_trace, plate)
+    model_trace = run_trace(given(model, model_trace, latents), args)
+    return terms(model_trace, run_trace(given(guide, guide_trace, values), args), plate)

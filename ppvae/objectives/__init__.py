@@ -1,4 +1,4 @@
-"""Objectives: the losses that `fit` can minimise, in nats per datum, and the terms they are made of.
+"""Objectives: the losses that `fit` minimises, in nats per datum, and the terms they are made of.
 
 An objective is anything that is called as `objective(model, guide, *args, size=None, step=0)` and
 returns a scalar that can be differentiated:

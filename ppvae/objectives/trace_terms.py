@@ -72,20 +72,20 @@ class Terms(NamedTuple):
     @property
     def log_joint(self) -> Tensor:
         """Log p(x, z): `(*draws, batch)` if `is_local`, else of all data together, `(*draws,)`."""
-        return self._total({**self.log_likelihood, **self.log_prior})
+        return self.total({**self.log_likelihood, **self.log_prior})
 
     @property
     def log_q(self) -> Tensor:
         """Log q(z), of the shape of `log_joint`; zero for a point."""
-        return self._total(self.log_guide)
+        return self.total(self.log_guide)
 
     @property
     def log_weight(self) -> Tensor:
         """Log p(x, z) - log q(z): the log of the importance weight of a draw."""
         return self.log_joint - self.log_q
 
-    def _total(self, values: dict[str, Tensor]) -> Tensor:
-        """The sum over sites, and over the data too where latents belong to all of them."""
+    def total(self, values: dict[str, Tensor]) -> Tensor:
+        """The sum of one kind of term over sites, of the shape of `log_joint`."""
         whole = not self.is_local
         return _sum({k: v.sum(-1) if whole and k in self.local else v for k, v in values.items()})
 

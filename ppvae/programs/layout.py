@@ -1,182 +1,217 @@
-"""Latents whose true values are known: their coordinates, and what a guide says of them."""
+"""Where the draws, the data and the coordinates of latent sites are in the values of a trace.
+
+A `Place` reads one site, a `Layout` all latent sites of a model. Both turn values into arrays of
+shape `(draws, datum, coordinates)` and back, in the space of the site or in unconstrained space.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
-from ppvae._scopes import eval_mode, random_state
-from ppvae.programs.nodes import data_plate, is_data, latent_nodes, prototype
-
-
-class Layout:
-    """The coordinates of a model's latents, and the simulations that they belong to.
-
-    Attributes:
-        frame: the data plate; its members are the simulations where `local` is true.
-        plate: the name that the user gave.
-        local: whether each datum is a simulation, and not the whole data set.
-        outside: names of the sites outside the data plate.
-        names: labels of the coordinates.
-    """
-
-    def __init__(self, model: Any, args: Any, plate: str | None, *, local: bool) -> None:
-        with torch.no_grad(), eval_mode(model), random_state(None, keep=True):
-            trace = prototype(model, args, {})
-        self.plate, self.local, self.nodes = plate, local, latent_nodes(trace)
-        if not self.nodes:
-            raise ValueError("model: expected latent sites, got none")
-        self.frame = data_plate(trace, plate)
-        name = None if self.frame is None else self.frame.name
-        nodes = self.nodes + [node for node in trace.nodes.values() if is_data(node)]
-        stacks = {node["name"]: node["cond_indep_stack"] for node in nodes}
-        self.outside = [n for n, stack in stacks.items() if name not in {f.name for f in stack}]
-        if not (local and self.outside):
-            self.names = [label for node in self.nodes for label in self._labels(node)]
-
-    def _labels(self, node: dict[str, Any]) -> list[str]:
-        shape, events = node["value"].shape, len(node["fn"].event_shape)
-        plates = {f.dim for f in node["cond_indep_stack"]}
-        plates -= {self.frame.dim} if self.local else set()
-        kept = [shape[dim - events] for dim in range(events - len(shape), 0) if dim in plates]
-        places = np.ndindex(*kept, *node["fn"].event_shape)
-        return [f"{node['name']}[{','.join(map(str, p))}]" if p else node["name"] for p in places]
-
-    def rows(
-        self, values: Mapping[str, Tensor], like: Mapping[str, Tensor], draws: Any = None
-    ) -> Tensor:
-        """Values of the latent sites as `(draws, simulations, coordinates)`.
-
-        Args:
-            values: site -> value.
-            like: site -> value of one draw, for the shapes.
-            draws: the plate of draws that the values were made in; None for one draw.
-        """
-        pieces = []
-        for node in self.nodes:
-            name, events = node["name"], len(node["fn"].event_shape)
-            value, shape = values[name], tuple(like[name].shape)
-            if draws is None:
-                value = value.expand(shape)[None]
-            else:  # it stands to the left of all plates of the model, also of those not around here
-                ones = (1,) * (events - draws.dim - 1 - len(shape))
-                value = value.expand(draws.size, *ones, *shape).reshape(draws.size, *shape)
-            value = value.movedim(self.frame.dim - events, 1) if self.local else value[:, None]
-            pieces.append(value.reshape(*value.shape[:2], -1))
-        return torch.cat(pieces, -1)
-
-    def total(self, parts: Any, kind: str, size: tuple[int, int]) -> Tensor:
-        """Terms of one kind summed over sites, and over the data of a set.
-
-        Args:
-            parts: the terms.
-            kind: `log_likelihood`, `log_prior` or `log_guide`.
-            size: `(draws, simulations)`, the shape of the result.
-        """
-        device = self.nodes[0]["value"].device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for name, value in getattr(parts, kind).items():
-            if not self.local:
-                value = (value.sum(-1) if name in parts.local else value)[..., None]
-            total = total + value
-        return total.expand(size)
-
-    def log_weight(self, parts: Any, size: tuple[int, int]) -> Tensor:
-        """Log p(x, z) - log q(z | x), of that size."""
-        log_p = self.total(parts, "log_likelihood", size) + self.total(parts, "log_prior", size)
-        return log_p - self.total(parts, "log_guide", size)
+from ppvae.programs.nodes import Node, from_reals, is_inside, is_real, latent_nodes, plates_of
 
 
 class Place(NamedTuple):
-    """How the values of one site become rows of shape `(chains, datum, coordinates)`, and back.
+    """How the values of one site become arrays with the draws and the data in front, and back.
 
     Attributes:
-        support: the constraint on the values.
-        batch: shape of the plates, with the chains in front.
-        datum: which of `batch` is the data plate.
-        chained: whether the values have a plate of chains; without one there is one chain.
-        space: shape of one event in unconstrained space.
+        name: of the site.
+        support: the constraint on its values.
+        batch: shape of the plates, with the draws in front: one draw, where there is no plate.
+        datum: which dim of `batch` is the data plate; None if the site belongs to all the data.
+        plates: the dims of `batch` that are other plates, or hold more than one value.
+        event: shape of one event.
+        drawn: whether the values have a dim of draws.
     """
 
+    name: str
     support: Any
-    batch: tuple[int, ...]
-    datum: int
-    chained: bool
-    space: tuple[int, ...]
+    batch: torch.Size
+    datum: int | None
+    plates: tuple[int, ...]
+    event: torch.Size
+    drawn: bool
 
     @classmethod
-    def of(cls, node: Any, frame: Any, draws: Any) -> Place:
-        """Reads it off a latent node of a trace that was made in a plate of chains, or in none.
+    def of(cls, node: Node, plate: Any, draws: Any = None, *, events: int | None = None) -> Place:
+        """Reads a place off a node of a trace.
+
+        Args:
+            node: a sample statement.
+            plate: the data plate, or None.
+            draws: the plate of draws that the trace was made in, or None.
+            events: number of event dims, if the distribution does not say it.
+        """
+        fn, shape = node["fn"], node["value"].shape
+        events = len(fn.event_shape) if events is None else events
+        batch = shape[: len(shape) - events]
+        if events == len(fn.event_shape):  # a plate around a replay expands only the value
+            batch = torch.broadcast_shapes(fn.batch_shape, batch)
+        frames = plates_of(node).values()
+        deepest = max([-frame.dim for frame in frames], default=0)
+        batch = torch.Size([1] * (deepest - len(batch))) + batch
+        if draws is None:
+            batch = torch.Size([1]) + batch
+        sizes = {len(batch) + frame.dim: frame.size for frame in frames}
+        # a value that its plates have not broadcast stands for as many equal ones
+        batch = torch.Size([sizes.get(dim, n) if n == 1 else n for dim, n in enumerate(batch)])
+        datum = len(batch) + plate.dim if is_inside(node, plate) else None
+        others = {dim for dim in range(1, len(batch)) if batch[dim] > 1} | set(sizes)
+        plates = sorted(others - {datum})
+        event = shape[len(shape) - events :]
+        return cls(node["name"], fn.support, batch, datum, tuple(plates), event, draws is not None)
+
+    @property
+    def space(self) -> torch.Size:
+        """Shape of one event in unconstrained space.
 
         Raises:
             ValueError: the site is discrete, or no bijection from the reals reaches its support.
         """
-        fn, shape = node["fn"], node["value"].shape
         try:
-            if fn.support.is_discrete:
+            if self.support.is_discrete:
                 raise NotImplementedError
-            space = biject_to(fn.support).inverse_shape(fn.event_shape)
+            return torch.Size(from_reals(self.support).inverse_shape(self.event))
         except NotImplementedError:
             raise ValueError(
                 f"model: expected continuous latents that a bijection from the reals reaches, got "
-                f"{fn.support} for {node['name']!r}"
+                f"{self.support} for {self.name!r}"
             ) from None
-        # a plate around a replay expands the value of a site, but not its distribution
-        batch = torch.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim])
-        batch = batch if draws is not None else torch.Size([1]) + batch
-        return cls(fn.support, batch, len(batch) + frame.dim, draws is not None, tuple(space))
-
-    @property
-    def transform(self) -> Any:
-        """From the reals to the support."""
-        return biject_to(self.support)
 
     @property
     def size(self) -> int:
-        """Number of coordinates per datum."""
-        return torch.Size(self.batch[1:] + self.space).numel() // self.batch[self.datum]
+        """Number of unconstrained coordinates of a datum."""
+        others = [n for dim, n in enumerate(self.batch) if dim not in (0, self.datum)]
+        return (torch.Size(others) + self.space).numel()
 
-    def rows(self, value: Tensor) -> Tensor:
-        """Shapes `(*plates, *any)` as `(chains, datum, coordinates)`."""
-        plates = len(self.batch) - (not self.chained)
-        value = value.expand(self.batch + value.shape[plates:]).movedim(self.datum, 1)
+    @property
+    def labels(self) -> list[str]:
+        """Names of the coordinates of a datum: `z[0]`, `w[2,1]`, or the site's for a scalar."""
+        sizes = [self.batch[dim] for dim in self.plates] + list(self.event)
+        indices = product(*(range(size) for size in sizes))
+        return [f"{self.name}[{','.join(map(str, i))}]" if i else self.name for i in indices]
+
+    def inside(self, draws: Any) -> Place:
+        """The place of the same site, read off a trace without draws, in a plate of draws."""
+        between = -draws.dim - len(self.batch)
+        batch = torch.Size([draws.size] + [1] * between) + self.batch[1:]
+        datum = None if self.datum is None else self.datum + between
+        plates = tuple(dim + between for dim in self.plates)
+        return self._replace(batch=batch, datum=datum, plates=plates, drawn=True)
+
+    def front(self, value: Tensor, events: int | None = None) -> Tensor:
+        """Shapes a value as `(draws, datum, *others, *event)`; a site of all data has datum 1.
+
+        Args:
+            value: of shape `(*batch, *event)`, or one that broadcasts to it.
+            events: number of its event dims; by default that of the site.
+        """
+        cut = value.dim() - (len(self.event) if events is None else events)
+        value = value.expand(self.batch[not self.drawn :] + value.shape[cut:])
+        value = value if self.drawn else value[None]
+        return value.unsqueeze(1) if self.datum is None else value.movedim(self.datum, 1)
+
+    def flat(self, value: Tensor, events: int | None = None) -> Tensor:
+        """Shapes a value as `(draws, datum, coordinates)`; see `front`."""
+        value = self.front(value, events)
         return value.reshape(*value.shape[:2], -1)
 
-    def shaped(self, rows: Tensor) -> Tensor:
-        """Shapes `(chains, datum, coordinates)` as `(*plates, *space)`."""
-        others = self.batch[1 : self.datum] + self.batch[self.datum + 1 :]
-        value = rows.reshape(*rows.shape[:2], *others, *self.space).movedim(1, self.datum)
-        return value if self.chained else value[0]
+    def back(self, flat: Tensor, event: torch.Size | None = None) -> Tensor:
+        """Shapes `(draws, datum, coordinates)` as a value of any number of draws and data."""
+        event = self.event if event is None else event
+        others = [size for dim, size in enumerate(self.batch) if dim not in (0, self.datum)]
+        value = flat.reshape(*flat.shape[:2], *others, *event)
+        value = value.squeeze(1) if self.datum is None else value.movedim(1, self.datum)
+        return value if self.drawn else value.squeeze(0)
 
 
-def drawn_rows(guide_trace: Any, latents: list[Any], frame: Any, dim: int | None) -> Tensor:
-    """The draws of a run as `(draws, batch, coordinates)`, made in a plate of draws at `dim`."""
-    rows = []
-    for latent in latents:
-        node = guide_trace.nodes[latent["name"]]
-        value = in_front(node["value"], node, frame, dim)
-        value = value[None] if dim is None else value
-        rows.append(value.reshape(*value.shape[:2], -1))
-    return torch.cat(rows, -1)
+class Layout:
+    """The coordinates of the latent sites of a model, one site behind the other.
 
+    Args:
+        places: one for each site, in the order of the model.
 
-def in_front(value: Tensor, node: Any, frame: Any, dim: int | None = None) -> Tensor:
-    """A value with the data in front, and the draws before them."""
-    events = len(node["fn"].event_shape)
-    if dim is None:
-        return value.movedim(frame.dim - events, 0)
-    return value.movedim((dim - events, frame.dim - events), (0, 1))
+    Attributes:
+        places: site -> its place.
+    """
 
+    def __init__(self, places: list[Place]) -> None:
+        self.places = {place.name: place for place in places}
 
-def labels(site: str, shape: torch.Size, *, single: bool) -> list[Any]:
-    """Labels for the coordinates of one site."""
-    if single and len(shape) == 1:
-        return list(range(shape[0]))
-    places = product(*(range(size) for size in shape))
-    return [f"{site}[{','.join(map(str, place))}]" if place else site for place in places]
+    @classmethod
+    def of(cls, trace: Any, plate: Any, draws: Any = None) -> Layout:
+        """Reads the layout off a trace of the model; arguments as those of `Place.of`.
+
+        Raises:
+            ValueError: the model has no latent sites.
+        """
+        places = [Place.of(node, plate, draws) for node in latent_nodes(trace)]
+        if not places:
+            raise ValueError("model: expected latent sites, got none")
+        return cls(places)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Site -> its coordinates in unconstrained space.
+
+        Raises:
+            ValueError: a site is discrete, or no bijection from the reals reaches its support.
+        """
+        slices, start = {}, 0
+        for name, place in self.places.items():
+            slices[name] = slice(start, start + place.size)
+            start += place.size
+        return slices
+
+    @property
+    def size(self) -> int:
+        """Number of unconstrained coordinates of a datum."""
+        return sum(place.size for place in self.places.values())
+
+    @property
+    def labels(self) -> list[Any]:
+        """Names of all coordinates; those of a single latent vector are numbers."""
+        places = list(self.places.values())
+        labels = [label for place in places for label in place.labels]
+        vector = len(places) == 1 and len(places[0].event) == 1 and not places[0].plates
+        return list(range(len(labels))) if vector else labels
+
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values by site as `(draws, datum, coordinates)`, in the spaces of the sites."""
+        return torch.cat([place.flat(values[name]) for name, place in self.places.items()], -1)
+
+    def free(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values by site as `(draws, datum, coordinates)`, in unconstrained space."""
+        pieces = []
+        for name, place in self.places.items():
+            free = from_reals(place.support).inv(values[name])
+            pieces.append(place.flat(free, len(place.space)))
+        return torch.cat(pieces, -1)
+
+    def constrained(self, state: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Takes unconstrained coordinates back to the sites.
+
+        Args:
+            state: shape `(draws, datum, size)`.
+
+        Returns:
+            Values by site, and the log-determinant of the map that leads to each, of shape
+            `(draws, datum)`.
+        """
+        values, log_dets = {}, {}
+        for name, place in self.places.items():
+            free = place.back(state[..., self.slices[name]], place.space)
+            values[name], log_dets[name] = free, state.new_zeros(state.shape[:2])
+            if not is_real(place.support):
+                transform = from_reals(place.support)
+                values[name] = value = transform(free)
+                log_det = transform.log_abs_det_jacobian(free, value)
+                events = log_det.dim() - (free.dim() - len(place.space))
+                log_dets[name] = place.flat(log_det, events).sum(-1)
+        return values, log_dets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -176,14 +176,14 @@ class Runs:
         return trace_pair(self.model, self.guide, *args, draws=draws)
 
     def draws(
-        self, args: tuple[Any, ...], num_samples: int, traces: tuple[Any, Any] | None = None
+        self, args: tuple[Any, ...], num_samples: int, traces: Sequence[Any] | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Cuts draws for a minibatch into runs that fit in memory; see `draw_runs`.
 
         Args:
             args: the minibatch.
             num_samples: number of draws.
-            traces: of one draw on the minibatch, from which the need of memory is read.
+            traces: of one draw on the minibatch, which tell the memory that one takes.
         """
         widest = _widest(args, *(traces or self.traces)) if self.vectorized else None
         return draw_runs(self.model, args, num_samples, widest)

@@ -212,7 +212,7 @@ def test_a_model_with_fixed_plates_is_run_in_one_piece():
 
 def test_bad_input():
     model, guide, x = build()
-    with pytest.raises(ValueError, match="num_samples, batch_size: .* got 0"):
+    with pytest.raises(ValueError, match="num_samples: .* got 0"):
         from_pyro_svi(model, guide, x, num_samples=0)
     with pytest.raises(ValueError, match="args: expected finite numbers, got 36"):
         from_pyro_svi(model, guide, x * math.nan)

@@ -1,0 +1,152 @@
+"""The numbers of `evaluate`, one function each.
+
+**To add a number per datum**, write a function of a `Sample` that returns one value for each datum,
+under `@per_datum(unit)`; for one per coordinate of the latents, a function of the arrays of
+`Coordinates`, under `@per_latent(unit)`. `evaluate` finds it, and `ppvae.summary` says its unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ppvae.evaluation.coordinates import Coordinates
+from ppvae.objectives import weights
+
+ACTIVE = 0.01  # variance of the mean of q over the data, above which a latent is in use
+
+
+class Sample(NamedTuple):
+    """The draws for the data of one minibatch, summed up.
+
+    Attributes:
+        log_weight: log p(x, z) - log q(z | x) of the draws, shape `(draws, datum)`, in float64.
+        terms: site -> its part of the objective, averaged over the draws, shape `(datum,)`.
+        observed: names of the observed sites.
+        point: whether the guide is a point, without a density.
+        coordinates: of the latents.
+    """
+
+    log_weight: Tensor
+    terms: dict[str, np.ndarray]
+    observed: tuple[str, ...]
+    point: bool
+    coordinates: Coordinates
+
+
+class Measure(NamedTuple):
+    """A number of `evaluate`: a function, and the unit of what it returns."""
+
+    function: Callable[[Any], np.ndarray]
+    unit: str
+
+    def __call__(self, given: Any) -> np.ndarray:
+        """The values for a sample, or for the arrays of `Coordinates`."""
+        return self.function(given)
+
+
+PER_DATUM: dict[str, Measure] = {}
+PER_LATENT: dict[str, Measure] = {}
+
+
+def per_datum(unit: str, *, density: bool = False) -> Callable[..., Any]:
+    """Registers a number per datum; with `density`, one that is NaN for a point."""
+
+    def register(function: Callable[[Sample], np.ndarray]) -> Any:
+        def or_nan(sample: Sample) -> np.ndarray:
+            if density and sample.point:
+                return np.full(sample.log_weight.shape[1], math.nan)
+            return function(sample)
+
+        PER_DATUM[function.__name__] = Measure(or_nan, unit)
+        return function
+
+    return register
+
+
+def per_latent(unit: str) -> Callable[..., Any]:
+    """Registers a number per coordinate of the latents."""
+
+    def register(function: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Any:
+        PER_LATENT[function.__name__] = Measure(function, unit)
+        return function
+
+    return register
+
+
+@per_datum("nats")
+def distortion(sample: Sample) -> np.ndarray:
+    """-E log p(x | z)."""
+    return -sum(sample.terms[name] for name in sample.observed)  # type: ignore[return-value]
+
+
+@per_datum("nats")
+def rate(sample: Sample) -> np.ndarray:
+    """KL(q(z | x) || p(z)); of a point the penalty -log p(z)."""
+    latent = [value for name, value in sample.terms.items() if name not in sample.observed]
+    return -sum(latent)  # type: ignore[return-value]
+
+
+@per_datum("nats")
+def objective(sample: Sample) -> np.ndarray:
+    """-(distortion + rate): the ELBO, or the penalised log-likelihood of a point."""
+    return -(distortion(sample) + rate(sample))
+
+
+@per_datum("nats", density=True)
+def elbo(sample: Sample) -> np.ndarray:
+    """The objective, where it is a bound on log p(x)."""
+    return objective(sample)
+
+
+@per_datum("nats", density=True)
+def log_likelihood(sample: Sample) -> np.ndarray:
+    """Log p(x) from below, by importance sampling."""
+    return weights.log_mean_weight(sample.log_weight).cpu().numpy()
+
+
+@per_datum("draws", density=True)
+def ess(sample: Sample) -> np.ndarray:
+    """The effective number of draws."""
+    return weights.effective_sample_size(sample.log_weight).cpu().numpy()
+
+
+@per_datum("", density=True)
+def khat(sample: Sample) -> np.ndarray:
+    """The Pareto shape of the tail of the weights."""
+    return weights.khat(sample.log_weight).numpy()
+
+
+def _away(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Squared distances of the means from their mean over the data, less what is noise of draws."""
+    mean = arrays["mean"]
+    return (mean - mean.mean(0)) ** 2 - arrays["error"]
+
+
+@per_latent("squares of the latent")
+def mean_variance(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The variance over the data of the mean of q."""
+    return np.maximum(_away(arrays).mean(0), 0.0)
+
+
+@per_latent("squares of the latent")
+def mean_variance_se(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Its standard error over the data."""
+    away = _away(arrays)
+    return away.std(0) / math.sqrt(len(away))
+
+
+@per_latent("")
+def active(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether the latent is in use (Burda, Grosse, Salakhutdinov, 2016)."""
+    return _away(arrays).mean(0) > ACTIVE
+
+
+@per_latent("nats")
+def kl(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """KL(q || p) of the coordinate, NaN where the divergence does not split."""
+    return arrays["kl"].mean(0)
