@@ -1,26 +1,40 @@
-"""Guide families for amortized inference in Pyro: from the autoencoder to the full posterior."""
+"""Guide families for amortized inference in Pyro: from the autoencoder to the full posterior.
 
-from ppvae import closed_form, data, families, likelihoods, nn, objectives, plots
-from ppvae.comparison import compare_families
-from ppvae.evaluation.amortization import gaps
-from ppvae.evaluation.annealing import annealed_importance
-from ppvae.evaluation.evaluation import evaluate
-from ppvae.evaluation.report import reading, summary
-from ppvae.evaluation.sbc import calibration
-from ppvae.export.arviz import from_pyro_svi
-from ppvae.export.chains import concat_chains
-from ppvae.families.family import Family
-from ppvae.guides.family_guide import FamilyGuide
-from ppvae.models.vae import VAE
+The names below are all that most programs need. Those that bring xarray, ArviZ or matplotlib with
+them are imported when they are first used, so that `import ppvae` takes no longer than Pyro.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ppvae import closed_form, families, likelihoods, objectives
+from ppvae import data as data  # not in `__all__`: `from ppvae import *` must not replace
+from ppvae import nn as nn  # what others call `data` and `nn`
+from ppvae.families import Family
+from ppvae.guides import FamilyGuide
+from ppvae.models import VAE
 from ppvae.programs.simulation import simulate
-from ppvae.staging.staged import NotStageable, stage
-from ppvae.training.fitting import Fit, fit
-from ppvae.training.replicates import fit_replicates
+from ppvae.staging import NotStageable, stage
+from ppvae.training import Diverged, Fit, fit, fit_replicates
+
+if TYPE_CHECKING:
+    from ppvae import plots, regression
+    from ppvae.comparison import compare_families
+    from ppvae.evaluation import (
+        annealed_importance,
+        calibration,
+        evaluate,
+        gaps,
+        reading,
+        summary,
+    )
+    from ppvae.export import concat_chains, from_pyro_svi
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Diverged",
     "Family",
     "FamilyGuide",
     "Fit",
@@ -30,7 +44,6 @@ __all__ = [
     "closed_form",
     "compare_families",
     "concat_chains",
-    "data",
     "evaluate",
     "families",
     "fit",
@@ -38,11 +51,40 @@ __all__ = [
     "from_pyro_svi",
     "gaps",
     "likelihoods",
-    "nn",
     "objectives",
     "plots",
     "reading",
+    "regression",
     "simulate",
     "stage",
     "summary",
 ]
+
+_AT_FIRST_USE = {
+    "annealed_importance": "evaluation",
+    "calibration": "evaluation",
+    "evaluate": "evaluation",
+    "gaps": "evaluation",
+    "reading": "evaluation",
+    "summary": "evaluation",
+    "compare_families": "comparison",
+    "concat_chains": "export",
+    "from_pyro_svi": "export",
+    "plots": "",
+    "regression": "",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _AT_FIRST_USE:
+        raise AttributeError(f"module 'ppvae' has no attribute {name!r}")
+    room = _AT_FIRST_USE[name]
+    value = (
+        getattr(import_module(f"ppvae.{room}"), name) if room else import_module(f"ppvae.{name}")
+    )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

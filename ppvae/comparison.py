@@ -16,12 +16,12 @@ import numpy as np
 import pyro
 import torch
 import xarray as xr
-from scipy import stats
+from scipy import special
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count
+from ppvae._checks import check_count, check_number, expect
 from ppvae._scopes import private_modules, random_state
 from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.evaluation import evaluate
@@ -78,7 +78,7 @@ def compare_families(
     min_gain: float = 0.05,
     level: float = 0.95,
     num_samples: int = 256,
-    progress: bool = True,
+    progress: bool | str = True,
     **fit_options: Any,
 ) -> Comparison:
     r"""Trains families side by side and says of each whether it is worth more than the one below.
@@ -105,7 +105,7 @@ def compare_families(
         min_gain: what a step must gain to be worth it, in nats per datum.
         level: of the interval.
         num_samples: draws per datum in the evaluation; their error is in the interval.
-        progress: show a progress bar.
+        progress: show a progress bar; a string is its label.
         **fit_options: options of `fit`. Train until the losses are level; with a learning rate that
             shrinks they become so anywhere, and the verdict may be about the optimizer.
 
@@ -128,11 +128,15 @@ def compare_families(
         array([0, 1, 2])
     """
     members = _members(families)
-    _check_numbers(num_seeds, min_gain, level, num_samples)
+    num_seeds = check_count("num_seeds", num_seeds, 2)
+    num_samples = check_count("num_samples", num_samples, 2)
+    min_gain = check_number("min_gain", min_gain)
+    expect(0 <= level < 1, "level", "a number from 0 to below 1", level)
     args = _test_data(train if test is None else test)
     seeds = list(range(seed, seed + num_seeds))
     runs: dict[str, list[xr.Dataset]] = {name: [] for name in members}
-    bar = tqdm(total=num_seeds * len(runs), desc="compare", disable=not progress, unit="fit")
+    label = progress if isinstance(progress, str) else "compare_families"
+    bar = tqdm(total=num_seeds * len(runs), desc=label, disable=not progress, unit="fit")
     with private_modules(), bar:
         for number in seeds:
             start: list[Tensor] | None = None
@@ -173,7 +177,7 @@ def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.nd
     seeds, data = differences.shape[-2:]
     over_seeds = differences.mean(-1).std(-1, ddof=1) / math.sqrt(seeds)
     over_data = differences.mean(-2).std(-1, ddof=1) / math.sqrt(data)
-    t = stats.t.ppf((1 + level) / 2, [seeds - 1, data - 1])
+    t = special.stdtrit([seeds - 1, data - 1], (1 + level) / 2)
     mean, half = differences.mean((-2, -1)), np.hypot(t[0] * over_seeds, t[1] * over_data)
     return [mean, mean - half, mean + half, over_seeds, over_data]
 
@@ -208,12 +212,12 @@ def still_to_come(fall: np.ndarray, error: np.ndarray) -> np.ndarray:
 def _fresh(build: Any, start: list[Tensor] | None) -> tuple[Any, nn.Module, list[Tensor]]:
     """Model, encoder and a copy of their parameters, which must be those of the start."""
     built = build()
-    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], nn.Module)):
-        raise TypeError(f"build: expected a model and an encoder module, got {built!r}")
+    pair = isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], nn.Module)
+    expect(pair, "build", "a model and an encoder module", repr(built), TypeError)
     modules = [module for module in built if isinstance(module, nn.Module)]
     now = [p.detach().clone() for module in modules for p in module.parameters()]
-    if start is not None and not (len(now) == len(start) and all(map(torch.equal, now, start))):
-        raise ValueError("build: expected fresh networks that start alike for one seed, got others")
+    alike = start is None or (len(now) == len(start) and all(map(torch.equal, now, start)))
+    expect(alike, "build", "fresh networks that start alike for one seed", "others")
     return *built, now
 
 
@@ -224,14 +228,17 @@ def _run(
     fitted = fit(model, guide, train, seed=seed, progress=False, **options)
     parameters = [p for m in (guide, model) if isinstance(m, nn.Module) for p in m.parameters()]
     test = [part.to(parameters[0].device) for part in test] if parameters else test
-    found = evaluate(model, guide, *test, num_samples=num_samples, seed=seed, progress=False)
+    same = {name: options[name] for name in ("plate", "kwargs") if name in options}
+    found = evaluate(
+        model, guide, *test, num_samples=num_samples, seed=seed, progress=False, **same
+    )
     num_epochs = options.get("num_epochs", inspect.signature(fit).parameters["num_epochs"].default)
     fall, error = last_fall(fitted.validation_losses or fitted.losses, num_epochs)
     used = guide if guide.family.channels else guide.heads  # with no channel the encoder is idle
     size = sum(p.numel() for p in used.parameters() if p.requires_grad)
-    told = {"seconds": fitted.seconds, "fall": fall, "fall_se": error, "parameters": size}
+    numbers = {"seconds": fitted.seconds, "fall": fall, "fall_se": error, "parameters": size}
     rate = {"rate": found.rate.where(found.elbo.notnull())}  # of a point it is a penalty
-    return found[_MEASURES].assign(told | rate)
+    return found[_MEASURES].assign(numbers | rate)
 
 
 def with_steps(found: xr.Dataset, min_gain: float, level: float) -> xr.Dataset:
@@ -267,31 +274,21 @@ def with_steps(found: xr.Dataset, min_gain: float, level: float) -> xr.Dataset:
 
 
 def _members(families: Sequence[Any]) -> dict[str, Any]:
-    if isinstance(families, str) or len(families) < 2:
-        raise ValueError(f"families: expected at least two, got {families!r}")
+    several = not isinstance(families, str) and len(families) >= 2
+    expect(several, "families", "at least two", repr(families))
     members: dict[str, Any] = {}
     for given in families:
         family = LADDER.get(given) if isinstance(given, str) else given
-        if not hasattr(family, "channels"):
-            raise ValueError(f"families: expected families or {list(LADDER)}, got {given!r}")
+        known = hasattr(family, "channels")
+        expect(known, "families", f"families or {list(LADDER)}", repr(given))
         members[getattr(family, "name", repr(family))] = family
-    if len(members) < len(families):
-        raise ValueError(f"families: expected different ones, got {families!r}")
+    expect(len(members) == len(families), "families", "different ones", repr(families))
     return members
 
 
-def _check_numbers(num_seeds: int, min_gain: float, level: float, num_samples: int) -> None:
-    for name, value in {"num_seeds": num_seeds, "num_samples": num_samples}.items():
-        check_count(name, value, 2)
-    for name, number, end in [("min_gain", min_gain, math.inf), ("level", level, 1)]:
-        if not 0 <= number < end:
-            raise ValueError(f"{name}: expected a number from 0 to below {end}, got {number}")
-
-
 def _test_data(test: Any) -> tuple[Tensor, ...]:
-    if isinstance(test, (Dataset, DataLoader)):
-        raise TypeError(f"test: expected a tensor, an array or a tuple, got {type(test).__name__}")
+    held = not isinstance(test, (Dataset, DataLoader))
+    expect(held, "test", "a tensor, an array or a tuple", type(test).__name__, TypeError)
     args = as_tensors("test", test)
-    if len(args[0]) < 2:
-        raise ValueError(f"test: expected at least 2 data, got {len(args[0])}")
+    expect(len(args[0]) >= 2, "test", "at least 2 data", len(args[0]))
     return args

@@ -280,7 +280,7 @@ def test_nothing_global_moves_and_every_run_starts_anew(plain_pyro):
     pyro.param("scale", torch.tensor(7.0), constraint=dist.constraints.positive)
     held = pyro.param("user", torch.tensor(3.0))
     state, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
-    pair = [families.mean_scale, Family(dist.Normal)]
+    pair = [families.mean_scale, Family(dist.Normal, scale=dist.constraints.positive)]
     found = compare_families(build, pair, torch.randn(20, 4, generator=torch.Generator()), **SHORT)
     assert torch.equal(state, torch.get_rng_state())
     assert (np.random.get_state()[1] == numbers).all()

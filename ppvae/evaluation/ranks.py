@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy.stats import binom, poisson
+from scipy import special
 
 ALPHA = 0.01  # level of the verdict, shared among the latents
 
@@ -142,6 +143,12 @@ def _number(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before zero
 
 
+def _poisson(number: Any, mean: Any) -> Any:
+    """Probability of a Poisson number; it is zero below zero."""
+    logs = special.xlogy(number, mean) - mean - special.gammaln(np.maximum(number, 0) + 1)
+    return np.where(np.asarray(number) < 0, 0.0, np.exp(logs))
+
+
 def _bounds(num_samples: int) -> np.ndarray:
     """Ranks that the points lie below, about evenly spaced and inside."""
     ends = np.linspace(0, num_samples + 1, min(_INTERVALS, num_samples + 1) + 1)
@@ -155,7 +162,8 @@ def _smaller(rank: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 def _tails(count: int, chances: np.ndarray) -> np.ndarray:
     """Two-sided p-values of binomial numbers 0 to `count`, shape `(points, count + 1)`."""
     numbers, chance = np.arange(count + 1), chances[:, None]
-    below, above = binom.cdf(numbers, count, chance), binom.sf(numbers - 1, count, chance)
+    below = special.bdtr(numbers, count, chance)
+    above = np.where(numbers > 0, special.bdtrc(numbers - 1, count, chance), 1.0)
     return np.minimum(1.0, 2 * np.minimum(below, above))
 
 
@@ -180,8 +188,8 @@ def _leaves(tails: np.ndarray, chances: np.ndarray, limit: float) -> float:
     for first, last, chance in zip(
         *_interval(tails, limit), np.diff(chances, prepend=0.0), strict=True
     ):
-        steps = poisson.pmf(np.arange(last - start + 1), count * chance)
+        steps = _poisson(np.arange(last - start + 1), count * chance)
         mass = np.convolve(mass, steps)[first - start : last - start + 1]
         start = first
-    rest = poisson.pmf(count - start - np.arange(len(mass)), count * (1 - chances[-1]))
-    return max(0.0, 1 - float(mass @ rest) / poisson.pmf(count, count))
+    rest = _poisson(count - start - np.arange(len(mass)), count * (1 - chances[-1]))
+    return max(0.0, 1 - float(mass @ rest) / _poisson(count, count))
