@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +23,14 @@ from ppvae._checks import check_choice, check_count, expect
 from ppvae.evaluation.hmc import anneal, tune
 from ppvae.evaluation.path import Densities, densities
 from ppvae.guides.family_guide import FamilyGuide
+from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import effective_sample_size, log_mean_weight
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import Runs, opened
 
-_STARTS = ("guide", "prior")
 
-
-def annealed_importance(
+def annealed_importance(  # noqa: D417
     model: Callable[..., Any],
     guide: Callable[..., Any] | None,
     *args: Any,
@@ -75,17 +75,12 @@ def annealed_importance(
         num_chains: chains per datum.
         num_leapfrog: leapfrog steps of a transition; at equal cost, 2 of them at many temperatures
             measured better than 5 at fewer.
-        batch_size: data per run.
         start: "guide" starts from draws of q(z | x), a shorter way if the guide is any good, and a
             poor one if it is narrower than the posterior; "prior" starts from p(z).
         latents: latent site -> the values that the data were simulated from by this model, as
             `simulate(model, *args).latents` has them; with any others `upper` is no bound.
-        vectorized: run many chains at once, which the model must be written for (all operations
-            leave leading dims alone); by default only where the model says so, as `VAE` does.
-        seed: seeds the draws, without a trace outside; None uses the caller's stream.
-        plate: name of the data plate; by default `data`, or else the outermost one.
-        kwargs: keyword arguments of model and guide.
-        progress: show a progress bar, if it takes longer than some seconds; a string is its label.
+        batch_size, vectorized, seed, plate, kwargs, progress: as for `evaluate`, with chains for
+            draws.
 
     Returns:
         The estimates. Attributes: `num_temperatures`, `num_chains`, `start`.
@@ -105,94 +100,95 @@ def annealed_importance(
         >>> from ppvae import VAE, likelihoods, simulate
         >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(0.5))
         >>> (x,), latents = simulate(model, torch.zeros(3, 5), seed=0)
-        >>> found = annealed_importance(model, None, x, start="prior", latents=latents)
-        >>> bool(found.log_likelihood.mean() < found.upper.mean() + 0.1)
+        >>> result = annealed_importance(model, None, x, start="prior", latents=latents)
+        >>> bool(result.log_likelihood.mean() < result.upper.mean() + 0.1)
         True
     """
-    for name, value in (
-        ("num_temperatures", num_temperatures),
-        ("num_chains", num_chains),
-        ("num_leapfrog", num_leapfrog),
-    ):
-        check_count(name, value)
-    check_choice("start", start, _STARTS)
-    if start == "prior":
-        guide = FamilyGuide(model, families.noise_only)
+    counts = {
+        "num_temperatures": check_count("num_temperatures", num_temperatures),
+        "num_chains": check_count("num_chains", num_chains),
+        "num_leapfrog": check_count("num_leapfrog", num_leapfrog),
+    }
+    check_choice("start", start, ("guide", "prior"))
+    guide = FamilyGuide(model, families.noise_only) if start == "prior" else guide
     if guide is None:
         raise ValueError('guide: expected a guide for start="guide", got None')
-    path = _Path(num_temperatures, num_chains, num_leapfrog, plate, start == "prior")
+    label = progress if isinstance(progress, str) else "annealed_importance"
     options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
     results = []
-    with _drawable(start), opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
-        states: Sequence[Tensor | None] = [None] * len(runs.batches)
-        if latents is not None:
-            true = Layout.of(runs.traces[0], runs.plate).free(_checked(runs.traces[0], latents))
-            states = true.split(batch_size if len(runs.batches) > 1 else true.shape[1], 1)
-        label = progress if isinstance(progress, str) else "annealed_importance"
-        ways = 1 if latents is None else 2
-        total = len(runs.batches) * num_chains * num_temperatures * ways
+    with _hints(start), opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+        terms(*runs.traces, plate).check_local()
+        states = _states(runs, latents, batch_size)
+        chains = num_chains if latents is None else 2 * num_chains
+        total = len(runs.batches) * chains * num_temperatures
         with tqdm(desc=label, total=total, disable=not progress, delay=3.0) as bar:
             for batch, state in zip(runs.batches, states, strict=True):
-                results.append(_estimates(runs, batch, path, state, bar.update))
+                at = partial(densities, runs, batch, prior=start == "prior")
+                results.append(_estimates(at, state, bar.update, **counts))
     arrays = {name: np.concatenate([each[name] for each in results]) for name in results[0]}
     attrs = {"num_temperatures": num_temperatures, "num_chains": num_chains, "start": start}
     return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)
 
 
-class _Path(NamedTuple):
-    """How the chains of each datum go from the start to the posterior."""
-
-    num_temperatures: int
-    num_chains: int
-    num_leapfrog: int
-    plate: str | None
-    prior: bool
-
-
 @contextmanager
-def _drawable(start: str) -> Iterator[None]:
-    """Says of priors that cannot be drawn from that no chain can start there."""
+def _hints(start: str) -> Iterator[None]:
+    """Says of errors what they mean for the start of the chains."""
     try:
         yield
     except NotImplementedError as error:
         if start != "prior":
             raise
         raise ValueError(f"model: expected priors that can be drawn from; {error}") from error
+    except ValueError as error:
+        if start == "prior" or not str(error).startswith("guide: "):
+            raise
+        raise ValueError(f'{error} (start="prior" needs no density of a guide)') from error
 
 
-def _checked(trace: Any, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The latents as tensors like those that the model draws."""
-    nodes = {node["name"]: node for node in latent_nodes(trace)}
+def _states(
+    runs: Runs, latents: Mapping[str, Tensor] | None, batch_size: int
+) -> Sequence[Tensor | None]:
+    """For each minibatch the state that it was simulated from, or None where that is not known."""
+    if latents is None:
+        return [None] * len(runs.batches)
+    nodes, values = {node["name"]: node for node in latent_nodes(runs.traces[0])}, {}
     expect(set(latents) == set(nodes), "latents", f"values of {list(nodes)}", list(latents))
-    values = {}
     for name, node in nodes.items():
         value = torch.as_tensor(latents[name]).to(node["value"])
         shape, support = tuple(node["value"].shape), node["fn"].support
-        same = value.shape == node["value"].shape
-        expect(same, "latents", f"shape {shape} at {name!r}", tuple(value.shape))
+        expect(value.shape == shape, "latents", f"shape {shape} at {name!r}", tuple(value.shape))
         inside = support.check(value).all() and value.isfinite().all()
         expect(inside, "latents", f"values in {support} at {name!r}", "others")
         values[name] = value
-    return values
+    state = Layout.of(runs.traces[0], runs.plate).free(values)
+    return state.split(batch_size if len(runs.batches) > 1 else state.shape[1], 1)
 
 
 def _estimates(
-    runs: Runs,
-    args: tuple[Any, ...],
-    path: _Path,
+    at: Callable[..., Densities],
     true: Tensor | None,
     tick: Callable[[int], object],
+    *,
+    num_temperatures: int,
+    num_chains: int,
+    num_leapfrog: int,
 ) -> dict[str, np.ndarray]:
-    """The estimates for one minibatch; `true` is the state that the data were simulated from."""
+    """The estimates for one minibatch.
 
-    def at(draws: Any) -> Densities:
-        return densities(runs.model, runs.guide, args, path.plate, draws, prior=path.prior)
-
-    traces, num_chains = at(None).traces, path.num_chains
-    _, few = next(runs.draws(args, max(1, num_chains // 4), traces))
-    schedule = tune(at(few), path.num_temperatures, path.num_leapfrog)
+    Args:
+        at: the log densities of the minibatch in a plate of chains.
+        true: the state that the data were simulated from, if that is known.
+        tick: called with the number of chains after each temperature.
+        num_temperatures: steps from the start to the posterior.
+        num_chains: chains per datum.
+        num_leapfrog: leapfrog steps of a transition.
+    """
+    one = at()
+    cut = partial(one.runs.draws, one.args, traces=one.traces)
+    few = next(cut(max(1, num_chains // 4)))[1]
+    schedule = tune(at(few), num_temperatures, num_leapfrog)
     forth, back, accepted = [], [], []
-    for count, draws in runs.draws(args, num_chains, traces):
+    for count, draws in cut(num_chains):
         both = at(draws)
         log_weight, share = anneal(both, both.at(both.draw()), schedule, tick)
         forth.append(log_weight)

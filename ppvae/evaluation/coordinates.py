@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,66 +15,82 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import is_point, latent_nodes
 
 
+@dataclass
 class Coordinates:
-    """The coordinates of the latents of one minibatch; draws are added run by run.
+    """The coordinates of the latents of one minibatch; made by `coordinates`.
+
+    Draws are added run by run. Tensors have shape `(datum, coordinates)`.
+
+    Attributes:
+        layout: of the latents.
+        first: the first draw, from which the others are measured.
+        mean: the mean of q; NaN where it has no closed form.
+        kl: KL(q || p); NaN where the divergence does not split.
+        count: number of draws that were added.
+        total: the sum of the draws, less `first`.
+        squares: the sum of their squares.
+    """
+
+    layout: Layout
+    first: Tensor
+    mean: Tensor
+    kl: Tensor
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    @property
+    def labels(self) -> list[Any]:
+        """Names of the coordinates, see `Layout.labels`."""
+        return self.layout.labels
+
+    def add(self, guide_trace: Any, draws: Any = None) -> None:
+        """Adds the draws of a run, made in a plate of draws or without one."""
+        rows = []
+        for name, place in self.layout.places.items():
+            place = place if draws is None else place.inside(draws)
+            rows.append(place.flat(guide_trace.nodes[name]["value"]))
+        away = (torch.cat(rows, -1) - self.first).double()
+        self.count += len(away)
+        self.total, self.squares = self.total + away.sum(0), self.squares + away.square().sum(0)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Mean, variance of its error (where it is one of draws), KL, and whether draws differ."""
+        drawn = self.total / self.count
+        spread = (self.squares / self.count - drawn.square()) / max(1, self.count - 1)
+        known = ~self.mean.isnan()
+        mean = torch.where(known, self.mean, self.first.double() + drawn)
+        error = torch.where(known, 0.0, spread)
+        arrays = {"mean": mean, "error": error, "kl": self.kl, "differ": self.squares > 0}
+        return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def coordinates(model_trace: Any, guide_trace: Any, plate: Any) -> Coordinates:
+    """Reads what is known of the coordinates without draws.
 
     Args:
         model_trace: a trace of the model, without a plate of draws.
         guide_trace: the trace of the guide that it was replayed on.
         plate: the data plate.
-
-    Attributes:
-        labels: names of the coordinates, see `Layout.labels`.
-        differ: whether two draws differ.
     """
-
-    def __init__(self, model_trace: Any, guide_trace: Any, plate: Any) -> None:
-        self.layout = Layout.of(model_trace, plate)
-        self.labels, self.differ = self.layout.labels, False
-        names = list(self.layout.places)
-        self.first = self.layout.flat({name: guide_trace.nodes[name]["value"] for name in names})[0]
-        point = not _is_drawn(guide_trace)
-        means: list[Tensor] = []
-        kls: list[Tensor] = []
-        for prior in latent_nodes(model_trace):
-            place, node = self.layout.places[prior["name"]], guide_trace.nodes[prior["name"]]
-            known = point or not is_point(node["fn"])
-            for arrays, value in (
-                (means, _mean(node["fn"]) if known else None),
-                (kls, _split_kl(node["fn"], prior["fn"]) if known else None),
-            ):
-                nothing = torch.full_like(node["value"], math.nan, dtype=torch.float64)
-                value = nothing if value is None else value.double().expand(node["value"].shape)
-                arrays.append(place.flat(value)[0])
-        self.mean, self.kl = torch.cat(means, -1), torch.cat(kls, -1)
-        self.count = 0
-        self.sum: Any = 0.0
-        self.squares: Any = 0.0
-
-    def add(self, guide_trace: Any, draws: Any = None) -> None:
-        """Counts in the draws of a run, made in a plate of draws or without one."""
-        rows = []
-        for name, place in self.layout.places.items():
-            place = place if draws is None else place.inside(draws)
-            rows.append(place.flat(guide_trace.nodes[name]["value"]))
-        away = torch.cat(rows, -1) - self.first
-        self.differ = self.differ or bool((away != 0).any())
-        away = away.double()
-        self.count += len(away)
-        self.sum, self.squares = self.sum + away.sum(0), self.squares + away.square().sum(0)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The mean, the variance of its error (where it is one of draws), and the KL.
-
-        Each is of shape `(datum, coordinates)`.
-        """
-        drawn = self.sum / self.count
-        spread = (self.squares / self.count - drawn.square()) / max(1, self.count - 1)
-        known = ~self.mean.isnan()
-        mean = torch.where(known, self.mean, self.first.double() + drawn)
-        error = torch.where(known, 0.0, spread)
-        arrays = {"mean": mean, "error": error, "kl": self.kl}
-        return {name: value.cpu().numpy() for name, value in arrays.items()}
+    layout, values = Layout.of(model_trace, plate), guide_trace.nodes
+    first = layout.flat({name: values[name]["value"] for name in layout.places})[0]
+    point = not _is_drawn(guide_trace)
+    means: dict[str, Tensor] = {}
+    kls: dict[str, Tensor] = {}
+    for node in latent_nodes(model_trace):
+        name, fn = node["name"], values[node["name"]]["fn"]
+        # the point of a piece of a joint draw says nothing of its distribution
+        known = point or not is_point(fn)
+        for table, value in (
+            (means, _mean(fn) if known else None),
+            (kls, _split_kl(fn, node["fn"]) if known else None),
+        ):
+            value = first.new_tensor(math.nan) if value is None else value
+            table[name] = value.double().expand(values[name]["value"].shape)
+    mean, kl = (layout.flat(table)[0] for table in (means, kls))
+    zero = torch.zeros_like(mean)
+    return Coordinates(layout, first, mean, kl, 0, zero, zero)
 
 
 def _is_drawn(trace: Any) -> bool:

@@ -42,7 +42,7 @@ class Directions:
             self.count += len(x)
             self.sum, self.products = self.sum + x.sum(0), self.products + x.T @ x
 
-    def found(self) -> dict[str, Any]:
+    def attrs(self) -> dict[str, Any]:
         """The mean noise variance, and the number of directions that are worth a latent."""
         if self.count < 2:
             return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_count
-from ppvae.evaluation.coordinates import Coordinates
+from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import Directions
-from ppvae.evaluation.information import Draws, Information, draws_needed, draws_of, information
+from ppvae.evaluation.information import Information, draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.families.family import cap
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.runs import Runs, draws_plate, opened
+from ppvae.programs.runs import Runs, opened
 
 
 def evaluate(
@@ -71,8 +71,8 @@ def evaluate(
         batch_size: data per run.
         vectorized: run many draws at once, which the model must be written for (all operations
             leave leading dims alone); by default only where the model says so, as `VAE` does.
-        seed: seeds the draws, without a trace outside; None uses the caller's stream.
-        plate: name of the data plate; by default `data`, or else the outermost one.
+        seed: seeds the draws, and leaves the caller's stream where it was; None uses that stream.
+        plate: name of the data plate; by default `data`, or else see `data_plate`.
         kwargs: keyword arguments of model and guide; tensors with as many rows as the data plate
             are cut into the same runs.
         progress: show a progress bar if it takes more than some seconds; a string is its label.
@@ -88,112 +88,85 @@ def evaluate(
     Vehtari et al., Pareto smoothed importance sampling, 2024; Yao et al., Yes, but did it work?,
     2018 (k-hat of a guide); Hoffman and Johnson, ELBO surgery, 2016.
     """
-    check_count("num_samples", num_samples, 2)
+    num_samples = check_count("num_samples", num_samples, 2)
     family = getattr(guide, "family", None)
     channels = None if family is None else family.channels
     label = progress if isinstance(progress, str) else "evaluate"
     options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
+    directions, measured, draws = Directions(), [], []
     with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
         whole = terms(*runs.traces, plate)
         whole.check_local()
-        few = draws_needed(whole.plate.size) if channels != () else 1
-        bar = tqdm(runs.batches, label, disable=not progress, delay=3.0, unit="batch")
-        directions, measured, draws = Directions(), [], []
-        for batch in bar:
+        few = draws_needed(runs.plate.size) if channels != () else 1
+        for batch in tqdm(runs.batches, label, disable=not progress, delay=3.0, unit="batch"):
             pairs = [runs.pair(batch) for _ in range(few)]
-            directions.add(pairs[0][0], whole.plate)
-            measured.append(_measured(_sample(runs, batch, pairs[0], plate, num_samples)))
+            directions.add(pairs[0][0], runs.plate)
+            sample = _sample(runs, batch, pairs[0], num_samples)
+            measured.append(_measured(sample))
             if whole.log_guide:
-                draws.append(draws_of([(terms(*pair, plate), pair[1]) for pair in pairs]))
-        totals = _totals(runs, measured, draws, channels)
-    dataset = _dataset(measured, totals)
-    dataset.attrs |= {"bound": int(bool(whole.log_guide)), "num_samples": num_samples}
-    dataset.attrs |= directions.found()
+                draws.append(draws_of(pairs, runs.plate))
+        arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
+        totals = information(runs, draws, arrays["rate"], channels)
+    coords = {"site": list(sample.terms), "latent": sample.coordinates.labels}
+    dataset = xr.Dataset(_variables(arrays, totals), coords)
+    dataset.attrs = {"stochastic": int(arrays["differ"].any()), "bound": int(bool(draws))}
+    dataset.attrs |= {"num_samples": num_samples, **directions.attrs()}
     if family is not None:
         names = ", ".join(family.channels) or "none"
         dataset.attrs |= {"family": family.name, "channels": names, "cap": cap(family)}
     return dataset
 
 
-class _Measured(NamedTuple):
-    """What is kept of the draws for one minibatch; arrays with the data in front."""
-
-    per_datum: dict[str, np.ndarray]
-    terms: dict[str, np.ndarray]
-    coordinates: dict[str, np.ndarray]
-    labels: list[Any]
-    differ: bool
-
-
-def _measured(sample: Sample) -> _Measured:
-    per_datum = {name: measure(sample) for name, measure in PER_DATUM.items()}
-    coordinates = sample.coordinates
-    arrays = coordinates.arrays()
-    return _Measured(per_datum, sample.terms, arrays, coordinates.labels, coordinates.differ)
-
-
-def _sample(
-    runs: Runs, args: tuple[Any, ...], pair: tuple[Any, Any], plate: str | None, num_samples: int
-) -> Sample:
+def _sample(runs: Runs, args: tuple[Any, ...], pair: tuple[Any, Any], num_samples: int) -> Sample:
     """Draws for one minibatch, summed up; `pair` is a pair of traces on it."""
-    first = terms(*pair, plate)
+    first = terms(*pair, runs.plate.name)
     point, total = not first.log_guide, num_samples if first.log_guide else 2
-    coordinates = Coordinates(*pair, first.plate)
+    latents = coordinates(*pair, first.plate)
     log_weight = []
     sums: dict[str, Any] = dict.fromkeys(_by_site(first), 0.0)
     for count, draws in runs.draws(args, total, pair):
         model_trace, guide_trace = runs.pair(args, draws)
-        read = terms(model_trace, guide_trace, plate)
+        parts = terms(model_trace, guide_trace, runs.plate.name)
         size = (count, first.plate.size)
-        log_weight.append(read.log_weight.expand(size).double())
-        for name, value in _by_site(read).items():
+        log_weight.append(parts.log_weight.expand(size).double())
+        for name, value in _by_site(parts).items():
             sums[name] = sums[name] + value.expand(size).double().sum(0)
-        coordinates.add(guide_trace, draws)
+        latents.add(guide_trace, draws)
     means = {name: (value / total).cpu().numpy() for name, value in sums.items()}
-    return Sample(torch.cat(log_weight), means, tuple(first.log_likelihood), point, coordinates)
+    return Sample(torch.cat(log_weight), means, tuple(first.log_likelihood), point, latents)
 
 
 def _by_site(parts: Terms) -> dict[str, torch.Tensor]:
     """The objective by site; what belongs to a joint draw of several sites is called `guide`."""
     by_site = dict(parts.log_likelihood)
     for name, value in parts.log_prior.items():
-        if name in parts.kl:
-            by_site[name] = -parts.kl[name]
-        else:
-            by_site[name] = value - parts.log_guide.get(name, torch.zeros(()))
+        log_q = parts.log_guide.get(name, torch.zeros(()))
+        by_site[name] = -parts.kl[name] if name in parts.kl else value - log_q
     joint = [value for name, value in parts.log_guide.items() if name not in parts.log_prior]
     if joint:
         by_site["guide"] = -sum(joint, start=torch.zeros(()))
     return by_site
 
 
-def _totals(
-    runs: Runs, measured: list[_Measured], draws: list[Draws], channels: tuple[str, ...] | None
-) -> Information:
-    """What the latents tell of the data; NaN for a point, which has no density."""
-    if not draws:
-        return Information(*[math.nan] * 4)
-    rate = np.concatenate([each.per_datum["rate"] for each in measured])
-    # a family with channels never runs its model; one without runs it, decoder and all
-    inside = runs.vectorized or channels
-    dim = draws_plate(runs.model, *runs.batches[0], draws=2).dim if inside else None
-    few = dim is None or channels == ()
-    return information(runs.guide, runs.batches, draws, rate, runs.plate, dim, few=few)
+def _measured(sample: Sample) -> dict[str, np.ndarray]:
+    """What is kept of the draws for one minibatch; all arrays have the data in front."""
+    nothing = np.full(sample.log_weight.shape[1], math.nan)
+    arrays = {
+        name: nothing if measure.density and sample.point else measure.function(sample)
+        for name, measure in PER_DATUM.items()
+    }
+    by_site = np.stack(list(sample.terms.values()), -1)
+    return arrays | {"terms": by_site} | sample.coordinates.arrays()
 
 
-def _dataset(measured: list[_Measured], totals: Information) -> xr.Dataset:
-    def joined(tables: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-
+def _variables(arrays: dict[str, np.ndarray], totals: Information) -> dict[str, Any]:
+    """The variables of the result, with their units, from the arrays of all data."""
     variables: dict[str, Any] = {}
-    for name, values in joined([each.per_datum for each in measured]).items():
-        variables[name] = ("datum", values, {"unit": PER_DATUM[name].unit})
-    by_site = joined([each.terms for each in measured])
-    variables["terms"] = (("datum", "site"), np.stack(list(by_site.values()), -1))
-    arrays = joined([each.coordinates for each in measured])
+    for name, measure in PER_DATUM.items():
+        variables[name] = ("datum", arrays[name], {"unit": measure.unit})
+    variables["terms"] = (("datum", "site"), arrays["terms"], {"unit": "nats per datum"})
     for name, measure in PER_LATENT.items():
-        variables[name] = ("latent", measure(arrays), {"unit": measure.unit})
-    variables |= {name: ((), value) for name, value in totals._asdict().items()}
-    coords = {"site": list(by_site), "latent": measured[0].labels}
-    attrs = {"stochastic": int(any(each.differ for each in measured))}
-    return xr.Dataset(variables, coords, attrs)
+        variables[name] = ("latent", measure.function(arrays), {"unit": measure.unit})
+    for name, value in totals._asdict().items():
+        variables[name] = ((), value, {"unit": "nats per datum"})
+    return variables

@@ -13,26 +13,12 @@ from torch import Tensor
 from ppvae.evaluation.path import Densities, Point
 
 _TARGET = 0.8  # acceptance that the step sizes are tuned towards
-
-
 _JITTER = 0.25  # each chain's step size is drawn anew, by up to this share larger or smaller
-
-
 _GAIN = 0.5  # how fast the step sizes follow the acceptance
-
-
 _MEMORY = 0.85  # of the running variances
-
-
 _FIRST = 32  # draws of the start for the first variances, and moves for the first step sizes
-
-
 _PILOT = 50, 200  # fewest and most temperatures of the pilot run
-
-
 _QUANTILE = 0.75  # of the moves of log p - log q, that stands for their size
-
-
 _SPREAD = 0.1  # share of the temperatures that stay where the pilot run had them
 
 
@@ -138,9 +124,9 @@ def tune(densities: Densities, num_temperatures: int, num_leapfrog: int) -> Sche
         num_leapfrog: leapfrog steps of a transition.
     """
     if num_temperatures == 1:  # importance sampling, without transitions
-        ends = torch.tensor([0.0, 1.0])[:, None].expand(2, densities.plate.size)
-        like = densities.draw()
-        return Schedule(ends.to(like), torch.ones_like(like[:1]).expand(2, -1, -1), num_leapfrog)
+        like = densities.draw()[:1].expand(2, -1, -1)
+        ends = like.new_tensor([0.0, 1.0])[:, None].expand(like.shape[:2])
+        return Schedule(ends, torch.ones_like(like), num_leapfrog)
     count = min(max(num_temperatures, _PILOT[0]), _PILOT[1])
     point = densities.at(densities.draw())
     temperatures = torch.linspace(0, 1, count + 1).to(point.state) ** 4

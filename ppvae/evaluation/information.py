@@ -8,36 +8,35 @@ With the aggregate posterior `q(z) = mean_n q(z | x_n)` of the data at hand, the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 
-from ppvae.objectives.trace_terms import log_density
+from ppvae.objectives.trace_terms import log_density, terms
 from ppvae.programs.layout import Place
-from ppvae.programs.nodes import DRAWS, drawn_nodes
-from ppvae.programs.runs import BUDGET, given, run_trace
+from ppvae.programs.nodes import drawn_nodes
+from ppvae.programs.runs import BUDGET, Runs, draws_plate, given, run_trace
 
 _PAIRS = 10_000_000  # of a draw and a datum; with more data fewer draws are compared with them
 
 
 class Draws(NamedTuple):
-    """Draws of the latents of a minibatch, as many for each datum.
+    """Draws of the latents of a minibatch: one of each datum, then the next of each.
 
     Attributes:
         values: site of the guide -> values, shape `(draws, coordinates)`.
         log_guide: log q(z | x) of each draw, shape `(draws,)`.
         log_prior: log p(z) of each draw, shape `(draws,)`.
-        datum: the datum of each draw, a number within the minibatch, shape `(draws,)`.
+        size: number of data.
     """
 
     values: dict[str, Tensor]
     log_guide: Tensor
     log_prior: Tensor
-    datum: Tensor
+    size: int
 
 
 class Information(NamedTuple):
@@ -61,31 +60,20 @@ def draws_needed(size: int) -> int:
     return max(1, min(32, _PAIRS // 10 // size**2))
 
 
-def draws_of(runs: Sequence[tuple[Any, Any]]) -> Draws:
-    """Reads the draws off some runs on one minibatch: the terms and the guide's trace of each."""
-    parts, trace = runs[0]
-    size, values = parts.plate.size, {}
-    for name, node in drawn_nodes(trace).items():
-        place = Place.of(node, parts.plate)
-        values[name] = torch.cat([place.flat(run.nodes[name]["value"])[0] for _, run in runs])
-
-    def total(which: str) -> Tensor:
-        sums = [sum(getattr(p, which).values(), start=torch.zeros(())) for p, _ in runs]
-        return torch.cat([value.expand(size) for value in sums])
-
-    datum = torch.arange(size).repeat(len(runs))
-    return Draws(values, total("log_guide"), total("log_prior"), datum)
+def draws_of(pairs: Sequence[tuple[Any, Any]], plate: Any) -> Draws:
+    """Reads the draws off some pairs of traces of model and guide on one minibatch."""
+    parts = [terms(*pair, plate.name) for pair in pairs]
+    size, values = parts[0].plate.size, {}
+    for name, node in drawn_nodes(pairs[0][1]).items():
+        place = Place.of(node, plate)
+        values[name] = torch.cat([place.flat(trace.nodes[name]["value"])[0] for _, trace in pairs])
+    log_guide = torch.cat([each.log_q.expand(size) for each in parts])
+    log_prior = torch.cat([each.total(each.log_prior).expand(size) for each in parts])
+    return Draws(values, log_guide, log_prior, size)
 
 
 def information(
-    guide: Callable[..., Any],
-    batches: Sequence[tuple[Any, ...]],
-    draws: Sequence[Draws],
-    rate: np.ndarray,
-    plate: Any,
-    dim: int | None,
-    *,
-    few: bool = False,
+    runs: Runs, draws: Sequence[Draws], rate: np.ndarray, channels: tuple[str, ...] | None
 ) -> Information:
     r"""Mutual information and aggregate KL, from a draw of each datum against all the data.
 
@@ -95,39 +83,38 @@ def information(
     spaced ones give the draws.
 
     Args:
-        guide: a guide with local latents and a density.
-        batches: arguments in minibatches, of N data together.
-        draws: a draw for each datum of each minibatch.
+        runs: a model and its guide, which has local latents.
+        draws: of each minibatch; none of a point, of which nothing is known.
         rate: KL(q(z | x) || p(z)) per datum, shape `(N,)`.
-        plate: the data plate.
-        dim: where to put a plate of draws, for a guide that can run inside one; None runs one draw
-            at a time.
-        few: use a hundredth of the pairs, where each is dear.
+        channels: of the guide's family, if it is of one.
     """
-    size = len(rate)
-    points = min(size, max(1, _PAIRS // (100 if few else 1) // size))
+    if not draws:
+        return Information(*[math.nan] * 4)
+    # a family with channels never runs its model, and so can run inside a plate of draws; one
+    # without runs it, decoder and all, and then fewer pairs must do
+    inside, size = bool(runs.vectorized or channels), len(rate)
+    pairs = _PAIRS if inside and channels != () else _PAIRS // 100
+    points = min(size, max(1, pairs // size))
     chosen = np.zeros(size, dtype=bool)
     chosen[np.arange(points) * size // points] = True
-    start, found = 0, []
+    tables, start = [], 0
     for some in draws:
-        datum = start + some.datum.numpy()
-        start += len(set(some.datum.tolist()))
+        datum = start + np.arange(len(some.log_guide)) % some.size
+        start += some.size
         rows = torch.as_tensor(np.flatnonzero(chosen[datum]), device=some.log_guide.device)
         if len(rows):
-            picked = {name: value[rows] for name, value in some.values.items()}
-            log_q = _log_sum(guide, batches, picked, plate, dim) - math.log(size)
-            columns = [some.log_guide[rows], some.log_prior[rows], log_q]
-            table = torch.stack(columns).double().cpu().numpy()
-            found.append(np.vstack([datum[rows.cpu().numpy()], table]))
-    datum, log_own, log_prior, log_q = np.hstack(found)
+            values = {name: value[rows] for name, value in some.values.items()}
+            log_q = _log_sum(runs, values, inside) - math.log(size)
+            table = torch.stack([some.log_guide[rows], some.log_prior[rows], log_q]).double()
+            tables.append(np.vstack([datum[rows.cpu().numpy()], table.cpu().numpy()]))
+    datum, log_own, log_prior, log_q = np.hstack(tables)
     datum = datum.astype(int)
-    told, control = log_own - log_q, log_own - log_prior - rate[datum]
+    gain, control = log_own - log_q, log_own - log_prior - rate[datum]
     spread = control.var()
     if spread > 0 and len(datum) > 20:
-        told = told - np.cov(told, control, ddof=0)[0, 1] / spread * control
-    per_datum = (
-        np.bincount(datum, told, size) / np.maximum(np.bincount(datum, minlength=size), 1)
-    )[chosen]
+        gain = gain - np.cov(gain, control, ddof=0)[0, 1] / spread * control
+    counts = np.bincount(datum, minlength=size)[chosen]
+    per_datum = np.bincount(datum, gain, size)[chosen] / counts
     mutual = min(float(per_datum.mean()), math.log(size))
     rest = rate[chosen] - per_datum
     return Information(mutual, _error(per_datum), float(rate.mean()) - mutual, _error(rest))
@@ -138,33 +125,30 @@ def _error(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _log_sum(
-    guide: Any,
-    batches: Sequence[tuple[Any, ...]],
-    values: dict[str, Tensor],
-    plate: Any,
-    dim: int | None,
-) -> Tensor:
-    """Log of the sum over all data of q(z | x_n), for points z in front of `values`."""
+def _log_sum(runs: Runs, values: dict[str, Tensor], inside: Any) -> Tensor:
+    """Log of the sum over all data of q(z | x_n), for points z in front of `values`.
+
+    `inside` says whether the guide can run inside a plate of draws.
+    """
     count = len(next(iter(values.values())))
     widest = max(value.shape[1] for value in values.values())
     total = torch.full((count,), -math.inf)
-    for batch in batches:
-        trace = run_trace(guide, batch)
-        places = {name: Place.of(trace.nodes[name], plate) for name in values}
+    for batch in runs.batches:
+        trace = run_trace(runs.guide, batch)
+        places = {name: Place.of(trace.nodes[name], runs.plate) for name in values}
         rows = next(place.batch[place.datum] for place in places.values() if place.datum)
-        at_once = 1 if dim is None else max(1, BUDGET // (rows * widest))
+        at_once = max(1, BUDGET // (rows * widest)) if inside else 1
         pieces = []
         for start in range(0, count, at_once):
             number = min(at_once, count - start)
-            draws = None if dim is None else pyro.plate(DRAWS, number, dim=dim)
+            draws = draws_plate(runs.model, *batch, draws=number) if inside else None
             spread = {}
             for name, place in places.items():
                 place = place if draws is None else place.inside(draws)
                 some = values[name][start : start + number, None].expand(-1, rows, -1)
                 spread[name] = place.back(some)
-            scored = run_trace(given(guide, trace, spread), batch, draws)
-            log_q = log_density(scored, plate)
+            scored = run_trace(given(runs.guide, trace, spread), batch, draws)
+            log_q = log_density(scored, runs.plate)
             pieces.append(log_q.expand(number, rows).logsumexp(-1))
         total = torch.logaddexp(total.to(pieces[0]), torch.cat(pieces))
     return total

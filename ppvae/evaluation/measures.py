@@ -2,13 +2,14 @@
 
 **To add a number per datum**, write a function of a `Sample` that returns one value for each datum,
 under `@per_datum(unit)`; for one per coordinate of the latents, a function of the arrays of
-`Coordinates`, under `@per_latent(unit)`. `evaluate` finds it, and `ppvae.summary` says its unit.
+`Coordinates`, under `@per_latent(unit)`. `evaluate` then returns it under the function's name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,14 +40,17 @@ class Sample(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A number of `evaluate`: a function, and the unit of what it returns."""
+    """A number of `evaluate`.
+
+    Attributes:
+        function: of a `Sample`, or of the arrays of `Coordinates`.
+        unit: of what it returns.
+        density: whether it needs a guide with a density; for a point it is NaN then.
+    """
 
     function: Callable[[Any], np.ndarray]
     unit: str
-
-    def __call__(self, given: Any) -> np.ndarray:
-        """The values for a sample, or for the arrays of `Coordinates`."""
-        return self.function(given)
+    density: bool
 
 
 PER_DATUM: dict[str, Measure] = {}
@@ -55,55 +59,45 @@ PER_LATENT: dict[str, Measure] = {}
 
 def per_datum(unit: str, *, density: bool = False) -> Callable[..., Any]:
     """Registers a number per datum; with `density`, one that is NaN for a point."""
-
-    def register(function: Callable[[Sample], np.ndarray]) -> Any:
-        def or_nan(sample: Sample) -> np.ndarray:
-            if density and sample.point:
-                return np.full(sample.log_weight.shape[1], math.nan)
-            return function(sample)
-
-        PER_DATUM[function.__name__] = Measure(or_nan, unit)
-        return function
-
-    return register
+    return partial(_register, PER_DATUM, unit, density)
 
 
 def per_latent(unit: str) -> Callable[..., Any]:
     """Registers a number per coordinate of the latents."""
-
-    def register(function: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Any:
-        PER_LATENT[function.__name__] = Measure(function, unit)
-        return function
-
-    return register
+    return partial(_register, PER_LATENT, unit, False)  # noqa: FBT003
 
 
-@per_datum("nats")
+def _register(registry: dict[str, Measure], unit: str, density: Any, function: Any) -> Any:
+    registry[function.__name__] = Measure(function, unit, density)
+    return function
+
+
+@per_datum("nats per datum")
 def distortion(sample: Sample) -> np.ndarray:
     """-E log p(x | z)."""
     return -sum(sample.terms[name] for name in sample.observed)  # type: ignore[return-value]
 
 
-@per_datum("nats")
+@per_datum("nats per datum")
 def rate(sample: Sample) -> np.ndarray:
     """KL(q(z | x) || p(z)); of a point the penalty -log p(z)."""
     latent = [value for name, value in sample.terms.items() if name not in sample.observed]
     return -sum(latent)  # type: ignore[return-value]
 
 
-@per_datum("nats")
+@per_datum("nats per datum")
 def objective(sample: Sample) -> np.ndarray:
     """-(distortion + rate): the ELBO, or the penalised log-likelihood of a point."""
     return -(distortion(sample) + rate(sample))
 
 
-@per_datum("nats", density=True)
+@per_datum("nats per datum", density=True)
 def elbo(sample: Sample) -> np.ndarray:
     """The objective, where it is a bound on log p(x)."""
     return objective(sample)
 
 
-@per_datum("nats", density=True)
+@per_datum("nats per datum", density=True)
 def log_likelihood(sample: Sample) -> np.ndarray:
     """Log p(x) from below, by importance sampling."""
     return weights.log_mean_weight(sample.log_weight).cpu().numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,19 +12,8 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae.guides.score import Auxiliary, auxiliary_draws
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import (
-    Node,
-    data_plate,
-    drawn_nodes,
-    is_inside,
-    latent_nodes,
-    log_prob,
-    observed_nodes,
-    per_datum,
-)
-from ppvae.programs.runs import given, run_trace, trace_pair
-
-_ELSE = 'start="prior" needs no density of a guide'
+from ppvae.programs.nodes import Node, drawn_nodes, log_prob, observed_nodes, per_datum
+from ppvae.programs.runs import Runs, given, run_trace
 
 
 class Point(NamedTuple):
@@ -68,29 +57,25 @@ class Densities:
     at that draw, the entries of which are coordinates of the state.
 
     Attributes:
-        model: a Pyro model.
-        guide: the guide that the chains start from.
-        args: their arguments.
+        runs: a model and the guide that the chains start from.
+        args: the minibatch.
         draws: the plate of chains; None is for one chain.
         traces: of model and guide, inside that plate.
-        plate: the data plate.
         layout: of the latents.
         auxiliary: where the auxiliary draws of the guide are in a state; None if the guide is the
             prior, of which the model itself knows the density.
     """
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
+    runs: Runs
     args: tuple[Any, ...]
     draws: Any
     traces: tuple[Any, Any]
-    plate: Any
     layout: Layout
     auxiliary: Auxiliary | None
 
     def draw(self) -> Tensor:
         """A state drawn from the guide."""
-        trace, _ = trace_pair(self.model, self.guide, *self.args, draws=self.draws)
+        trace, _ = self.runs.pair(self.args, self.draws)
         return self.layout.free({n: trace.nodes[n]["value"] for n in self.layout.places})
 
     def at(self, state: Tensor) -> Point:
@@ -105,7 +90,7 @@ class Densities:
     def _log_densities(self, state: Tensor) -> tuple[Tensor, Tensor]:
         zero = state.new_zeros(state.shape[:2])
         values, log_dets = self.layout.constrained(state)
-        program = given(self.model, self.traces[0], values)
+        program = given(self.runs.model, self.traces[0], values)
         trace = run_trace(program, self.args, self.draws)
         log_prior = zero + self._sum([trace.nodes[name] for name in values])
         log_prior = log_prior + sum(log_dets.values())
@@ -114,67 +99,41 @@ class Densities:
             return log_prior, log_p
         for name, (place, numbers) in self.auxiliary.items():
             values[name] = place.back(state[..., numbers])
-        program = given(self.guide, self.traces[1], values)
+        program = given(self.runs.guide, self.traces[1], values)
         drawn = drawn_nodes(run_trace(program, self.args, self.draws))
         try:
             log_q = zero + self._sum(drawn.values())
         except (NotImplementedError, KeyError) as error:  # a transform without an inverse
             raise ValueError(
-                f"guide: expected a density that can be evaluated at given latents ({_ELSE}); "
-                f"{error}"
+                f"guide: expected a density that can be evaluated at given latents; {error}"
             ) from error
         # an auxiliary draw is made in unconstrained space
         return log_q + sum(log_dets[name] for name in drawn if name in log_dets), log_p
 
     def _sum(self, nodes: Iterable[Node]) -> Any:
         """Log density of some nodes together; the values broadcast to `(chains, datum)`."""
-        return sum(per_datum(log_prob(node), node, self.plate) for node in nodes)
+        return sum(per_datum(log_prob(node), node, self.runs.plate) for node in nodes)
 
 
 def densities(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    plate: str | None = None,
-    draws: Any = None,
-    *,
-    prior: bool = False,
+    runs: Runs, args: tuple[Any, ...], draws: Any = None, *, prior: bool = False
 ) -> Densities:
-    """Looks at a model and its guide and makes the log densities of a minibatch.
+    """Runs a model and its guide once and makes the log densities of a minibatch.
 
     Args:
-        model: a Pyro model.
-        guide: the guide that the chains start from.
-        args: their arguments.
-        plate: name of the data plate, see `data_plate`.
+        runs: a model all latents of which are in the data plate, and the guide to start from.
+        args: the minibatch.
         draws: the plate of chains, made by `draws_plate`; None is for one chain.
         prior: whether the guide is the prior.
 
     Raises:
-        ValueError: a site is outside the data plate, or discrete; or the guide has no density, or
-            none that can be evaluated at given latents.
+        ValueError: a latent is discrete, or the guide has no density that can be evaluated at given
+            latents.
     """
-    traces = trace_pair(model, guide, *args, draws=draws)
-    frame = data_plate(traces[0], plate)
-    expect(frame is not None, "model", "a plate over the data", "none")
-    for node in latent_nodes(traces[0]) + observed_nodes(traces[0]):
-        _check_inside("model", node, frame)
-    layout = Layout.of(traces[0], frame, draws)
+    traces = runs.pair(args, draws)
+    layout = Layout.of(traces[0], runs.plate, draws)
     expect(layout.size, "model", "latents with coordinates", "none")
     auxiliary = None
     if not prior:
-        for node in drawn_nodes(traces[1]).values():
-            _check_inside("guide", node, frame)
-        try:
-            auxiliary = auxiliary_draws(guide, traces[1], layout, args, frame, draws)
-        except ValueError as error:
-            raise ValueError(f"{error} ({_ELSE})") from None
-    return Densities(model, guide, args, draws, traces, frame, layout, auxiliary)
-
-
-def _check_inside(program: str, node: Node, plate: Any) -> None:
-    if not is_inside(node, plate):
-        raise ValueError(
-            f"{program}: expected all sites in the plate {plate.name!r}; outside: {node['name']!r}"
-            + (f" ({_ELSE})" if program == "guide" else "")
-        )
+        auxiliary = auxiliary_draws(runs.guide, traces[1], layout, args, runs.plate, draws)
+    return Densities(runs, args, draws, traces, layout, auxiliary)

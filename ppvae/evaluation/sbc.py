@@ -31,10 +31,12 @@ from ppvae.programs.nodes import data_plate, is_data, is_inside, latent_nodes, p
 from ppvae.programs.runs import draw_runs, is_vectorized, minibatches, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
 
+_POINT = "a point has no density"
+
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 
 
-def calibration(
+def calibration(  # noqa: D417
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
@@ -82,18 +84,13 @@ def calibration(
             the truth here. For a guide of global latents that needs no training, a function that
             does nothing.
         arguments: from the drawn values of observed sites to the arguments, see `simulate`.
-        batch_size: data per run, where all latents are local.
-        vectorized: run many draws at once, which the model must be written for (all operations
-            leave leading dims alone); by default only where the model says so, as `VAE` does.
-        seed: seeds the draws, without a trace outside; None uses the caller's stream. With one
-            seed all guides of a model see the same simulated data.
-        plate: name of the data plate; by default `data`, or else the outermost one.
-        kwargs: keyword arguments of model and guide (and of `refit`, behind the others).
-        progress: show a progress bar; a string is its label.
+        batch_size, vectorized, plate, progress: as for `evaluate`.
+        seed: as for `evaluate`; with one seed all guides of a model see the same simulated data.
+        kwargs: as for `evaluate`; `refit` gets their values too, behind the others.
 
     Returns:
         A dataset with dims `simulation`, `latent` (`z[0]`, `weight[3]`: all coordinates of all
-        sites) and `level`. `found["rank"]`: number of draws below the truth, ties split at random,
+        sites) and `level`. `rank`: number of draws below the truth, ties split at random,
         from 0 to `num_samples`. `coverage`: share of the simulations with the truth inside, with
         `coverage_se`. `uniformity_p`: exact p-value of uniform ranks, from the largest departure
         of their cumulative distribution. `information`, `gap`, `gap_upper` with `*_se`: nats per
@@ -111,92 +108,112 @@ def calibration(
         >>> from ppvae import VAE, FamilyGuide, families, likelihoods
         >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(0.1))
         >>> guide = FamilyGuide(model, families.noise_only)
-        >>> found = calibration(model, guide, torch.zeros(50, 5), progress=False)
-        >>> found.reading[:50]
+        >>> result = calibration(model, guide, torch.zeros(50, 5), progress=False)
+        >>> result.reading[:50]
         'passes, and passes nothing: the guide is the prior'
 
     Talts et al., Validating Bayesian inference algorithms with simulation-based calibration, 2018;
     Säilynoja et al., Graphical test for discrete uniformity, 2022 (the p-value); Grosse et al.,
     Sandwiching the marginal likelihood, 2015 (the upper gap).
     """
-    num_samples, batch_size = _checked(num_samples, levels, batch_size)
+    num_samples = check_count("num_samples", num_samples, 2)
+    batch_size = check_count("batch_size", batch_size)
+    inside = len(levels) > 0 and all(0 < level < 1 for level in levels)
+    expect(inside, "levels", "numbers in (0, 1), at least one", levels)
+    expect(refit is None or callable(refit), "refit", "a function", type(refit).__name__, TypeError)
     vectorized = is_vectorized(model) if vectorized is None else vectorized
-    label = progress if isinstance(progress, str) else "calibration"
-    model, named, args = with_keywords(model, guide, prepared(args), kwargs)
+    model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
     with private_modules(), random_state(seed):
-        truth = _read_truth(model, args, plate, local=refit is None)
-        _check_refit(guide, refit, truth)
-        total = num_simulations
-        if total is None:
-            total = 100 if refit else min(truth.plate.size, 1000)
-        total = check_count("num_simulations", total, 2)
+        plan = _Plan(None, plate, refit is None, [], num_samples, vectorized)
+        plan = _planned(plan, model, guide, args)
+        if num_simulations is None:
+            num_simulations = 100 if refit else min(plan.plate.size, 1000)
+        total = check_count("num_simulations", num_simulations, 2)
         if refit is None:
             size = min(batch_size, total)
-            with torch.no_grad(), eval_mode(model, named):
-                batches = minibatches(model, named, args, truth.plate, size, plate)
-            runs = _answers(model, named, batches, total, arguments)
+            with torch.no_grad(), eval_mode(model, guide):
+                batches = minibatches(model, guide, args, plan.plate, size, plate)
+            runs = _answers(model, guide, batches, total, arguments)
         else:
-            runs = _refits(model, named, args, total, refit, arguments)
-        results, done, note = [], 0, ""
-        bar = tqdm(total=total, desc=label, disable=not progress, unit="simulation")
-        with bar, closing(runs):  # an error ends the run inside, and what it has opened, at once
-            for trained, simulation in runs:
-                arrays, why = _measured(
-                    model, trained, simulation, truth, num_samples, vectorized=vectorized
-                )
-                results.append(arrays)
-                note = note or why
-                done += len(arrays["rank"])
-                bar.update(min(done, total) - bar.n)
-                if done >= total:
-                    break
-    joined = {name: np.concatenate([each[name] for each in results])[:total] for name in results[0]}
-    attrs = {"num_samples": num_samples, "note": note}
-    attrs["unit"] = "nats per datum" if truth.local else "nats per data set"
-    return _dataset(joined, truth.labels, [float(level) for level in levels], attrs)
+            runs = _refits(model, guide, args, total, refit, arguments)
+        label = progress if isinstance(progress, str) else "calibration"
+        with tqdm(total=total, desc=label, disable=not progress, unit="simulation") as bar:
+            arrays = _collected(model, runs, plan, bar)
+    return _dataset(arrays, plan, [float(level) for level in levels])
 
 
-class _Truth(NamedTuple):
-    """What a simulation is in a model, and the latents of which it tells the true values.
+class _Plan(NamedTuple):
+    """What one simulation is, a datum or a whole data set, and how the guide answers for it.
 
     Attributes:
-        plate: the data plate; its members are the simulations where `local` is true.
-        name: of the plate, as the user gave it.
+        plate: the data plate.
+        plate_name: its name, as the user gave it.
         local: whether each datum is a simulation, and not the whole data set.
-        outside: names of the sites outside the data plate.
-        labels: of the coordinates of the latents.
+        labels: names of the coordinates of the latents.
+        num_samples: draws of the guide per simulation.
+        vectorized: whether many draws are made in one run.
     """
 
     plate: Any
-    name: str | None
+    plate_name: str | None
     local: bool
-    outside: list[str]
     labels: list[str]
+    num_samples: int
+    vectorized: bool
 
     def layout(self, trace: Any, draws: Any = None) -> Layout:
         """The latents of a trace of the model, one row for each simulation."""
         return Layout.of(trace, self.plate if self.local else None, draws)
 
-    def per_simulation(self, value: Tensor, parts: Terms, size: tuple[int, int]) -> Tensor:
+    def per_simulation(self, value: Tensor, parts: Terms, size: torch.Size) -> Tensor:
         """Nats per datum, or of all data, as `(draws, simulations)` of that size."""
         if not self.local:
             value = (value.sum(-1) if parts.is_local else value)[..., None]
         return value.double().expand(size)
 
 
-def _read_truth(model: Any, args: tuple[Any, ...], plate: str | None, *, local: bool) -> _Truth:
+def _planned(plan: _Plan, model: Any, guide: Any, args: tuple[Any, ...]) -> _Plan:
+    """Completes a plan by what a run of the model shows.
+
+    Raises:
+        ValueError: the guide must be trained on the data first, or some of the data are missing.
+    """
     with torch.no_grad(), eval_mode(model), random_state(None, keep=True):
         trace = prototype(model, args, {})
-    frame = data_plate(trace, plate)
-    nodes = latent_nodes(trace)
+    frame, nodes = data_plate(trace, plan.plate_name), latent_nodes(trace)
     expect(nodes, "model", "latent sites", "none")
-    data = [node for node in trace.nodes.values() if node["type"] == "sample" and is_data(node)]
-    outside = [node["name"] for node in nodes + data if not is_inside(node, frame)]
-    truth = _Truth(frame, plate, local, outside, [])
-    if local and outside:
-        return truth
-    places = truth.layout(trace).places.values()
-    return truth._replace(labels=[label for place in places for label in place.labels])
+    if plan.local:
+        data = [node for node in trace.nodes.values() if node["type"] == "sample" and is_data(node)]
+        outside = [node["name"] for node in nodes + data if not is_inside(node, frame)]
+        why = _needs_training(guide, frame, outside)
+        wanted = "a function that trains a copy of the guide on simulated data"
+        expect(not why, "refit", f"{wanted}, since {why}", None)
+    elif frame is not None and frame.full_size is not None:
+        wanted, rows = f"all the data in the plate {frame.name!r} with `refit`", frame.full_size
+        expect(frame.size == rows, "model", wanted, f"{frame.size} of {rows}")
+    plan = plan._replace(plate=frame)
+    places = plan.layout(trace).places.values()
+    return plan._replace(labels=[label for place in places for label in place.labels])
+
+
+def _needs_training(guide: Any, plate: Any, outside: list[str]) -> str:
+    """Why a guide must be trained on data before it can answer for them; empty if it need not."""
+    if plate is None:
+        return "the model has no plate over its data"
+    if outside:
+        return f"the sites {outside} are outside the plate {plate.name!r}"
+    if not _is_amortized(guide):
+        return "the parameters of a guide without encoder are those of one data set"
+    return ""
+
+
+def _is_amortized(guide: Any) -> bool:
+    """Whether a guide can answer for data that it was not trained on, as far as one can tell."""
+    if isinstance(guide, AutoGuideList):
+        return all(_is_amortized(part) for part in guide)
+    if isinstance(guide, FamilyGuide):
+        return guide.encoder is not None or not guide.family.channels
+    return not isinstance(guide, (AutoContinuous, AutoDelta, AutoNormal))
 
 
 def _answers(
@@ -213,13 +230,13 @@ def _refits(
     """A copy of the guide for each simulated data set, trained on it."""
     for seed, other in zip(_seeds(total), _seeds(total), strict=True):
         simulation = simulate(model, *args, seed=seed, arguments=arguments)
-        truth, trained = copy.deepcopy((model, guide))
-        if isinstance(truth, nn.Module):
-            truth.requires_grad_(requires_grad=False)
+        frozen, trained = copy.deepcopy((model, guide))
+        if isinstance(frozen, nn.Module):
+            frozen.requires_grad_(requires_grad=False)
         with param_store(copies=True):
             with random_state(other), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*was not registered in the param store")
-                refit(truth, trained, *simulation.args)
+                refit(frozen, trained, *simulation.args)
             yield trained, simulation
 
 
@@ -228,119 +245,84 @@ def _seeds(count: int) -> list[int]:
     return torch.randint(2**31, (count,)).tolist()
 
 
-def _measured(
-    model: Any,
-    guide: Any,
-    simulation: Simulation,
-    truth: _Truth,
-    num_samples: int,
-    *,
-    vectorized: bool,
-) -> tuple[dict[str, np.ndarray], str]:
+def _collected(
+    model: Any, runs: Generator[tuple[Any, Simulation]], plan: _Plan, bar: Any
+) -> dict[str, np.ndarray]:
+    """What is measured of as many simulations as the bar has room for."""
+    results, done = [], 0
+    with closing(runs):  # an error ends the run inside, and what it has opened, at once
+        for guide, simulation in runs:
+            results.append(_measured(model, guide, simulation, plan))
+            done += len(results[-1]["rank"])
+            bar.update(min(done, bar.total) - bar.n)
+            if done >= bar.total:
+                break
+    return {k: np.concatenate([r[k] for r in results])[: bar.total] for k in results[0]}
+
+
+def _measured(model: Any, guide: Any, simulation: Simulation, plan: _Plan) -> dict[str, np.ndarray]:
     """Ranks of shape `(simulations, coordinates)`, and nats of shape `(simulations,)`."""
     args, latents = simulation
+    below: Any = 0
+    ties: Any = 0
+    weights = []
+    tensors = [value for value in (*latents.values(), *args) if isinstance(value, Tensor)]
+    widest = max(value.numel() for value in tensors) if plan.vectorized else None
     with torch.no_grad(), unchecked(), eval_mode(model, guide):
-        with random_state(None, keep=True):
-            trace = prototype(model, args, {})
-        true = truth.layout(trace).flat(latents)[0]
-        below, ties = torch.zeros((2, *true.shape), dtype=torch.long, device=true.device)
-        weights = []
-        widest = max(v.numel() for v in (*latents.values(), *args) if isinstance(v, Tensor))
-        for count, draws in draw_runs(model, args, num_samples, widest if vectorized else None):
+        for _, draws in draw_runs(model, args, plan.num_samples, widest):
             model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
-            values = {name: guide_trace.nodes[name]["value"] for name in latents}
-            drawn = truth.layout(model_trace, draws).flat(values)
+            layout = plan.layout(model_trace, draws)
+            drawn = layout.flat({name: guide_trace.nodes[name]["value"] for name in latents})
             expect(not drawn.isnan().any(), "guide", "draws that are numbers", "NaN")
-            below += (drawn < true).sum(0)
-            ties += (drawn == true).sum(0)
-            parts = terms(model_trace, guide_trace, truth.name)
-            size = (count, len(true))
-            weights.append(truth.per_simulation(parts.log_weight, parts, size))
-        known = terms_at(model, guide, args, latents, truth.name) if parts.log_guide else None
+            true = layout.flat(latents)
+            below, ties = below + (drawn < true).sum(0), ties + (drawn == true).sum(0)
+            parts = terms(model_trace, guide_trace, plan.plate_name)
+            weights.append(plan.per_simulation(parts.log_weight, parts, true.shape[:2]))
+        nats = {}
+        if parts.log_guide:
+            known = terms_at(model, guide, args, latents, plan.plate_name)
+            nats = _nats(torch.cat(weights), known, plan)
     shift = (torch.rand(ties.shape, dtype=torch.float64, device=ties.device) * (ties + 1)).floor()
-    nats, note = _nats(torch.cat(weights), known, truth, point=not parts.log_guide)
     values = {**nats, "rank": below + shift.long()}
-    return {name: value.cpu().numpy() for name, value in values.items()}, note
+    return {name: value.cpu().numpy() for name, value in values.items()}
 
 
-def _nats(
-    log_w: Tensor, known: Terms | None, truth: _Truth, *, point: bool
-) -> tuple[dict[str, Tensor], str]:
-    """Information and gaps, from the weights of the draws and the terms at the true latents."""
-    nats = dict.fromkeys(("information", "gap", "gap_upper"), torch.full_like(log_w[0], math.nan))
-    if point:
-        return nats, "a point has no density"
-    nats["gap"] = log_mean_weight(log_w) - log_w.mean(0)
+def _nats(log_w: Tensor, known: Terms | None, plan: _Plan) -> dict[str, Tensor]:
+    """The gaps from the weights of the draws, and information from the terms at the true latents.
+
+    Without those terms there is only the lower gap.
+    """
+    gap = log_mean_weight(log_w) - log_w.mean(0)
     if known is None:
-        return nats, "the guide's density at given latents was not found"
-    size = (1, log_w.shape[1])
-    gain = known.log_q - known.total(known.log_prior)
-    nats["information"] = truth.per_simulation(gain, known, size)[0]
-    joined = torch.cat([log_w, truth.per_simulation(known.log_weight, known, size)])
-    nats["gap_upper"] = log_mean_weight(joined) - log_w.mean(0)
-    return nats, ""
+        return {"gap": gap}
+    size = torch.Size([1, log_w.shape[1]])
+    gain = plan.per_simulation(known.log_q - known.total(known.log_prior), known, size)
+    joined = torch.cat([log_w, plan.per_simulation(known.log_weight, known, size)])
+    upper = log_mean_weight(joined) - log_w.mean(0)
+    return {"information": gain[0], "gap": gap, "gap_upper": upper}
 
 
-def _dataset(
-    arrays: dict[str, np.ndarray], names: list[str], levels: list[float], attrs: dict[str, Any]
-) -> xr.Dataset:
-    rank, num_samples = arrays.pop("rank"), attrs["num_samples"]
-    share, error = np.stack([coverage(rank, num_samples, level) for level in levels], 1)
+def _dataset(arrays: dict[str, np.ndarray], plan: _Plan, levels: list[float]) -> xr.Dataset:
+    rank = arrays["rank"]
+    share, error = np.stack([coverage(rank, plan.num_samples, level) for level in levels], 1)
+    p = uniformity(rank, plan.num_samples)
     variables: dict[str, Any] = {
         "rank": (("simulation", "latent"), rank),
         "coverage": (("level", "latent"), share),
         "coverage_se": (("level", "latent"), error),
-        "uniformity_p": ("latent", uniformity(rank, num_samples)),
+        "uniformity_p": ("latent", p),
     }
-    for name, value in arrays.items():
+    for name in ("information", "gap", "gap_upper"):
+        value = arrays.get(name, np.full(len(rank), math.nan))
         variables[name] = float(value.mean())
         variables[f"{name}_se"] = float(value.std(ddof=1)) / math.sqrt(len(rank))
-    found = xr.Dataset(variables, {"latent": names, "level": levels}, attrs)
-    p = variables["uniformity_p"][1]
-    found.attrs["calibrated"] = int((p * len(p) >= ALPHA).all())
-    found.attrs["reading"] = reading(found)
-    return found
-
-
-def _checked(num_samples: Any, levels: Sequence[float], batch_size: Any) -> tuple[int, int]:
-    inside = len(levels) > 0 and all(0 < level < 1 for level in levels)
-    expect(inside, "levels", "numbers in (0, 1), at least one", levels)
-    return check_count("num_samples", num_samples, 2), check_count("batch_size", batch_size)
-
-
-def _check_refit(guide: Any, refit: Any, truth: _Truth) -> None:
-    if refit is not None:
-        expect(callable(refit), "refit", "a function", type(refit).__name__, TypeError)
-        frame = truth.plate
-        if frame is not None and frame.full_size not in (None, frame.size):
-            raise ValueError(
-                f"model: expected all the data in the plate {frame.name!r} with `refit`, got "
-                f"{frame.size} of {frame.full_size}"
-            )
-        return
-    why = _needs_training(guide, truth)
-    if why:
-        raise ValueError(
-            f"refit: expected a function that trains a copy of the guide on simulated data, since "
-            f"{why}; got None"
-        )
-
-
-def _needs_training(guide: Any, truth: _Truth) -> str:
-    """Why a guide must be trained on data before it can answer for them; empty if it need not."""
-    if truth.plate is None:
-        return "the model has no plate over its data"
-    if truth.outside:
-        return f"the sites {truth.outside} are outside the plate {truth.plate.name!r}"
-    if not _is_amortized(guide):
-        return "the parameters of a guide without encoder are those of one data set"
-    return ""
-
-
-def _is_amortized(guide: Any) -> bool:
-    """Whether a guide can answer for data that it was not trained on, as far as one can tell."""
-    if isinstance(guide, AutoGuideList):
-        return all(_is_amortized(part) for part in guide)
-    if isinstance(guide, FamilyGuide):
-        return guide.encoder is not None or not guide.family.channels
-    return not isinstance(guide, (AutoContinuous, AutoDelta, AutoNormal))
+    note = "the guide's density at given latents was not found" if "gap" in arrays else _POINT
+    result = xr.Dataset(variables, {"latent": plan.labels, "level": levels})
+    result.attrs = {
+        "num_samples": plan.num_samples,
+        "note": "" if "information" in arrays else note,
+        "unit": "nats per datum" if plan.local else "nats per data set",
+        "calibrated": int((p * len(p) >= ALPHA).all()),
+    }
+    result.attrs["reading"] = reading(result)
+    return result

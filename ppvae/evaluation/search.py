@@ -1,10 +1,15 @@
-"""The negative ELBO of each datum, as a function of its own place in the family."""
+"""Finds the best member of a family for each datum, by shifts of the encoder's channels.
+
+A shift is added to what the encoder says of one datum: at a shift of zero the guide is as it was.
+The shifts of different data do not act on each other, so all are searched for side by side.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,157 +23,168 @@ from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import Runs
 
 _RATE = 0.2  # first step size of a search, in the unconstrained space of an argument
-
-
 _FEATURE_RATE = 0.03  # the same for features, on which all of a network's output depends
 
+# Adam
+_BETAS, _EPSILON = (0.9, 0.99), 1e-8
+_LAST = 0.003  # the last step size, relative to the first
 
-class Offsets:
-    """Numbers for each datum, added to what the encoder says of it: at zero, its answer.
-
-    They are added to the output of every `Argument` that has a linear layer and so reach all values
-    of a channel. A head that is more than a distribution of its arguments (a flow, or one of the
-    user's own) gets others on the features that go into the rest of it. All together have shape
-    `(data, size)`.
-
-    Args:
-        runs: a model and its `FamilyGuide`.
-        heads: of the guide; they are held to while `attached`.
-        args: a minibatch.
-        name: of the data plate, as the user gave it.
-    """
-
-    def __init__(
-        self, runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...], name: str | None
-    ) -> None:
-        self.runs, self.heads, self.args, self.name = runs, heads, args, name
-        self.vectorized = runs.vectorized
-        self._first: dict[str, Tensor] = {}  # zeros like what each piece is added to
-        self._pieces: dict[str, Tensor] = {}
-        self._runs: dict[int, list[tuple[int, Any]]] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[Offsets]:
-        """Holds the heads to the offsets; afterwards the guide is what it was."""
-        with ExitStack() as stack:
-            for handle in self._hooks():
-                stack.callback(handle.remove)
-            self._look()
-            yield self
-
-    def _hooks(self) -> Iterator[Any]:
-        for key, head in self.heads.items():
-            plain = type(head) is Head
-            if not plain:
-                yield head.register_forward_pre_hook(self._before(key))
-            for name, layer in head.named_modules():
-                if isinstance(layer, Argument) and layer.linear is not None:
-                    if not plain:  # it has an offset of its own, and sees the true features
-                        yield layer.register_forward_pre_hook(self._before(key, sign=-1))
-                    yield layer.linear.register_forward_hook(self._after(f"{key}.{name}"))
-
-    def _before(self, key: str, sign: int = 1) -> Callable[..., Any]:
-        return lambda _, given: (self._shifted(key, given[0], sign), *given[1:])
-
-    def _after(self, key: str) -> Callable[..., Any]:
-        return lambda _, given, output: self._shifted(key, output, 1)
-
-    def _shifted(self, key: str, value: Tensor, sign: int) -> Tensor:
-        if key not in self._first:
-            self._first[key] = torch.zeros_like(value)
-        return value + sign * self._pieces[key] if key in self._pieces else value
-
-    def _look(self) -> None:
-        """One run, which tells the shapes."""
-        self._traces = self.runs.pair(self.args)
-        self.plate = terms(*self._traces, self.name).plate
-        drawn = drawn_nodes(self._traces[1])
-        for name, node in drawn.items():
-            if self._first and not node["fn"].has_rsample:
-                raise ValueError(
-                    f"guide: expected reparametrized draws; {name!r} is drawn from {node['fn']}"
-                )
-        values = [node["value"] for node in drawn.values()]
-        #: coordinates of the latents of one datum
-        self.coordinates = sum(value.numel() for value in values) // self.plate.size
-        rows = [zeros.reshape(self.plate.size, -1) for zeros in self._first.values()]
-        #: offsets of zero
-        self.zero = torch.cat(rows, 1) if rows else values[0].new_zeros(self.plate.size, 0)
-        self._lengths = [row.shape[1] for row in rows]
-
-    def step_sizes(self) -> Tensor:
-        """With what step size to begin a search, for each column."""
-        rates = [_FEATURE_RATE if key in self.heads else _RATE for key in self._first]
-        return torch.tensor(rates).repeat_interleave(torch.tensor(self._lengths)).to(self.zero)
-
-    def place(self, offsets: Tensor) -> None:
-        """Sets the offsets, of shape `(data, size)`."""
-        cut = offsets.split(self._lengths, 1) if self._first else ()
-        pairs = zip(self._first.items(), cut, strict=True)
-        self._pieces = {key: piece.reshape(zeros.shape) for (key, zeros), piece in pairs}
-
-    def terms(self, draws: int, seed: int, match: str | None = None) -> list[tuple[Terms, int]]:
-        """The terms, from runs that together make so many draws, and the draws of each run.
-
-        Args:
-            draws: how many.
-            seed: equal seeds mean equal draws.
-            match: match the moments over the draws, for each "datum", or in "common" numbers.
-        """
-        if draws not in self._runs:  # before the seed, since this looks at the model
-            self._runs[draws] = list(self.runs.draws(self.args, draws, self._traces))
-        found, first = [], 0
-        numbers = MatchedPerDatum(draws, common=match == "common")
-        with random_state(seed), ExitStack() as stack:
-            if match is not None:
-                stack.enter_context(numbers)
-                stack.enter_context(numbers.places(self.plate))
-            for count, plate in self._runs[draws]:
-                numbers.start_run(first, count, single=plate is None)
-                pair = self.runs.pair(self.args, plate)
-                found.append((terms(*pair, self.name), count))
-                first += count
-        return found
-
-    def loss(self, offsets: Tensor, draws: int, seed: int, match: str = "datum") -> Tensor:
-        """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`."""
-        self.place(offsets)
-        size = self.plate.size
-        sums = [
-            (parts.distortion + parts.rate).expand(count, size).sum(0)
-            for parts, count in self.terms(draws, seed, match)
-        ]
-        return torch.stack(sums).sum(0) / draws
-
-    def slope(self, offsets: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The loss and its slope; not finite where some matrix had no Cholesky factor."""
-        offsets = offsets.detach().requires_grad_()
-        try:
-            with torch.enable_grad():
-                loss = self.loss(offsets, draws, seed, "common")
-                # one datum's loss depends on its own offsets only
-                (slope,) = torch.autograd.grad(loss.sum(), offsets)
-        except torch.linalg.LinAlgError:
-            return torch.full_like(offsets[:, 0], math.inf), torch.full_like(offsets, math.nan)
-        return loss.detach(), slope
-
+# L-BFGS
+_MEMORY = 10  # pairs of steps and changes of the slope
+_FIRST_STEP = 0.1  # length of the first step, before anything is known of the curvature
+_SHRINK = 0.4  # of a step that did not descend
 
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-_BETAS, _EPSILON = (0.9, 0.99), 1e-8
+@dataclass(frozen=True)
+class ShiftedGuide:
+    """The negative ELBO of each datum as a function of its shifts; made by `shifted_guide`.
+
+    Shifts have shape `(data, size)`, with the columns of one channel after those of another.
+
+    Attributes:
+        runs: a model and its `FamilyGuide`.
+        heads: of the guide.
+        args: a minibatch.
+        plate_name: of the data plate, as the user gave it.
+        traces: of model and guide on the minibatch.
+        plate: the data plate.
+        zeros: channel -> zeros of the shape of what the encoder says of it.
+        coordinates: number of coordinates of the latents of one datum.
+    """
+
+    runs: Runs
+    heads: nn.ModuleDict
+    args: tuple[Any, ...]
+    plate_name: str | None
+    traces: tuple[Any, Any]
+    plate: Any
+    zeros: dict[str, Tensor]
+    coordinates: int
+
+    @property
+    def start(self) -> Tensor:
+        """Shifts of zero, where the guide is the encoder's."""
+        rows = [zeros.reshape(self.plate.size, -1) for zeros in self.zeros.values()]
+        return torch.cat(rows, 1) if rows else torch.zeros(self.plate.size, 0)
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """With what step size to begin a search, for each column of the shifts."""
+        rates = [_RATE if "." in channel else _FEATURE_RATE for channel in self.zeros]
+        return torch.tensor(rates).repeat_interleave(torch.tensor(self._lengths)).to(self.start)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [zeros.numel() // self.plate.size for zeros in self.zeros.values()]
+
+    def terms(
+        self, shifts: Tensor, draws: int, seed: int, match: str | None = None
+    ) -> list[tuple[Terms, int]]:
+        """The terms, from runs that together make so many draws, and the draws of each run.
+
+        Args:
+            shifts: of all channels, shape `(data, size)`.
+            draws: number of draws.
+            seed: equal seeds mean equal draws.
+            match: match the moments over the draws, for each "datum", or in "common" numbers.
+        """
+        cut = shifts.split(self._lengths, 1) if self.zeros else ()
+        pieces = dict(zip(self.zeros, cut, strict=True))
+        results, first = [], 0
+        numbers = MatchedPerDatum(draws, common=match == "common")
+        with ExitStack() as stack:
+            stack.enter_context(random_state(seed))
+            stack.enter_context(_shifted(self.heads, lambda key, v: pieces[key].reshape(v.shape)))
+            if match is not None:
+                stack.enter_context(numbers)
+                stack.enter_context(numbers.places(self.plate))
+            for count, plate in self.runs.draws(self.args, draws, self.traces):
+                numbers.start_run(first, count, single=plate is None)
+                pair = self.runs.pair(self.args, plate)
+                results.append((terms(*pair, self.plate_name), count))
+                first += count
+        return results
+
+    def loss(self, shifts: Tensor, draws: int, seed: int, match: str = "datum") -> Tensor:
+        """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`."""
+        sums = [
+            (parts.distortion + parts.rate).expand(count, self.plate.size).sum(0)
+            for parts, count in self.terms(shifts, draws, seed, match)
+        ]
+        return torch.stack(sums).sum(0) / draws
+
+    def slope(self, shifts: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The loss and its slope; not finite where some matrix had no Cholesky factor."""
+        shifts = shifts.detach().requires_grad_()
+        try:
+            with torch.enable_grad():
+                loss = self.loss(shifts, draws, seed, "common")
+                # one datum's loss depends on its own shifts only
+                (slope,) = torch.autograd.grad(loss.sum(), shifts)
+        except torch.linalg.LinAlgError:
+            return torch.full_like(shifts[:, 0], math.inf), torch.full_like(shifts, math.nan)
+        return loss.detach(), slope
 
 
-_LAST = 0.003  # the last step size of Adam, relative to the first
+def shifted_guide(
+    runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...], plate_name: str | None
+) -> ShiftedGuide:
+    """Runs a model and its `FamilyGuide` once, to see what can be shifted.
+
+    Args:
+        runs: a model and its `FamilyGuide`.
+        heads: of the guide.
+        args: a minibatch.
+        plate_name: of the data plate, as the user gave it.
+
+    Raises:
+        ValueError: there is something to shift, but no gradient reaches it through a draw.
+    """
+    zeros: dict[str, Tensor] = {}
+    with _shifted(heads, lambda key, value: zeros.setdefault(key, torch.zeros_like(value))):
+        traces = runs.pair(args)
+    plate, drawn = terms(*traces, plate_name).plate, drawn_nodes(traces[1])
+    for name, node in drawn.items():
+        if zeros and not node["fn"].has_rsample:
+            raise ValueError(
+                f"guide: expected reparametrized draws; {name!r} is drawn from {node['fn']}"
+            )
+    coordinates = sum(node["value"].numel() for node in drawn.values()) // plate.size
+    return ShiftedGuide(runs, heads, args, plate_name, traces, plate, zeros, coordinates)
 
 
-_MEMORY = 10  # pairs of steps and changes of the slope
+@contextmanager
+def _shifted(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Adds `shift(channel, value)` to what the heads see, by hooks that are gone afterwards.
 
+    It is added to the output of every `Argument` that has a linear layer (`z.loc`), and so reaches
+    all values of a channel. A head that is more than a distribution of its arguments (a flow, or
+    one of the user's own) gets another shift on the features that go into the rest of it (`z`).
+    """
 
-_FIRST_STEP = 0.1  # length of the first step, before anything is known of the curvature
+    def on_features(key: str, sign: int) -> Callable[..., Any]:
+        return lambda _, inputs: (inputs[0] + sign * shift(key, inputs[0]), *inputs[1:])
 
+    def on_output(key: str) -> Callable[..., Any]:
+        return lambda _, inputs, output: output + shift(key, output)
 
-_SHRINK = 0.4  # of a step that did not descend
+    handles = []
+    try:
+        for key, head in heads.items():
+            plain = type(head) is Head
+            if not plain:
+                handles.append(head.register_forward_pre_hook(on_features(key, 1)))
+            for name, layer in head.named_modules():
+                if isinstance(layer, Argument) and layer.linear is not None:
+                    if not plain:  # it has a shift of its own, and sees the true features
+                        handles.append(layer.register_forward_pre_hook(on_features(key, -1)))
+                    handles.append(layer.linear.register_forward_hook(on_output(f"{key}.{name}")))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def adam(slope: Slope, x: Tensor, steps: int, learning_rate: Tensor | float) -> Tensor:
@@ -177,13 +193,13 @@ def adam(slope: Slope, x: Tensor, steps: int, learning_rate: Tensor | float) -> 
     A row whose slope is not finite gets a slope of zero in that step.
 
     Args:
-        slope: from places `(rows, size)` to values `(rows,)` and slopes `(rows, size)`.
+        slope: from points `(rows, size)` to values `(rows,)` and slopes `(rows, size)`.
         x: where to start.
         steps: number of evaluations.
         learning_rate: the first step size; it broadcasts to `(rows, size)`.
 
     Returns:
-        The last places.
+        The last points.
 
     Kingma and Ba, Adam: a method for stochastic optimization, 2015.
     """
@@ -205,12 +221,13 @@ def quasi_newton(slope: Slope, x: Tensor, steps: int) -> Tensor:
     A row whose step does not descend takes it back and shortens it, while the others go on.
 
     Args:
-        slope: as for `adam`, but without noise; a value that is not finite means a step too far.
+        slope: as for `adam`, but without noise; a value that is not finite marks a step that was
+            too long.
         x: where to start.
         steps: at most so many evaluations.
 
     Returns:
-        The best places that were found.
+        The best points.
 
     Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
     """
@@ -224,19 +241,19 @@ def quasi_newton(slope: Slope, x: Tensor, steps: int) -> Tensor:
         active = -descent > rounding * (1 + value.abs())
         if not active.any():
             break
-        there = x + length * direction
-        new_value, new_gradient = slope(there)
+        ahead = x + length * direction
+        new_value, new_gradient = slope(ahead)
         finite = torch.isfinite(new_value) & torch.isfinite(new_gradient).all(1)
         low = new_value <= value + 1e-4 * descent + rounding * value.abs()
         accepted = (active & finite & low)[:, None]
-        step, change = there - x, new_gradient - gradient
+        step, change = ahead - x, new_gradient - gradient
         product = (step * change).sum(1, keepdim=True)
         convex = accepted & (product > 1e-10 * _norm(step) * _norm(change))
         # a pair of zeros says nothing of the curvature
         step, change, inverse = (torch.where(convex, t, 0.0) for t in (step, change, 1 / product))
         memory = [*memory[1 - _MEMORY :], (step, change, inverse)]
         unit = torch.where(convex, product / change.square().sum(1, keepdim=True), unit)
-        x = torch.where(accepted, there, x)
+        x = torch.where(accepted, ahead, x)
         value = torch.where(accepted[:, 0], new_value, value)
         gradient = torch.where(accepted, new_gradient, gradient)
         direction = torch.where(accepted, _direction(gradient, memory, unit), direction)
