@@ -26,7 +26,6 @@ from ppvae.objectives.weights import (
 from ppvae.programs.layout import drawn_rows
 from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import draw_runs, draws_plate, is_vectorized, minibatches, trace_pair
-from ppvae.staging.many_draws import ManyDraws
 
 
 def evaluate(
@@ -108,8 +107,7 @@ def evaluate(
             few = draws_needed(parts.plate.size) if pair.channels != () else 1
             bar = tqdm(batches, "evaluate", disable=not progress, delay=3.0, unit="batch")
             directions = Directions()
-            many = ManyDraws(model, guide, pair.read, len(batches))
-            found = [_Batch(pair, many, batch, num_samples, few, directions) for batch in bar]
+            found = [_Batch(pair, batch, num_samples, few, directions) for batch in bar]
             told = _told(pair, batches, found)
     dataset = _dataset(found, told)
     family = getattr(guide, "family", None)
@@ -163,7 +161,6 @@ class _Batch:
     def __init__(
         self,
         pair: _Pair,
-        many: ManyDraws,
         args: tuple[Any, ...],
         num_samples: int,
         few: int,
@@ -185,10 +182,8 @@ class _Batch:
         sums: dict[str, Any] = {}
         at_once = widest if pair.vectorized else None
         names = list(_by_site(parts))
-        for count, draws in draw_runs(pair.model, args, total, at_once):
-            if draws is not None and not weights:
-                many.plan(args, count, total)
-            log_w, rows, *values = many(args, count, draws)
+        for _, draws in draw_runs(pair.model, args, total, at_once):
+            log_w, rows, *values = pair.read(args, draws)
             weights.append(log_w.double())
             for name, value in zip(names, values, strict=True):
                 sums[name] = sums.get(name, 0) + value.double().sum(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae._scopes import random_state
 from ppvae.families.heads import Argument, Head
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.matched_normals import MatchedPerDatum
+from ppvae.programs.matched_normals import MatchedNormals
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import draw_runs, trace_pair
 
@@ -121,7 +121,7 @@ class Offsets:
             widest = self._widest if self.vectorized else None
             self._runs[draws] = list(draw_runs(self.model, self.args, draws, widest))
         found, first = [], 0
-        numbers = MatchedPerDatum(draws, common=match == "common")
+        numbers = MatchedNormals(draws, common=match == "common")
         with random_state(seed), ExitStack() as stack:
             if match is not None:
                 stack.enter_context(numbers)
