@@ -1,4 +1,4 @@
-"""Minibatches, from whatever the data came as."""
+"""From what users have, arrays and tensors, to finite tensors."""
 
 from __future__ import annotations
 
@@ -7,56 +7,54 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+
+from ppvae._checks import expect
 
 
 def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
-    """A tuple of finite tensors with equal first dimensions."""
+    """One tensor or array, or several with equal first dimensions, as a tuple of tensors.
+
+    Args:
+        name: of the argument, for the messages.
+        data: a tensor or array, or a tuple or list of them. Floating arrays take the default dtype.
+
+    Raises:
+        TypeError: there is something else among them.
+        ValueError: there is none, a number is not finite, or the first dimensions differ.
+    """
     items = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-    if not items:
-        raise ValueError(f"{name}: expected at least one tensor or array, got none")
-    tensors = []
-    for item in items:
-        if isinstance(item, np.ndarray) and item.dtype.kind in "bifu":
-            item = torch.from_numpy(np.ascontiguousarray(item))
-            if item.is_floating_point():
-                item = item.to(torch.get_default_dtype())
-        if not isinstance(item, Tensor):
-            raise TypeError(
-                f"{name}: expected tensors, arrays of numbers, a Dataset or a DataLoader, got "
-                f"{getattr(item, 'dtype', '')} {type(item).__name__}"
-            )
-        if item.is_floating_point() and not torch.isfinite(item).all():
-            bad = int((~torch.isfinite(item)).sum())
-            raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite")
-        tensors.append(item)
+    expect(items, name, "at least one tensor or array", "none")
+    tensors = tuple(_as_tensor(name, item) for item in items)
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
-    if len(lengths) != 1:
-        raise ValueError(f"{name}: expected equal first dimensions, got {sorted(lengths)}")
-    return tuple(tensors)
+    expect(len(lengths) == 1, name, "equal first dimensions", sorted(lengths))
+    return tensors
 
 
-def length_of(data: Any) -> int:
-    """Number of data in what `Batches` takes."""
-    if isinstance(data, DataLoader):
-        data = data.dataset
-    if isinstance(data, IterableDataset):
-        raise TypeError("data: expected a Dataset with a length, got an IterableDataset")
-    return len(data[0]) if isinstance(data, (tuple, list)) else len(data)
+def _as_tensor(name: str, item: Any) -> Tensor:
+    if isinstance(item, np.ndarray) and item.dtype.kind in "bifu":
+        item = torch.from_numpy(np.ascontiguousarray(item))
+        item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
+    if not isinstance(item, Tensor):
+        kind = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
+        raise TypeError(
+            f"{name}: expected tensors, arrays of numbers, a Dataset or a DataLoader, got {kind}"
+        )
+    if item.is_floating_point() and not torch.isfinite(item).all():
+        bad = int((~torch.isfinite(item)).sum())
+        raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite")
+    return item
 
 
 def prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a call, arrays made tensors, numbers checked to be finite and some."""
-    ready = []
-    for arg in args:
-        if isinstance(arg, (np.ndarray, Tensor)):
-            (arg,) = as_tensors("args", arg)
-            if arg.dim():
-                _check_some("args", len(arg))
-        ready.append(arg)
+    """The arguments of a call, of which arrays and tensors become finite tensors with some rows.
+
+    What is neither passes as it is.
+
+    Raises:
+        ValueError: a number is not finite, or a first dimension is zero.
+    """
+    ready = [_as_tensor("args", a) if isinstance(a, (np.ndarray, Tensor)) else a for a in args]
+    for arg in ready:
+        if isinstance(arg, Tensor) and arg.dim():
+            expect(len(arg), "args", "at least one datum", "none")
     return tuple(ready)
-
-
-def _check_some(name: str, size: int) -> None:
-    if size == 0:
-        raise ValueError(f"{name}: expected at least one datum, got none")

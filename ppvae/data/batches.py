@@ -4,49 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
+from ppvae._checks import check_count, expect
 from ppvae._scopes import random_state
-from ppvae.data.adapters import _check_some, as_tensors, length_of
+from ppvae.data.adapters import as_tensors
 
 
+@dataclass
 class Batches:
-    """Minibatches of positional arguments, from whatever the data came as."""
+    """Minibatches of positional arguments; made by `batches_of`.
 
-    def __init__(self, name: str, data: Any, batch_size: int | None, *, shuffle: bool) -> None:
-        self.loader: DataLoader | None = None
-        self.tensors: tuple[Tensor, ...] = ()
-        self.shuffle, self.device = shuffle, torch.device("cpu")
-        if isinstance(data, TensorDataset):
-            data = data.tensors
-        if isinstance(data, DataLoader):
-            if batch_size is not None and shuffle:
-                raise ValueError(f"batch_size: expected None with a DataLoader, got {batch_size}")
-            self.loader, self.size, self.batch_size = data, length_of(data), data.batch_size
-            _check_some(name, self.size)
-        elif isinstance(data, Dataset):
-            self.size = length_of(data)
-            self.batch_size = self._checked(name, batch_size)
-            self.loader = DataLoader(data, self.batch_size, shuffle=shuffle)
-        else:
-            self.tensors = as_tensors(name, data)
-            self.size = len(self.tensors[0])
-            self.batch_size = self._checked(name, batch_size)
+    Attributes:
+        name: of the argument that they came as, for the messages.
+        size: number of data in all.
+        batch_size: data in a minibatch; None if a loader of the user's does not say.
+        tensors: the data, if no loader has them.
+        loader: what gives the data; None if they are tensors.
+        extra: further arguments of every call, behind the data.
+        cut: for each of `extra`, whether its rows are those of the data.
+        shuffle: whether each pass goes through the tensors in an order of its own.
+        device: where minibatches are moved to.
+    """
 
-    def _checked(self, name: str, batch_size: int | None) -> int:
-        _check_some(name, self.size)
-        if batch_size is None:
-            return self.size if self.size <= 1024 else 128
-        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-        if not (whole and 1 <= batch_size <= self.size):
-            raise ValueError(
-                f"batch_size: expected 1 to {self.size}, the number of data; got {batch_size}"
-            )
-        return batch_size
+    name: str
+    size: int
+    batch_size: int | None
+    tensors: tuple[Tensor, ...] = ()
+    loader: DataLoader | None = None
+    extra: tuple[Any, ...] = ()
+    cut: tuple[bool, ...] = ()
+    shuffle: bool = False
+    device: torch.device = torch.device("cpu")
 
     @property
     def whole(self) -> bool:
@@ -60,28 +60,90 @@ class Batches:
             return len(self.loader)
         return math.ceil(self.size / (self.batch_size or self.size))
 
-    def example(self) -> tuple[Tensor, ...]:
+    def example(self) -> tuple[Any, ...]:
         """The first batch of a pass, which uses up no random numbers."""
         with random_state(None, keep=True):
-            batch = next(iter(self), None)
-        if batch is None:
-            raise ValueError("data: expected a DataLoader with at least one batch, got none")
-        return batch
+            return next(iter(self))
 
     def to(self, device: torch.device) -> None:
         """Moves the data, and every batch that is to come, to a device."""
         self.device = device
         self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
+        self.extra = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.extra)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self.loader is not None:
+            item = None
             for item in self.loader:
-                tensors = as_tensors("data", item)
-                yield tuple(tensor.to(self.device) for tensor in tensors)
-            return
-        if self.whole:
-            yield self.tensors
-            return
-        order = torch.randperm(self.size) if self.shuffle else torch.arange(self.size)
-        for rows in order.to(self.device).split(self.batch_size):
-            yield tuple(tensor[rows] for tensor in self.tensors)
+                tensors = as_tensors(self.name, item)
+                yield (*(tensor.to(self.device) for tensor in tensors), *self.extra)
+            expect(item is not None, self.name, "a DataLoader with at least one batch", "none")
+        elif self.whole:
+            yield (*self.tensors, *self.extra)
+        else:
+            order = torch.randperm(self.size) if self.shuffle else torch.arange(self.size)
+            for rows in order.to(self.device).split(self.batch_size or self.size):
+                extra = zip(self.extra, self.cut, strict=True)
+                yield (
+                    *(tensor[rows] for tensor in self.tensors),
+                    *(value[rows] if cut else value for value, cut in extra),
+                )
+
+
+def batches_of(
+    name: str,
+    data: Any,
+    batch_size: int | None = None,
+    *,
+    training: bool,
+    extra: tuple[Any, ...] = (),
+) -> Batches:
+    """Minibatches of data.
+
+    Args:
+        name: of the argument, for the messages.
+        data: a tensor or array, or a tuple of them; a `Dataset`; or a `DataLoader`.
+        batch_size: data in a minibatch, or at most so many of those that are not for training; by
+            default all the data, or 128 of more than 1024.
+        training: whether they are trained on: each pass then has an order of its own, and tensors
+            of `extra` with as many rows are cut with the data.
+        extra: further arguments, behind the data.
+
+    Raises:
+        TypeError: the data are of another kind.
+        ValueError: they are empty, not finite, or of different lengths; `batch_size` does not fit;
+            or `extra` has as many rows as data that are no tensors, whose order is not known.
+    """
+    data = data.tensors if isinstance(data, TensorDataset) else data
+    held = isinstance(data, (Dataset, DataLoader))
+    tensors = () if held else as_tensors(name, data)
+    size = _length(data) if held else len(tensors[0]) if tensors[0].dim() else 0
+    expect(size, name, "at least one datum", "none")
+    cut = tuple(training and isinstance(v, Tensor) and v.shape[:1] == (size,) for v in extra)
+    expect(not (held and any(cut)), "kwargs", "no tensor with as many rows as a Dataset", "one")
+    if isinstance(data, DataLoader):
+        alone = batch_size is None or not training
+        expect(alone, "batch_size", "None with a DataLoader", batch_size)
+        return Batches(name, size, data.batch_size, (), data, extra, cut)
+    if batch_size is None:
+        batch_size = size if size <= 1024 else 128
+    elif training:
+        batch_size = check_count("batch_size", batch_size)
+        expect(batch_size <= size, "batch_size", f"at most {size}, the number of data", batch_size)
+    batch_size = min(batch_size, size)
+    loader = DataLoader(data, batch_size, shuffle=training) if held else None
+    return Batches(name, size, batch_size, tensors, loader, extra, cut, shuffle=training)
+
+
+def _length(data: Any) -> int:
+    """The number of data that pass through training: those of the sampler of a loader."""
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset):
+        raise TypeError("data: expected a Dataset with a length, got an IterableDataset")
+    if not isinstance(data, DataLoader):
+        return len(dataset)
+    batches = data.batch_sampler
+    sampler: Any = getattr(batches, "sampler", data.sampler)
+    if getattr(batches, "drop_last", False) and isinstance(sampler, SequentialSampler):
+        return len(data) * (data.batch_size or 1)  # the same data are left out of every pass
+    return len(sampler)

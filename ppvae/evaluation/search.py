@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ppvae._scopes import random_state
 from ppvae.families.heads import Argument, Head
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.matched_normals import MatchedPerDatum
+from ppvae.programs.matched_normals import MatchedNormals
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import Runs
 
@@ -93,7 +93,7 @@ class ShiftedGuide:
         cut = shifts.split(self._lengths, 1) if self.zeros else ()
         pieces = dict(zip(self.zeros, cut, strict=True))
         results, first = [], 0
-        numbers = MatchedPerDatum(draws, common=match == "common")
+        numbers = MatchedNormals(draws, common=match == "common")
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
             stack.enter_context(_shifted(self.heads, lambda key, v: pieces[key].reshape(v.shape)))

@@ -1,97 +1,122 @@
-r"""The terms of the objective, read from the traces, and the losses made of them.
+"""What an objective is, and all that training and staging ask of one.
 
-Everything here is in nats. `terms` is the one place that turns a pair of traces into numbers;
-training, evaluation and export all use it.
+They ask it of any callable, by the functions below, and so know no objective by its class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
 
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.nodes import is_point
-from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_trace
 
+class Objective(Protocol):
+    """A loss of a model and its guide on a minibatch: a scalar in nats per datum.
 
-def check_reparametrized(parts: Terms, guide_trace: Any) -> None:
-    """Raises a ValueError if the guide has parameters that no gradient reaches through a draw."""
-    for name, value in parts.log_guide.items():
-        fn = guide_trace.nodes[name]["fn"]
-        if value.requires_grad and not fn.has_rsample:
-            raise ValueError(
-                f"guide: expected reparametrized draws; {name!r} is drawn from {fn}, for which "
-                "pyro.infer.SVI with TraceGraph_ELBO can train this guide"
-            )
+    **To add an objective**, write a function `(model, guide, *args, size=None, step=0) -> scalar`:
+    `trace_pair` runs the two programs, and `terms` reads the traces. One that has settings is a
+    frozen dataclass. It need not derive from this class, whose attributes have these defaults:
 
+    - `scheduled` names the fields that may be functions of the step, and in which objectives that
+      are trained side by side may differ. In a graph such a field is an input: a tensor, and
+      outside a number. `at_step` replaces the functions by their values.
+    - `unstageable` says in a few words why a graph cannot hold the loss; it is empty if one can.
 
-class Cut(Messenger):
-    """Cuts the graph at every draw of a guide, so that what follows sees a leaf in its place.
-
-    Attributes:
-        draws: pairs of a draw, with the graph that leads back to the guide's parameters, and the
-            leaf of the same value; in the order of drawing.
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from ppvae.objectives import at_step, negative_elbo, warm_up
+        >>> @dataclass(frozen=True)
+        ... class Tempered:
+        ...     weight: object = 1.0
+        ...     scheduled = ("weight",)
+        ...     def __call__(self, model, guide, *args, size=None, plate=None, step=0):
+        ...         loss = negative_elbo(model, guide, *args, size=size, plate=plate)
+        ...         return at_step(self, step).weight * loss
+        >>> at_step(Tempered(warm_up(100)), 25)
+        Tempered(weight=0.25)
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.draws: list[tuple[Tensor, Tensor]] = []
+    scheduled: ClassVar[tuple[str, ...]] = ()
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        hidden = site_is_subsample(msg) or msg["is_observed"] or is_point(msg["fn"])
-        if hidden or not msg["value"].requires_grad:
-            return
-        leaf = msg["value"].detach().requires_grad_()
-        self.draws.append((msg["value"], leaf))
-        msg["value"] = leaf
+    @property
+    def unstageable(self) -> str:
+        """Why a graph cannot hold the loss; empty, if one can."""
+        return ""
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        size: int | None = None,
+        plate: str | None = None,
+        step: Any = 0,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            model: a Pyro model.
+            guide: its guide.
+            *args: their arguments: one minibatch.
+            size: number of data in all; by default the size of the data plate.
+            plate: name of the data plate; by default the one that `data_plate` finds.
+            step: number of steps of the optimizer so far, which may be a tensor.
+
+        Returns:
+            A scalar in nats per datum that can be differentiated.
+        """
+        ...
 
 
-def runs(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    num_samples: int,
-    cuts: list[Cut] | None = None,
-) -> list[tuple[Any, Any]]:
-    """Traces of model and guide: of one run, if the model is vectorized, else one for each draw.
+def at_step(objective: Any, step: Any) -> Any:
+    """An objective whose `scheduled` fields are values, and no functions of the step any more.
+
+    It is made as any other, so that its constructor checks the values.
 
     Args:
-        model: a Pyro model.
-        guide: its guide.
-        args: their arguments.
-        num_samples: number of draws; all are for the same data, if a plate subsamples.
-        cuts: a list that gets a `Cut` for each run; None leaves the graph whole.
+        objective: any objective; one without such functions is returned as it is.
+        step: number of steps of the optimizer so far.
+    """
+    names = [name for name in _scheduled(objective) if callable(getattr(objective, name))]
+    values = {name: getattr(objective, name)(step) for name in names}
+    return replace(objective, **values) if values else objective
+
+
+def moving_fields(objectives: Sequence[Any]) -> tuple[str, ...]:
+    """The scheduled fields that are functions of the step, or that some objectives differ in.
 
     Raises:
-        ValueError: the sites of model and guide do not match.
+        ValueError: the objectives differ in anything else.
     """
-    draws, count = None, num_samples
-    if num_samples > 1 and is_vectorized(model):
-        draws, count = draws_plate(model, *args, draws=num_samples), 1
-    pairs: list[tuple[Any, Any]] = []
-    for _ in range(count):
-        program = given(guide, pairs[0][1], {}) if pairs else guide
-        cut = None if cuts is None else Cut()
-        with cut or nullcontext():  # outside the trace, which then records the leaves
-            guide_trace = run_trace(program, args, draws)
-        model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
-        check_sites(model_trace, guide_trace)
-        pairs.append((model_trace, guide_trace))
-        if cuts is not None and cut is not None:
-            cuts.append(cut)
-    return pairs
+    first, *others = objectives
+    names = _scheduled(first)
+    for other in others:
+        if other is not first and other != first:
+            shared = {name: getattr(first, name) for name in names}
+            alike = names and type(other) is type(first) and replace(other, **shared) == first
+            if not alike:
+                raise ValueError("objective: they differ in more than their scheduled fields")
+    values = {name: [getattr(objective, name) for objective in objectives] for name in names}
+    return tuple(
+        name
+        for name, (value, *rest) in values.items()
+        if callable(value) or any(other is not value and other != value for other in rest)
+    )
 
 
-def read_terms(pairs: list[Any], plate: str | None) -> list[Terms]:
-    """The terms of each pair of traces, every draw of which must be reparametrized."""
-    parts = []
-    for model_trace, guide_trace in pairs:
-        parts.append(terms(model_trace, guide_trace, plate))
-        check_reparametrized(parts[-1], guide_trace)
-    return parts
+def why_unstageable(objective: Any) -> str:
+    """Why a graph cannot hold an objective, as it says itself; empty, if it says nothing."""
+    return getattr(objective, "unstageable", "")
+
+
+def takes_plate(objective: Any) -> bool:
+    """Whether an objective can be told the name of the data plate, which a function need not."""
+    kinds = inspect.signature(objective).parameters
+    return "plate" in kinds or any(kind.kind is kind.VAR_KEYWORD for kind in kinds.values())
+
+
+def _scheduled(objective: Any) -> tuple[str, ...]:
+    return tuple(getattr(objective, "scheduled", ()))

@@ -7,24 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, Normal, StudentT, kl_divergence
 
 from ppvae.programs.nodes import is_point
 
 
 def by_coordinate(guide: Any, prior: Any) -> tuple[Any, Any] | None:
     """Both distributions as those of single coordinates, so that the divergence splits, or None."""
-    fns = []
-    for fn in (guide, prior):
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        fns.append(fn)
+    q, p = _base_of(guide), _base_of(prior)
     whole = len(guide.event_shape) == len(prior.event_shape)
-    return None if any(fn.event_shape for fn in fns) or not whole else (fns[0], fns[1])
+    return (q, p) if whole and not (q.event_shape or p.event_shape) else None
 
 
 def closed_kl(guide: Any, prior: Any) -> Tensor | None:
-    r"""KL(guide || prior) where it has a closed form, else None.
+    r"""KL(guide || prior) in nats by batch element where it has a closed form, else None.
 
     Besides the pairs that PyTorch and Pyro know: to a Gaussian prior with independent coordinates
     any guide with known entropy, mean and variance has
@@ -36,11 +32,8 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
         return kl_divergence(guide, prior)
     except NotImplementedError:
         pass
-    normal, depth = prior, 0
-    while isinstance(normal, torch.distributions.Independent):
-        depth += normal.reinterpreted_batch_ndims
-        normal = normal.base_dist
-    if not isinstance(normal, torch.distributions.Normal):
+    normal = _base_of(prior)
+    if not isinstance(normal, Normal):
         return None
     try:
         entropy = guide.entropy()
@@ -49,15 +42,21 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     except NotImplementedError:
         return None
     cross = second + normal.scale.log() + 0.5 * math.log(2 * math.pi)
+    depth = len(prior.event_shape)
     return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
+
+
+def _base_of(fn: Any) -> Any:
+    """A distribution without `Independent` around it."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:
     """Mean and variance, without the selection by value of a StudentT's, which has no graph."""
-    base = fn
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    if not isinstance(base, torch.distributions.StudentT):
+    base = _base_of(fn)
+    if not isinstance(base, StudentT):
         return fn.mean, fn.variance
     finite = base.df > 2
     df = torch.where(finite, base.df, 3.0)

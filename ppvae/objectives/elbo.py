@@ -1,20 +1,21 @@
-"""The rate of a guide with a floor under each latent coordinate."""
+"""The negative ELBO, with a weight of its rate, and a floor under the rate of each latent."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ppvae._checks import check_choice, check_count, check_number
-from ppvae.objectives.base import check_reparametrized, read_terms, runs
+from ppvae._checks import check_choice, check_count, check_number, expect
+from ppvae.objectives.base import Objective, at_step
 from ppvae.objectives.divergence import by_coordinate, closed_kl
-from ppvae.objectives.trace_terms import Terms, data_size, terms
-from ppvae.programs.nodes import is_point
-from ppvae.programs.runs import trace_pair
+from ppvae.objectives.draws import Pair, terms_of_draws, traced_draws
+from ppvae.objectives.trace_terms import Terms, data_size
+from ppvae.programs.nodes import DRAWS, is_point
 
 
 def negative_elbo(
@@ -43,29 +44,27 @@ def negative_elbo(
     Raises:
         ValueError: sites do not match, or a draw of the guide is not reparametrized.
     """
-    model_trace, guide_trace = trace_pair(model, guide, *args)
-    parts = terms(model_trace, guide_trace, plate)
-    check_reparametrized(parts, guide_trace)
-    return loss_of(parts, size)
+    (found,) = terms_of_draws(traced_draws(model, guide, args, 1), plate)
+    return loss_of(found, size)
 
 
-def loss_of(parts: Terms, size: int | None = None) -> Tensor:
-    """The negative ELBO in nats per datum of terms that were read."""
-    size = data_size(parts, size)
-    signed = [(name, -value) for name, value in parts.log_likelihood.items()]
-    signed += [(name, value) for name, value in parts.kl.items()]
-    signed += [(name, -v) for name, v in parts.log_prior.items() if name not in parts.kl]
-    signed += [(name, v) for name, v in parts.log_guide.items() if name not in parts.kl]
+def loss_of(found: Terms, size: int | None = None) -> Tensor:
+    """The negative ELBO in nats per datum, from terms; `size` is the number of data in all."""
+    size = data_size(found, size)
+    signed = [(name, -value) for name, value in found.log_likelihood.items()]
+    signed += [(name, value) for name, value in found.kl.items()]
+    signed += [(name, -v) for name, v in found.log_prior.items() if name not in found.kl]
+    signed += [(name, v) for name, v in found.log_guide.items() if name not in found.kl]
     loss = torch.zeros(())
     for name, value in signed:
-        value = value * parts.scales[name]
-        loss = loss + (value.mean() if name in parts.local else value.mean() / size)
+        value = value * found.scales[name]
+        loss = loss + (value.mean() if name in found.local else value.mean() / size)
     return loss
 
 
 @dataclass(frozen=True)
-class ELBO:
-    r"""The negative ELBO, distortion + beta * rate; by default exactly `objective.negative_elbo`.
+class ELBO(Objective):
+    r"""The negative ELBO, distortion + beta * rate; by default exactly `negative_elbo`.
 
     The rate is KL(q(z|x) || p(z)), summed over latent sites; for a point guide it is the penalty
     -log p(z), so that `beta=0` with a deterministic guide is the plain autoencoder.
@@ -78,16 +77,18 @@ class ELBO:
         beta: weight of the rate, at least 0: a number, or a function from the number of optimizer
             steps so far to a number, such as `warm_up(2000)`.
         free_bits: the rate of each latent counts at least so many nats per datum, and below that
-            nothing pushes it down. Latents are the coordinates, where the divergence is a sum over
-            them (`Independent` guide and prior), else whole sites; sites that a guide draws
-            jointly are one. A global latent has that many nats for all the data.
+            nothing pushes it down; a number or a function, as `beta`. Latents are the coordinates,
+            where the divergence is a sum over them (`Independent` guide and prior), else whole
+            sites; sites that a guide draws jointly are one. A global latent has that many nats for
+            all the data.
         kl: "analytic", the closed form of each site that has one, or "sampled", the estimate
             log q(z) - log p(z) for all.
         num_samples: draws to average over; in one run, if the model is vectorized.
 
     Raises:
-        ValueError: an argument is out of its range; or, in a call, sites do not match, a draw of
-            the guide is not reparametrized, or `free_bits` meets a guide without density.
+        ValueError: an argument is out of its range; or, in a call, a function gives such a number,
+            sites do not match, a draw of the guide is not reparametrized, or `free_bits` meets a
+            guide without density.
 
     Kingma and Welling, 2014; Higgins et al., beta-VAE, 2017; Kingma et al., Improved variational
     inference with inverse autoregressive flow, 2016 (free bits).
@@ -102,16 +103,19 @@ class ELBO:
     """
 
     beta: float | Tensor | Callable[[Any], Any] = 1.0
-    free_bits: float = 0.0
+    free_bits: float | Tensor | Callable[[Any], Any] = 0.0
     kl: str = "analytic"
     num_samples: int = 1
+    scheduled: ClassVar[tuple[str, ...]] = ("beta", "free_bits")
 
     def __post_init__(self) -> None:
-        if not (callable(self.beta) or isinstance(self.beta, Tensor)):
-            check_number("beta", self.beta)
-        check_number("free_bits", self.free_bits)
+        for name in self.scheduled:
+            value = getattr(self, name)
+            if not (callable(value) or isinstance(value, Tensor)):
+                # as a number of Python's: one of NumPy's would make an array of a product
+                object.__setattr__(self, name, check_number(name, value))
         check_choice("kl", self.kl, ("analytic", "sampled"))
-        check_count("num_samples", self.num_samples)
+        object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
 
     def __call__(
         self,
@@ -122,58 +126,46 @@ class ELBO:
         plate: str | None = None,
         step: Any = 0,
     ) -> Tensor:
-        """The loss.
-
-        Args:
-            model: a Pyro model.
-            guide: its guide; every draw must be reparametrized.
-            *args: their arguments: one minibatch.
-            size: number of data in all; by default the size of the data plate.
-            plate: name of the data plate; by default `data`, or else the outermost one.
-            step: number of steps of the optimizer so far, for a `beta` that is a function.
-
-        Returns:
-            A scalar in nats per datum.
-        """
-        pairs = runs(model, guide, args, self.num_samples)
-        parts = read_terms(pairs, plate)
+        """The loss; arguments and result as those of `Objective`."""
+        now = at_step(self, step)
+        pairs = traced_draws(model, guide, args, self.num_samples)
+        found = terms_of_draws(pairs, plate)
         if self.kl == "sampled":
-            parts = [part._replace(kl={}) for part in parts]
-        beta = self.beta(step) if callable(self.beta) else self.beta
-        if self.free_bits:
-            rate = floored_rate(pairs, parts, self.free_bits, size)
-            distortion = _mean([_distortion(part, size) for part in parts])
-            return distortion + _like(beta, rate) * rate
-        return _mean([_weighted(part, size, beta) for part in parts])
+            found = [run._replace(kl={}) for run in found]
+        if isinstance(now.free_bits, Tensor) or now.free_bits:
+            rate = floored_rate(pairs, found, now.free_bits, size)
+            distortion = _mean([_distortion(run, size) for run in found])
+            return distortion + _like(now.beta, rate) * rate
+        return _mean([_weighted(run, size, now.beta) for run in found])
 
 
-def _weighted(parts: Terms, size: int | None, beta: Any) -> Tensor:
+def _weighted(found: Terms, size: int | None, beta: Any) -> Tensor:
     """Distortion + beta * rate."""
     known = not isinstance(beta, Tensor)
     if known and beta == 1:
-        return loss_of(parts, size)
-    distortion = _distortion(parts, size)
+        return loss_of(found, size)
+    distortion = _distortion(found, size)
     if known and beta == 0:  # and not 0 * inf, for a point outside the support of the prior
         return distortion
-    rate = loss_of(parts._replace(log_likelihood={}), size)
+    rate = loss_of(found._replace(log_likelihood={}), size)
     return distortion + _like(beta, rate) * rate
 
 
-def _like(beta: Any, rate: Tensor) -> Any:
-    """A weight that is a tensor in the dtype of what it weighs, as a number would be."""
-    return beta.to(rate.dtype) if isinstance(beta, Tensor) else beta
-
-
-def _distortion(parts: Terms, size: int | None) -> Tensor:
-    return loss_of(parts._replace(kl={}, log_prior={}, log_guide={}), size)
+def _distortion(found: Terms, size: int | None) -> Tensor:
+    return loss_of(found._replace(kl={}, log_prior={}, log_guide={}), size)
 
 
 def _mean(losses: list[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
+def _like(weight: Any, value: Tensor) -> Any:
+    """A weight that is a tensor in the dtype of what it weighs, as a number would be."""
+    return weight.to(value.dtype) if isinstance(weight, Tensor) else weight
+
+
 def floored_rate(
-    pairs: list[Any], parts: list[Terms], floor: float, size: int | None = None
+    pairs: list[Pair], found: list[Terms], floor: float | Tensor, size: int | None = None
 ) -> Tensor:
     """The rate in nats per datum, each coordinate's mean over batch and draws at least `floor`.
 
@@ -181,63 +173,63 @@ def floored_rate(
 
     Args:
         pairs: the traces of model and guide of each run.
-        parts: their terms, without `kl` where the rate is to be sampled.
+        found: their terms, without `kl` where the rate is to be sampled.
         floor: nats per latent coordinate.
         size: number of data in all; by default the size of the data plate.
 
     Raises:
         ValueError: the guide has no density.
     """
-    first = parts[0]
-    if not first.log_guide:
-        raise ValueError(f"free_bits: expected 0 for a guide that draws only points; got {floor}")
-    total, share = torch.zeros(()), 1.0 / data_size(first, size)
-    pieces = [name for name in first.log_prior if is_point(pairs[0][1].nodes[name]["fn"])]
+    first = found[0]
+    expect(first.log_guide, "free_bits", "0 for a guide that draws only points", floor)
+    share = 1.0 / data_size(first, size)
+    points = [name for name in first.log_prior if is_point(pairs[0][1].nodes[name]["fn"])]
+    # the sites of a joint draw are points, pieces of it, and their rate is one number; without a
+    # joint draw the points have only a penalty, which is no rate and has no floor
+    joint = [name for name in first.log_guide if name not in first.log_prior or name in points]
+    total = _mean([_rest_of(run, points, joint, size) for run in found])
+    if joint:
+        lowest = _lowest(floor, first.scales[joint[0]], total)
+        total = total.clamp(min=lowest if joint[0] in first.local else lowest * share)
     for name in first.log_prior:
-        if name in pieces:
-            continue
-        values = [
-            _coordinates(name, model_trace, guide_trace, part)
-            for (model_trace, guide_trace), part in zip(pairs, parts, strict=True)
-        ]
-        lowest = floor * _mean_scale(first.scales[name])
-        rate = torch.stack(values).mean(0).clamp(min=lowest).sum()
-        total = total + (rate if name in first.local else rate * share)
-    return total + _joint_rate(parts, pieces, floor, share)
+        if name not in points:
+            values = [
+                _coordinates(name, *pair, run) for pair, run in zip(pairs, found, strict=True)
+            ]
+            rate = torch.stack(values).mean(0)
+            rate = rate.clamp(min=_lowest(floor, first.scales[name], rate)).sum()
+            total = total + (rate if name in first.local else rate * share)
+    return total
 
 
-def _joint_rate(parts: list[Terms], pieces: list[str], floor: float, share: float) -> Tensor:
-    """The rate of the pieces of joint draws, which is one number, or the penalty of points."""
-    first, total = parts[0], torch.zeros(())
-    drawn = [n for n in first.log_guide if n not in first.log_prior or n in pieces]
-    for part in parts:
-        for sign, names, values in ((-1, pieces, part.log_prior), (1, drawn, part.log_guide)):
-            for name in names:
-                value = sign * (values[name] * part.scales[name]).mean() / len(parts)
-                total = total + (value if name in part.local else value * share)
-    if not drawn:
-        return total
-    lowest = floor * _mean_scale(first.scales[drawn[0]])
-    return total.clamp(min=lowest if drawn[0] in first.local else lowest * share)
+def _rest_of(run: Terms, points: list[str], joint: list[str], size: int | None) -> Tensor:
+    """The rate of some joint draws, of which points are pieces."""
+    prior = {name: run.log_prior[name] for name in points}
+    guide = {name: run.log_guide[name] for name in joint}
+    return loss_of(run._replace(log_likelihood={}, kl={}, log_prior=prior, log_guide=guide), size)
 
 
-def _mean_scale(scale: Any) -> Any:
-    return scale.mean() if isinstance(scale, Tensor) else scale
+def _lowest(floor: float | Tensor, scale: Any, rate: Tensor) -> Any:
+    """The least that a rate counts for, times the mean scale of its site."""
+    scale = scale.mean() if isinstance(scale, Tensor) else scale
+    if isinstance(floor, Tensor):
+        # none for a floor of zero, as for the number: the estimate of a rate may be negative
+        return torch.where(floor > 0, _like(floor, rate) * scale, -math.inf)
+    return floor * scale
 
 
-def _coordinates(name: str, model_trace: Any, guide_trace: Any, parts: Terms) -> Tensor:
+def _coordinates(name: str, model_trace: Any, guide_trace: Any, run: Terms) -> Tensor:
     """Mean over batch and draws of the rate of one site, by coordinate where it splits."""
     node, prior = guide_trace.nodes[name], model_trace.nodes[name]
-    q, p = node["fn"], prior["fn"]
-    depth = len(q.event_shape)
-    pair = by_coordinate(q, p)
+    pair = by_coordinate(node["fn"], prior["fn"])
     if pair is None:  # no sum over coordinates
-        whole = parts.kl.get(name)
-        whole = parts.log_guide[name] - parts.log_prior[name] if whole is None else whole
-        return (whole * parts.scales[name]).mean()
+        whole = run.kl[name] if name in run.kl else run.log_guide[name] - run.log_prior[name]
+        return (whole * run.scales[name]).mean()
     q, p = pair
-    closed = closed_kl(q, p) if name in parts.kl else None
-    rate: Any = q.log_prob(node["value"]) - p.log_prob(node["value"]) if closed is None else closed
+    depth = len(node["fn"].event_shape)
+    rate: Any = closed_kl(q, p) if name in run.kl else None
+    if rate is None:
+        rate = q.log_prob(node["value"]) - p.log_prob(node["value"])
 
     def aligned(value: Any) -> Tensor:
         """What has the shape of the plates, with the event dims behind."""
@@ -246,9 +238,8 @@ def _coordinates(name: str, model_trace: Any, guide_trace: Any, parts: Terms) ->
 
     if prior["mask"] is not None:
         rate = torch.where(aligned(prior["mask"]), rate, torch.zeros_like(rate))
-    rate = (rate * aligned(parts.scales[name])).expand(node["fn"].shape())
-    averaged = {f.dim for f in node["cond_indep_stack"] if f.name == "_draws"}
-    if name in parts.local:
-        averaged.add(parts.plate.dim)
-    dims = [dim - depth for dim in averaged]
-    return rate.mean(dims) if dims else rate
+    rate = (rate * aligned(run.scales[name])).expand(node["fn"].shape())
+    averaged = {f.dim for f in node["cond_indep_stack"] if f.name == DRAWS}
+    if name in run.local:
+        averaged.add(run.plate.dim)
+    return rate.mean([dim - depth for dim in averaged]) if averaged else rate

@@ -1,4 +1,4 @@
-"""Many draws of a guide for each datum: their runs, their weights, and gradients through them."""
+"""The importance-weighted bound, and the doubly reparametrized estimate of its gradient."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae._checks import check_choice, check_count
-from ppvae.objectives.base import Cut, read_terms, runs
+from ppvae._checks import check_choice, check_count, expect
+from ppvae.objectives.base import Objective
+from ppvae.objectives.draws import terms_of_draws, traced_draws
 from ppvae.objectives.trace_terms import Terms, common_scale, data_size
+from ppvae.programs.nodes import is_point
 
 
 @dataclass(frozen=True)
-class IWAE:
+class IWAE(Objective):
     r"""The negative importance-weighted bound: -log of the mean weight p(x, z) / q(z|x) of K draws.
 
     It falls as K grows, from the negative ELBO at one draw (with sampled KL) towards -log p(x). The
@@ -47,8 +51,13 @@ class IWAE:
     gradient: str = "pathwise"
 
     def __post_init__(self) -> None:
-        check_count("num_samples", self.num_samples)
+        object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
         check_choice("gradient", self.gradient, ("pathwise", "doubly_reparametrized"))
+
+    @property
+    def unstageable(self) -> str:
+        """The estimate that is not pathwise takes a derivative, which `torch.export` leaves out."""
+        return "" if self.gradient == "pathwise" else f"{self.gradient} takes a derivative inside"
 
     def __call__(
         self,
@@ -59,25 +68,25 @@ class IWAE:
         plate: str | None = None,
         step: Any = 0,
     ) -> Tensor:
-        """The loss; arguments and result as those of `ELBO`. The value ignores `step`."""
-        cuts: list[Cut] | None = None if self.gradient == "pathwise" else []
-        parts = read_terms(runs(model, guide, args, self.num_samples, cuts), plate)
-        log_p, log_q = log_joint_and_guide(parts, size)
+        """The loss; arguments and result as those of `Objective`. The value ignores `step`."""
+        cut = None if self.gradient == "pathwise" else _Cut()
+        runs = terms_of_draws(traced_draws(model, guide, args, self.num_samples, cut), plate)
+        log_p, log_q = log_joint_and_guide(runs, size)
         log_w = log_p - log_q
         bound = log_w.logsumexp(0) - math.log(self.num_samples)
-        loss = -averaged(bound, parts[0], size)
-        if cuts is None:
+        loss = -averaged(bound, runs[0], size)
+        if cut is None:
             return loss
         # explicit parameters of p: sum w d log p; by way of the draws: sum w^2 dlog w/dz dz. The
         # explicit ones of q are gone: on average they are what takes w to w^2 (Tucker et al.)
         share = log_w.softmax(0).detach()
-        squared = averaged((share**2 * log_w).sum(0), parts[0], size)
-        explicit = averaged((share * log_p).sum(0), parts[0], size)
-        surrogate = explicit + path(cuts, squared)
+        squared = averaged((share**2 * log_w).sum(0), runs[0], size)
+        explicit = averaged((share * log_p).sum(0), runs[0], size)
+        surrogate = explicit + cut.path(squared)
         return loss.detach() - (surrogate - surrogate.detach())
 
 
-def log_joint_and_guide(parts: list[Terms], size: int | None) -> tuple[Tensor, Tensor]:
+def log_joint_and_guide(runs: list[Terms], size: int | None) -> tuple[Tensor, Tensor]:
     """Log p(x, z) and log q(z) of the terms of each run, shape `(draws, batch)`, in nats.
 
     If all latents are global there is one weight for all the data, and the shape is `(draws,)`.
@@ -85,52 +94,75 @@ def log_joint_and_guide(parts: list[Terms], size: int | None) -> tuple[Tensor, T
     Raises:
         ValueError: the guide has a point, or these are no weights of importance (see `IWAE`).
     """
-    first = parts[0]
-    _check_density(first)
-    names = set(first.log_prior) | set(first.log_guide)
-    local = bool(names & first.local)
+    first = runs[0]
+    points = sorted(set(first.log_prior) - set(first.log_guide))
+    joint = set(first.log_guide) - set(first.log_prior)
+    dense = joint or not points
+    expect(dense, "guide", "a density for every latent site", f"a guide where {points} are points")
+    local = bool({*first.log_prior, *first.log_guide} & first.local)
     if local:
-        outside = (names | set(first.log_likelihood)) - first.local
-        if outside:
-            raise ValueError(
-                f"model: expected all sites in the plate {first.plate.name!r}, or all latent "
-                f"sites outside, for weights of importance; outside: {sorted(outside)}"
-            )
-    else:
-        _check_all_data(first, size)
-    log_p, log_q = [part.log_joint for part in parts], [part.log_q for part in parts]
-    return _stacked(log_p, local=local), _stacked(log_q, local=local)
+        first.check_local()
+    elif first.plate is not None:
+        given, full_size = first.plate.size, first.plate.full_size
+        full = size or full_size or given
+        wanted = f"all {full} data in one batch, as one weight of a global latent is of all of them"
+        expect(given == full and full_size in (None, given), "batch_size", wanted, given)
+
+    def stacked(values: list[Tensor]) -> Tensor:
+        """One run of many draws, or many runs of one, with the draws in front."""
+        value = torch.stack(values)
+        return value[0] if value.dim() > 1 + local else value
+
+    return stacked([run.log_joint for run in runs]), stacked([run.log_q for run in runs])
 
 
-def averaged(values: Tensor, parts: Terms, size: int | None) -> Tensor:
+def averaged(values: Tensor, found: Terms, size: int | None) -> Tensor:
     """Values per datum, or one for all the data, in nats per datum, times the model's scale.
 
     Raises:
         ValueError: some sites are scaled and others are not, so that the scale is not a factor.
     """
-    scale = common_scale(list(parts.scales.values()))
-    if scale is None:
-        raise ValueError(
-            f"model: expected one poutine.scale around all sites, got {parts.scales}; weights of "
-            "importance have no meaning else"
-        )
+    scale = common_scale(list(found.scales.values()))
+    expect(scale is not None, "model", "one poutine.scale around all sites", found.scales)
     if values.dim():
         return (values * scale).mean()
-    if isinstance(scale, Tensor) and scale.dim():
-        raise ValueError("model: expected a scale that is one number, beside global latents")
-    return values * scale / data_size(parts, size)
+    number = not (isinstance(scale, Tensor) and scale.dim())
+    expect(number, "model", "a scale that is one number, beside global latents", "a tensor")
+    return values * scale / data_size(found, size)
 
 
-def path(cuts: list[Cut], value: Tensor) -> Tensor:
-    """A scalar with the gradient that `value` has by way of the draws of all runs, and no other."""
-    leaves = [leaf for cut in cuts for _, leaf in cut.draws]
-    total = torch.zeros(())
-    if not leaves:
+class _Cut(Messenger):
+    """Cuts the graph at every draw of a guide, so that what follows sees a leaf in its place.
+
+    Attributes:
+        runs: for each run, pairs of a draw, with the graph that leads back to the guide's
+            parameters, and the leaf of the same value; in the order of drawing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[list[tuple[Tensor, Tensor]]] = []
+
+    def __enter__(self) -> Any:
+        self.runs.append([])
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        hidden = site_is_subsample(msg) or msg["is_observed"] or is_point(msg["fn"])
+        if hidden or not msg["value"].requires_grad:
+            return
+        leaf = msg["value"].detach().requires_grad_()
+        self.runs[-1].append((msg["value"], leaf))
+        msg["value"] = leaf
+
+    def path(self, value: Tensor) -> Tensor:
+        """A scalar with the gradient that `value` has by way of the draws, and no other."""
+        total = torch.zeros(())
+        leaves = [leaf for run in self.runs for _, leaf in run]
+        slopes = iter(_slopes(value, leaves) if leaves else ())
+        for run in self.runs:
+            total = total + _path(run, [next(slopes) for _ in run])
         return total
-    slopes = iter(_slopes(value, leaves))
-    for cut in cuts:
-        total = total + _path(cut.draws, [next(slopes) for _ in cut.draws])
-    return total
 
 
 def _path(draws: list[tuple[Tensor, Tensor]], slopes: list[Tensor]) -> Tensor:
@@ -147,31 +179,3 @@ def _slopes(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-
-
-def _check_density(parts: Terms) -> None:
-    points = sorted(set(parts.log_prior) - set(parts.log_guide))
-    joint = set(parts.log_guide) - set(parts.log_prior)
-    if points and not joint:
-        raise ValueError(
-            f"guide: expected a density for every latent site; {points} are points, which have "
-            "none, and no weight of importance"
-        )
-
-
-def _check_all_data(parts: Terms, size: int | None) -> None:
-    frame = parts.plate
-    if frame is None:
-        return
-    full = size or frame.full_size or frame.size
-    if frame.size != full or frame.full_size not in (None, frame.size):
-        raise ValueError(
-            f"batch_size: expected all {full} data in one batch, since the latent sites are "
-            f"global, and a weight of importance belongs to all the data; got {frame.size}"
-        )
-
-
-def _stacked(runs: list[Tensor], *, local: bool) -> Tensor:
-    """One run of many draws, or many runs of one, with the draws in front."""
-    value = torch.stack(runs)
-    return value[0] if value.dim() > 1 + local else value

@@ -1,15 +1,4 @@
-r"""Objectives: the losses that `fit` can minimise, in nats per datum.
-
-An objective is anything that is called as `objective(model, guide, *args, size=None, step=0)` and
-returns a scalar that can be differentiated:
-
-    fit(model, guide, x, objective=ELBO(beta=warm_up(2000), kl="sampled"))
-    fit(model, guide, x, objective=IWAE(num_samples=8, gradient="doubly_reparametrized"))
-
-Those here mean the same at every batch size: what is local to a datum is averaged over the batch,
-what is global is divided by the number of data, and a `poutine.scale` of the model is kept.
-**To add an objective**, write a function of that signature; `objective.terms` reads its terms.
-"""
+"""Numbers that move with the steps of the optimizer, for the settings of an objective."""
 
 from __future__ import annotations
 
@@ -29,11 +18,6 @@ class WarmUp:
     start: float
     end: float
 
-    def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        check_number("start", self.start)
-        check_number("end", self.end)
-
     def __call__(self, step: Any) -> Any:
         """The number at a step, counted from 0; a tensor, if the step is one."""
         share = step / self.steps
@@ -42,7 +26,7 @@ class WarmUp:
 
 
 def warm_up(steps: int, start: float = 0.0, end: float = 1.0) -> WarmUp:
-    """A schedule for `beta`: from `start` at step 0 in a straight line to `end` at step `steps`.
+    """A schedule for a setting, as `beta`: in a straight line from `start` to `end`.
 
     Args:
         steps: steps of the optimizer until the end is reached, at least 1.
@@ -63,4 +47,6 @@ def warm_up(steps: int, start: float = 0.0, end: float = 1.0) -> WarmUp:
         >>> beta(0), beta(500), beta(9999)
         (0.0, 0.25, 1.0)
     """
-    return WarmUp(steps, start, end)
+    return WarmUp(
+        check_count("steps", steps), check_number("start", start), check_number("end", end)
+    )

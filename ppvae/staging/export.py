@@ -1,11 +1,12 @@
-"""A Pyro model, its guide and an objective as one module, and the graph of a call of it."""
+"""The graph of a call of a program, as `torch.export` records it."""
 
 from __future__ import annotations
 
 import builtins
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -16,16 +17,23 @@ from torch import Tensor, nn
 from ppvae._scopes import random_state, unchecked
 from ppvae.staging.program import Program
 
+_ONE_AT_A_TIME = threading.RLock()  # what is replaced below is global
 
-def export(program: Program, args: tuple[Any, ...]) -> Any:
+
+def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The exported program of a call; the first dimension of tensors may vary where it can."""
     shapes = tuple(
         {0: torch.export.Dim.AUTO} if isinstance(arg, Tensor) and arg.dim() else None
         for arg in args
     )
-    with own_store(), unchecked(), random_state(None, keep=True), torch.enable_grad():
-        _load()
-        with _symbolic_lengths(), _unsampled(), _silent():
+    _load()
+    with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
+        for scope in (own_store(), unchecked(), random_state(None, keep=True), torch.enable_grad()):
+            stack.enter_context(scope)
+        with _symbolic_lengths(), _unsampled():
             return torch.export.export(program, args, dynamic_shapes={"args": shapes}, strict=False)
 
 
@@ -41,7 +49,7 @@ _SHAPED: dict[str, Any] = {
 
 @cache
 def _load() -> None:
-    """Loads, once in a process, the modules that tracing loads late, before `len` is replaced."""
+    """Loads, once in a process, what tracing loads late, some of which looks at the built-ins."""
     import torch._dynamo
 
     for name, shaped in _SHAPED.items():
@@ -60,42 +68,44 @@ def own_store() -> Iterator[None]:
 
 
 @contextmanager
-def _symbolic_lengths() -> Iterator[None]:
-    """Makes `len(x)` of a tensor its first size, which may be a symbol, as `x.shape[0]` is.
+def _replaced(owner: Any, name: str, new: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
-    Python itself asks for a number, which would fix the batch that is traced. For tensors that are
-    not being traced nothing changes.
+
+def _symbolic_lengths() -> Any:
+    """Makes `len(x)` of a tensor that is traced its first size, as `x.shape[0]` is.
+
+    Models say `pyro.plate("data", len(x))`. Python makes a whole number of whatever `__len__`
+    returns, and the batch of the graph would be of that size for good. The name `len` is the only
+    place to step in; PyTorch does the same with `max` and `min` while it exports. Nothing changes
+    for tensors that are not traced, and in other threads.
     """
-    before = builtins.len
+    from torch._subclasses.fake_tensor import FakeTensor
 
-    def length(value: Any, /) -> Any:
-        return value.shape[0] if isinstance(value, Tensor) and value.dim() else before(value)
+    builtin, here = len, threading.get_ident()
 
-    builtins.len = length  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        builtins.len = before
+    def length(x: Any, /) -> Any:
+        traced = isinstance(x, FakeTensor) and x.dim() and threading.get_ident() == here
+        return x.shape[0] if traced else builtin(x)
+
+    return _replaced(builtins, "len", length)
 
 
-@contextmanager
-def _unsampled() -> Iterator[None]:
-    """Turns off the checks of values of distributions that were made before, with checks."""
+def _unsampled() -> Any:
+    """Leaves out the checks of values by distributions that were made before, with checks on.
+
+    They look at values, of which a graph has none. Other threads go on to check theirs.
+    """
     kind: Any = torch.distributions.Distribution
-    before = kind._validate_sample
-    kind._validate_sample = lambda self, value: None
-    try:
-        yield
-    finally:
-        kind._validate_sample = before
+    check, here = kind._validate_sample, threading.get_ident()
 
+    def look(self: Any, value: Any) -> None:
+        if threading.get_ident() != here:
+            check(self, value)
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without PyTorch's own reports on what it cannot trace: the caller gets an error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return _replaced(kind, "_validate_sample", look)

@@ -1,4 +1,10 @@
-"""Passes over a traced graph: what is left to run, and the noise taken out of it."""
+"""Graph passes: drop idle nodes, replace writes in place, and move random draws to the inputs.
+
+`torch.export` leaves the operations as they were called, with writes in place, stretches without
+gradients in graphs of their own, and random draws in the middle. A graph that is to be vectorized
+by `torch.vmap`, differentiated and compiled must have none of these, and yet give every number of
+the program, to the last bit and for the same seed.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +14,23 @@ from typing import Any
 import torch
 from torch import fx
 
-_sized = torch.ops.aten.sym_size.int
+_SIZE = torch.ops.aten.sym_size.int
+_NEW_EMPTY = torch.ops.aten.new_empty.default
+_EMPTY = torch.ops.aten.empty.memory_format
+_SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
-
-_new_empty = torch.ops.aten.new_empty.default
-
-
-_DRAWN = {
+# Draws that fill an empty tensor, and those that make the same numbers in a new one.
+_DRAWS = {
     torch.ops.aten.normal_.default: torch.ops.aten.randn.default,
     torch.ops.aten.uniform_.default: torch.ops.aten.rand.default,
 }
 
 
-def _places(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
-
-
 def clean(module: fx.GraphModule) -> None:
-    """Inlines the stretches without gradients and drops every node that nothing uses."""
+    """Inlines the stretches without gradients, rewrites writes in place, and drops what is idle."""
     graph = module.graph
-    for node in list(graph.nodes):
-        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-            _inline(module, node)
+    for node in graph.find_nodes(op="call_function", target=_SET_GRAD):
+        _inline(module, node)
     for node in list(graph.nodes):
         _rewrite(graph, node)
     drop_unused(graph)
@@ -39,30 +40,27 @@ def clean(module: fx.GraphModule) -> None:
 
 def drop_unused(graph: fx.Graph) -> None:
     """Erases what nothing uses, but no draw of random numbers: the next ones would be others."""
-    for node in reversed(list(graph.nodes)):
-        idle = node.op in ("call_function", "get_attr") and not node.users
-        if idle and not (_writes_outside(node) or _is_random(node)):
-            graph.erase_node(node)
+    kept = ("placeholder", "output")
+    graph.eliminate_dead_code(lambda n: n.op in kept or _writes_outside(n) or _is_random(n))
 
 
 def spell_sizes(graph: fx.Graph) -> None:
     """Writes the number of elements of a tensor as a product of sizes, which can be compiled."""
-    for node in list(graph.nodes):
-        if node.target is torch.ops.aten.sym_numel.default:
-            with graph.inserting_before(node):
-                total: Any = 1
-                for dim in range(node.args[0].meta["val"].dim()):
-                    size = graph.call_function(_sized, (node.args[0], dim))
-                    total = graph.call_function(operator.mul, (total, size))
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_numel.default):
+        with graph.inserting_before(node):
+            total: Any = 1
+            for dim in range(node.args[0].meta["val"].dim()):
+                size = graph.call_function(_SIZE, (node.args[0], dim))
+                total = graph.call_function(operator.mul, (total, size))
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     """Writes a node in operations that can be vectorized, with the same numbers."""
     aten = torch.ops.aten
     with graph.inserting_before(node):
-        if node.target is aten.lift_fresh_copy.default:
+        if node.target is aten.lift_fresh_copy.default:  # of a constant; `vmap` has no rule for it
             _replace(node, graph.call_function(aten.clone.default, node.args))
         elif node.target is aten.index_put_.default and _is_masked(node):
             # x[mask] = y[mask], or a number: sizes must not depend on how many are selected
@@ -71,24 +69,23 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
             value = value.args[0] if value.target is aten.index.Tensor else value
             chosen = graph.call_function(aten.where.self, (mask, value, into))
             _replace(node, graph.call_function(aten.copy_.default, (into, chosen)))
-        elif node.target in _DRAWN and len(node.args) == 1 and _is_blank(node.args[0]):
-            like = node.meta["val"]  # the same numbers of a seed
+        elif node.target in _DRAWS and len(node.args) == 1 and _is_blank(node.args[0]):
+            like = node.meta["val"]
             size = node.args[0].args[-1]  # type: ignore[union-attr]
-            told = {"dtype": like.dtype, "device": like.device}
-            _replace(node, graph.call_function(_DRAWN[node.target], (size,), told))
+            options = {"dtype": like.dtype, "device": like.device}
+            _replace(node, graph.call_function(_DRAWS[node.target], (size,), options))
         elif _is_mutable(node) and (not _is_random(node) or _is_blank(node.args[0])):
-            if not _is_alone(node.args[0]):
-                return
-            packet, overload = str(node.target).removeprefix("aten.").split(".")
-            pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
-            if packet.endswith("_") and pure is not None:
-                _replace(node, graph.call_function(pure, node.args, node.kwargs))
+            # `x.add_(y)` on a new tensor that nothing else sees is `x.add(y)`
+            if _is_alone(node.args[0]):
+                packet, overload = str(node.target).removeprefix("aten.").split(".")
+                pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+                if packet.endswith("_") and pure is not None:
+                    _replace(node, graph.call_function(pure, node.args, node.kwargs))
 
 
 def _is_blank(node: Any) -> bool:
     """Whether a node makes a tensor without numbers, for one other that fills it."""
-    made = node.target in (_new_empty, torch.ops.aten.empty.memory_format)
-    return made and len(node.users) == 1
+    return node.target in (_NEW_EMPTY, _EMPTY) and len(node.users) == 1
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
@@ -122,29 +119,21 @@ def _is_alone(node: Any) -> bool:
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     """Puts the body of `with torch.set_grad_enabled(...)` in its place, results detached."""
     enabled, body, *inputs = node.args
-    inner = getattr(module, str(body.target))  # type: ignore[union-attr]
-    for part in list(inner.graph.nodes):
-        if part.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-            _inline(inner, part)
-    places = [part for part in inner.graph.nodes if part.op == "placeholder"]
-    into = dict(zip(places, inputs, strict=True))
+    inner: Any = getattr(module, str(body.target))  # type: ignore[union-attr]
+    for part in inner.graph.find_nodes(op="call_function", target=_SET_GRAD):
+        _inline(inner, part)
+    for part in inner.graph.find_nodes(op="get_attr"):
+        name = f"{body.target}_{part.target}"  # type: ignore[union-attr]
+        setattr(module, name, getattr(inner, part.target))
+        part.target = name
+    into = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
     graph = module.graph
     with graph.inserting_before(node):
-        for part in inner.graph.nodes:
-            if part.op == "get_attr":
-                setattr(module, name := f"{body.target}_{part.target}", getattr(inner, part.target))  # type: ignore[union-attr]
-                into[part] = graph.get_attr(name)
-            elif part.op not in ("placeholder", "output"):
-                into[part] = graph.node_copy(part, into.__getitem__)
-        (out,) = (part for part in inner.graph.nodes if part.op == "output")
-        results = []
-        for part in out.args[0]:
-            result = into[part] if isinstance(part, fx.Node) else part
+        results = list(graph.graph_copy(inner.graph, into))  # type: ignore[arg-type]
+        for at, result in enumerate(results):
             if not enabled and isinstance(result, fx.Node) and _is_tensor(result):
-                value = result.meta["val"]
-                result = graph.call_function(torch.ops.aten.detach.default, (result,))
-                result.meta["val"] = value
-            results.append(result)
+                results[at] = graph.call_function(torch.ops.aten.detach.default, (result,))
+                results[at].meta["val"] = result.meta["val"]
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -172,7 +161,7 @@ def _writes_outside(node: fx.Node) -> bool:
 def _is_fresh(node: fx.Node) -> bool:
     """Whether a node makes a tensor of its own, of which nothing else can be a view."""
     tensors = [part for part in node.all_input_nodes if _is_tensor(part)]
-    return node.op == "call_function" and (not tensors or node.target is _new_empty)
+    return node.op == "call_function" and (not tensors or node.target is _NEW_EMPTY)
 
 
 def _is_mutable(node: fx.Node) -> bool:
@@ -209,16 +198,16 @@ def split_noise(graph: fx.Graph, state: int) -> tuple[fx.Graph, fx.Graph]:
             drawn.append(node)
     noise = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    wanted = _ancestors(drawn) | set(_places(graph)[state:])
+    wanted = _ancestors(drawn) | set(graph.find_nodes(op="placeholder")[state:])
     for node in graph.nodes:
-        if node.target is _new_empty and node in wanted:  # like a parameter, but none is needed
+        if node.target is _NEW_EMPTY and node in wanted:  # like a parameter, but none is needed
             like, size = node.meta["val"], fx.map_arg(node.args[1], copies.__getitem__)
-            told = {"dtype": like.dtype, "device": like.device}
-            copies[node] = noise.call_function(torch.ops.aten.empty.memory_format, (size,), told)
+            options = {"dtype": like.dtype, "device": like.device}
+            copies[node] = noise.call_function(_EMPTY, (size,), options)
         elif node in wanted:
             copies[node] = noise.node_copy(node, copies.__getitem__)
     noise.output(tuple(copies[node] for node in drawn))
-    last = _places(rest)[-1]
+    last = rest.find_nodes(op="placeholder")[-1]
     for number, node in enumerate(drawn):
         with rest.inserting_after(last):
             last = rest.placeholder(f"noise_{number}")
@@ -246,8 +235,8 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
         if node in found:
             continue
         found.add(node)
-        if node.target is _new_empty:
+        if node.target is _NEW_EMPTY:
             todo += [size for size in node.args[1] if isinstance(size, fx.Node)]  # type: ignore
-        elif not (node.target is _sized and node.args[0].op == "placeholder"):  # type: ignore
+        elif not (node.target is _SIZE and node.args[0].op == "placeholder"):  # type: ignore
             todo += node.all_input_nodes
     return found

@@ -1,8 +1,10 @@
-"""A Pyro model, its guide and an objective as one module, and the graph of a call of it."""
+"""A Pyro model, its guide and an objective as one module: what a graph is recorded from."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ppvae._scopes import kept_buffers, private_modules, random_state, unchecked
-from ppvae.objectives.elbo import ELBO
-from ppvae.objectives.iwae import IWAE
-from ppvae.programs.runs import draws_plate, is_vectorized, trace_pair
+from ppvae._scopes import private_modules, random_state, unchecked
+from ppvae.objectives.base import at_step, moving_fields
 
 
 class Program(nn.Module):
@@ -24,95 +24,122 @@ class Program(nn.Module):
 
     Besides the two, where they are modules, it holds the modules that plain functions call and the
     values of their `pyro.param` statements, which share their memory with Pyro's param store.
+    Made by `program_of`.
+
+    Attributes:
+        objective: the loss.
+        options: its keyword arguments: the number of data, and the name of the plate if it is told.
+        moving: the fields of the objective that are inputs of a call; see `moving_fields`.
+        dtype: that of the loss, and of such inputs.
+        params: values of `pyro.param` statements that belong to no module.
+        constraints: name of such a statement -> the constraint on its value, in the order of
+            `params`.
+    """
+
+    def __init__(
+        self, model: Any, guide: Any, objective: Any, options: dict[str, Any], moving: Any
+    ) -> None:
+        super().__init__()
+        self.model, self.guide, self.objective = model, guide, objective
+        self.options, self.moving = options, tuple(moving)
+        self.dtype = torch.get_default_dtype()
+        self.called, self.params = nn.ModuleList(), nn.ParameterList()
+        self.constraints: dict[str, Any] = {}
+
+    def forward(self, *args: Any) -> Tensor:
+        """The loss; behind the arguments of the programs stand the `settings` of a step."""
+        cut = len(args) - len(self.moving) - 1
+        *values, step = args[cut:]
+        objective = self.objective
+        if values:
+            objective = replace(objective, **dict(zip(self.moving, values, strict=True)))
+        with private_modules(), _Params(self):
+            return objective(self.model, self.guide, *args[:cut], **self.options, step=step)
+
+    def settings(self, step: int) -> list[Tensor]:
+        """What the loss depends on beside the data: the moving fields at a step, and the step."""
+        now = at_step(self.objective, step)
+        values = [torch.as_tensor(getattr(now, name), dtype=self.dtype) for name in self.moving]
+        return [*values, torch.as_tensor(step)]
+
+
+def program_of(
+    model: Any,
+    guide: Any,
+    objective: Any,
+    args: tuple[Any, ...],
+    *,
+    size: int | None = None,
+    plate: str | None = None,
+    moving: tuple[str, ...] | None = None,
+) -> Program:
+    """Makes a program, by a call of the loss that leaves no trace.
 
     Args:
         model: a Pyro model.
         guide: its guide.
-        objective: the loss, see `fit`.
-        args: arguments of a call, which is made once.
+        objective: the loss.
+        args: arguments of the call.
         size: number of data in all.
         plate: name of the data plate.
+        moving: fields of the objective that are inputs of a call; by default those that are
+            functions of the step.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        guide: Any,
-        objective: Any,
-        args: tuple[Any, ...],
-        *,
-        size: int | None = None,
-        plate: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.model, self.guide, self.objective = model, guide, objective
-        self.told: dict[str, Any] = {"size": size}
-        self.told |= {} if plate is None else {"plate": plate}
-        called: list[nn.Module] = []
-        hook = register_module_forward_pre_hook(lambda module, _: called.append(module))
-        try:
-            with random_state(None, keep=True), kept_buffers(self), torch.no_grad(), unchecked():
-                with private_modules(), poutine.trace(param_only=True) as capture:
-                    trace_pair(model, guide, *args)
-                    if is_vectorized(model):
-                        draws_plate(model, *args, draws=1)  # looks at the model, once for all
-                    nodes: Any = capture.trace.nodes
-                    found = {
-                        name: (node["value"].unconstrained(), node["kwargs"]["constraint"])
-                        for name, node in nodes.items()
-                    }
-        finally:
-            hook.remove()
-        known = set(self.modules())
-        self.called = nn.ModuleList()
-        for module in called:
-            if module not in known:
-                self.called.append(module)
-                known |= set(module.modules())
-        owned = {id(parameter) for parameter in self.parameters()}
-        self.params = nn.ParameterList()
-        self.places: dict[str, tuple[int, Any]] = {}
-        for name, (value, constraint) in found.items():
-            if id(value) not in owned:
-                self.places[name] = len(self.params), constraint
-                self.params.append(nn.Parameter(value.detach(), value.requires_grad))
-
-    def forward(self, *args: Any) -> Tensor:
-        """The loss; the last argument is the setting of this step, see `setting`."""
-        *batch, knob = args
-        objective, step = self.objective, knob
-        if isinstance(objective, ELBO) and (callable(objective.beta) or self.varies):
-            objective, step = replace(objective, beta=knob), 0
-        with private_modules(), _Given(self):
-            return objective(self.model, self.guide, *batch, **self.told, step=step)
-
-    #: whether beta comes from outside although it is a number: replicates differ in it
-    varies = False
-
-    def setting(self, step: int) -> Tensor:
-        """What the loss depends on beside the data: the weight at a step, or else the step."""
-        return setting(self.objective, step)
+    options = {"size": size} | ({} if plate is None else {"plate": plate})
+    moving = moving_fields([objective]) if moving is None else moving
+    program = Program(model, guide, objective, options, moving)
+    with random_state(None, keep=True), torch.enable_grad(), unchecked(), private_modules():
+        with called_modules() as called, poutine.trace(param_only=True) as capture:
+            program.dtype = objective(model, guide, *args, **options, step=0).dtype
+        nodes: Any = capture.trace.nodes
+        # inside, where Pyro's store still has the values that the statements refer to
+        values = {name: node["value"].unconstrained() for name, node in nodes.items()}
+    known = set(program.modules())
+    for module in called:
+        if module not in known:
+            program.called.append(module)
+            known |= set(module.modules())
+    owned = {id(parameter) for parameter in program.parameters()}
+    for name, value in values.items():
+        if id(value) not in owned:
+            program.constraints[name] = nodes[name]["kwargs"]["constraint"]
+            program.params.append(nn.Parameter(value.detach(), value.requires_grad))
+    return program
 
 
-def setting(objective: Any, step: int) -> Tensor:
-    """The weight `beta` of an objective at a step, if it has one, or else the step."""
-    if isinstance(objective, ELBO):
-        beta = objective.beta(step) if callable(objective.beta) else objective.beta
-        return torch.as_tensor(beta, dtype=torch.float64)
-    return torch.tensor(0 if isinstance(objective, IWAE) else step)
+@contextmanager
+def called_modules() -> Iterator[list[nn.Module]]:
+    """Lists the modules that are called inside, and puts their buffers back at the end."""
+    called: list[nn.Module] = []
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def see(module: nn.Module, _: Any) -> None:
+        called.append(module)
+        for buffer in module.buffers(recurse=False):
+            buffers.setdefault(id(buffer), (buffer, buffer.clone()))
+
+    hook = register_module_forward_pre_hook(see)
+    try:
+        yield called
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for buffer, value in buffers.values():
+                if not torch.equal(buffer, value):  # one that was expanded cannot be written to
+                    buffer.copy_(value)
 
 
-class _Given(Messenger):
+class _Params(Messenger):
     """Gives `pyro.param` statements the parameters of a program."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.program = program
+        self.sites = dict(zip(program.constraints, program.params, strict=True))
+        self.constraints = program.constraints
 
     def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self.program.places:
-            index, constraint = self.program.places[msg["name"]]
-            raw = self.program.params[index]
-            value = transform_to(constraint)(raw)
+        if msg["name"] in self.sites:
+            raw = self.sites[msg["name"]]
+            value = transform_to(self.constraints[msg["name"]])(raw)
             value.unconstrained = weakref.ref(raw)  # type: ignore[attr-defined]
             msg["value"], msg["done"] = value, True

@@ -1,4 +1,4 @@
-r"""Staging: the loss of a Pyro model and its guide as one graph of PyTorch operations.
+r"""The loss of a Pyro model and its guide as one graph of PyTorch operations.
 
 A Pyro program is run once, with handlers, plates, names and checks, and what it does to tensors is
 recorded (`torch.export`); from then on only that is run, for batches of any size:
@@ -14,18 +14,20 @@ stages by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from ppvae._scopes import kept_buffers, random_state, unchecked
+from ppvae.objectives.base import why_unstageable
 from ppvae.objectives.elbo import ELBO
-from ppvae.objectives.iwae import IWAE
+from ppvae.programs.keywords import with_keywords
 from ppvae.staging.export import export
 from ppvae.staging.passes import clean, split_noise
-from ppvae.staging.program import Program
+from ppvae.staging.program import Program, program_of
 
 
 class NotStageable(ValueError):
@@ -39,6 +41,7 @@ def stage(
     objective: Callable[..., Tensor] | None = None,
     size: int | None = None,
     plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Staged:
     """Records the loss of a model and its guide as a graph.
 
@@ -53,10 +56,11 @@ def stage(
             may vary from call to call, wherever the model allows that.
         objective: the loss, such as `objectives.IWAE(8)`; by default `objectives.ELBO()`.
         size: number of data in all; by default the size of the data plate.
-        plate: name of the data plate; by default `data`, or else the outermost one.
+        plate: name of the data plate; by default the one that `data_plate` finds.
+        kwargs: keyword arguments of model and guide, by which the result is then called too.
 
     Returns:
-        A module `(*args, step=0) -> loss`, a scalar in nats per datum.
+        A module `(*args, step=0, **kwargs) -> loss`, a scalar in nats per datum.
 
     Raises:
         NotStageable: the loss is no graph, or the graph does not give the loss of the program.
@@ -71,45 +75,101 @@ def stage(
         torch.Size([])
     """
     objective = ELBO() if objective is None else objective
-    if isinstance(objective, IWAE) and objective.gradient != "pathwise":
-        raise NotStageable(f"objective: {objective.gradient} takes a derivative inside the loss")
-    return Staged(Program(model, guide, objective, args, size=size, plate=plate), args)
+    model, guide, args = with_keywords(model, guide, args, kwargs)
+    return record(model, guide, objective, args, size=size, plate=plate, names=tuple(kwargs or ()))
+
+
+def record(
+    model: Any,
+    guide: Any,
+    objective: Any,
+    args: tuple[Any, ...],
+    *,
+    names: tuple[str, ...] = (),
+    **options: Any,
+) -> Staged:
+    """Stages a loss whose arguments are all positional; see `stage`.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        objective: the loss.
+        args: one minibatch.
+        names: of the last arguments, by which the result is to be called.
+        **options: those of `program_of`.
+
+    Raises:
+        NotStageable: the loss is no graph, or the graph does not give the loss of the program.
+    """
+    why = why_unstageable(objective)
+    if why:
+        raise NotStageable(f"objective: {why} the loss, which a graph cannot hold")
+    program = program_of(model, guide, objective, args, **options)
+    try:
+        exported = export(program, (*args, *program.settings(0)))
+        clean(exported.graph_module)
+        staged = _taken_apart(program, exported, names)
+    except Exception as error:  # a program that is traced may fail in ways of its own
+        raise NotStageable(f"model, guide: cannot be staged: {one_line(error)}") from error
+    _check(staged, args)
+    return staged
 
 
 class Staged(nn.Module):
     """The loss of a model and its guide as a graph; made by `stage`.
 
     A call that the graph does not cover, such as a batch of one datum, runs the program itself.
+
+    Attributes:
+        program: what was recorded.
+        names: of the last arguments, which come as keywords.
+        shapes: for each argument a `Like` if it is a tensor, else its value.
+        noise: the graph that draws random numbers; it takes the tensors of a batch and settings.
+        rest: the graph of the loss; it takes state, tensors, settings and noise.
     """
 
-    def __init__(self, program: Program, args: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        names: tuple[str, ...],
+        shapes: list[Any],
+        guard: Callable[[Any], bool],
+        paths: list[tuple[str, str]],
+        constants: Mapping[str, Tensor],
+        graphs: tuple[fx.GraphModule, fx.GraphModule],
+    ) -> None:
         super().__init__()
-        self.program = program
-        try:
-            exported = export(program, (*args, program.setting(0)))
-            clean(exported.graph_module)
-            self._read(exported)
-        except Exception as error:  # whatever may go wrong in a program that is traced
-            raise NotStageable(f"model, guide: cannot be staged: {one_line(error)}") from error
-        self._check(args)
+        self.program, self.names, self.shapes = program, names, shapes
+        self.noise, self.rest = graphs
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self._guard, self._paths = guard, paths
+        self._state = self._homes(program)
 
-    def forward(self, *args: Any, step: int = 0) -> Tensor:
+    def forward(self, *args: Any, step: int = 0, **kwargs: Any) -> Tensor:
         """The loss.
 
         Args:
             *args: the arguments of model and guide.
             step: number of steps of the optimizer so far, for an objective that depends on it.
+            **kwargs: their keyword arguments, all of those that were given to `stage`.
 
         Returns:
             A scalar in nats per datum.
         """
-        knob = self.program.setting(step)
+        if self.names:
+            args = (*args, *(kwargs[name] for name in self.names))
+        settings = self.program.settings(step)
         if not self.covers(*args):
-            return self.program(*args, knob)
-        return self.rest(*self.state(), *self.data(args, knob))[0]
+            return self.program(*args, *settings)
+        return self.by_graph(args, settings)
+
+    def by_graph(self, batch: tuple[Any, ...], settings: list[Tensor]) -> Tensor:
+        """The loss by the graph, which must cover the batch."""
+        return self.rest(*self.state(), *self.data(batch, settings))[0]
 
     def covers(self, *args: Any) -> bool:
-        """Whether the graph is that of a call with these arguments."""
+        """Whether the graph is that of a call with these arguments, keywords behind the others."""
         sizes: dict[str, int] = {}
         if len(args) != len(self.shapes):
             return False
@@ -122,13 +182,26 @@ class Staged(nn.Module):
         Args:
             program: another one of the same make, whose values they are; by default the own one.
         """
-        if program is None:
-            return [held[name] for held, name in self._state]
-        return [held[name] for held, name in self._held_by(program)]
+        homes = self._state if program is None else self._homes(program)
+        return [home[name] for home, name in homes]
 
-    def data(self, batch: tuple[Any, ...], knob: Tensor) -> list[Any]:
-        """The arguments after the state: a batch, the setting of a step, and fresh noise."""
-        return [*batch, knob, *self.noise(*batch, knob)]
+    def data(self, batch: tuple[Any, ...], settings: list[Tensor]) -> list[Tensor]:
+        """The arguments after the state: the tensors of a batch, settings, and fresh noise."""
+        given = [*(value for value in batch if isinstance(value, Tensor)), *settings]
+        return [*given, *self.noise(*given)]
+
+    def resized(self, data: list[Tensor], rows: int) -> list[Tensor] | None:
+        """Data with so many rows, the same again and again; None if the graph is for others."""
+        values, batch = iter(data), []
+        for like in self.shapes:
+            value = next(values) if isinstance(like, Like) else like
+            for dim, size in enumerate(getattr(like, "shape", ())):
+                if isinstance(size, str):
+                    index = torch.arange(rows, device=value.device) % value.shape[dim]
+                    value = value.index_select(dim, index)
+            batch.append(value)
+        settings = list(islice(values, len(self.program.settings(0))))
+        return self.data(tuple(batch), settings) if self.covers(*batch) else None
 
     def trained(self) -> list[int]:
         """Which of `state` are parameters that the loss depends on and that want a gradient."""
@@ -138,74 +211,81 @@ class Staged(nn.Module):
             at for at, (value, place) in enumerate(state) if value.requires_grad and place.users
         ]
 
-    def _read(self, exported: Any) -> None:
-        """Takes the exported program apart: what it needs, what noise it draws, and the rest."""
-        module = exported.graph_module
-        places = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
-        kinds = torch.export.graph_signature.InputKind
-        self._paths: list[tuple[str, str]] = []
-        self.shapes: list[Any] = []
-        guards = [f"({code})" for code in getattr(exported, "_guards_code", [])] or ["True"]
-        names = {"torch": torch, "math": math}  # what PyTorch's own conditions on sizes speak of
-        self._guard = eval(f"lambda L: {' and '.join(guards)}", names)
-        for spec in exported.graph_signature.input_specs:
-            if spec.kind == kinds.USER_INPUT:
-                self.shapes.append(_like(places[spec.arg.name].meta["val"]))
-            elif spec.kind == kinds.CONSTANT_TENSOR:
-                name = f"constant_{len(self._paths)}"
-                self.register_buffer(name, exported.constants[spec.target], persistent=False)
-                self._paths.append(("constant", name))
-            else:
-                kind = "_parameters" if spec.kind == kinds.PARAMETER else "_buffers"
-                self._paths.append((kind, spec.target))
-        del self.shapes[-1]  # that of the setting
-        self._state = self._held_by(self.program)
-        noise, rest = split_noise(module.graph, len(self._paths))
-        self.noise, self.rest = fx.GraphModule(module, noise), fx.GraphModule(module, rest)
-
-    def _held_by(self, program: Program) -> list[tuple[dict[str, Any], str]]:
-        """Where a program holds its values: dictionaries of modules, and the names in them."""
-        held = []
+    def _homes(self, program: Program) -> list[tuple[dict[str, Any], str]]:
+        """Where a program has its values: dictionaries of modules, and the names in them."""
+        homes: list[tuple[dict[str, Any], str]] = []
         for kind, target in self._paths:
             path, _, name = target.rpartition(".")
-            owner = self if kind == "constant" else program.get_submodule(path)
-            held.append((self._buffers if kind == "constant" else getattr(owner, kind), name))
-        return held
+            constant = kind == "constant"  # a tensor that the program closes over
+            home = self._buffers if constant else getattr(program.get_submodule(path), kind)
+            homes.append((home, name))
+        return homes
 
-    def _check(self, args: tuple[Any, ...]) -> None:
-        """Raises unless the graph gives the loss of the program, on these data and on one less."""
-        rows = max((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim()), default=0)
-        fewer = tuple(
-            arg[: rows - 1] if isinstance(arg, Tensor) and arg.dim() and len(arg) == rows else arg
-            for arg in args
-        )
-        for some in [args, fewer]:
-            if not self.covers(*some):
-                continue
-            try:
-                told = self._gradients_of(self.program, *some, self.program.setting(0))
-            except Exception:  # data that the program itself refuses
-                if some is args:
-                    raise
-                continue
-            found = self._gradients_of(self, *some)
-            if not alike(found, told):
-                raise NotStageable(
-                    f"model, guide: cannot be staged: the graph gives a loss of {found[0]:.6g} or "
-                    f"a gradient that is not the program's ({told[0]:.6g}); does one keep a count "
-                    "or a list of its own?"
-                )
 
-    def _gradients_of(self, call: Any, *args: Any) -> list[Tensor]:
-        """The loss of a call, and its gradients; nothing is left behind."""
-        leaves = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        with random_state(0), kept_buffers(self), unchecked(), torch.enable_grad():
-            loss = call(*args)
-            slopes: Any = [None] * len(leaves)
-            if loss.requires_grad:
-                slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-        zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
-        return [loss.detach(), *(zero if slope is None else slope for slope in slopes)]
+def _taken_apart(program: Program, exported: Any, names: tuple[str, ...]) -> Staged:
+    """Reads an exported program: what it needs, what noise it draws, and the rest."""
+    graph = exported.graph_module.graph
+    places = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    kinds = torch.export.graph_signature.InputKind
+    shapes: list[Any] = []
+    paths: list[tuple[str, str]] = []  # which dictionary of a module has a value, and where
+    constants: dict[str, Tensor] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind == kinds.USER_INPUT:
+            shapes.append(_like(places[spec.arg.name].meta["val"]))
+            if not isinstance(shapes[-1], Like):  # a part of the graph, and no input
+                graph.erase_node(places[spec.arg.name])
+        elif spec.kind == kinds.CONSTANT_TENSOR:
+            name = f"constant_{len(constants)}"
+            constants[name] = exported.constants[spec.target]
+            paths.append(("constant", name))
+        else:
+            kind = "_parameters" if spec.kind == kinds.PARAMETER else "_buffers"
+            paths.append((kind, spec.target))
+    guards = [f"({code})" for code in getattr(exported, "_guards_code", [])] or ["True"]
+    speak_of = {"torch": torch, "math": math}  # PyTorch's own conditions on sizes
+    guard = eval(f"lambda L: {' and '.join(guards)}", speak_of)
+    noise, rest = (
+        fx.GraphModule(exported.graph_module, part) for part in split_noise(graph, len(paths))
+    )
+    arguments = shapes[: len(shapes) - len(program.settings(0))]
+    return Staged(program, names, arguments, guard, paths, constants, (noise, rest))
+
+
+def _check(staged: Staged, args: tuple[Any, ...]) -> None:
+    """Raises unless the graph gives the loss of the program, on these data and on one less."""
+    rows = max((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim()), default=0)
+    fewer = tuple(
+        arg[: rows - 1] if isinstance(arg, Tensor) and arg.dim() and len(arg) == rows else arg
+        for arg in args
+    )
+    settings = staged.program.settings(0)
+    for some in filter(lambda batch: staged.covers(*batch), [args, fewer]):
+        try:
+            wanted = _outcome(staged, staged.program, *some, *settings)
+        except Exception:  # fewer data may be data that the program itself refuses
+            if some is args:
+                raise
+            continue
+        found = _outcome(staged, staged.by_graph, some, settings)
+        if not alike(found, wanted):
+            raise NotStageable(
+                f"model, guide: cannot be staged: the graph gives a loss of {found[0]:.6g} or "
+                f"a gradient that is not the program's ({wanted[0]:.6g}); does one keep a count "
+                "or a list of its own?"
+            )
+
+
+def _outcome(staged: Staged, call: Callable[..., Tensor], *args: Any) -> list[Tensor]:
+    """The loss of a call, and its gradients; nothing is left behind."""
+    leaves = [parameter for parameter in staged.parameters() if parameter.requires_grad]
+    with random_state(0), kept_buffers(staged), unchecked(), torch.enable_grad():
+        loss = call(*args)
+        slopes: Any = [None] * len(leaves)
+        if loss.requires_grad:
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+    zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
+    return [loss.detach(), *(zero if slope is None else slope for slope in slopes)]
 
 
 class Like(NamedTuple):
@@ -243,12 +323,16 @@ def _fits(arg: Any, like: Any, sizes: dict[str, int]) -> bool:
     return True
 
 
-def alike(found: list[Tensor], told: list[Tensor]) -> bool:
-    """Whether a loss and its gradients are those that were told, to a thousandth of the largest."""
-    return all(
-        torch.allclose(a, b, rtol=0.0, atol=1e-3 * b.abs().max().item() + 1e-6, equal_nan=True)
-        for a, b in zip(found, told, strict=True)
-    )
+def alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Whether a loss and its gradients are those wanted, to a thousandth of the largest number.
+
+    Numbers that are not finite must be the same; training, and not staging, refuses them.
+    """
+    for one, other in zip(found, wanted, strict=True):
+        largest = other.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        if not torch.allclose(one, other, rtol=0.0, atol=1e-3 * largest + 1e-6, equal_nan=True):
+            return False
+    return True
 
 
 def one_line(error: BaseException) -> str:

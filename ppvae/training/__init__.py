@@ -1,7 +1,7 @@
-r"""One training loop for every model and every guide."""
+"""Training: moves the parameters of a model and its guide, and leaves all else as it was."""
 
 from ppvae.training.fitting import Fit, fit
 from ppvae.training.replicates import fit_replicates
-from ppvae.training.snapshots import Diverged, Kept, restore, undone_by_errors
+from ppvae.training.snapshots import Diverged, Snapshot
 
-__all__ = ["Diverged", "Fit", "Kept", "fit", "fit_replicates", "restore", "undone_by_errors"]
+__all__ = ["Diverged", "Fit", "Snapshot", "fit", "fit_replicates"]

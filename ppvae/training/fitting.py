@@ -1,37 +1,29 @@
-"""One training loop for every model and every guide."""
+"""`fit` trains any model with any guide, and says how that went."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ppvae._checks import check_count, expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
-from ppvae.data.adapters import length_of
-from ppvae.data.batches import Batches
-from ppvae.objectives.elbo import ELBO
+from ppvae.data.batches import Batches, batches_of
+from ppvae.programs.keywords import with_keywords
+from ppvae.training.loop import progress_bar, train
 from ppvae.training.quasi_newton import draws_needed, minimise
-from ppvae.training.snapshots import Diverged, restore, undone_by_errors
-from ppvae.training.steppers import (
-    Runner,
-    Stepper,
-    adam,
-    check_options,
-    check_support_of,
-    how_to_run,
-    mean_loss,
-    parameters_of,
-)
+from ppvae.training.single import Single, how_to_run, single
+from ppvae.training.snapshots import Diverged, Snapshot
+from ppvae.training.task import Task, adam, check_objective, check_options, task_of
 
 
 class Fit(NamedTuple):
-    """What a training run has to tell; losses are in nats per datum.
+    """The course of a training; losses are in nats per datum.
 
     Attributes:
         losses: values of the objective in each epoch, averaged over its data while they were
@@ -84,6 +76,8 @@ def fit(
     compile: bool | str = "auto",
     precision: str | None = None,
     progress: bool | str = True,
+    plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Trains the parameters of a model and its guide on the negative ELBO, or another objective.
 
@@ -108,14 +102,15 @@ def fit(
             has more; standardise its columns, and compare it with `full_rank`.
         objective: the loss, `objectives.ELBO(beta=4.0)` for one; by default `objectives.ELBO()`.
             Called as `objective(model, guide, *batch, size=N, step=s)`, with the number of data in
-            all and the number of steps before this one; returns a scalar in nats per datum.
+            all and the number of steps before this one (see `objectives.Objective`); returns a
+            scalar in nats per datum.
             With any but the default, `losses` are its values, and not those of the negative ELBO;
             `validation_losses`, and with them `patience`, stay the plain negative ELBO.
         seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream.
         validation: data of the same kind, evaluated after each epoch.
         patience: stop after this many epochs without a lower validation loss, and go back to the
-            best parameters.
-        check_support: look first whether the data lie in the support of their likelihood.
+            parameters and buffers of the best epoch.
+        check_support: check every datum against the support of its likelihood before training.
         compile: run the loss and its gradients as one compiled graph (see `stage`); "auto" does so
             for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
             The result is the same up to rounding. What cannot be staged runs eagerly, and a warning
@@ -123,15 +118,19 @@ def fit(
         precision: that of products of float32 matrices, "highest", "high" or "medium", as in
             `torch.set_float32_matmul_precision`; None leaves it as it is.
         progress: show a progress bar; a string is its label.
+        plate: name of the data plate; by default `data`, or else the one whose length is that of
+            the data (see `data_plate`).
+        kwargs: keyword arguments of model and guide. Tensors with as many rows as the data are cut
+            into the minibatches with them, all else is passed as it is.
 
     Returns:
-        The losses and what else there is to tell.
+        The losses, and how they were reached.
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
-            argument is out of its range; the guide does not fit the model.
+            argument is out of its range; the model observes nothing, or the guide does not fit it.
         Diverged: the loss became infinite or NaN. Its message names the step and the term;
-            parameters of at most ten steps before are in place.
+            parameters and buffers of at most ten steps before are in place.
 
     Example:
         >>> import torch
@@ -142,99 +141,73 @@ def fit(
         >>> len(fit(model, guide, torch.randn(20, 5), num_epochs=3, progress=False).losses)
         3
     """
-    batches = Batches("data", data, batch_size, shuffle=True)
-    held_out = None
-    if validation is not None:
-        size = min(batches.batch_size or 1024, length_of(validation))
-        held_out = Batches("validation", validation, size, shuffle=False)
-    check_options(num_epochs, learning_rate, optimizer, objective, precision)
+    kept = model
+    model, guide, extra = with_keywords(model, guide, (), kwargs)
+    batches = batches_of("data", data, batch_size, training=True, extra=extra)
+    held_out = None if validation is None else _held_out(validation, batches)
+    num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
+    check_objective(objective)
     if patience is not None:
         patience = check_count("patience", patience)
         expect(held_out is not None, "patience", "`validation` data beside it", "none")
-    objective = ELBO() if objective is None else objective
     how = how_to_run(compile, num_epochs * batches.count, batches.batch_size or 1)
-    if batches.tensors and hasattr(model, "check_data"):
-        model.check_data(*batches.tensors)
-    label = progress if isinstance(progress, str) else "fit"
-    bar = tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
+    if batches.tensors and hasattr(kept, "check_data"):
+        kept.check_data(*batches.tensors)
+    bar = progress_bar(num_epochs, progress)
     modes = train_mode(model, guide), matmul_precision(precision)
     with private_modules(), random_state(seed), modes[0], modes[1]:
-        parameters = parameters_of(model, guide, batches)
+        task = task_of(model, guide, objective, batches, plate)
         if check_support:
-            for some in filter(None, (batches, held_out)):
-                check_support_of(model, some)
+            task.check_support(*filter(None, (batches, held_out)))
         if held_out is not None:
-            mean_loss(model, guide, held_out)  # fails before anything is trained, if it does
-        plain = isinstance(objective, ELBO) and objective == ELBO()
-        if optimizer is None and plain and batches.whole and held_out is None:
-            (batch,) = batches
-            draws = draws_needed(model, guide, batch, parameters)
-            if draws:
-                return _fit_at_once(model, guide, batch, parameters, num_epochs, draws, seed, bar)
-        runner = Runner(model, guide, objective, batches, parameters, how)
-        moved = (optimizer or adam)(runner.parameters, lr=learning_rate) if parameters else None
-        with undone_by_errors(parameters):
-            return _fit_in_steps(Stepper(runner, moved), batches, held_out, patience, bar)
+            task.held_out_loss(held_out)  # fails before anything is trained, if it does
+        draws = draws_needed(task) if optimizer is None and held_out is None else 0
+        if draws:
+            return _fit_at_once(task, draws, seed or 0, bar)
+        engine = single(task, how)
+        moves = (
+            (optimizer or adam)(engine.parameters, lr=learning_rate) if task.parameters else None
+        )
+        return _fit_in_steps(engine, moves, held_out, patience, bar)
+
+
+def _held_out(validation: Any, batches: Batches) -> Batches:
+    """The validation data, with the further arguments of those that are trained on."""
+    wanted = "no tensor with as many rows as the data, beside validation data"
+    expect(not any(batches.cut), "kwargs", wanted, "one")
+    size = batches.batch_size or 1024
+    return batches_of("validation", validation, size, training=False, extra=batches.extra)
 
 
 def _fit_in_steps(
-    stepper: Stepper, batches: Batches, held_out: Batches | None, patience: int | None, bar: Any
+    engine: Single, optimizer: Any, held_out: Batches | None, patience: int | None, bar: Any
 ) -> Fit:
-    start, runner = time.perf_counter(), stepper.runner
-    losses: list[float] = []
-    validation_losses: list[float] = []
-    best: tuple[float, int, list[Tensor]] = (math.inf, -1, [])
-    stale = 0
-    for epoch in bar:
-        total = count = 0.0
-        for batch in batches:
-            rows = len(batch[0])
-            total += stepper.step(batch) * rows
-            count += rows
-        stepper.check()
-        losses.append(total / count)
-        shown = {"loss": f"{losses[-1]:.4g}"}
-        if held_out is not None:
-            validation_losses.append(mean_loss(runner.model, runner.guide, held_out))
-            shown["validation"] = f"{validation_losses[-1]:.4g}"
-            stale += 1
-            if validation_losses[-1] < best[0]:
-                copies = [p.detach().clone() for p in stepper.parameters] if patience else []
-                best, stale = (validation_losses[-1], epoch, copies), 0
-        bar.set_postfix(shown, refresh=False)
-        if patience is not None and stale >= patience:
-            break
-        if not stepper.parameters:  # no channels, and a model without parameters: only measured
-            break
-    bar.close()
-    kept = len(losses) - 1
-    if patience is not None and best[2]:
-        restore(stepper.parameters, best[2])
-        kept = best[1]
-    seconds = time.perf_counter() - start
-    told = (stepper.number, kept, "stochastic gradient", runner.objective, runner.how)
-    return Fit(losses, validation_losses, seconds, *told)
+    task, start = engine.task, time.perf_counter()
+    validate = None if held_out is None else partial(task.held_out_loss, held_out)
+    history = train(engine, optimizer, bar, validate=validate, patience=patience)
+    return Fit(
+        losses=[loss for (loss,) in history.losses],
+        validation_losses=history.validation_losses,
+        seconds=time.perf_counter() - start,
+        num_steps=history.num_steps,
+        best_epoch=history.best_epoch,
+        method="stochastic gradient",
+        objective=task.objective,
+        execution=engine.execution,
+    )
 
 
-def _fit_at_once(
-    model: Any,
-    guide: Any,
-    batch: tuple[Tensor, ...],
-    parameters: list[Tensor],
-    steps: int,
-    draws: int,
-    seed: int | None,
-    bar: Any,
-) -> Fit:
-    start = time.perf_counter()
-    before = [p.detach().clone() for p in parameters]
-    with undone_by_errors(parameters):
-        losses = minimise(model, guide, batch, parameters, steps=steps, draws=draws, seed=seed or 0)
-    if not math.isfinite(losses[-1]):
-        restore(parameters, before)
-        raise Diverged(f"the loss is {losses[-1]} from the start; the parameters were left alone")
+def _fit_at_once(task: Task, draws: int, seed: int, bar: Any) -> Fit:
+    start, before = time.perf_counter(), Snapshot(task.parameters, task.modules)
+    try:
+        losses = minimise(task, steps=bar.total, draws=draws, seed=seed)
+        if not math.isfinite(losses[-1]):
+            raise Diverged(f"the loss is {losses[-1]} from the start; nothing was moved")
+    except Exception:
+        before.put_back()
+        raise
     bar.update(len(losses))
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()
-    seconds = time.perf_counter() - start
-    return Fit(losses, [], seconds, len(losses), len(losses) - 1, "L-BFGS", ELBO(), "eager")
+    seconds, steps = time.perf_counter() - start, len(losses)
+    return Fit(losses, [], seconds, steps, steps - 1, "L-BFGS", task.objective, "eager")

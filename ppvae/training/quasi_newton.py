@@ -1,11 +1,8 @@
 r"""Fitting global latents: a sample-average approximation of the ELBO, and a quasi-Newton method.
 
-With the random numbers held fixed the negative ELBO of K draws is a smooth deterministic function,
-and L-BFGS finds its minimum to many digits where stochastic gradients would wander. The draws are
-*moment-matched*: the standard normal numbers behind them have mean zero and identity covariance
-over the draws, exactly. The average of any quadratic function is then its expectation, so for a
-Gaussian family on a Gaussian model the minimum is that of the ELBO itself; elsewhere it differs by
-O(1/K).
+With the random numbers held fixed the negative ELBO of K draws is a smooth deterministic function
+(`objectives/matched.py`), and L-BFGS finds its minimum to many digits where stochastic gradients
+would wander.
 """
 
 from __future__ import annotations
@@ -20,123 +17,131 @@ import torch
 from torch import Tensor
 
 from ppvae._scopes import random_state, unchecked
+from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.matched import average_loss
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import is_vectorized, trace_pair
+from ppvae.training.task import Task
 
 _MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
-
-
 _ROUNDS = 10  # a smooth minimum takes one or two, one with kinks (a Laplace prior) more
-
-
 _LARGEST = 50_000_000  # draws times data
 
 
-def draws_needed(
-    model: Any, guide: Any, batch: tuple[Tensor, ...], parameters: list[Tensor]
-) -> int:
+def draws_needed(task: Task) -> int:
     """How many draws this method would hold fixed; 0 where it does not apply.
 
-    It applies to vectorized models with global latents, where there are few parameters (many, as
-    those of a flow, would fit the few draws instead of the posterior) and the draws fit in memory.
-    A point needs one draw.
+    It applies to the plain ELBO of all the data at once and to vectorized models with global
+    latents, where there are few parameters (many, as those of a flow, would fit the few draws
+    instead of the posterior) and the draws fit in memory. A point needs one draw.
     """
-    if not is_vectorized(model) or not 0 < sum(p.numel() for p in parameters) <= _MOST:
+    size = sum(p.numel() for p in task.parameters)
+    plain = isinstance(task.objective, ELBO) and task.objective == ELBO()
+    if not (plain and task.batches.whole and is_vectorized(task.model) and 0 < size <= _MOST):
         return 0
+    (batch,) = task.batches
     with torch.no_grad(), random_state(None, keep=True), unchecked():
-        parts = terms(*trace_pair(model, guide, *batch))
-    latents = {**parts.log_prior, **parts.log_guide}
-    if any(name in parts.local for name in latents):
+        found = terms(*trace_pair(task.model, task.guide, *batch), task.plate)
+    if {*found.log_prior, *found.log_guide} & found.local:
         return 0
-    if not parts.log_guide:
-        return 1
-    draws = max(256, 2 * sum(p.numel() for p in parameters))
-    return draws if draws * len(batch[0]) <= _LARGEST else 0
+    draws = max(256, 2 * size) if found.log_guide else 1
+    return draws if draws == 1 or draws * len(batch[0]) <= _LARGEST else 0
 
 
-def minimise(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: tuple[Tensor, ...],
-    parameters: list[Tensor],
-    *,
-    steps: int,
-    seed: int,
-    draws: int,
-) -> list[float]:
+def minimise(task: Task, *, steps: int, draws: int, seed: int) -> list[float]:
     """Moves the parameters to the minimum; returns the loss in nats per datum after each step.
 
     Args:
-        model: a vectorized Pyro model.
-        guide: its guide, with global latents.
-        batch: all the data.
-        parameters: what to move.
-        steps: at most so many steps.
-        seed: chooses the random numbers.
+        task: a vectorized model with global latents, its guide, and all the data in one batch.
+        steps: at most so many steps in each of some rounds.
         draws: how many draws are held fixed.
+        seed: chooses the random numbers.
     """
-    loss = average_loss(model, guide, batch, draws=draws, seed=seed)
-    size = len(batch[0])
-    sizes = [p.numel() for p in parameters]
-    start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
-
-    def place(flat: Tensor) -> None:
-        with torch.no_grad():
-            for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
-                parameter.copy_(piece.reshape(parameter.shape))
-
-    def at(flat: Tensor) -> tuple[float, Tensor]:
-        """The loss and its slope, the parameters moved there."""
-        place(flat)
-        try:
-            value = loss()
-        except torch.linalg.LinAlgError:  # a step too far for a Cholesky factor
-            return math.nan, torch.full((sum(sizes),), math.nan, dtype=torch.float64)
-        slopes = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-        return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
-
-    def slope_at(flat: Tensor) -> Tensor:
-        return at(flat)[1]
-
+    (batch,) = task.batches
+    loss = average_loss(task.model, task.guide, batch, draws=draws, seed=seed, plate=task.plate)
+    surface = _Surface(loss, task.parameters, len(batch[0]))
+    place = torch.cat([p.detach().reshape(-1) for p in task.parameters]).double()
+    free = torch.ones_like(place, dtype=torch.bool)
     history: list[float] = []
-    free = torch.ones_like(start, dtype=torch.bool)
     for _ in range(_ROUNDS):
-        unit = _units(slope_at, start) * free
-        top = at(start)[0] * size + 1
-
-        def scaled(
-            move: np.ndarray, start: Tensor = start, unit: Tensor = unit, top: float = top
-        ) -> tuple[float, np.ndarray]:
-            value, slope = at(start + unit * torch.as_tensor(move, device=start.device))
-            if not (math.isfinite(value) and torch.isfinite(slope).all()):
-                return top + move @ move, 2 * move  # a slope that leads the line search back
-            return value * size, (slope * unit).cpu().numpy() * size
-
-        result = scipy.optimize.minimize(
-            scaled,
-            np.zeros(len(start)),
-            jac=True,
-            method="L-BFGS-B",
-            callback=lambda intermediate_result: history.append(intermediate_result.fun / size),
-            options={"maxiter": steps, "maxcor": 50, "ftol": 1e-15, "gtol": 1e-10},
-        )
-        start = start + unit * torch.as_tensor(result.x, device=start.device)
+        place, result, still = _descend(surface, place, free, steps, history)
         flat = np.abs(result.jac).max() < 1e-5
         if flat and free.all():
             break
         if draws > 1:  # an average over draws has no kinks: once more, with units that fit here
-            if top - 1 - result.fun <= 1e-12 * abs(result.fun):
+            if still:
                 break
             continue
         # a kink (a Laplace prior has one at zero) stops the method short: put the parameters that
         # belong on one there, and go on with the others
-        before = start
-        start, free = _on_kinks(slope_at, start)
-        if flat and torch.allclose(before, start, rtol=0.0, atol=1e-10):
+        before = place
+        place, free = _on_kinks(surface.slope, place)
+        if flat and torch.allclose(before, place, rtol=0.0, atol=1e-10):
             break
-    place(start)
-    return [float(value) for value in history] or [float(result.fun) / size]
+    surface.move(place)
+    return history or [float(result.fun) / surface.size]
+
+
+class _Surface:
+    """The loss of all the data, in nats, as a function of one vector of all parameters."""
+
+    def __init__(self, loss: Callable[[], Tensor], parameters: list[Tensor], size: int) -> None:
+        self.loss, self.parameters, self.size = loss, parameters, size
+
+    def move(self, place: Tensor) -> None:
+        """Gives the parameters the values of a vector."""
+        with torch.no_grad():
+            pieces = place.split([p.numel() for p in self.parameters])
+            for parameter, piece in zip(self.parameters, pieces, strict=True):
+                parameter.copy_(piece.reshape(parameter.shape))
+
+    def at(self, place: Tensor) -> tuple[float, Tensor]:
+        """The loss per datum and its slope; not finite where a matrix has no Cholesky factor."""
+        self.move(place)
+        try:
+            value = self.loss()
+        except torch.linalg.LinAlgError:  # a step too far
+            return math.nan, torch.full_like(place, math.nan)
+        slopes = torch.autograd.grad(
+            value, self.parameters, allow_unused=True, materialize_grads=True
+        )
+        return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
+
+    def slope(self, place: Tensor) -> Tensor:
+        """The slope per datum."""
+        return self.at(place)[1]
+
+
+def _descend(
+    surface: _Surface, start: Tensor, free: Tensor, steps: int, history: list[float]
+) -> tuple[Tensor, Any, bool]:
+    """One run of L-BFGS, in units of the curvature where it starts, on the parameters in `free`.
+
+    It adds the loss per datum after each step to `history`.
+
+    Returns:
+        The place where it ends, the result of SciPy, and whether the loss has hardly fallen.
+    """
+    size = surface.size
+    unit = _units(surface.slope, start) * free
+    top = surface.at(start)[0] * size + 1
+
+    def scaled(move: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = surface.at(start + unit * torch.as_tensor(move, device=start.device))
+        if not (math.isfinite(value) and torch.isfinite(slope).all()):
+            return top + move @ move, 2 * move  # a slope that leads the line search back
+        return value * size, (slope * unit).cpu().numpy() * size
+
+    result: Any = scipy.optimize.minimize(
+        scaled,
+        np.zeros(len(start)),
+        jac=True,
+        method="L-BFGS-B",
+        callback=lambda intermediate_result: history.append(float(intermediate_result.fun) / size),
+        options={"maxiter": steps, "maxcor": 50, "ftol": 1e-15, "gtol": 1e-10},
+    )
+    place = start + unit * torch.as_tensor(result.x, device=start.device)
+    return place, result, bool(top - 1 - result.fun <= 1e-12 * abs(result.fun))
 
 
 def _on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,20 +12,24 @@ import operator
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
-from ppvae.data.batches import Batches
+from ppvae.data.batches import batches_of
 from ppvae.objectives.elbo import ELBO
+from ppvae.programs.keywords import with_keywords
 from ppvae.staging.staged import NotStageable, one_line
 from ppvae.training.fitting import Fit, fit
+from ppvae.training.loop import progress_bar, train
 from ppvae.training.quasi_newton import draws_needed
-from ppvae.training.stacked import Stacked
-from ppvae.training.steppers import adam, check_options, how_to_run, parameters_of
+from ppvae.training.single import how_to_run
+from ppvae.training.stacked import Stacked, stacked
+from ppvae.training.task import adam, check_objective, check_options, task_of
 
 
 def fit_replicates(
@@ -41,6 +45,8 @@ def fit_replicates(
     compile: bool | str = "auto",
     precision: str | None = None,
     progress: bool | str = True,
+    plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[Fit]:
     """Trains several models and guides of the same make at once, in one vectorized program.
 
@@ -63,15 +69,17 @@ def fit_replicates(
         optimizer: called as `optimizer(parameters, lr=learning_rate)`, with parameters that have a
             first dimension of replicates, so it must treat every number on its own, as Adam does;
             by default Adam, fused.
-        objective: one objective for all, or one for each: `ELBO`s that differ in `beta` are trained
-            at once.
+        objective: one objective for all, or one for each: those that differ in their scheduled
+            fields only, as `ELBO`s in `beta` and `free_bits`, are trained at once.
         seeds: a seed for each; by default drawn from the caller's stream.
         compile: as for `fit`.
         precision: as for `fit`.
         progress: show a progress bar; a string is its label.
+        plate: as for `fit`.
+        kwargs: as for `fit`; the same for all.
 
     Returns:
-        What there is to tell of each; `seconds` is its share of the time.
+        The course of each training; `seconds` is its share of the time.
 
     Raises:
         TypeError: `pairs` or `seeds` is not what it should be.
@@ -90,110 +98,91 @@ def fit_replicates(
         >>> len(fit_replicates(pairs, torch.randn(20, 5), num_epochs=3, progress=False))
         4
     """
-    pairs = list(pairs)
-    count = len(pairs)
-    if not pairs:
-        raise ValueError("pairs: expected at least one model and its guide, got none")
-    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
-        raise TypeError("pairs: expected pairs of a model and its guide")
-    goals = list(objective) if isinstance(objective, Sequence) else [objective] * count
-    seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else _whole(seeds)
-    for name, values in {"objective": goals, "seeds": seeds}.items():
-        if len(values) != count:
-            raise ValueError(f"{name}: expected {count}, one for each pair; got {len(values)}")
-    for goal in goals:
-        check_options(num_epochs, learning_rate, optimizer, goal, precision)
-    goals = [ELBO() if goal is None else goal for goal in goals]
-    batches = Batches("data", data, batch_size, shuffle=True)
+    pairs, seeds, goals = _checked(pairs, seeds, objective)
+    num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
+    named = [with_keywords(*pair, (), kwargs) for pair in pairs]
+    batches = batches_of("data", data, batch_size, training=True, extra=named[0][2])
     how = how_to_run(compile, num_epochs * batches.count, 2)
-    label = progress if isinstance(progress, str) else "fit"
-    with private_modules(), train_mode(*(program for pair in pairs for program in pair)):
-        if not _as_fit(pairs, seeds, batches, alone=optimizer is None):
-            with matmul_precision(precision):
-                try:
-                    stacked = Stacked(pairs, goals, batches, seeds, compiled=how == "compiled")
-                    stacked.optimizer = (optimizer or adam)(stacked.parameters, lr=learning_rate)
-                    bar = tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
-                    with random_state(random.Random(repr(seeds)).getrandbits(62)):
-                        return _train(stacked, bar)
-                except NotStageable as error:
-                    said = one_line(error)
-                    warnings.warn(f"fit_replicates: one after the other; {said}", stacklevel=2)
+    for model, _ in pairs:
+        if batches.tensors and hasattr(model, "check_data"):
+            model.check_data(*batches.tensors)
+    programs = [program for pair in named for program in pair[:2]]
+    with private_modules(), train_mode(*programs), matmul_precision(precision):
+        tasks = []
+        for (model, guide, _), goal, seed in zip(named, goals, seeds, strict=True):
+            # parameters are made as `fit` would, and those of equal names stay apart
+            with private_modules(), random_state(seed):
+                tasks.append(task_of(model, guide, goal, batches, plate))
+        _check_parameters([task.parameters for task in tasks])
+        at_once = optimizer is None and any(draws_needed(task) for task in tasks)
+        if tasks[0].parameters and len(tasks) > 1 and not at_once:
+            try:
+                engine = stacked(tasks, seeds, compiled=how == "compiled")
+            except NotStageable as error:
+                said = one_line(error)
+                warnings.warn(f"fit_replicates: one after the other; {said}", stacklevel=2)
+            else:
+                moves = (optimizer or adam)(engine.parameters, lr=learning_rate)
+                with random_state(random.Random(repr(seeds)).getrandbits(62)):
+                    return _train(engine, moves, goals, progress_bar(num_epochs, progress))
     options: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size}
-    options |= {"learning_rate": learning_rate, "optimizer": optimizer}
-    options |= {"compile": compile, "precision": precision, "progress": progress}
+    options |= {"learning_rate": learning_rate, "optimizer": optimizer, "compile": compile}
+    options |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
     return [
         fit(*pair, data, objective=goal, seed=seed, **options)
         for pair, goal, seed in zip(pairs, goals, seeds, strict=True)
     ]
 
 
-def _whole(seeds: Any) -> list[int]:
-    """The seeds as a list.
+def _checked(
+    pairs: Any, seeds: Any, objective: Any
+) -> tuple[list[tuple[Any, Any]], list[int], list[Any]]:
+    """The pairs, and a seed and an objective for each.
 
     Raises:
-        TypeError: they are no whole numbers.
+        TypeError: one of them is of a wrong kind.
+        ValueError: there are no pairs, or not as many of the others.
     """
+    pairs = list(pairs)
+    expect(pairs, "pairs", "at least one model and its guide", "none")
+    paired = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    expect(paired, "pairs", "pairs of a model and its guide", "something else", TypeError)
+    goals = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(pairs),)).tolist()
     try:
-        return [operator.index(seed) for seed in seeds]
+        seeds = [operator.index(seed) for seed in seeds]
     except TypeError:
-        raise TypeError(
-            f"seeds: expected whole numbers, one for each pair, got {seeds!r}"
-        ) from None
+        wanted = "whole numbers, one for each pair"
+        raise TypeError(f"seeds: expected {wanted}, got {seeds!r}") from None
+    for name, values in {"objective": goals, "seeds": seeds}.items():
+        wanted = f"{len(pairs)}, one for each pair"
+        expect(len(values) == len(pairs), name, wanted, len(values))
+    for goal in goals:
+        check_objective(goal)
+    return pairs, seeds, goals
 
 
-def _as_fit(
-    pairs: list[tuple[Any, Any]], seeds: list[int], batches: Batches, *, alone: bool
-) -> bool:
-    """Makes the parameters; says whether there is nothing to stack, or `fit` takes no steps.
-
-    Raises:
-        ValueError: pairs share a parameter, or their parameters have different shapes.
-    """
+def _check_parameters(parameters: Sequence[list[Tensor]]) -> None:
+    """Raises a ValueError if pairs share a parameter, or those of one have other shapes."""
     seen: dict[int, int] = {}
-    shapes: list[list[torch.Size]] = []
-    for number, (pair, seed) in enumerate(zip(pairs, seeds, strict=True)):
-        if batches.tensors and hasattr(pair[0], "check_data"):
-            pair[0].check_data(*batches.tensors)
-        with private_modules(), random_state(seed):  # as `fit` would make those not there yet
-            parameters = parameters_of(*pair, batches)
-        shapes.append([parameter.shape for parameter in parameters])
-        for parameter in parameters:
-            if seen.setdefault(id(parameter), number) != number:
-                raise ValueError(
-                    f"pairs: expected parameters of their own; pair {number} shares one of shape "
-                    f"{tuple(parameter.shape)} with pair {seen[id(parameter)]}"
-                )
-    different = [number for number, some in enumerate(shapes) if some != shapes[0]]
-    if different:
-        raise ValueError(
-            f"pairs: expected models and guides of the same make; the parameters of pair "
-            f"{different[0]} differ in shape or number from those of pair 0"
-        )
-    if not shapes[0] or len(pairs) == 1:
-        return True
-    if not (alone and batches.whole):
-        return False
-    (batch,) = batches
-    return draws_needed(*pairs[0], batch, parameters) > 0
+    for number, own in enumerate(parameters):
+        same = [p.shape for p in own] == [p.shape for p in parameters[0]]
+        got = f"a pair {number} whose parameters differ in shape or number from those of pair 0"
+        expect(same, "pairs", "models and guides of the same make", got)
+        for p in own:
+            other = seen.setdefault(id(p), number)
+            got = f"one of shape {tuple(p.shape)} that pair {number} shares with pair {other}"
+            expect(other == number, "pairs", "parameters of their own", got)
 
 
-def _train(stacked: Stacked, bar: Any) -> list[Fit]:
+def _train(engine: Stacked, optimizer: Any, goals: list[Any], bar: Any) -> list[Fit]:
     start = time.perf_counter()
-    history: list[list[float]] = []
-    for _ in bar:
-        losses, size = torch.zeros(len(stacked.programs), dtype=torch.float64), 0
-        for values, rows in stacked.epoch():
-            losses += rows * torch.tensor(values, dtype=torch.float64)
-            size += rows
-        stacked.check()
-        history.append((losses / size).tolist())
-        bar.set_postfix({"loss": f"{sum(history[-1]) / len(losses):.4g}"}, refresh=False)
-    bar.close()
-    stacked.write_back()
-    seconds, how = (time.perf_counter() - start) / len(stacked.programs), stacked.gradients
-    told = (len(history) - 1, "stochastic gradient")
+    history = train(engine, optimizer, bar)
+    seconds = (time.perf_counter() - start) / engine.replicates
+    ends = history.num_steps, history.best_epoch, "stochastic gradient"
+    losses = zip(*history.losses, strict=True)
     return [
-        Fit(list(losses), [], seconds, stacked.number, *told, goal, how.execution)
-        for losses, goal in zip(zip(*history, strict=True), stacked.objectives, strict=True)
+        Fit(list(own), [], seconds, *ends, goal or ELBO(), engine.execution)
+        for own, goal in zip(losses, goals, strict=True)
     ]

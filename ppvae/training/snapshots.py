@@ -1,58 +1,51 @@
-"""The parts of the training loop: steps, parameters, checks, and the way back."""
+"""Copies of all that a training moves, to which it can go back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Diverged(ArithmeticError):
-    """The loss stopped being finite; parameters of at most ten steps before are in place."""
+    """The loss stopped being finite; what was trained is as at most ten steps before."""
 
 
-class Kept:
-    """Parameters of some steps back, with a finite loss: the way back from a step into nowhere.
+class Snapshot:
+    """A copy of the parameters and buffers of a training, as they were after some step.
 
-    To keep those of every step would cost a tenth of it.
+    Args:
+        parameters: what the optimizer moves.
+        modules: modules, whose calls move their buffers.
+
+    Attributes:
+        step: number of steps of the optimizer before it was taken.
+        values: the copies: of the parameters, then of the buffers.
     """
 
-    EVERY = 10
+    def __init__(self, parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> None:
+        parts = {id(part): part._buffers for module in modules for part in module.modules()}
+        # a buffer may be replaced as well as written to, so it is looked up by its name
+        self._buffers = [(part, n) for part in parts.values() for n in part if part[n] is not None]
+        self._parameters, self.step = list(parameters), 0
+        self.values = [value.detach().clone() for value in self._now()]
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters, self.step = parameters, 0
-        self.copies = [p.detach().clone() for p in parameters]
-
-    def keep(self, step: int) -> None:
-        """Keeps the parameters as they are, if it is time again."""
-        if step % self.EVERY == 0 and self.copies:
+    def take(self, step: int) -> None:
+        """Copies what there is now."""
+        self.step = step
+        if self.values:
             with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.parameters)
-            self.step = step
+                torch._foreach_copy_(self.values, self._now())
 
-    def back(self) -> str:
-        """Puts the parameters back and says to where."""
-        restore(self.parameters, self.copies)
-        return f"the parameters are back at those of step {self.step}"
+    def put_back(self) -> None:
+        """Gives parameters and buffers the values of the copy, in place."""
+        with torch.no_grad():
+            for now, before in zip(self._now(), self.values, strict=True):
+                if not torch.equal(now, before):  # one that was expanded cannot be written to
+                    now.copy_(before)
 
-
-@contextmanager
-def undone_by_errors(parameters: list[Tensor]) -> Iterator[None]:
-    """Puts the parameters back if an error ends the training, unless that has done so itself."""
-    before = [p.detach().clone() for p in parameters]
-    try:
-        yield
-    except Diverged:
-        raise
-    except Exception:
-        restore(parameters, before)
-        raise
-
-
-def restore(parameters: list[Tensor], values: list[Tensor]) -> None:
-    """Gives parameters the values, in place."""
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
+    def _now(self) -> list[Tensor]:
+        buffers: list[Any] = [part[name] for part, name in self._buffers]
+        return self._parameters + buffers

@@ -1,122 +1,81 @@
-"""The parameters of many replicates in one stack, and a step that moves all of them."""
+"""The losses and gradients of many models and their guides, stacked, in one vectorized program."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppvae._checks import expect
 from ppvae._scopes import kept_buffers, random_state, unchecked
-from ppvae.data.batches import Batches
-from ppvae.objectives.elbo import ELBO
+from ppvae.objectives.base import moving_fields
 from ppvae.staging.gradients import Gradients
-from ppvae.staging.program import Program, setting
-from ppvae.staging.staged import NotStageable, Staged, one_line
-from ppvae.training.snapshots import Diverged, Kept
+from ppvae.staging.program import Program, program_of
+from ppvae.staging.staged import NotStageable, Staged, one_line, record
+from ppvae.training.task import Task
 
 
 class Stacked:
-    """Replicates whose parameters, buffers and data have a first dimension in common.
+    """An `Engine` for replicates, whose parameters, buffers and data have a dimension in common.
 
-    The pairs keep their values until `write_back`.
+    The pairs keep their values until `write_back`. Made by `stacked`.
 
-    Args:
-        pairs: models and guides, alike but for their values.
-        objectives: the loss of each.
-        batches: the data.
-        seeds: the seed of each.
-        compiled: whether to compile the step.
-
-    Raises:
-        NotStageable: the loss is no graph, or not the same for all.
-        ValueError: not the same parameters are frozen in all.
+    Attributes:
+        programs: those of the replicates, of which the first was staged.
+        gradients: the vectorized graph of losses and gradients.
+        state: parameters and buffers of all, in the order of the graph's arguments.
     """
 
     def __init__(
         self,
-        pairs: Sequence[tuple[Any, Any]],
-        objectives: Sequence[Any],
-        batches: Batches,
+        tasks: Sequence[Task],
+        programs: Sequence[Program],
         seeds: Sequence[int],
-        *,
-        compiled: bool,
+        gradients: Gradients,
+        state: list[Tensor],
     ) -> None:
-        self.batches, self.objectives = batches, objectives
-        example = batches.example()
-        rows = len(example[0])
-        whole = batches.loader is not None and batches.loader.drop_last
-        if rows < 2 or (batches.size % rows == 1 and not whole):
-            raise NotStageable("data: a batch of one datum is a case of its own")
-        self.programs = [
-            Program(*pair, goal, example, size=batches.size)
-            for pair, goal in zip(pairs, objectives, strict=True)
-        ]
-        self.programs[0].varies = _differ(objectives)
-        self.staged = Staged(self.programs[0], example)
-        states = [self.staged.state(program) for program in self.programs]
-        for number, state in enumerate(states):
-            if any(
-                a.requires_grad != b.requires_grad for a, b in zip(states[0], state, strict=True)
-            ):
-                raise ValueError(
-                    f"pairs: expected models and guides of the same make; other parameters are "
-                    f"frozen in pair {number} than in pair 0"
-                )
-        self._check(example, states)
-        self.trained = self.staged.trained()
-        if not self.trained:
-            raise NotStageable("pairs: the loss depends on no parameter")
-        self.state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
-        for at in self.trained:
-            self.state[at] = nn.Parameter(self.state[at])
-        self.parameters = [self.state[at] for at in self.trained]
-        self.kept = Kept(self.parameters)
+        self.programs, self.gradients, self.state = programs, gradients, state
+        self.staged, self.batches = gradients.staged, tasks[0].batches
         self.streams = [_Stream(seed) for seed in seeds]
-        self.gradients = Gradients(self.staged, compiled=compiled, replicated=True)
-        self.optimizer: Any = None
-        self.number = 0
-        self._try(example)
+        self.replicates = len(tasks)
+        self.parameters = [state[at] for at in gradients.trained]
+        held = nn.Module()
+        for at, value in enumerate(state):
+            if at not in gradients.trained:
+                held.register_buffer(f"value_{at}", value)
+        self.modules: list[nn.Module] = [held]
 
-    def epoch(self) -> Iterator[tuple[list[float], int]]:
-        """Takes the steps of one pass through the data; yields losses and number of data."""
+    @property
+    def execution(self) -> str:
+        """How it runs: "staged" or "compiled"."""
+        return self.gradients.execution
+
+    def minibatches(self) -> Iterable[Any]:
+        """Goes once through the data; yields the passes of all replicates, for each step anew."""
         passes = [iter(self.batches) for _ in self.streams]
-        for _ in range(self.batches.count):
-            yield self.step(passes)
+        return (passes for _ in range(self.batches.count))
 
-    def step(self, passes: Sequence[Iterator[tuple[Tensor, ...]]]) -> tuple[list[float], int]:
-        """Takes a step on the next minibatch of each replicate.
-
-        Returns:
-            The losses before it, and the number of data in a minibatch.
-        """
+    def data(self, minibatch: Sequence[Iterator[Any]], step: int) -> tuple[list[Tensor], int]:
+        """The next minibatch of each replicate with its noise, from its own random numbers."""
         drawn = []
-        for stream, batches, goal in zip(self.streams, passes, self.objectives, strict=True):
+        for stream, batches, program in zip(self.streams, minibatch, self.programs, strict=True):
             with stream:
-                drawn.append(self.staged.data(next(batches), setting(goal, self.number)))
-        data = [_stack(values) for values in zip(*drawn, strict=True)]
-        for parameter in self.parameters:
-            parameter.grad = None
+                batch = next(batches)
+                drawn.append(self.staged.data(batch, program.settings(step)))
+        return _stacked(drawn), len(batch[0])
+
+    def losses(self, data: list[Tensor], step: int) -> Tensor:
+        """The losses in nats per datum; leaves the gradients in the parameters."""
         losses, slopes = self.gradients(self.state, data)
-        values = losses.tolist()
-        for replicate, value in enumerate(values):
-            if not math.isfinite(value):
-                self._diverged(f"the loss of replicate {replicate} is {value}")
-        self.kept.keep(self.number)
         for parameter, slope in zip(self.parameters, slopes, strict=True):
             parameter.grad = slope
-        self.optimizer.step()
-        self.number += 1
-        return values, data[0].shape[1]
+        return losses
 
-    def check(self) -> None:
-        """Raises if the last step led out of the finite numbers."""
-        for replicate in range(len(self.programs)):
-            if not all(torch.isfinite(p[replicate]).all() for p in self.parameters):
-                self._diverged(f"a parameter of replicate {replicate} is not finite")
+    def blame(self, data: list[Tensor]) -> str:
+        """Nothing: the graph knows no terms."""
+        return ""
 
     def write_back(self) -> None:
         """Gives each pair its values."""
@@ -125,37 +84,79 @@ class Stacked:
                 for value, new in zip(self.staged.state(program), self.state, strict=True):
                     value.copy_(new[replicate])
 
-    def _try(self, example: tuple[Tensor, ...]) -> None:
-        """Makes the graph of a step, without taking it; raises if there is none."""
-        with random_state(None, keep=True):
-            drawn = [self.staged.data(example, setting(goal, 0)) for goal in self.objectives]
-            stack = _stack if self.batches.whole else torch.stack
-            data = [stack(values) for values in zip(*drawn, strict=True)]
-            state = [v if v.requires_grad else v.clone() for v in self.state]  # buffers may move
-            try:
-                self.gradients(state, data)
-            except Exception as error:  # whatever `torch.vmap` may not know
-                raise NotStageable(f"pairs: cannot be stacked: {one_line(error)}") from error
 
-    def _diverged(self, what: str) -> NoReturn:
-        said = self.kept.back()
-        self.write_back()
-        raise Diverged(f"{what} at step {self.number}; {said}")
+def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> Stacked:
+    """Makes an engine for replicates.
 
-    def _check(self, example: tuple[Tensor, ...], states: list[list[Tensor]]) -> None:
-        """Raises unless the one graph gives the loss of every pair, with the caller's checks."""
-        for number, (program, state) in enumerate(zip(self.programs, states, strict=True)):
-            knob = setting(self.objectives[number], 0)
-            with torch.no_grad(), kept_buffers(program):
-                with random_state(0):
-                    told = program(*example, knob)
-                with random_state(0), unchecked():
-                    (found,) = self.staged.rest(*state, *self.staged.data(example, knob))
-            if not torch.allclose(told, found, rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise NotStageable(
-                    f"pairs: expected models and guides of the same make; the graph of the first "
-                    f"gives pair {number} a loss of {found:.6g}, its own program {told:.6g}"
-                )
+    Args:
+        tasks: models and guides, alike but for their values, with the same data.
+        seeds: the seed of each.
+        compiled: whether to compile the graph.
+
+    Raises:
+        NotStageable: the loss is no graph, or not the same for all.
+        ValueError: not the same parameters are frozen in all.
+    """
+    batches = tasks[0].batches
+    example = batches.example()
+    rows = len(example[0])
+    dropped = batches.loader is not None and batches.loader.drop_last
+    if rows < 2 or (batches.size % rows == 1 and not dropped):
+        raise NotStageable("data: a batch of one datum is a case of its own")
+    try:
+        moving = moving_fields([task.objective for task in tasks])
+    except ValueError as error:
+        raise NotStageable(str(error)) from error
+    parts = [(task.model, task.guide, task.objective, example) for task in tasks]
+    options: dict[str, Any] = {**tasks[0].options, "moving": moving}
+    staged = record(*parts[0], **options)
+    programs = [staged.program, *(program_of(*some, **options) for some in parts[1:])]
+    states = [staged.state(program) for program in programs]
+    wants = [[value.requires_grad for value in state] for state in states]
+    other = next((number for number, some in enumerate(wants) if some != wants[0]), None)
+    got = f"other frozen parameters in pair {other} than in pair 0"
+    expect(other is None, "pairs", "models and guides of the same make", got)
+    for number, (program, state) in enumerate(zip(programs, states, strict=True)):
+        _check(number, staged, program, state, example)
+    gradients = Gradients(staged, compiled=compiled, replicated=True)
+    if not gradients.trained:
+        raise NotStageable("pairs: the loss depends on no parameter")
+    state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
+    for at in gradients.trained:
+        state[at] = nn.Parameter(state[at])
+    engine = Stacked(tasks, programs, seeds, gradients, state)
+    _try(engine)
+    return engine
+
+
+def _check(
+    number: int, staged: Staged, program: Program, state: list[Tensor], example: tuple[Any, ...]
+) -> None:
+    """Raises unless the one graph gives the loss of a pair."""
+    settings = program.settings(0)
+    with torch.no_grad(), kept_buffers(program):
+        with random_state(0):  # with the caller's checks
+            wanted = program(*example, *settings)
+        with random_state(0), unchecked():
+            (found,) = staged.rest.forward(*state, *staged.data(example, settings))
+    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise NotStageable(
+            f"pairs: expected models and guides of the same make; the graph of the first gives "
+            f"pair {number} a loss of {found:.6g}, its own program {wanted:.6g}"
+        )
+
+
+def _try(engine: Stacked) -> None:
+    """Makes the graph of a step, without taking it; raises if there is none."""
+    with random_state(None, keep=True):
+        data = _stacked(
+            [engine.staged.data(engine.batches.example(), p.settings(0)) for p in engine.programs]
+        )
+        state = [v if v.requires_grad else v.clone() for v in engine.state]  # buffers may move
+        try:
+            engine.gradients(state, data)
+        except Exception as error:  # whatever `torch.vmap` may not know
+            raise NotStageable(f"pairs: cannot be stacked: {one_line(error)}") from error
 
 
 class _Stream:
@@ -183,25 +184,11 @@ class _Stream:
             torch.cuda.set_rng_state_all(state[1])
 
 
-def _stack(values: tuple[Tensor, ...]) -> Tensor:
-    """Stacks values; one that is the same for all takes no more memory."""
-    first = values[0]
-    if all(value is first for value in values):
-        return first.expand(len(values), *first.shape)
-    return torch.stack(values)
-
-
-def _differ(objectives: Sequence[Any]) -> bool:
-    """Whether objectives differ, in the weights of ELBOs.
-
-    Raises:
-        NotStageable: they differ in something else.
-    """
-    first = objectives[0]
-    if all(goal is first or goal == first for goal in objectives):
-        return False
-    if all(isinstance(goal, ELBO) for goal in objectives):
-        plain = [replace(goal, beta=1.0) for goal in objectives]
-        if all(goal == plain[0] for goal in plain):
-            return True
-    raise NotStageable("objective: they differ in more than the beta of an ELBO")
+def _stacked(drawn: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Stacks the data of replicates; what is the same tensor for all takes no more memory."""
+    found = []
+    for first, *others in zip(*drawn, strict=True):
+        same = all(value is first for value in others)
+        whole = first.expand(len(drawn), *first.shape) if same else torch.stack([first, *others])
+        found.append(whole)
+    return found

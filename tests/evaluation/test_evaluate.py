@@ -9,7 +9,6 @@ import torch
 
 from ppvae import VAE, FamilyGuide, evaluate, families, likelihoods
 from ppvae.nn import mlp
-from ppvae.staging.many_draws import ManyDraws
 
 
 class Linear:
@@ -193,46 +192,3 @@ def test_the_same_guards_as_the_export():
 
     guide = FamilyGuide(fixed, families.mean_scale, mlp(4, 4))
     assert evaluate(fixed, guide, linear.x, num_samples=2, batch_size=7).sizes["datum"] == 20
-
-
-@pytest.mark.parametrize("family", ["mean_scale", "full_rank"])
-def test_long_evaluations_run_a_compiled_graph_with_the_same_numbers(family, monkeypatch):
-    """Batches of eight with a smaller last one; runs of three draws, and a last one of two."""
-    torch.manual_seed(0)
-    model = VAE(mlp(3, 6, out=4), 3, likelihoods.Bernoulli())
-    guide = FamilyGuide(model, families.LADDER[family], encoder=mlp(4, 6))
-    x = (torch.randn(20, 4) > 0).double()
-    monkeypatch.setattr("ppvae.programs.runs.BUDGET", 8 * 4 * 3)
-    told = {"num_samples": 50, "batch_size": 8, "progress": False}
-    plain = evaluate(model, guide, x, **told)
-    compiled = []
-    plan = ManyDraws.plan
-
-    def planned(self, *args):
-        plan(self, *args)
-        compiled.append(self._count)
-
-    monkeypatch.setattr("ppvae.staging.many_draws._COMPILE", 1)
-    monkeypatch.setattr(ManyDraws, "plan", planned)
-    fast = evaluate(model, guide, x, **told)
-    assert set(compiled) == {3}
-    for name in plain.data_vars:
-        if plain[name].dtype.kind == "f":
-            difference = abs(plain[name] - fast[name]).max()
-            assert plain[name].isnull().equals(fast[name].isnull()) and not difference > 1e-8, name
-    assert fast.attrs == pytest.approx(plain.attrs)
-
-
-def test_what_cannot_be_staged_is_evaluated_all_the_same(monkeypatch):
-    linear = Linear()
-    guide = FamilyGuide(linear.model, families.mean_scale, torch.nn.Identity())
-
-    class Branching(VAE):
-        def decode(self, z):
-            return super().decode(z) if z.sum() < 1e9 else z
-
-    model = Branching(linear.model.decoder, 2, likelihoods.Normal(0.7))
-    told = {"num_samples": 50, "progress": False}
-    plain = evaluate(model, guide, linear.x, **told)
-    monkeypatch.setattr("ppvae.staging.many_draws._COMPILE", 1)
-    assert evaluate(model, guide, linear.x, **told).equals(plain)

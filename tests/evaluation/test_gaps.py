@@ -19,7 +19,7 @@ from ppvae import VAE, Family, FamilyGuide, closed_form, families, likelihoods
 from ppvae.evaluation.amortization import gaps
 from ppvae.evaluation.search import Offsets, adam, quasi_newton
 from ppvae.nn import mlp
-from ppvae.programs.matched_normals import MatchedPerDatum
+from ppvae.programs.matched_normals import MatchedNormals
 from ppvae.programs.runs import opened
 
 EXACT = 1e-6
@@ -458,7 +458,7 @@ def test_the_numbers_of_each_datum_are_matched_over_all_sites(vectorized, match,
         taken.append(output)
 
     with opened(model, guide, args, vectorized=vectorized) as runs:
-        numbers = MatchedPerDatum(20, common=match == "common")
+        numbers = MatchedNormals(20, common=match == "common")
         plates = [(20, pyro.plate("_draws", 20, dim=-2))] if vectorized else [(1, None)] * 20
         first = 0
         with numbers, numbers.places(runs.plate):

@@ -18,7 +18,7 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.schedules import warm_up
 from ppvae.staging.gradients import Gradients
 from ppvae.training.snapshots import Diverged
-from ppvae.training.steppers import COMPILE, STAGE, how_to_run
+from ppvae.training.single import COMPILE, STAGE, how_to_run
 
 #: torch, on itself, while it compiles; an error would be taken for one of the compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
@@ -85,7 +85,7 @@ def test_compiled_gradients_are_those_of_autograd(name):
         wanted = [state[at] for at in staged.trained()]
         slopes = torch.autograd.grad(want, wanted)
         torch.manual_seed(2)
-        loss, found = function(state, staged.data((x,), staged.program.setting(0)))
+        loss, found = function(state, staged.data((x,), staged.program.settings(0)))
         assert loss.item() == pytest.approx(want.item(), rel=1e-12)
         assert {id(p) for p in wanted} == {id(p) for p in staged.parameters()}
         assert function.execution == "compiled"

@@ -1,0 +1,121 @@
+"""The losses and gradients of one model and its guide: by the programs, or by their graph."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ppvae._checks import expect
+from ppvae._scopes import unchecked
+from ppvae.staging.gradients import Gradients
+from ppvae.staging.staged import NotStageable, Staged, record
+from ppvae.training.task import Task
+
+# Steps after which it has paid to stage a loss, and to compile it: it takes 0.4 s and 5 s or so,
+# and saves 0.9 and 0.7 ms of each step of a small network, the same of each step of a large one
+# (`examples/benchmark.py` measures all four).
+STAGE, COMPILE = 1_000, 10_000
+
+
+def how_to_run(compile: Any, steps: int, rows: int) -> str:
+    """How to run the loss: "eager", "staged" or "compiled"; see `compile` of `fit`.
+
+    Args:
+        compile: as `fit` takes it.
+        steps: how many steps there will be.
+        rows: number of data in a minibatch; of one datum no graph can tell a batch.
+
+    Raises:
+        ValueError: `compile` is none of its values.
+    """
+    known = isinstance(compile, bool) or compile == "auto"
+    expect(known, "compile", '"auto", True or False', repr(compile))
+    if compile is False or rows < 2:
+        return "eager"
+    if compile is True or steps >= COMPILE:
+        return "compiled"
+    return "staged" if steps >= STAGE else "eager"
+
+
+class Single:
+    """An `Engine` for one model and its guide; made by `single`.
+
+    Attributes:
+        task: what is trained.
+        staged: its graph; None runs the programs.
+        gradients: the compiled graph of loss and gradients; None leaves these to autograd.
+        parameters: what is trained; of plain `pyro.param` statements with the same memory.
+    """
+
+    replicates = 1
+
+    def __init__(
+        self, task: Task, staged: Staged | None = None, gradients: Gradients | None = None
+    ) -> None:
+        self.task, self.staged, self.gradients = task, staged, gradients
+        self.modules, self.parameters = task.modules, task.parameters
+        if staged is not None:
+            self.parameters = [p for p in staged.parameters() if p.requires_grad]
+
+    @property
+    def execution(self) -> str:
+        """How it runs: "eager", "staged" or "compiled"."""
+        if self.gradients is not None:
+            return self.gradients.execution
+        return "eager" if self.staged is None else "staged"
+
+    def minibatches(self) -> Iterable[tuple[Any, ...]]:
+        """Goes once through the data."""
+        return self.task.batches
+
+    def data(self, minibatch: tuple[Any, ...], step: int) -> tuple[tuple[Any, ...], int]:
+        """The minibatch, and its number of data."""
+        return minibatch, len(minibatch[0])
+
+    def losses(self, data: tuple[Any, ...], step: int) -> Tensor:
+        """The loss in nats per datum; leaves the gradients in the parameters."""
+        staged, gradients = self.staged, self.gradients
+        compiled = gradients is not None and gradients.execution == "compiled"
+        if staged and gradients and compiled and staged.covers(*data):
+            state = staged.state()
+            loss, slopes = gradients(state, staged.data(data, staged.program.settings(step)))
+            for at, slope in zip(gradients.trained, slopes, strict=True):
+                state[at].grad = slope
+        else:
+            with unchecked():
+                loss = self.task.loss(data, step) if staged is None else staged(*data, step=step)
+            if loss.requires_grad:
+                loss.backward()
+        loss = loss.detach()
+        if step == 0 and math.isfinite(loss):
+            self.task.check_loss(data)
+        return loss
+
+    def blame(self, data: tuple[Any, ...]) -> str:
+        """The terms that are not finite."""
+        return f", from {self.task.blame(data)}"
+
+    def write_back(self) -> None:
+        """Does nothing: the parameters are those of model and guide."""
+
+
+def single(task: Task, how: str) -> Single:
+    """Makes an engine that runs a task as it is said, or else eagerly, with one line that says why.
+
+    Args:
+        task: what is trained.
+        how: "eager", "staged" or "compiled".
+    """
+    if how == "eager":
+        return Single(task)
+    example = task.batches.example()
+    try:
+        staged = record(task.model, task.guide, task.objective, example, **task.options)
+    except NotStageable as error:
+        warnings.warn(f"fit: runs eagerly; {error}", stacklevel=3)
+        return Single(task)
+    return Single(task, staged, Gradients(staged, compiled=True) if how == "compiled" else None)
