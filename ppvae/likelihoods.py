@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae._checks import expect
+
 __all__ = ["Bernoulli", "Normal", "Poisson"]
 
 
@@ -46,8 +48,8 @@ class Normal(nn.Module):
     def __init__(self, scale: float | Tensor = 1.0, *, learned: bool = False) -> None:
         super().__init__()
         value = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-        if not (torch.isfinite(value) & (value > 0)).all():
-            raise ValueError(f"scale: expected positive finite numbers, got {scale}")
+        fine = (torch.isfinite(value) & (value > 0)).all()
+        expect(fine, "scale", "positive finite numbers", scale)
         log_scale = value.detach().clone().log()
         if learned:
             self.log_scale = nn.Parameter(log_scale)
