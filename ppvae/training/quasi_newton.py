@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -132,7 +131,9 @@ def _descend(
             return top + move @ move, 2 * move  # a slope that leads the line search back
         return value * size, (slope * unit).cpu().numpy() * size
 
-    result: Any = scipy.optimize.minimize(
+    from scipy import optimize  # takes half a second to import
+
+    result: Any = optimize.minimize(
         scaled,
         np.zeros(len(start)),
         jac=True,

@@ -17,8 +17,8 @@ from ppvae.nn import mlp
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.schedules import warm_up
 from ppvae.staging.gradients import Gradients
-from ppvae.training.snapshots import Diverged
 from ppvae.training.single import COMPILE, STAGE, how_to_run
+from ppvae.training.snapshots import Diverged
 
 #: torch, on itself, while it compiles; an error would be taken for one of the compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
