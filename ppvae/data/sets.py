@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae._checks import expect
+
 #: The data sets that `load` knows by name.
 NAMES = ("digits", "mnist5k")
 
@@ -43,8 +45,8 @@ def load(name: str | Path, *, binary: bool = True) -> Tensor:
 
         values, top, threshold = mnist_data()[0], 255.0, 127.5
     elif path.suffix in (".npy", ".npz", ".csv"):
-        if not path.exists():
-            raise FileNotFoundError(f"name: expected a file, got {str(path)!r}, which is not there")
+        got = f"{str(path)!r}, which is not there"
+        expect(path.exists(), "name", "a file", got, FileNotFoundError)
         return _checked(_read(path), path)
     else:
         raise ValueError(
@@ -69,8 +71,8 @@ def split(x: Tensor, *, test: float = 0.2, seed: int = 0) -> tuple[Tensor, Tenso
         ValueError: `test` is not in (0, 1), or a part would be empty.
     """
     held = round(test * len(x))
-    if not (0 < test < 1 and 0 < held < len(x)):
-        raise ValueError(f"test: expected a share that leaves two parts of {len(x)}, got {test}")
+    both = 0 < test < 1 and 0 < held < len(x)
+    expect(both, "test", f"a share that leaves two parts of {len(x)}", test)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     return x[order[held:]], x[order[:held]]
 
@@ -90,16 +92,11 @@ def _read(path: Path) -> Any:
 
 
 def _checked(values: Any, path: Path) -> Tensor:
-    if values.dtype.kind not in "bifu" or values.ndim < 2 or len(values) == 0:
-        raise ValueError(
-            f"name: expected numbers of shape (N, D) in {str(path)!r}, got {values.dtype} of shape "
-            f"{values.shape}"
-        )
+    table = values.dtype.kind in "bifu" and values.ndim >= 2 and len(values) > 0
+    got = f"{values.dtype} of shape {values.shape}"
+    expect(table, "name", f"numbers of shape (N, D) in {str(path)!r}", got)
     tensor = torch.as_tensor(values.reshape(len(values), -1), dtype=torch.get_default_dtype())
     bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise ValueError(
-            f"name: expected finite numbers in {str(path)!r}, got {bad} that are NaN or infinite "
-            "(a .csv must have no header)"
-        )
+    got = f"{bad} that are NaN or infinite (a .csv must have no header)"
+    expect(bad == 0, "name", f"finite numbers in {str(path)!r}", got)
     return tensor

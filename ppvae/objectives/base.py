@@ -6,37 +6,41 @@ They ask it of any callable, by the functions below, and so know no objective by
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ppvae.objectives.draws import Run, runs_of
 
-class Objective(Protocol):
+
+class Objective(ABC):
     """A loss of a model and its guide on a minibatch: a scalar in nats per datum.
 
     **To add an objective**, write a function `(model, guide, *args, size=None, step=0) -> scalar`:
-    `trace_pair` runs the two programs, and `terms` reads the traces. One that has settings is a
-    frozen dataclass. It need not derive from this class, whose attributes have these defaults:
+    `trace_pair` runs the two programs, and `terms` reads the traces. Or derive a frozen dataclass
+    from this class and write its `loss`. Any other callable may have these attributes as well:
 
     - `scheduled` names the fields that may be functions of the step, and in which objectives that
-      are trained side by side may differ. In a graph such a field is an input: a tensor, and
-      outside a number. `at_step` replaces the functions by their values.
+      are trained side by side may differ. In a graph such a field is an input, a tensor; else it is
+      a number. `at_step` replaces the functions by their values.
     - `unstageable` says in a few words why a graph cannot hold the loss; it is empty if one can.
 
     Example:
         >>> from dataclasses import dataclass
-        >>> from ppvae.objectives import at_step, negative_elbo, warm_up
+        >>> from ppvae.objectives import Objective, at_step, warm_up
         >>> @dataclass(frozen=True)
-        ... class Tempered:
+        ... class Distortion(Objective):
         ...     weight: object = 1.0
         ...     scheduled = ("weight",)
-        ...     def __call__(self, model, guide, *args, size=None, plate=None, step=0):
-        ...         loss = negative_elbo(model, guide, *args, size=size, plate=plate)
-        ...         return at_step(self, step).weight * loss
-        >>> at_step(Tempered(warm_up(100)), 25)
-        Tempered(weight=0.25)
+        ...     def loss(self, draw, size):
+        ...         (run,) = draw(1)
+        ...         return self.weight * run.terms.distortion.mean()
+        >>> at_step(Distortion(warm_up(100)), 25)
+        Distortion(weight=0.25)
     """
 
     scheduled: ClassVar[tuple[str, ...]] = ()
@@ -45,6 +49,15 @@ class Objective(Protocol):
     def unstageable(self) -> str:
         """Why a graph cannot hold the loss; empty, if one can."""
         return ""
+
+    @abstractmethod
+    def loss(self, draw: Callable[..., list[Run]], size: int | None) -> Tensor:
+        """The loss, in nats per datum.
+
+        Args:
+            draw: called with a number of draws, it runs model and guide; see `runs_of`.
+            size: number of data in all; None is the size of the data plate.
+        """
 
     def __call__(
         self,
@@ -59,7 +72,7 @@ class Objective(Protocol):
 
         Args:
             model: a Pyro model.
-            guide: its guide.
+            guide: its guide; every draw must be reparametrized.
             *args: their arguments: one minibatch.
             size: number of data in all; by default the size of the data plate.
             plate: name of the data plate; by default the one that `data_plate` finds.
@@ -68,7 +81,7 @@ class Objective(Protocol):
         Returns:
             A scalar in nats per datum that can be differentiated.
         """
-        ...
+        return at_step(self, step).loss(partial(runs_of, model, guide, args, plate), size)
 
 
 def at_step(objective: Any, step: Any) -> Any:
@@ -105,11 +118,6 @@ def moving_fields(objectives: Sequence[Any]) -> tuple[str, ...]:
         for name, (value, *rest) in values.items()
         if callable(value) or any(other is not value and other != value for other in rest)
     )
-
-
-def why_unstageable(objective: Any) -> str:
-    """Why a graph cannot hold an objective, as it says itself; empty, if it says nothing."""
-    return getattr(objective, "unstageable", "")
 
 
 def takes_plate(objective: Any) -> bool:

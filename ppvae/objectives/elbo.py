@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import check_choice, check_count, check_number, expect
-from ppvae.objectives.base import Objective, at_step
+from ppvae.objectives.base import Objective
 from ppvae.objectives.divergence import by_coordinate, closed_kl
-from ppvae.objectives.draws import Pair, terms_of_draws, traced_draws
+from ppvae.objectives.draws import Run
 from ppvae.objectives.trace_terms import Terms, data_size
 from ppvae.programs.nodes import DRAWS, is_point
 
@@ -44,8 +44,7 @@ def negative_elbo(
     Raises:
         ValueError: sites do not match, or a draw of the guide is not reparametrized.
     """
-    (found,) = terms_of_draws(traced_draws(model, guide, args, 1), plate)
-    return loss_of(found, size)
+    return ELBO()(model, guide, *args, size=size, plate=plate)
 
 
 def loss_of(found: Terms, size: int | None = None) -> Tensor:
@@ -117,26 +116,16 @@ class ELBO(Objective):
         check_choice("kl", self.kl, ("analytic", "sampled"))
         object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
 
-    def __call__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        size: int | None = None,
-        plate: str | None = None,
-        step: Any = 0,
-    ) -> Tensor:
-        """The loss; arguments and result as those of `Objective`."""
-        now = at_step(self, step)
-        pairs = traced_draws(model, guide, args, self.num_samples)
-        found = terms_of_draws(pairs, plate)
+    def loss(self, draw: Callable[..., list[Run]], size: int | None) -> Tensor:
+        """The loss, its `beta` and `free_bits` numbers or tensors."""
+        runs = draw(self.num_samples)
         if self.kl == "sampled":
-            found = [run._replace(kl={}) for run in found]
-        if isinstance(now.free_bits, Tensor) or now.free_bits:
-            rate = floored_rate(pairs, found, now.free_bits, size)
-            distortion = _mean([_distortion(run, size) for run in found])
-            return distortion + _like(now.beta, rate) * rate
-        return _mean([_weighted(run, size, now.beta) for run in found])
+            runs = [run._replace(terms=run.terms._replace(kl={})) for run in runs]
+        if isinstance(self.free_bits, Tensor) or self.free_bits:
+            rate = floored_rate(runs, self.free_bits, size)
+            distortion = _mean([_distortion(run.terms, size) for run in runs])
+            return distortion + _like(self.beta, rate) * rate
+        return _mean([_weighted(run.terms, size, self.beta) for run in runs])
 
 
 def _weighted(found: Terms, size: int | None, beta: Any) -> Tensor:
@@ -164,49 +153,43 @@ def _like(weight: Any, value: Tensor) -> Any:
     return weight.to(value.dtype) if isinstance(weight, Tensor) else weight
 
 
-def floored_rate(
-    pairs: list[Pair], found: list[Terms], floor: float | Tensor, size: int | None = None
-) -> Tensor:
+def floored_rate(runs: list[Run], floor: Any, size: int | None = None) -> Tensor:
     """The rate in nats per datum, each coordinate's mean over batch and draws at least `floor`.
 
     A latent that the guide draws as a point has no divergence, and no floor.
 
     Args:
-        pairs: the traces of model and guide of each run.
-        found: their terms, without `kl` where the rate is to be sampled.
-        floor: nats per latent coordinate.
+        runs: of model and guide; without `kl` in their terms where the rate is to be sampled.
+        floor: nats per latent coordinate, a number or a tensor.
         size: number of data in all; by default the size of the data plate.
 
     Raises:
         ValueError: the guide has no density.
     """
-    first = found[0]
+    first, _, guide_trace = runs[0]
     expect(first.log_guide, "free_bits", "0 for a guide that draws only points", floor)
     share = 1.0 / data_size(first, size)
-    points = [name for name in first.log_prior if is_point(pairs[0][1].nodes[name]["fn"])]
+    points = [name for name in first.log_prior if is_point(guide_trace.nodes[name]["fn"])]
     # the sites of a joint draw are points, pieces of it, and their rate is one number; without a
     # joint draw the points have only a penalty, which is no rate and has no floor
     joint = [name for name in first.log_guide if name not in first.log_prior or name in points]
-    total = _mean([_rest_of(run, points, joint, size) for run in found])
+    total = _mean([_joint_rate(run.terms, points, joint, size) for run in runs])
     if joint:
         lowest = _lowest(floor, first.scales[joint[0]], total)
         total = total.clamp(min=lowest if joint[0] in first.local else lowest * share)
     for name in first.log_prior:
         if name not in points:
-            values = [
-                _coordinates(name, *pair, run) for pair, run in zip(pairs, found, strict=True)
-            ]
-            rate = torch.stack(values).mean(0)
+            rate = torch.stack([_coordinates(name, run) for run in runs]).mean(0)
             rate = rate.clamp(min=_lowest(floor, first.scales[name], rate)).sum()
             total = total + (rate if name in first.local else rate * share)
     return total
 
 
-def _rest_of(run: Terms, points: list[str], joint: list[str], size: int | None) -> Tensor:
+def _joint_rate(found: Terms, points: list[str], joint: list[str], size: int | None) -> Tensor:
     """The rate of some joint draws, of which points are pieces."""
-    prior = {name: run.log_prior[name] for name in points}
-    guide = {name: run.log_guide[name] for name in joint}
-    return loss_of(run._replace(log_likelihood={}, kl={}, log_prior=prior, log_guide=guide), size)
+    prior = {name: found.log_prior[name] for name in points}
+    guide = {name: found.log_guide[name] for name in joint}
+    return loss_of(found._replace(log_likelihood={}, kl={}, log_prior=prior, log_guide=guide), size)
 
 
 def _lowest(floor: float | Tensor, scale: Any, rate: Tensor) -> Any:
@@ -218,16 +201,18 @@ def _lowest(floor: float | Tensor, scale: Any, rate: Tensor) -> Any:
     return floor * scale
 
 
-def _coordinates(name: str, model_trace: Any, guide_trace: Any, run: Terms) -> Tensor:
+def _coordinates(name: str, run: Run) -> Tensor:
     """Mean over batch and draws of the rate of one site, by coordinate where it splits."""
-    node, prior = guide_trace.nodes[name], model_trace.nodes[name]
+    found, node, prior = run.terms, run.guide_trace.nodes[name], run.model_trace.nodes[name]
     pair = by_coordinate(node["fn"], prior["fn"])
     if pair is None:  # no sum over coordinates
-        whole = run.kl[name] if name in run.kl else run.log_guide[name] - run.log_prior[name]
-        return (whole * run.scales[name]).mean()
+        whole = (
+            found.kl[name] if name in found.kl else found.log_guide[name] - found.log_prior[name]
+        )
+        return (whole * found.scales[name]).mean()
     q, p = pair
     depth = len(node["fn"].event_shape)
-    rate: Any = closed_kl(q, p) if name in run.kl else None
+    rate: Any = closed_kl(q, p) if name in found.kl else None
     if rate is None:
         rate = q.log_prob(node["value"]) - p.log_prob(node["value"])
 
@@ -238,8 +223,8 @@ def _coordinates(name: str, model_trace: Any, guide_trace: Any, run: Terms) -> T
 
     if prior["mask"] is not None:
         rate = torch.where(aligned(prior["mask"]), rate, torch.zeros_like(rate))
-    rate = (rate * aligned(run.scales[name])).expand(node["fn"].shape())
+    rate = (rate * aligned(found.scales[name])).expand(node["fn"].shape())
     averaged = {f.dim for f in node["cond_indep_stack"] if f.name == DRAWS}
-    if name in run.local:
-        averaged.add(run.plate.dim)
+    if name in found.local:
+        averaged.add(found.plate.dim)
     return rate.mean([dim - depth for dim in averaged]) if averaged else rate

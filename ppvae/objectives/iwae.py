@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppvae._checks import check_choice, check_count, expect
 from ppvae.objectives.base import Objective
-from ppvae.objectives.draws import terms_of_draws, traced_draws
+from ppvae.objectives.draws import Run
 from ppvae.objectives.trace_terms import Terms, common_scale, data_size
 from ppvae.programs.nodes import is_point
 
@@ -59,18 +59,10 @@ class IWAE(Objective):
         """The estimate that is not pathwise takes a derivative, which `torch.export` leaves out."""
         return "" if self.gradient == "pathwise" else f"{self.gradient} takes a derivative inside"
 
-    def __call__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        size: int | None = None,
-        plate: str | None = None,
-        step: Any = 0,
-    ) -> Tensor:
-        """The loss; arguments and result as those of `Objective`. The value ignores `step`."""
+    def loss(self, draw: Callable[..., list[Run]], size: int | None) -> Tensor:
+        """The loss."""
         cut = None if self.gradient == "pathwise" else _Cut()
-        runs = terms_of_draws(traced_draws(model, guide, args, self.num_samples, cut), plate)
+        runs = [run.terms for run in draw(self.num_samples, cut)]
         log_p, log_q = log_joint_and_guide(runs, size)
         log_w = log_p - log_q
         bound = log_w.logsumexp(0) - math.log(self.num_samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ppvae._checks import expect
 from ppvae._scopes import private_modules, random_state, unchecked
-from ppvae.objectives.base import at_step, moving_fields
+from ppvae.objectives.base import at_step, moving_fields, takes_plate
+from ppvae.programs.nodes import data_plate, observed_nodes, plates_of
+from ppvae.programs.runs import trace_pair
 
 
 class Program(nn.Module):
@@ -27,21 +30,23 @@ class Program(nn.Module):
     Made by `program_of`.
 
     Attributes:
+        model: a Pyro model.
+        guide: its guide.
         objective: the loss.
-        options: its keyword arguments: the number of data, and the name of the plate if it is told.
+        options: its keyword arguments: the number of data, and the name of the plate.
+        plate: the frame of the data plate in the first call; None if there is none.
+        plate_name: its name, where that was given or another minibatch could have another plate.
         moving: the fields of the objective that are inputs of a call; see `moving_fields`.
         dtype: that of the loss, and of such inputs.
         params: values of `pyro.param` statements that belong to no module.
-        constraints: name of such a statement -> the constraint on its value, in the order of
-            `params`.
+        constraints: name of such a statement -> the constraint on its value, as `params` are.
     """
 
-    def __init__(
-        self, model: Any, guide: Any, objective: Any, options: dict[str, Any], moving: Any
-    ) -> None:
+    def __init__(self, model: Any, guide: Any, objective: Any, size: int | None) -> None:
         super().__init__()
         self.model, self.guide, self.objective = model, guide, objective
-        self.options, self.moving = options, tuple(moving)
+        self.options: dict[str, Any] = {"size": size}
+        self.plate, self.plate_name, self.moving = None, None, moving_fields([objective])
         self.dtype = torch.get_default_dtype()
         self.called, self.params = nn.ModuleList(), nn.ParameterList()
         self.constraints: dict[str, Any] = {}
@@ -50,11 +55,16 @@ class Program(nn.Module):
         """The loss; behind the arguments of the programs stand the `settings` of a step."""
         cut = len(args) - len(self.moving) - 1
         *values, step = args[cut:]
-        objective = self.objective
-        if values:
-            objective = replace(objective, **dict(zip(self.moving, values, strict=True)))
-        with private_modules(), _Params(self):
-            return objective(self.model, self.guide, *args[:cut], **self.options, step=step)
+        fields = dict(zip(self.moving, values, strict=True))
+        objective = replace(self.objective, **fields) if fields else self.objective
+        with private_modules():
+            return self.loss(args[:cut], step, objective)
+
+    def loss(self, batch: tuple[Any, ...], step: Any, objective: Any = None) -> Tensor:
+        """The loss, in the caller's param store."""
+        objective = objective or self.objective
+        with _Params(self) if self.constraints else nullcontext():
+            return objective(self.model, self.guide, *batch, **self.options, step=step)
 
     def settings(self, step: int) -> list[Tensor]:
         """What the loss depends on beside the data: the moving fields at a step, and the step."""
@@ -71,26 +81,26 @@ def program_of(
     *,
     size: int | None = None,
     plate: str | None = None,
-    moving: tuple[str, ...] | None = None,
 ) -> Program:
-    """Makes a program, by a call of the loss that leaves no trace.
+    """Makes a program, by calls of model, guide and objective that leave nothing behind.
 
     Args:
         model: a Pyro model.
         guide: its guide.
         objective: the loss.
-        args: arguments of the call.
+        args: arguments of the calls.
         size: number of data in all.
-        plate: name of the data plate.
-        moving: fields of the objective that are inputs of a call; by default those that are
-            functions of the step.
+        plate: name of the data plate; by default the one that `data_plate` finds.
+
+    Raises:
+        ValueError: model and guide do not fit, or nothing is observed.
     """
-    options = {"size": size} | ({} if plate is None else {"plate": plate})
-    moving = moving_fields([objective]) if moving is None else moving
-    program = Program(model, guide, objective, options, moving)
+    program = Program(model, guide, objective, size)
     with random_state(None, keep=True), torch.enable_grad(), unchecked(), private_modules():
+        with called_modules():  # may make what is made late, by modules that are then forgotten
+            _find_plate(program, trace_pair(model, guide, *args)[0], plate)
         with called_modules() as called, poutine.trace(param_only=True) as capture:
-            program.dtype = objective(model, guide, *args, **options, step=0).dtype
+            program.dtype = objective(model, guide, *args, **program.options, step=0).dtype
         nodes: Any = capture.trace.nodes
         # inside, where Pyro's store still has the values that the statements refer to
         values = {name: node["value"].unconstrained() for name, node in nodes.items()}
@@ -105,6 +115,18 @@ def program_of(
             program.constraints[name] = nodes[name]["kwargs"]["constraint"]
             program.params.append(nn.Parameter(value.detach(), value.requires_grad))
     return program
+
+
+def _find_plate(program: Program, trace: Any, plate: str | None) -> None:
+    """Finds the data plate once, and passes on its name where the rule could differ later."""
+    observed = observed_nodes(trace)
+    expect(observed, "model", "observed sites", "none")
+    program.plate = frame = data_plate(trace, plate)
+    others = {name for node in observed for name in plates_of(node)} - {"data"}
+    if plate is not None or (frame is not None and frame.name != "data" and len(others) > 1):
+        program.plate_name = frame.name
+        if plate is not None or takes_plate(program.objective):
+            program.options["plate"] = frame.name
 
 
 @contextmanager

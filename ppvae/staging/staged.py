@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ppvae._scopes import kept_buffers, random_state, unchecked
-from ppvae.objectives.base import why_unstageable
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.staging.export import export
@@ -74,37 +73,25 @@ def stage(
         >>> loss(torch.zeros(3, 5)).shape
         torch.Size([])
     """
-    objective = ELBO() if objective is None else objective
     model, guide, args = with_keywords(model, guide, args, kwargs)
-    return record(model, guide, objective, args, size=size, plate=plate, names=tuple(kwargs or ()))
+    program = program_of(model, guide, objective or ELBO(), args, size=size, plate=plate)
+    return record(program, args, tuple(kwargs or ()))
 
 
-def record(
-    model: Any,
-    guide: Any,
-    objective: Any,
-    args: tuple[Any, ...],
-    *,
-    names: tuple[str, ...] = (),
-    **options: Any,
-) -> Staged:
-    """Stages a loss whose arguments are all positional; see `stage`.
+def record(program: Program, args: tuple[Any, ...], names: tuple[str, ...] = ()) -> Staged:
+    """Stages a program; see `stage`.
 
     Args:
-        model: a Pyro model.
-        guide: its guide.
-        objective: the loss.
+        program: the loss of a model and its guide.
         args: one minibatch.
         names: of the last arguments, by which the result is to be called.
-        **options: those of `program_of`.
 
     Raises:
         NotStageable: the loss is no graph, or the graph does not give the loss of the program.
     """
-    why = why_unstageable(objective)
+    why = getattr(program.objective, "unstageable", "")
     if why:
         raise NotStageable(f"objective: {why} the loss, which a graph cannot hold")
-    program = program_of(model, guide, objective, args, **options)
     try:
         exported = export(program, (*args, *program.settings(0)))
         clean(exported.graph_module)

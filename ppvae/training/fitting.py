@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,48 +15,18 @@ from ppvae._checks import check_count, expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import with_keywords
-from ppvae.training.loop import progress_bar, train
+from ppvae.training.loop import Fit, progress_bar, train
 from ppvae.training.quasi_newton import draws_needed, minimise
-from ppvae.training.single import Single, how_to_run, single
-from ppvae.training.snapshots import Diverged, Snapshot
-from ppvae.training.task import Task, adam, check_objective, check_options, task_of
-
-
-class Fit(NamedTuple):
-    """The course of a training; losses are in nats per datum.
-
-    Attributes:
-        losses: values of the objective in each epoch, averaged over its data while they were
-            trained on: the negative ELBO, if no other was asked for.
-        validation_losses: negative ELBO on the validation data after each epoch; empty without.
-        seconds: time in the loop.
-        num_steps: steps of the optimizer.
-        best_epoch: the epoch, from 0, whose parameters were kept: the last one, or with early
-            stopping the one with the lowest validation loss.
-        method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
-        objective: what was minimised, such as `objectives.ELBO()`.
-        execution: "eager", "staged" or "compiled".
-    """
-
-    losses: list[float]
-    validation_losses: list[float]
-    seconds: float
-    num_steps: int
-    best_epoch: int
-    method: str
-    objective: Callable[..., Tensor]
-    execution: str
-
-    @property
-    def history(self) -> dict[str, list[Any]]:
-        """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
-        columns: dict[str, list[Any]] = {
-            "epoch": list(range(len(self.losses))),
-            "loss": self.losses,
-        }
-        if self.validation_losses:
-            columns["validation_loss"] = self.validation_losses
-        return columns
+from ppvae.training.single import how_to_run, single
+from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
+from ppvae.training.task import (
+    Task,
+    adam,
+    check_objective,
+    check_options,
+    task_of,
+    training_batches,
+)
 
 
 def fit(
@@ -141,9 +111,9 @@ def fit(
         >>> len(fit(model, guide, torch.randn(20, 5), num_epochs=3, progress=False).losses)
         3
     """
-    kept = model
+    given = model
     model, guide, extra = with_keywords(model, guide, (), kwargs)
-    batches = batches_of("data", data, batch_size, training=True, extra=extra)
+    batches = training_batches(given, data, batch_size, extra)
     held_out = None if validation is None else _held_out(validation, batches)
     num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
     check_objective(objective)
@@ -151,8 +121,6 @@ def fit(
         patience = check_count("patience", patience)
         expect(held_out is not None, "patience", "`validation` data beside it", "none")
     how = how_to_run(compile, num_epochs * batches.count, batches.batch_size or 1)
-    if batches.tensors and hasattr(kept, "check_data"):
-        kept.check_data(*batches.tensors)
     bar = progress_bar(num_epochs, progress)
     modes = train_mode(model, guide), matmul_precision(precision)
     with private_modules(), random_state(seed), modes[0], modes[1]:
@@ -168,7 +136,9 @@ def fit(
         moves = (
             (optimizer or adam)(engine.parameters, lr=learning_rate) if task.parameters else None
         )
-        return _fit_in_steps(engine, moves, held_out, patience, bar)
+        validate = None if held_out is None else partial(task.held_out_loss, held_out)
+        (result,) = train(engine, moves, bar, validate=validate, patience=patience)
+        return result
 
 
 def _held_out(validation: Any, batches: Batches) -> Batches:
@@ -179,35 +149,15 @@ def _held_out(validation: Any, batches: Batches) -> Batches:
     return batches_of("validation", validation, size, training=False, extra=batches.extra)
 
 
-def _fit_in_steps(
-    engine: Single, optimizer: Any, held_out: Batches | None, patience: int | None, bar: Any
-) -> Fit:
-    task, start = engine.task, time.perf_counter()
-    validate = None if held_out is None else partial(task.held_out_loss, held_out)
-    history = train(engine, optimizer, bar, validate=validate, patience=patience)
-    return Fit(
-        losses=[loss for (loss,) in history.losses],
-        validation_losses=history.validation_losses,
-        seconds=time.perf_counter() - start,
-        num_steps=history.num_steps,
-        best_epoch=history.best_epoch,
-        method="stochastic gradient",
-        objective=task.objective,
-        execution=engine.execution,
-    )
-
-
 def _fit_at_once(task: Task, draws: int, seed: int, bar: Any) -> Fit:
-    start, before = time.perf_counter(), Snapshot(task.parameters, task.modules)
-    try:
+    start, before = time.perf_counter(), Snapshot(task.parameters, [task.program])
+    with undone_by_errors(task.parameters, [task.program]):
         losses = minimise(task, steps=bar.total, draws=draws, seed=seed)
-        if not math.isfinite(losses[-1]):
-            raise Diverged(f"the loss is {losses[-1]} from the start; nothing was moved")
-    except Exception:
+    if not math.isfinite(losses[-1]):
         before.put_back()
-        raise
+        raise Diverged(f"the loss is {losses[-1]} from the start; the parameters were left alone")
     bar.update(len(losses))
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()
     seconds, steps = time.perf_counter() - start, len(losses)
-    return Fit(losses, [], seconds, steps, steps - 1, "L-BFGS", task.objective, "eager")
+    return Fit(losses, [], seconds, steps, steps - 1, "L-BFGS", task.program.objective, "eager")

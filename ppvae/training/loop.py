@@ -3,46 +3,92 @@
 from __future__ import annotations
 
 import math
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae.training.snapshots import Diverged, Snapshot
+from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
 
 
-class Engine(Protocol):
+class Fit(NamedTuple):
+    """The course of a training; losses are in nats per datum.
+
+    Attributes:
+        losses: values of the objective in each epoch, averaged over its data while they were
+            trained on: the negative ELBO, if no other was asked for.
+        validation_losses: negative ELBO on the validation data after each epoch; empty without.
+        seconds: time in the loop.
+        num_steps: steps of the optimizer.
+        best_epoch: the epoch, from 0, whose parameters were kept: the last one, or with early
+            stopping the one with the lowest validation loss.
+        method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
+        objective: what was minimised, such as `objectives.ELBO()`.
+        execution: "eager", "staged" or "compiled".
+    """
+
+    losses: list[float]
+    validation_losses: list[float]
+    seconds: float
+    num_steps: int
+    best_epoch: int
+    method: str
+    objective: Callable[..., Tensor]
+    execution: str
+
+    @property
+    def history(self) -> dict[str, list[Any]]:
+        """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
+        columns: dict[str, list[Any]] = {
+            "epoch": list(range(len(self.losses))),
+            "loss": self.losses,
+        }
+        if self.validation_losses:
+            columns["validation_loss"] = self.validation_losses
+        return columns
+
+
+class Engine(ABC):
     """What computes losses and gradients: for one model and its guide, or for several at once.
 
     Attributes:
-        replicates: how many losses there are.
+        objectives: the loss of each replicate.
         parameters: what the optimizer moves; the first dimension is that of replicates, if there
             are several.
         modules: what holds the buffers that a call moves.
+        execution: how it runs, "eager", "staged" or "compiled".
     """
 
-    replicates: int
+    objectives: list[Any]
     parameters: list[Tensor]
     modules: list[nn.Module]
+    execution: str
 
+    @abstractmethod
     def minibatches(self) -> Iterable[Any]:
         """Goes once through the data."""
 
+    @abstractmethod
     def data(self, minibatch: Any, step: int) -> tuple[Any, int]:
         """What the losses of a step are computed from, and the number of data in it."""
 
+    @abstractmethod
     def losses(self, data: Any, step: int) -> Tensor:
         """The losses in nats per datum; leaves the gradients in the parameters."""
 
     def blame(self, data: Any) -> str:
         """From what a loss is not finite, as ", from the term"; empty, if that is not known."""
+        return ""
 
     def write_back(self) -> None:
         """Gives models and guides the values of the parameters, where those are copies."""
+        return
 
 
 class Steps:
@@ -73,12 +119,12 @@ class Steps:
             found.append(losses.reshape(-1).tolist())
             for replicate, loss in enumerate(found[-1]):
                 if not math.isfinite(loss):
-                    self._diverged("the loss", replicate, f"is {loss}", self.engine.blame(data))
+                    self._diverge("the loss", replicate, f"is {loss}", self.engine.blame(data))
             if self.number % _EVERY == 0:
                 self.snapshot.take(self.number)
             return losses
 
-        if self.optimizer is not None and self.engine.replicates == 1:
+        if self.optimizer is not None and len(self.engine.objectives) == 1:
             self.optimizer.step(evaluate)
         else:  # replicates have no loss in common, by which a step of one could be judged
             evaluate()
@@ -90,16 +136,16 @@ class Steps:
     def check(self) -> None:
         """Raises Diverged, if the last step led out of the finite numbers."""
         for parameter in self.engine.parameters:
-            finite = torch.isfinite(parameter).reshape(self.engine.replicates, -1).all(1).tolist()
+            rows = parameter.reshape(len(self.engine.objectives), -1)
+            finite = torch.isfinite(rows).all(1).tolist()
             if not all(finite):
-                self._diverged(
-                    "a parameter", finite.index(False), "is not finite", ", from its gradient"
-                )
+                replicate = finite.index(False)
+                self._diverge("a parameter", replicate, "is not finite", ", from its gradient")
 
-    def _diverged(self, what: str, replicate: int, how: str, why: str) -> None:
+    def _diverge(self, what: str, replicate: int, how: str, why: str) -> None:
         self.snapshot.put_back()
         self.engine.write_back()
-        which = f" of replicate {replicate}" if self.engine.replicates > 1 else ""
+        which = f" of replicate {replicate}" if len(self.engine.objectives) > 1 else ""
         raise Diverged(
             f"{what}{which} {how} at step {self.number}{why}; parameters and buffers are back at "
             f"those of step {self.snapshot.step}"
@@ -112,22 +158,6 @@ def progress_bar(num_epochs: int, progress: Any) -> Any:
     return tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
 
 
-class History(NamedTuple):
-    """What a training tells beside the parameters.
-
-    Attributes:
-        losses: of each epoch and replicate, in nats per datum, averaged over the data.
-        validation_losses: after each epoch; empty without validation data.
-        num_steps: steps of the optimizer.
-        best_epoch: the epoch, from 0, whose parameters were kept.
-    """
-
-    losses: list[list[float]]
-    validation_losses: list[float]
-    num_steps: int
-    best_epoch: int
-
-
 def train(
     engine: Engine,
     optimizer: Any,
@@ -135,7 +165,7 @@ def train(
     *,
     validate: Callable[[], float] | None = None,
     patience: int | None = None,
-) -> History:
+) -> list[Fit]:
     """Trains for some epochs, or until the validation loss has stopped falling.
 
     After an error parameters and buffers are as they were before, but for `Diverged` as at most ten
@@ -147,47 +177,51 @@ def train(
         epochs: a progress bar over the epochs.
         validate: returns a loss, and is asked after each epoch.
         patience: after how many epochs without a lower one to stop and go back to the best.
+
+    Returns:
+        The course of the training of each replicate, and its share of the time.
     """
-    before = Snapshot(engine.parameters, engine.modules)
-    try:
-        history = _epochs(Steps(engine, optimizer), epochs, validate, patience)
-    except Diverged:
-        raise
-    except Exception:
-        before.put_back()
-        raise
+    start, steps = time.perf_counter(), Steps(engine, optimizer)
+    with undone_by_errors(engine.parameters, engine.modules):
+        losses, validation, best_epoch = _epochs(steps, epochs, validate, patience)
     engine.write_back()
-    return history
+    seconds = (time.perf_counter() - start) / len(losses)
+    ends = seconds, steps.number, best_epoch, "stochastic gradient"
+    return [
+        Fit(own, validation, *ends, objective, engine.execution)
+        for own, objective in zip(losses, engine.objectives, strict=True)
+    ]
 
 
-def _epochs(steps: Steps, epochs: Any, validate: Any, patience: int | None) -> History:
-    engine = steps.engine
-    history: list[list[float]] = []
+def _epochs(
+    steps: Steps, epochs: Any, validate: Callable[[], float] | None, patience: int | None
+) -> tuple[list[list[float]], list[float], int]:
+    """The losses of each replicate, the validation losses, and the epoch that was kept."""
+    engine, count = steps.engine, len(steps.engine.objectives)
+    history: list[list[float]] = [[] for _ in range(count)]
     validation: list[float] = []
-    best = Snapshot(engine.parameters, engine.modules) if patience else None
-    lowest, kept = math.inf, -1
+    best, lowest, kept = Snapshot(engine.parameters, engine.modules), math.inf, -1
     for epoch in epochs:
-        totals, count = [0.0] * engine.replicates, 0
+        totals, size = [0.0] * count, 0
         for minibatch in engine.minibatches():
             losses, rows = steps.take(minibatch)
             totals = [total + loss * rows for total, loss in zip(totals, losses, strict=True)]
-            count += rows
+            size += rows
         steps.check()
-        history.append([total / count for total in totals])
-        shown = {"loss": f"{sum(history[-1]) / len(totals):.4g}"}
+        for own, total in zip(history, totals, strict=True):
+            own.append(total / size)
+        shown = {"loss": f"{sum(totals) / size / count:.4g}"}
         if validate is not None:
             validation.append(validate())
             shown["validation"] = f"{validation[-1]:.4g}"
             if validation[-1] < lowest:
                 lowest, kept = validation[-1], epoch
-                if best is not None:
-                    best.take(steps.number)
+                best.take(steps.number)
         epochs.set_postfix(shown, refresh=False)
         if (patience is not None and epoch - kept >= patience) or not engine.parameters:
             break  # without parameters, of a family without channels, it is only measured
     epochs.close()
-    if best is None or kept < 0:
-        kept = len(history) - 1
-    else:
-        best.put_back()
-    return History(history, validation, steps.number, kept)
+    if patience is None or kept < 0:
+        return history, validation, epoch
+    best.put_back()
+    return history, validation, kept

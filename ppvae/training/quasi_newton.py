@@ -18,8 +18,7 @@ from torch import Tensor
 from ppvae._scopes import random_state, unchecked
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.matched import average_loss
-from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import is_vectorized, trace_pair
+from ppvae.programs.runs import is_vectorized
 from ppvae.training.task import Task
 
 _MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
@@ -35,12 +34,13 @@ def draws_needed(task: Task) -> int:
     instead of the posterior) and the draws fit in memory. A point needs one draw.
     """
     size = sum(p.numel() for p in task.parameters)
-    plain = isinstance(task.objective, ELBO) and task.objective == ELBO()
-    if not (plain and task.batches.whole and is_vectorized(task.model) and 0 < size <= _MOST):
+    program = task.program
+    plain = isinstance(program.objective, ELBO) and program.objective == ELBO()
+    if not (plain and task.batches.whole and is_vectorized(program.model) and 0 < size <= _MOST):
         return 0
     (batch,) = task.batches
     with torch.no_grad(), random_state(None, keep=True), unchecked():
-        found = terms(*trace_pair(task.model, task.guide, *batch), task.plate)
+        found = task.terms(batch)
     if {*found.log_prior, *found.log_guide} & found.local:
         return 0
     draws = max(256, 2 * size) if found.log_guide else 1
@@ -57,7 +57,8 @@ def minimise(task: Task, *, steps: int, draws: int, seed: int) -> list[float]:
         seed: chooses the random numbers.
     """
     (batch,) = task.batches
-    loss = average_loss(task.model, task.guide, batch, draws=draws, seed=seed, plate=task.plate)
+    pair, plate = (task.program.model, task.program.guide), task.program.plate_name
+    loss = average_loss(*pair, batch, draws=draws, seed=seed, plate=plate)
     surface = _Surface(loss, task.parameters, len(batch[0]))
     place = torch.cat([p.detach().reshape(-1) for p in task.parameters]).double()
     free = torch.ones_like(place, dtype=torch.bool)

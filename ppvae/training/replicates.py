@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import random
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,16 +19,14 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
-from ppvae.data.batches import batches_of
-from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.staging.staged import NotStageable, one_line
-from ppvae.training.fitting import Fit, fit
-from ppvae.training.loop import progress_bar, train
+from ppvae.training.fitting import fit
+from ppvae.training.loop import Fit, progress_bar, train
 from ppvae.training.quasi_newton import draws_needed
 from ppvae.training.single import how_to_run
-from ppvae.training.stacked import Stacked, stacked
-from ppvae.training.task import adam, check_objective, check_options, task_of
+from ppvae.training.stacked import stacked
+from ppvae.training.task import adam, check_objective, check_options, task_of, training_batches
 
 
 def fit_replicates(
@@ -101,11 +98,8 @@ def fit_replicates(
     pairs, seeds, goals = _checked(pairs, seeds, objective)
     num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
-    batches = batches_of("data", data, batch_size, training=True, extra=named[0][2])
+    batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
     how = how_to_run(compile, num_epochs * batches.count, 2)
-    for model, _ in pairs:
-        if batches.tensors and hasattr(model, "check_data"):
-            model.check_data(*batches.tensors)
     programs = [program for pair in named for program in pair[:2]]
     with private_modules(), train_mode(*programs), matmul_precision(precision):
         tasks = []
@@ -113,7 +107,7 @@ def fit_replicates(
             # parameters are made as `fit` would, and those of equal names stay apart
             with private_modules(), random_state(seed):
                 tasks.append(task_of(model, guide, goal, batches, plate))
-        _check_parameters([task.parameters for task in tasks])
+        _check_parameters([list(task.program.parameters()) for task in tasks])
         at_once = optimizer is None and any(draws_needed(task) for task in tasks)
         if tasks[0].parameters and len(tasks) > 1 and not at_once:
             try:
@@ -124,7 +118,7 @@ def fit_replicates(
             else:
                 moves = (optimizer or adam)(engine.parameters, lr=learning_rate)
                 with random_state(random.Random(repr(seeds)).getrandbits(62)):
-                    return _train(engine, moves, goals, progress_bar(num_epochs, progress))
+                    return train(engine, moves, progress_bar(num_epochs, progress))
     options: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size}
     options |= {"learning_rate": learning_rate, "optimizer": optimizer, "compile": compile}
     options |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
@@ -150,39 +144,24 @@ def _checked(
     goals = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
     if seeds is None:
         seeds = torch.randint(2**62, (len(pairs),)).tolist()
-    try:
-        seeds = [operator.index(seed) for seed in seeds]
-    except TypeError:
-        wanted = "whole numbers, one for each pair"
-        raise TypeError(f"seeds: expected {wanted}, got {seeds!r}") from None
+    whole = all(hasattr(seed, "__index__") for seed in seeds)
+    expect(whole, "seeds", "whole numbers, one for each pair", repr(seeds), TypeError)
     for name, values in {"objective": goals, "seeds": seeds}.items():
         wanted = f"{len(pairs)}, one for each pair"
         expect(len(values) == len(pairs), name, wanted, len(values))
     for goal in goals:
         check_objective(goal)
-    return pairs, seeds, goals
+    return pairs, [operator.index(seed) for seed in seeds], goals
 
 
 def _check_parameters(parameters: Sequence[list[Tensor]]) -> None:
     """Raises a ValueError if pairs share a parameter, or those of one have other shapes."""
     seen: dict[int, int] = {}
+    kinds = [[(p.shape, p.requires_grad) for p in own] for own in parameters]
     for number, own in enumerate(parameters):
-        same = [p.shape for p in own] == [p.shape for p in parameters[0]]
-        got = f"a pair {number} whose parameters differ in shape or number from those of pair 0"
-        expect(same, "pairs", "models and guides of the same make", got)
-        for p in own:
+        got = f"other shapes, or other parameters frozen, in pair {number} than in pair 0"
+        expect(kinds[number] == kinds[0], "pairs", "models and guides of the same make", got)
+        for p in filter(lambda p: p.requires_grad, own):
             other = seen.setdefault(id(p), number)
             got = f"one of shape {tuple(p.shape)} that pair {number} shares with pair {other}"
             expect(other == number, "pairs", "parameters of their own", got)
-
-
-def _train(engine: Stacked, optimizer: Any, goals: list[Any], bar: Any) -> list[Fit]:
-    start = time.perf_counter()
-    history = train(engine, optimizer, bar)
-    seconds = (time.perf_counter() - start) / engine.replicates
-    ends = history.num_steps, history.best_epoch, "stochastic gradient"
-    losses = zip(*history.losses, strict=True)
-    return [
-        Fit(list(own), [], seconds, *ends, goal or ELBO(), engine.execution)
-        for own, goal in zip(losses, goals, strict=True)
-    ]

@@ -13,6 +13,7 @@ from ppvae._checks import expect
 from ppvae._scopes import unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
+from ppvae.training.loop import Engine
 from ppvae.training.task import Task
 
 # Steps after which it has paid to stage a loss, and to compile it: it takes 0.4 s and 5 s or so,
@@ -41,32 +42,24 @@ def how_to_run(compile: Any, steps: int, rows: int) -> str:
     return "staged" if steps >= STAGE else "eager"
 
 
-class Single:
-    """An `Engine` for one model and its guide; made by `single`.
+class Single(Engine):
+    """The engine for one model and its guide; made by `single`.
 
     Attributes:
         task: what is trained.
         staged: its graph; None runs the programs.
         gradients: the compiled graph of loss and gradients; None leaves these to autograd.
-        parameters: what is trained; of plain `pyro.param` statements with the same memory.
     """
-
-    replicates = 1
 
     def __init__(
         self, task: Task, staged: Staged | None = None, gradients: Gradients | None = None
     ) -> None:
         self.task, self.staged, self.gradients = task, staged, gradients
-        self.modules, self.parameters = task.modules, task.parameters
-        if staged is not None:
-            self.parameters = [p for p in staged.parameters() if p.requires_grad]
-
-    @property
-    def execution(self) -> str:
-        """How it runs: "eager", "staged" or "compiled"."""
-        if self.gradients is not None:
-            return self.gradients.execution
-        return "eager" if self.staged is None else "staged"
+        self.objectives, self.modules = [task.program.objective], [task.program]
+        self.parameters = task.parameters
+        self.execution = "eager" if staged is None else "staged"
+        if gradients is not None:
+            self.execution = gradients.execution
 
     def minibatches(self) -> Iterable[tuple[Any, ...]]:
         """Goes once through the data."""
@@ -79,15 +72,15 @@ class Single:
     def losses(self, data: tuple[Any, ...], step: int) -> Tensor:
         """The loss in nats per datum; leaves the gradients in the parameters."""
         staged, gradients = self.staged, self.gradients
-        compiled = gradients is not None and gradients.execution == "compiled"
-        if staged and gradients and compiled and staged.covers(*data):
+        if staged and gradients and self.execution == "compiled" and staged.covers(*data):
             state = staged.state()
             loss, slopes = gradients(state, staged.data(data, staged.program.settings(step)))
             for at, slope in zip(gradients.trained, slopes, strict=True):
                 state[at].grad = slope
+            self.execution = gradients.execution  # the compiler runs, or fails, in the first call
         else:
             with unchecked():
-                loss = self.task.loss(data, step) if staged is None else staged(*data, step=step)
+                loss = staged(*data, step=step) if staged else self.task.program.loss(data, step)
             if loss.requires_grad:
                 loss.backward()
         loss = loss.detach()
@@ -99,9 +92,6 @@ class Single:
         """The terms that are not finite."""
         return f", from {self.task.blame(data)}"
 
-    def write_back(self) -> None:
-        """Does nothing: the parameters are those of model and guide."""
-
 
 def single(task: Task, how: str) -> Single:
     """Makes an engine that runs a task as it is said, or else eagerly, with one line that says why.
@@ -112,9 +102,8 @@ def single(task: Task, how: str) -> Single:
     """
     if how == "eager":
         return Single(task)
-    example = task.batches.example()
     try:
-        staged = record(task.model, task.guide, task.objective, example, **task.options)
+        staged = record(task.program, task.batches.example())
     except NotStageable as error:
         warnings.warn(f"fit: runs eagerly; {error}", stacklevel=3)
         return Single(task)

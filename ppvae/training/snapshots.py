@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +50,16 @@ class Snapshot:
     def _now(self) -> list[Tensor]:
         buffers: list[Any] = [part[name] for part, name in self._buffers]
         return self._parameters + buffers
+
+
+@contextmanager
+def undone_by_errors(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts parameters and buffers back if an error ends the training, unless it is `Diverged`."""
+    before = Snapshot(parameters, modules)
+    try:
+        yield
+    except Diverged:
+        raise
+    except Exception:
+        before.put_back()
+        raise

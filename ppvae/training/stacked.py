@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import expect
 from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.objectives.base import moving_fields
 from ppvae.staging.gradients import Gradients
-from ppvae.staging.program import Program, program_of
+from ppvae.staging.program import Program
 from ppvae.staging.staged import NotStageable, Staged, one_line, record
+from ppvae.training.loop import Engine
 from ppvae.training.task import Task
 
 
-class Stacked:
-    """An `Engine` for replicates, whose parameters, buffers and data have a dimension in common.
+class Stacked(Engine):
+    """The engine for replicates, whose parameters, buffers and data have a dimension in common.
 
     The pairs keep their values until `write_back`. Made by `stacked`.
 
@@ -31,26 +31,20 @@ class Stacked:
     def __init__(
         self,
         tasks: Sequence[Task],
-        programs: Sequence[Program],
         seeds: Sequence[int],
         gradients: Gradients,
         state: list[Tensor],
     ) -> None:
-        self.programs, self.gradients, self.state = programs, gradients, state
+        self.programs, self.gradients, self.state = [t.program for t in tasks], gradients, state
         self.staged, self.batches = gradients.staged, tasks[0].batches
         self.streams = [_Stream(seed) for seed in seeds]
-        self.replicates = len(tasks)
+        self.objectives = [program.objective for program in self.programs]
         self.parameters = [state[at] for at in gradients.trained]
         held = nn.Module()
         for at, value in enumerate(state):
             if at not in gradients.trained:
                 held.register_buffer(f"value_{at}", value)
         self.modules: list[nn.Module] = [held]
-
-    @property
-    def execution(self) -> str:
-        """How it runs: "staged" or "compiled"."""
-        return self.gradients.execution
 
     def minibatches(self) -> Iterable[Any]:
         """Goes once through the data; yields the passes of all replicates, for each step anew."""
@@ -71,11 +65,8 @@ class Stacked:
         losses, slopes = self.gradients(self.state, data)
         for parameter, slope in zip(self.parameters, slopes, strict=True):
             parameter.grad = slope
+        self.execution = self.gradients.execution  # the compiler runs, or fails, in the first call
         return losses
-
-    def blame(self, data: list[Tensor]) -> str:
-        """Nothing: the graph knows no terms."""
-        return ""
 
     def write_back(self) -> None:
         """Gives each pair its values."""
@@ -95,7 +86,6 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
 
     Raises:
         NotStageable: the loss is no graph, or not the same for all.
-        ValueError: not the same parameters are frozen in all.
     """
     batches = tasks[0].batches
     example = batches.example()
@@ -104,18 +94,14 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
     if rows < 2 or (batches.size % rows == 1 and not dropped):
         raise NotStageable("data: a batch of one datum is a case of its own")
     try:
-        moving = moving_fields([task.objective for task in tasks])
+        moving = moving_fields([task.program.objective for task in tasks])
     except ValueError as error:
         raise NotStageable(str(error)) from error
-    parts = [(task.model, task.guide, task.objective, example) for task in tasks]
-    options: dict[str, Any] = {**tasks[0].options, "moving": moving}
-    staged = record(*parts[0], **options)
-    programs = [staged.program, *(program_of(*some, **options) for some in parts[1:])]
+    programs = [task.program for task in tasks]
+    for program in programs:
+        program.moving = moving
+    staged = record(programs[0], example)
     states = [staged.state(program) for program in programs]
-    wants = [[value.requires_grad for value in state] for state in states]
-    other = next((number for number, some in enumerate(wants) if some != wants[0]), None)
-    got = f"other frozen parameters in pair {other} than in pair 0"
-    expect(other is None, "pairs", "models and guides of the same make", got)
     for number, (program, state) in enumerate(zip(programs, states, strict=True)):
         _check(number, staged, program, state, example)
     gradients = Gradients(staged, compiled=compiled, replicated=True)
@@ -124,7 +110,7 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
     state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
     for at in gradients.trained:
         state[at] = nn.Parameter(state[at])
-    engine = Stacked(tasks, programs, seeds, gradients, state)
+    engine = Stacked(tasks, seeds, gradients, state)
     _try(engine)
     return engine
 

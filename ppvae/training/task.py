@@ -13,57 +13,43 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_choice, check_count, check_number, expect
 from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
-from ppvae.data.batches import Batches
-from ppvae.objectives.base import takes_plate
+from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.elbo import ELBO, negative_elbo
-from ppvae.objectives.trace_terms import terms
-from ppvae.programs.nodes import data_plate, observed_nodes, plates_of
+from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.runs import trace_pair
-from ppvae.staging.program import called_modules
+from ppvae.staging.program import Program, program_of
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its guide, an objective and data; made by `task_of`.
+    """The loss of a model and its guide, and data; made by `task_of`.
 
     Attributes:
-        model: a Pyro model.
-        guide: its guide.
-        objective: the loss.
+        program: the loss.
         batches: the data to train on.
-        plate: name of the data plate, where the rule that finds it could find another in another
-            minibatch; else None.
-        options: keyword arguments of the objective.
-        parameters: all that model and guide have and that want a gradient.
-        modules: model and guide, and the modules that they call, if they are functions.
     """
 
-    model: Any
-    guide: Any
-    objective: Any
+    program: Program
     batches: Batches
-    plate: str | None
-    options: dict[str, Any]
-    parameters: list[Tensor]
-    modules: list[nn.Module]
 
-    def loss(self, batch: tuple[Any, ...], step: int) -> Tensor:
-        """The objective in nats per datum, by way of the programs."""
-        return self.objective(self.model, self.guide, *batch, **self.options, step=step)
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that want a gradient; of plain `pyro.param` statements with the same memory."""
+        return [p for p in self.program.parameters() if p.requires_grad]
 
     def check_loss(self, batch: tuple[Any, ...]) -> None:
-        """Computes it with the caller's checks on, those of Pyro and PyTorch; moves nothing."""
-        with random_state(None, keep=True), torch.no_grad(), kept_buffers(*self.modules):
-            self.loss(batch, 0)
+        """Computes the loss with the caller's checks on, those of Pyro and PyTorch."""
+        with random_state(None, keep=True), torch.no_grad(), kept_buffers(self.program):
+            self.program.loss(batch, 0)
 
     def held_out_loss(self, held_out: Batches) -> float:
         """The negative ELBO of other data, with the same random numbers every time."""
         held_out.to(self.batches.device)
         total = count = 0.0
-        programs = self.model, self.guide
-        with torch.no_grad(), random_state(0), eval_mode(*programs), unchecked():
+        pair, plate = (self.program.model, self.program.guide), self.program.plate_name
+        with torch.no_grad(), random_state(0), eval_mode(*pair), unchecked():
             for batch in held_out:
-                loss = negative_elbo(*programs, *batch, size=held_out.size, plate=self.plate)
+                loss = negative_elbo(*pair, *batch, size=held_out.size, plate=plate)
                 total += loss.item() * len(batch[0])
                 count += len(batch[0])
         return total / count
@@ -71,7 +57,7 @@ class Task:
     def blame(self, batch: tuple[Any, ...]) -> str:
         """Names the terms of the objective that are not finite."""
         with torch.no_grad(), unchecked():
-            found = terms(*trace_pair(self.model, self.guide, *batch), self.plate)
+            found = self.terms(batch)
         bad = [
             f"{kind} of {site!r}"
             for kind in ("log_likelihood", "kl", "log_prior", "log_guide")
@@ -80,11 +66,17 @@ class Task:
         ]
         return ", ".join(bad) or "their sum"
 
+    def terms(self, batch: tuple[Any, ...]) -> Terms:
+        """The terms of the objective of one draw."""
+        pair = trace_pair(self.program.model, self.program.guide, *batch)
+        return terms(*pair, self.program.plate_name)
+
     def check_support(self, *data: Batches) -> None:
         """Raises a ValueError unless every datum lies in the support of its likelihood."""
-        with torch.no_grad(), random_state(None, keep=True), eval_mode(self.model):
+        model = self.program.model
+        with torch.no_grad(), random_state(None, keep=True), eval_mode(model):
             for batch in (batch for batches in data for batch in batches):
-                trace = poutine.trace(self.model).get_trace(*batch)
+                trace = poutine.trace(model).get_trace(*batch)
                 for name in trace.observation_nodes:
                     node = trace.nodes[name]
                     ok = node["fn"].support.check(node["value"])
@@ -93,10 +85,18 @@ class Task:
                     expect(ok.all(), "data", wanted, got)
 
 
+def training_batches(model: Any, data: Any, batch_size: int | None, extra: Any) -> Batches:
+    """Minibatches to train on; a model that has a `check_data` looks at data that are tensors."""
+    batches = batches_of("data", data, batch_size, training=True, extra=extra)
+    if batches.tensors and hasattr(model, "check_data"):
+        model.check_data(*batches.tensors)
+    return batches
+
+
 def task_of(
     model: Any, guide: Any, objective: Any, batches: Batches, plate: str | None = None
 ) -> Task:
-    """Makes a task, by a run of the model and its guide that leaves no trace but late parameters.
+    """Makes a task, by calls that leave nothing behind but parameters that are made late.
 
     Args:
         model: a Pyro model.
@@ -109,45 +109,20 @@ def task_of(
         ValueError: model and guide do not fit, nothing is observed, or the data are of another
             dtype than the parameters, or not as many as the data plate has.
     """
-    objective = ELBO() if objective is None else objective
-    programs = [m for m in (model, guide) if isinstance(m, nn.Module)]
-    near = next((p for module in programs for p in module.parameters()), None)
+    modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
+    near = next((p for module in modules for p in module.parameters()), None)
     if near is not None:
         batches.to(near.device)
         for tensor in batches.tensors:
             same = not tensor.is_floating_point() or tensor.dtype == near.dtype
             expect(same, "data", f"{near.dtype}, as the parameters", tensor.dtype)
-    with torch.no_grad(), random_state(None, keep=True), eval_mode(model, guide), unchecked():
-        batch = batches.example()
-        with called_modules() as called, poutine.trace(param_only=True) as capture:
-            trace, _ = trace_pair(model, guide, *batch)
-    name = _plate_name(trace, plate, len(batch[0]))
-    options: dict[str, Any] = {"size": batches.size}
-    if plate is not None or (name is not None and takes_plate(objective)):
-        options["plate"] = name
-    nodes: Any = capture.trace.nodes
-    found: list[Tensor] = [p for module in programs for p in module.parameters()]
-    found += [node["value"].unconstrained() for node in nodes.values()]
-    parameters = list({id(p): p for p in found if p.requires_grad}.values())
-    return Task(model, guide, objective, batches, name, options, parameters, programs + called)
-
-
-def _plate_name(trace: Any, plate: str | None, rows: int) -> str | None:
-    """The name of the data plate, if it was given or a shorter minibatch could have another.
-
-    Raises:
-        ValueError: nothing is observed, or the plate is not as long as the data.
-    """
-    observed = observed_nodes(trace)
-    expect(observed, "model", "observed sites", "none")
-    frame = data_plate(trace, plate)
-    if frame is None:
-        return None
-    fits = rows in (frame.size, frame.full_size)
-    wanted = f"{frame.size} rows, the size of the plate {frame.name!r} of the model"
-    expect(fits, "data", wanted, rows)
-    others = {name for node in observed for name in plates_of(node)} - {frame.name}
-    return frame.name if plate or (others and frame.name != "data") else None
+    batch = batches.example()
+    program = program_of(model, guide, objective or ELBO(), batch, size=batches.size, plate=plate)
+    frame, rows = program.plate, len(batch[0])
+    if frame is not None:
+        wanted = f"{frame.size} rows, the size of the plate {frame.name!r} of the model"
+        expect(rows in (frame.size, frame.full_size), "data", wanted, rows)
+    return Task(program, batches)
 
 
 def check_options(num_epochs: Any, learning_rate: Any, optimizer: Any, precision: Any) -> int:
