@@ -98,14 +98,14 @@ def information(
     chosen = np.zeros(size, dtype=bool)
     chosen[np.arange(points) * size // points] = True
     tables, start = [], 0
-    for some in draws:
-        datum = start + np.arange(len(some.log_guide)) % some.size
-        start += some.size
-        rows = torch.as_tensor(np.flatnonzero(chosen[datum]), device=some.log_guide.device)
+    for each in draws:
+        datum = start + np.arange(len(each.log_guide)) % each.size
+        start += each.size
+        rows = torch.as_tensor(np.flatnonzero(chosen[datum]), device=each.log_guide.device)
         if len(rows):
-            values = {name: value[rows] for name, value in some.values.items()}
+            values = {name: value[rows] for name, value in each.values.items()}
             log_q = _log_sum(runs, values, inside) - math.log(size)
-            table = torch.stack([some.log_guide[rows], some.log_prior[rows], log_q]).double()
+            table = torch.stack([each.log_guide[rows], each.log_prior[rows], log_q]).double()
             tables.append(np.vstack([datum[rows.cpu().numpy()], table.cpu().numpy()]))
     datum, log_own, log_prior, log_q = np.hstack(tables)
     datum = datum.astype(int)
@@ -145,8 +145,8 @@ def _log_sum(runs: Runs, values: dict[str, Tensor], inside: Any) -> Tensor:
             spread = {}
             for name, place in places.items():
                 place = place if draws is None else place.inside(draws)
-                some = values[name][start : start + number, None].expand(-1, rows, -1)
-                spread[name] = place.back(some)
+                chunk = values[name][start : start + number, None].expand(-1, rows, -1)
+                spread[name] = place.back(chunk)
             scored = run_trace(given(runs.guide, trace, spread), batch, draws)
             log_q = log_density(scored, runs.plate)
             pieces.append(log_q.expand(number, rows).logsumexp(-1))

@@ -10,8 +10,6 @@ import xarray as xr
 from scipy import special
 
 ALPHA = 0.01  # level of the verdict, shared among the latents
-
-
 _INTERVALS = 50  # between their ends the cumulative distribution of the ranks is looked at
 
 
@@ -32,8 +30,8 @@ def uniformity(rank: np.ndarray, num_samples: int) -> np.ndarray:
     tails = _tails(len(rank), chances)
     smaller = _smaller(rank, bounds)
     statistic = np.take_along_axis(tails, smaller, 1).min(0)
-    limits, places = np.unique(statistic, return_inverse=True)
-    return np.array([_leaves(tails, chances, limit) for limit in limits])[places]
+    limits, index = np.unique(statistic, return_inverse=True)
+    return np.array([_chance_outside(tails, chances, limit) for limit in limits])[index]
 
 
 def ecdf_band(
@@ -55,7 +53,7 @@ def ecdf_band(
     low, high = math.log((1 - level) / (2 * len(chances))), math.log(1 - level)
     for _ in range(30):
         middle = (low + high) / 2
-        inside = _leaves(tails, chances, math.exp(middle)) <= 1 - level
+        inside = _chance_outside(tails, chances, math.exp(middle)) <= 1 - level
         low, high = (middle, high) if inside else (low, middle)
     first, last = _interval(tails, math.exp(low))
     return chances, first / num_simulations, last / num_simulations
@@ -86,28 +84,30 @@ def coverage(rank: np.ndarray, num_samples: int, level: float) -> tuple[np.ndarr
     return share, np.sqrt(smooth * (1 - smooth) / (count + 2))
 
 
-def reading(found: xr.Dataset) -> str:
-    """What the result of `calibration` says, in words."""
-    p = found.uniformity_p.values
+def verdict(result: xr.Dataset) -> str:
+    """What a result of `calibration` says, in words."""
+    p = result.uniformity_p.values
     failing = p * len(p) < ALPHA
+    worth = _worth(result)
     if failing.any():
-        verdict = f"fails for {failing.sum()} of {len(p)} latents"
-        return "; ".join([verdict, *_faults(found, failing), _worth(found)])
-    information, error = float(found.information), float(found.information_se)
+        return "; ".join(
+            [f"fails for {failing.sum()} of {len(p)} latents", *_faults(result, failing), worth]
+        )
+    information, error = float(result.information), float(result.information_se)
     if information <= 2 * error + 0.005:
         same = abs(information) + error < 1e-9
         nothing = "is the prior" if same else "is no closer to the posterior than the prior is"
-        return f"passes, and passes nothing: the guide {nothing} ({_worth(found)})"
-    uniform = f"ranks are uniform in {found.sizes['simulation']} simulations"
-    return f"passes: {uniform} (smallest p {p.min():.2g}; {_worth(found)})"
+        return f"passes, and passes nothing: the guide {nothing} ({worth})"
+    uniform = f"ranks are uniform in {result.sizes['simulation']} simulations"
+    return f"passes: {uniform} (smallest p {p.min():.2g}; {worth})"
 
 
-def _faults(found: xr.Dataset, failing: np.ndarray) -> list[str]:
-    """The worst latent of each kind of fault."""
-    level = min(found.level.values.tolist(), key=lambda value: abs(value - 0.9))
-    rank, count = found["rank"].values, found.sizes["simulation"]
-    covered = found.coverage.sel(level=level).values
-    above = (2 * rank > found.num_samples).mean(0)
+def _faults(result: xr.Dataset, failing: np.ndarray) -> list[str]:
+    """The worst latent of each kind of fault, in standard errors that uniform ranks would have."""
+    level = min(result.level.values.tolist(), key=lambda value: abs(value - 0.9))
+    rank, count = result["rank"].values, result.sizes["simulation"]
+    covered = result.coverage.sel(level=level).values
+    above = (2 * rank > result.num_samples).mean(0)
     wide = (covered - level) * math.sqrt(count / (level * (1 - level)))
     low = (above - 0.5) * 2 * math.sqrt(count)
     kinds = [
@@ -116,27 +116,25 @@ def _faults(found: xr.Dataset, failing: np.ndarray) -> list[str]:
         (low, "draws too low: {above} of the true values of {name} are above the median"),
         (-low, "draws too high: {above} of the true values of {name} are above the median"),
     ]
-    said = []
+    faults = []
     for score, words in kinds:
         worst = int(np.where(failing, score, -math.inf).argmax())
         if score[worst] > 4:
             values = {"level": level, "covered": covered[worst], "above": above[worst]}
             shares = {key: f"{100 * value:.0f} %" for key, value in values.items()}
-            said.append(words.format(name=found.latent.values[worst], **shares))
-    if not said:
-        worst = int(found.uniformity_p.values.argmin())
-        said.append(f"the ranks of {found.latent.values[worst]} are not uniform")
-    return said
+            faults.append(words.format(name=result.latent.values[worst], **shares))
+    worst = int(result.uniformity_p.values.argmin())
+    return faults or [f"the ranks of {result.latent.values[worst]} are not uniform"]
 
 
-def _worth(found: xr.Dataset) -> str:
+def _worth(result: xr.Dataset) -> str:
     """Information and gap, in words."""
-    information, gap, upper = (float(found[k]) for k in ("information", "gap", "gap_upper"))
+    information, gap, upper = (float(result[k]) for k in ("information", "gap", "gap_upper"))
     if math.isnan(information):
-        return f"information is not known: {found.note}"
+        return f"information is not known: {result.note}"
     near = upper - gap <= 0.05 + 0.02 * abs(upper)
-    width = f"gap {_number(gap)}" if near else f"gap {_number(gap)} to {_number(upper)}"
-    return f"information {_number(information)}, {width} {found.unit}"
+    width = _number(gap) if near else f"{_number(gap)} to {_number(upper)}"
+    return f"information {_number(information)}, gap {width} {result.unit}"
 
 
 def _number(value: float) -> str:
@@ -173,7 +171,7 @@ def _interval(tails: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
     return inside.argmax(1), tails.shape[1] - 1 - inside[:, ::-1].argmax(1)
 
 
-def _leaves(tails: np.ndarray, chances: np.ndarray, limit: float) -> float:
+def _chance_outside(tails: np.ndarray, chances: np.ndarray, limit: float) -> float:
     """The chance that at some point the tail of uniform ranks is at most the limit.
 
     Numbers of ranks in separate intervals are independent Poisson ones, given their sum.

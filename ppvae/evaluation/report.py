@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import special
 
+from ppvae._checks import check_number, expect
 from ppvae.evaluation.directions import WORTH
+from ppvae.evaluation.measures import ACTIVE
 from ppvae.objectives.weights import TRUSTED
 
 
@@ -28,17 +31,27 @@ def summary(found: xr.Dataset) -> pd.DataFrame:
 
     Raises:
         ValueError: `found` is no result of `evaluate`.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, evaluate, families, likelihoods
+        >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(1.0))
+        >>> guide = FamilyGuide(model, families.noise_only)
+        >>> table = summary(evaluate(model, guide, torch.randn(20, 5)))
+        >>> float(table.loc["rate", "mean"]), table.loc["rate", "unit"]
+        (0.0, 'nats per datum')
     """
     _check(found)
     rows: dict[str, tuple[float, float, str]] = {}
     names = ["elbo", "rate", "distortion", "log_likelihood"]
     for name in names if found.bound else ["objective", "rate", "distortion"]:
-        rows[name] = (*_mean(found[name].values), "nats per datum")
+        rows[name] = (*_mean(found[name]), found[name].attrs["unit"])
     if found.bound:
         for name in ("mutual_information", "aggregate_kl"):
-            rows[name] = (float(found[name]), float(found[f"{name}_se"]), "nats per datum")
-        rows["ess"] = (*_mean(found.ess.values), f"of {found.num_samples} draws")
-        above = np.where(found.khat.isnull(), np.nan, found.khat.values > TRUSTED)
+            error = float(found[f"{name}_se"])
+            rows[name] = (float(found[name]), error, found[name].attrs["unit"])
+        rows["ess"] = (*_mean(found.ess), f"of {found.num_samples} {found.ess.attrs['unit']}")
+        above = (found.khat > TRUSTED).where(found.khat.notnull())
         rows[f"khat > {TRUSTED}"] = (*_mean(above), "share of the data")
     rows["active"] = (*_active(found), f"of {found.sizes['latent']} latents")
     if math.isfinite(found.attrs.get("cap", math.inf)):
@@ -57,30 +70,42 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
         beta: what the rate was weighted with in training.
 
     Raises:
-        ValueError: `found` is no result of `evaluate`.
+        ValueError: `found` is no result of `evaluate`, or `beta` no number of at least 0.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, evaluate, families, likelihoods
+        >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(1.0))
+        >>> guide = FamilyGuide(model, families.noise_only)
+        >>> lines = reading(evaluate(model, guide, torch.randn(20, 5))).splitlines()
+        >>> lines[1]
+        'The latents tell 0.00 +- 0.00 nats of each datum.'
+        >>> lines[-1][:37]
+        '2 of 2 latents collapsed (0, 1): the '
     """
     _check(found)
+    beta = check_number("beta", beta)
     lines = _bound(found) if found.bound else _point(found)
     lines += _collapse(found, beta)
     return "\n".join(lines)
 
 
 def _check(found: xr.Dataset) -> None:
-    if not (isinstance(found, xr.Dataset) and "distortion" in found and "bound" in found.attrs):
-        raise ValueError(f"found: expected a result of evaluate, got {type(found).__name__}")
+    known = isinstance(found, xr.Dataset) and "distortion" in found and "bound" in found.attrs
+    expect(known, "found", "a result of evaluate", type(found).__name__)
 
 
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
+def _mean(values: xr.DataArray) -> tuple[float, float]:
+    error = values.values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.values.mean()), float(error)
 
 
 def _active(found: xr.Dataset) -> tuple[float, float]:
     """The number of active latents, and its error, from the normal error of each variance."""
     variance, error = found.mean_variance.values, found.mean_variance_se.values
     with np.errstate(divide="ignore", invalid="ignore"):
-        away = np.where(error > 0, np.abs(variance - 0.01) / error, math.inf)
-    chance = np.array([0.5 * math.erfc(a / math.sqrt(2)) for a in away])
+        away = np.where(error > 0, np.abs(variance - ACTIVE) / error, math.inf)
+    chance = special.ndtr(-away)  # that the latent is on the other side
     return float(found.active.sum()), float(np.sqrt((chance * (1 - chance)).sum()))
 
 
@@ -94,22 +119,21 @@ def _point(found: xr.Dataset) -> list[str]:
 
 
 def _bound(found: xr.Dataset) -> list[str]:
-    (elbo, error), (rate, _) = _mean(found.elbo.values), _mean(found.rate.values)
-    log_p = float(found.log_likelihood.mean())
+    (elbo, error), (rate, _) = _mean(found.elbo), _mean(found.rate)
+    log_p, size = float(found.log_likelihood.mean()), found.sizes["datum"]
     lines = [
         f"The ELBO is {elbo:.2f} +- {error:.2f} nats per datum, at a rate of {rate:.2f}; log p(x) "
         f"is at least {log_p:.2f}, so the gap is {log_p - elbo:.2f} or more."
     ]
-    told, told_se = float(found.mutual_information), float(found.mutual_information_se)
-    size = found.sizes["datum"]
-    if told > math.log(size) - max(0.1, 2 * told_se):
+    carried, carried_se = float(found.mutual_information), float(found.mutual_information_se)
+    if carried > math.log(size) - max(0.1, 2 * carried_se):
         lines.append(
             f"The latents tell all these {size} data apart: I(x; z) is at its limit here, log N = "
             f"{math.log(size):.2f}, and more data would show more."
         )
     else:
-        told = round(told, 2) + 0.0  # no negative zero
-        lines.append(f"The latents tell {told:.2f} +- {told_se:.2f} nats of each datum.")
+        carried = round(carried, 2) + 0.0  # no negative zero
+        lines.append(f"The latents tell {carried:.2f} +- {carried_se:.2f} nats of each datum.")
     apart, apart_se = float(found.aggregate_kl), float(found.aggregate_kl_se)
     if apart > max(1.0, 2 * apart_se):
         lines.append(
@@ -118,26 +142,24 @@ def _bound(found: xr.Dataset) -> list[str]:
         )
     cap = found.attrs.get("cap", math.inf)
     if 0 < cap < math.inf:
-        latents = found.sizes["latent"]
         lines.append(
-            f"The family can carry no more than {cap:.4f} nats per latent, {cap * latents:.2f} in "
-            "all."
+            f"The family can carry no more than {cap:.4f} nats per latent, "
+            f"{cap * found.sizes['latent']:.2f} in all."
         )
-    return lines + _trust(found)
+    return [*lines, _trust(found.khat.dropna("datum").values)]
 
 
-def _trust(found: xr.Dataset) -> list[str]:
-    known = found.khat.values[~np.isnan(found.khat.values)]
-    if not len(known):
-        return ["k-hat cannot be told from so few draws."]
-    share = float((known > TRUSTED).mean())
+def _trust(khats: np.ndarray) -> str:
+    if not len(khats):
+        return "k-hat cannot be told from so few draws."
+    share = float((khats > TRUSTED).mean())
     if share == 0:
-        return [f"k-hat is below {TRUSTED} for all data: the importance weights are well behaved."]
-    return [
+        return f"k-hat is below {TRUSTED} for all data: the importance weights are well behaved."
+    return (
         f"k-hat is above {TRUSTED} for {100 * share:.0f} % of the data: there the guide misses "
         "parts of the posterior, and neither it nor log p(x) by importance sampling can be "
         "trusted; `annealed_importance` gives a better estimate, a wider family a better guide."
-    ]
+    )
 
 
 def _collapse(found: xr.Dataset, beta: float) -> list[str]:
@@ -145,9 +167,9 @@ def _collapse(found: xr.Dataset, beta: float) -> list[str]:
     names = [str(name) for name in found.latent.values[~found.active.values]]
     if not names:
         return [f"All {active} latents are active."]
-    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    what = f"{len(names)} of {len(found.latent)} latents collapsed ({some}): "
-    return [what + _cause(found, beta, active)]
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    collapsed = f"{len(names)} of {len(found.latent)} latents collapsed ({listed}): "
+    return [collapsed + _cause(found, beta, active)]
 
 
 def _cause(found: xr.Dataset, beta: float, active: int) -> str:

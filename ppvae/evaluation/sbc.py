@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_count, expect
 from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
-from ppvae.evaluation.ranks import ALPHA, coverage, reading, uniformity
+from ppvae.evaluation.ranks import ALPHA, coverage, uniformity, verdict
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.score import terms_at
 from ppvae.objectives.trace_terms import Terms, terms
@@ -132,7 +132,7 @@ def calibration(  # noqa: D417
         if refit is None:
             size = min(batch_size, total)
             with torch.no_grad(), eval_mode(model, guide):
-                batches = minibatches(model, guide, args, plan.plate, size, plate)
+                batches = minibatches(model, guide, args, plan.plate, size)
             runs = _answers(model, guide, batches, total, arguments)
         else:
             runs = _refits(model, guide, args, total, refit, arguments)
@@ -280,26 +280,27 @@ def _measured(model: Any, guide: Any, simulation: Simulation, plan: _Plan) -> di
             weights.append(plan.per_simulation(parts.log_weight, parts, true.shape[:2]))
         nats = {}
         if parts.log_guide:
-            known = terms_at(model, guide, args, latents, plan.plate_name)
-            nats = _nats(torch.cat(weights), known, plan)
+            at_truth = terms_at(model, guide, args, latents, plan.plate_name)
+            nats = _nats(torch.cat(weights), at_truth, plan)
     shift = (torch.rand(ties.shape, dtype=torch.float64, device=ties.device) * (ties + 1)).floor()
     values = {**nats, "rank": below + shift.long()}
     return {name: value.cpu().numpy() for name, value in values.items()}
 
 
-def _nats(log_w: Tensor, known: Terms | None, plan: _Plan) -> dict[str, Tensor]:
+def _nats(log_w: Tensor, at_truth: Terms | None, plan: _Plan) -> dict[str, Tensor]:
     """The gaps from the weights of the draws, and information from the terms at the true latents.
 
     Without those terms there is only the lower gap.
     """
     gap = log_mean_weight(log_w) - log_w.mean(0)
-    if known is None:
+    if at_truth is None:
         return {"gap": gap}
     size = torch.Size([1, log_w.shape[1]])
-    gain = plan.per_simulation(known.log_q - known.total(known.log_prior), known, size)
-    joined = torch.cat([log_w, plan.per_simulation(known.log_weight, known, size)])
+    gain = at_truth.log_q - at_truth.total(at_truth.log_prior)
+    gain = plan.per_simulation(gain, at_truth, size)[0]
+    joined = torch.cat([log_w, plan.per_simulation(at_truth.log_weight, at_truth, size)])
     upper = log_mean_weight(joined) - log_w.mean(0)
-    return {"information": gain[0], "gap": gap, "gap_upper": upper}
+    return {"information": gain, "gap": gap, "gap_upper": upper}
 
 
 def _dataset(arrays: dict[str, np.ndarray], plan: _Plan, levels: list[float]) -> xr.Dataset:
@@ -324,5 +325,5 @@ def _dataset(arrays: dict[str, np.ndarray], plan: _Plan, levels: list[float]) ->
         "unit": "nats per datum" if plan.local else "nats per data set",
         "calibrated": int((p * len(p) >= ALPHA).all()),
     }
-    result.attrs["reading"] = reading(result)
+    result.attrs["reading"] = verdict(result)
     return result

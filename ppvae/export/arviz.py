@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae._checks import check_count
+from ppvae._checks import check_count, expect
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, is_data, is_inside, latent_nodes, plates_of, prototype
@@ -22,9 +22,10 @@ from ppvae.programs.runs import Runs, opened, run_trace
 from ppvae.programs.simulation import Uncondition
 
 Groups = dict[str, dict[str, np.ndarray]]
+Dims = dict[str, list[str]]
 
 
-def from_pyro_svi(
+def from_pyro_svi(  # noqa: D417
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
@@ -64,64 +65,83 @@ def from_pyro_svi(
         num_samples: number of draws, at least 1.
         coords: coordinate values by dim.
         dims: names of the dims after `chain` and `draw` by variable, in place of the names above.
-        batch_size: data per run, where all latents are local.
-        vectorized: run many draws at once, which the model must be written for (all operations
-            leave leading dims alone); by default only where the model says so, as `VAE` does.
-        seed: seeds the draws, without a trace outside; None uses the caller's stream.
-        plate: name of the data plate; by default `data`, or else the outermost one.
-        kwargs: keyword arguments of model and guide; tensors with as many rows as the data plate
-            are cut into the same runs.
-        evaluation: what `evaluate` found, to join the tree; of any data.
+        seed: seeds the draws, and leaves the caller's stream where it was; None, as in all
+            functions that draw, uses that stream.
+        evaluation: a result of `evaluate`, of any data, to join the tree.
+        batch_size, vectorized, plate, kwargs: as for `evaluate`.
 
     Returns:
         A tree in ArviZ's schema; on arviz 0.x, `arviz.from_datatree` gives `InferenceData`.
 
     Raises:
-        ValueError: an argument is out of its range, the data are not finite, guide and model do not
+        ValueError: an argument is out of its range, `coords` or `dims` have a name that is not in
+            the tree, a site has the name of a dim, the data are not finite, guide and model do not
             fit, or the model draws its own subsample.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, families, likelihoods
+        >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(1.0))
+        >>> guide = FamilyGuide(model, families.mean_scale, torch.nn.Linear(5, 3))
+        >>> tree = from_pyro_svi(model, guide, torch.randn(20, 5), num_samples=100)
+        >>> tree["posterior/z"].dims
+        ('chain', 'draw', 'datum', 'latent')
     """
     num_samples = check_count("num_samples", num_samples)
     options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
     with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
-        latents = latent_nodes(runs.traces[0])
         local = terms(*runs.traces, plate).is_local
         batches = runs.batches if local else [runs.args]
-        pieces = [_draw_batch(runs, batch, num_samples, plate) for batch in batches]
-        names = _dims(runs, latents, local=local)
-    data = _joined(pieces)
-    names |= {key: list(value) for key, value in (dims or {}).items()}
+        events = {node["name"]: _event_dims(node) for node in _shown(runs.traces[0])}
+        pieces = [_draw_batch(runs, batch, num_samples, events) for batch in batches]
+        names = _dims(runs, events, local=local)
+    coords, renamed = dict(coords or {}), {k: list(v) for k, v in (dims or {}).items()}
+    _check_names(names, coords, renamed)
+    groups = {
+        group: {k: v[0] if group == "observed_data" else v[None] for k, v in values.items()}
+        for group, values in _concatenated(pieces, 1).items()
+        if values
+    }
     attrs = {"/": {"inference_library": "pyro-ppl", "inference_library_version": pyro.__version__}}
-    tree = arviz_base.from_dict(data, coords=dict(coords or {}), dims=names, attrs=attrs)
+    tree = arviz_base.from_dict(groups, coords=coords, dims=names | renamed, attrs=attrs)
     if evaluation is not None:
         tree["evaluation"] = xr.DataTree(evaluation)
     return tree
 
 
-def _dims(runs: Runs, latents: list[Node], *, local: bool) -> dict[str, list[str]]:
+def _check_names(names: Dims, coords: Mapping[str, Any], dims: Dims) -> None:
+    """Refuses names that ArviZ would ignore, or that xarray would take for a coordinate."""
+    unknown = [name for name in dims if name not in names]
+    expect(not unknown, "dims", f"variables among {list(names)}", unknown)
+    used = {"chain", "draw"}.union(*{**names, **dims}.values())
+    unknown = [dim for dim in coords if dim not in used]
+    expect(not unknown, "coords", f"dims among {sorted(used)}", unknown)
+    clash = [name for name in names if name in used]
+    expect(not clash, "model", f"sites of other names than the dims {sorted(used)}", clash)
+
+
+def _dims(runs: Runs, events: Mapping[str, int], *, local: bool) -> Dims:
     """Variable -> names of its dims behind `chain` and `draw`."""
-    dims: dict[str, list[str]] = {}
-    for node in runs.traces[0].nodes.values():
-        if node["type"] != "sample" or not _is_shown(node):
-            continue
-        name, plates = node["name"], plates_of(node).values()
-        inside, events = is_inside(node, runs.plate), _event_dims(node)
-        others = [f for f in plates if not inside or f.name != runs.plate.name]
-        dims[name] = ["datum"] if inside else []
-        dims[name] += [f.name for f in sorted(others, key=lambda f: f.dim)]
-        if events == 1 and len(latents) == 1 and node is latents[0]:
+    latents = latent_nodes(runs.traces[0])
+    dims: Dims = {name: ["datum"] * local for name in ("log_p", "log_q")}
+    for node in _shown(runs.traces[0]):
+        name, plates = node["name"], sorted(plates_of(node).values(), key=lambda frame: frame.dim)
+        inside = is_inside(node, runs.plate)
+        dims[name] = ["datum"] * inside
+        dims[name] += [f.name for f in plates if not inside or f.name != runs.plate.name]
+        if events[name] == 1 and len(latents) == 1 and node is latents[0]:
             dims[name].append("latent")
         else:
-            dims[name] += [f"{name}_dim_{i}" for i in range(events)]
-    if local:
-        dims |= {"log_p": ["datum"], "log_q": ["datum"]}
+            dims[name] += [f"{name}_dim_{i}" for i in range(events[name])]
     return dims
 
 
-def _draw_batch(runs: Runs, args: tuple[Any, ...], num_samples: int, plate: str | None) -> Groups:
-    """All groups for one minibatch, from as many runs as the draws need."""
-    open_model = Uncondition()(runs.model)
+def _draw_batch(
+    runs: Runs, args: tuple[Any, ...], num_samples: int, events: Mapping[str, int]
+) -> Groups:
+    """All groups for one minibatch, with the draws in front, from as many runs as they need."""
+    open_model, pieces = Uncondition()(runs.model), []
     observed = prototype(runs.model, args, {})
-    pieces: list[Groups] = []
     for _, draws in runs.draws(args, num_samples, [observed]):
         traces = runs.pair(args, draws)
         again = run_trace(poutine.replay(open_model, trace=traces[1]), args, draws)
@@ -130,38 +150,54 @@ def _draw_batch(runs: Runs, args: tuple[Any, ...], num_samples: int, plate: str 
         except NotImplementedError:  # an improper prior has nothing to draw from
             prior = poutine.Trace()
         groups = {
-            "posterior": _values(traces[0], runs.plate, draws, data=False),
-            "posterior_predictive": _values(again, runs.plate, draws, data=True),
-            "prior": _values(prior, runs.plate, draws, data=False),
-            "prior_predictive": _values(prior, runs.plate, draws, data=True),
+            "posterior": _values(traces[0], runs.plate, draws, events, data=False),
+            "posterior_predictive": _values(again, runs.plate, draws, events, data=True),
+            "prior": _values(prior, runs.plate, draws, events, data=False),
+            "prior_predictive": _values(prior, runs.plate, draws, events, data=True),
         }
-        pieces.append(groups | _densities(traces, plate, draws))
-    joined = {
-        group: {name: np.concatenate([piece[group][name] for piece in pieces]) for name in values}
-        for group, values in pieces[0].items()
-    }
-    values = _values(observed, runs.plate, None, data=True)
-    return joined | {"observed_data": {name: value[0] for name, value in values.items()}}
+        pieces.append(groups | _densities(traces, runs.plate, draws))
+    values = _values(observed, runs.plate, None, events, data=True)
+    return _concatenated(pieces, 0) | {"observed_data": values}
 
 
-def _values(trace: Any, plate: Any, draws: Any, *, data: bool) -> dict[str, np.ndarray]:
-    """Site -> values as `(draws, datum, *other plates, *event)`, of data or of all else."""
-    nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and _is_shown(node)]
-    return {node["name"]: _array(node, plate, draws) for node in nodes if is_data(node) == data}
+def _concatenated(pieces: list[Groups], axis: int) -> Groups:
+    if len(pieces) == 1:  # of which an array may not have the axis
+        return pieces[0]
+
+    def joined(group: str, name: str) -> np.ndarray:
+        return np.concatenate([piece[group][name] for piece in pieces], axis)
+
+    return {key: {name: joined(key, name) for name in group} for key, group in pieces[0].items()}
 
 
-def _array(node: Node, plate: Any, draws: Any) -> np.ndarray:
-    """The value of a node, without dims that belong to no plate."""
-    place = Place.of(node, plate, draws, events=_event_dims(node))
-    value = place.front(node["value"])
-    datum = [] if place.datum is None else [place.batch[place.datum]]
-    plates = [place.batch[dim] for dim in place.plates]
-    return value.reshape([len(value), *datum, *plates, *place.event]).cpu().numpy()
+def _values(
+    trace: Any, plate: Any, draws: Any, events: Mapping[str, int], *, data: bool
+) -> dict[str, np.ndarray]:
+    """Site -> values as `(draws, datum, *other plates, *event)`, of data or of all else.
+
+    Args:
+        trace: of the model.
+        plate: the data plate.
+        draws: the plate of draws, or None.
+        events: number of event dims of each site.
+        data: whether to take the observed sites, and not the others.
+    """
+    arrays = {}
+    for node in _shown(trace):
+        if is_data(node) == data:
+            count, value = events[node["name"]], node["value"]
+            while value.dim() > count + _depth(node) and len(value) == 1:  # a dim of no plate
+                value = value[0]
+            place = Place.of({**node, "value": value}, plate, draws, events=count)
+            sizes = [place.batch[dim] for dim in (place.datum, *place.plates) if dim is not None]
+            value = place.front(value).reshape(place.batch[0], *sizes, *place.event)
+            arrays[node["name"]] = value.cpu().numpy()
+    return arrays
 
 
-def _densities(traces: tuple[Any, Any], plate: str | None, draws: Any) -> Groups:
+def _densities(traces: tuple[Any, Any], plate: Any, draws: Any) -> Groups:
     """Log densities of one run; what no draw changes is repeated."""
-    parts = terms(*traces, plate)
+    parts = terms(*traces, None if plate is None else plate.name)
 
     def stacked(value: Tensor) -> np.ndarray:
         value = value[None] if draws is None else value.expand(draws.size, *value.shape[1:])
@@ -174,28 +210,32 @@ def _densities(traces: tuple[Any, Any], plate: str | None, draws: Any) -> Groups
     return {"log_likelihood": log_likelihood, "sample_stats": stats}
 
 
-def _joined(pieces: list[Groups]) -> Groups:
-    """Puts the minibatches together along `datum`, and a chain in front."""
-    data: Groups = {}
-    for group in pieces[0]:
-        sampled = group != "observed_data"
-        data[group] = {}
-        for name in pieces[0][group]:
-            arrays = [piece[group][name] for piece in pieces]
-            whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, int(sampled))
-            data[group][name] = whole[None] if sampled else whole
-    return {group: values for group, values in data.items() if values}
+def _shown(trace: Any) -> list[Node]:
+    """The sample sites that are variables: no subsamples and no factors."""
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    return [n for n in nodes if not (site_is_subsample(n) or isinstance(n["fn"], dist.Unit))]
 
 
-def _is_shown(node: Any) -> bool:
-    """Whether a sample site is a variable: no subsample and no factor."""
-    return not (site_is_subsample(node) or isinstance(node["fn"], dist.Unit))
+def _depth(node: Node) -> int:
+    """How far to the left the plates around a site reach."""
+    return max(
+        (-frame.dim for frame in node["cond_indep_stack"] if frame.dim is not None), default=0
+    )
 
 
 def _event_dims(node: Node) -> int:
-    """Number of event dims; a deterministic site says nothing of them, so its plates tell."""
-    events, depth = len(node["fn"].event_shape), node["value"].dim()
-    if node["infer"].get("_deterministic") and events >= depth:
-        deepest = max((-f.dim for f in node["cond_indep_stack"] if f.dim is not None), default=0)
-        return max(depth - deepest, 0)
-    return events
+    """Number of event dims of a site.
+
+    A deterministic one may say nothing of them. They are then what is right of its plates, where
+    they have the sizes of its plates.
+    """
+    shape, events = node["value"].shape, len(node["fn"].event_shape)
+    if not node["infer"].get("_deterministic") or events < len(shape):
+        return events
+    frames = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
+    most = max(len(shape) - _depth(node), 0)
+    for events in range(most, -1, -1):
+        batch = shape[: len(shape) - events]
+        if all(batch[frame.dim :][:1] == (frame.size,) for frame in frames):
+            return events
+    return most

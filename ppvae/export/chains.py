@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ppvae._checks import expect
+
 
 def concat_chains(trees: Sequence[xr.DataTree]) -> xr.DataTree:
     """Puts runs over seeds side by side, as the chains of one tree.
 
     Latents of different runs need not mean the same (they can be turned and swapped); what can be
-    compared are log-likelihoods, predictions, and `evaluation`, which gets a `chain` dim too.
+    compared are log-likelihoods, predictions, and `evaluation`, which gets a dim `chain` too.
 
     Args:
         trees: results of `from_pyro_svi` for the same data, one or more chains each.
@@ -22,30 +24,39 @@ def concat_chains(trees: Sequence[xr.DataTree]) -> xr.DataTree:
         One tree; groups without draws (`observed_data`) are those of the first.
 
     Raises:
-        ValueError: there are no trees, or their groups, variables or sizes differ.
+        ValueError: there are no trees, or their groups, variables, sizes or data differ.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, families, from_pyro_svi, likelihoods
+        >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(1.0))
+        >>> guide = FamilyGuide(model, families.mean_scale, torch.nn.Linear(5, 3))
+        >>> x = torch.randn(20, 5)
+        >>> trees = [from_pyro_svi(model, guide, x, num_samples=9, seed=seed) for seed in (0, 1)]
+        >>> concat_chains(trees)["posterior"].sizes["chain"]
+        2
     """
-    if not trees:
-        raise ValueError("trees: expected at least one tree, got none")
+    expect(trees, "trees", "at least one tree", "none")
     first, groups = trees[0], {}
     counts = [tree["posterior"].sizes["chain"] for tree in trees]
+    for tree in trees:
+        came, wanted = sorted(tree.children), sorted(first.children)
+        expect(came == wanted, "trees", f"the groups {wanted}", came)
     for name in first.children:
         pieces = []
         for tree, count in zip(trees, counts, strict=True):
-            if set(tree.children) != set(first.children):
-                raise ValueError(
-                    f"trees: expected the groups {sorted(first.children)}, got "
-                    f"{sorted(tree.children)}"
-                )
             piece = tree[name].to_dataset()
             if name == "evaluation" and "chain" not in piece.dims:
                 piece = piece.expand_dims(chain=np.arange(count))
             pieces.append(piece)
-            if _sizes(pieces[0]) != _sizes(piece):
-                raise ValueError(f"trees: expected equal variables and sizes in {name!r}")
+            alike = _sizes(piece) == _sizes(pieces[0])
+            expect(alike, "trees", f"equal variables and sizes in {name!r}", "others")
         if "chain" in pieces[0].dims:
             joined = xr.concat(pieces, "chain", join="override", combine_attrs="drop_conflicts")
             groups[name] = joined.assign_coords(chain=np.arange(sum(counts)))
         else:
+            same = all(piece.equals(pieces[0]) for piece in pieces)
+            expect(same, "trees", f"the same data in {name!r}", "others")
             groups[name] = pieces[0]
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = dict(first.attrs)

@@ -7,7 +7,7 @@ entries of such a draw are found among the coordinates of the latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,14 +49,20 @@ def auxiliary_draws(
         ValueError: a latent is a point, or an auxiliary draw is not made of such coordinates.
     """
     drawn = drawn_nodes(trace)
-    own = [name for name in layout.places if name in drawn]
+    own = {name: drawn[name]["value"] for name in layout.places if name in drawn}
     hidden = {name: node for name, node in drawn.items() if name not in own}
     points = [name for name in layout.places if name not in own]
     expect(hidden or not points, "guide", "a density", f"a point at {points}")
     if not hidden:
         return {}
-    found = {}
-    slopes, state = _copies(guide, trace, layout, args, draws, own, hidden)
+
+    def state_of(values: dict[str, Tensor]) -> Tensor:
+        again = run_trace(given(guide, trace, own | values), args, draws)
+        return layout.free({name: again.nodes[name]["value"] for name in layout.places})
+
+    result = {}
+    slopes, state = _copies(state_of, {name: node["value"] for name, node in hidden.items()})
+    taken = [number for name in own for number in range(layout.size)[layout.slices[name]]]
     for (name, node), slope in zip(hidden.items(), slopes, strict=True):
         place = Place.of(node, plate, draws)
         copies = place.flat(slope)
@@ -64,43 +70,32 @@ def auxiliary_draws(
         copied = (copies - numbers - 1).abs().amax((0, 1)) < 0.01
         copied &= (state[..., numbers] - _PROBE).abs().amax((0, 1)) < 0.001
         copied &= is_real(node["fn"].support)
-        found[name] = place, torch.where(copied, numbers, -1)
-    taken = [number for name in own for number in range(layout.size)[layout.slices[name]]]
-    for _, numbers in found.values():
+        numbers = torch.where(copied, numbers, -1)
+        result[name] = place, numbers
         taken += numbers.tolist()
-    expect(
-        sorted(taken) == list(range(layout.size)),
-        "guide",
-        "auxiliary draws whose entries are unconstrained coordinates of the latents",
-        f"others at {list(hidden)}",
-    )
-    return found
+    wanted = "auxiliary draws whose entries are unconstrained coordinates of the latents"
+    same = sorted(taken) == list(range(layout.size))
+    expect(same, "guide", wanted, f"others at {list(hidden)}")
+    return result
 
 
 def _copies(
-    guide: Any,
-    trace: Any,
-    layout: Layout,
-    args: tuple[Any, ...],
-    draws: Any,
-    own: list[str],
-    hidden: Mapping[str, Any],
+    state_of: Callable[[dict[str, Tensor]], Tensor], draws: Mapping[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """For each hidden draw the numbers of the coordinates that copy its entries, and the state.
 
     If the coordinates are numbered from 1, the gradient of the sum of number times coordinate is,
     at each entry of a draw, the number of its copy. And where all entries are set to one value,
     that is what the copies are.
+
+    Args:
+        state_of: from draws by site to the unconstrained coordinates of the latents.
+        draws: some draws, for their shapes.
     """
     with torch.enable_grad():
-        probes = {
-            name: torch.full_like(node["value"], _PROBE).requires_grad_()
-            for name, node in hidden.items()
-        }
-        values = {name: trace.nodes[name]["value"] for name in own} | probes
-        again = run_trace(given(guide, trace, values), args, draws)
-        state = layout.free({name: again.nodes[name]["value"] for name in layout.places})
-        total = (state * torch.arange(1, layout.size + 1, device=state.device)).sum()
+        probes = {k: torch.full_like(v, _PROBE).requires_grad_() for k, v in draws.items()}
+        state = state_of(probes)
+        total = (state * torch.arange(1, state.shape[-1] + 1, device=state.device)).sum()
         total = total + sum(0 * probe.sum() for probe in probes.values())  # for one not copied
         return torch.autograd.grad(total, list(probes.values())), state
 

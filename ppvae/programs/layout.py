@@ -7,6 +7,7 @@ shape `(draws, datum, coordinates)` and back, in the space of the site or in unc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae.programs.nodes import Node, from_reals, is_inside, is_real, latent_nodes, plates_of
 
 
@@ -75,14 +77,14 @@ class Place(NamedTuple):
             ValueError: the site is discrete, or no bijection from the reals reaches its support.
         """
         try:
-            if self.support.is_discrete:
-                raise NotImplementedError
-            return torch.Size(from_reals(self.support).inverse_shape(self.event))
+            if not self.support.is_discrete:
+                return torch.Size(from_reals(self.support).inverse_shape(self.event))
         except NotImplementedError:
-            raise ValueError(
-                f"model: expected continuous latents that a bijection from the reals reaches, got "
-                f"{self.support} for {self.name!r}"
-            ) from None
+            pass
+        raise ValueError(
+            f"model: expected continuous latents that a bijection from the reals reaches, got "
+            f"{self.support} for {self.name!r}"
+        )
 
     @property
     def size(self) -> int:
@@ -131,18 +133,15 @@ class Place(NamedTuple):
         return value if self.drawn else value.squeeze(0)
 
 
+@dataclass(frozen=True)
 class Layout:
     """The coordinates of the latent sites of a model, one site behind the other.
 
-    Args:
-        places: one for each site, in the order of the model.
-
     Attributes:
-        places: site -> its place.
+        places: site -> its place, in the order of the model.
     """
 
-    def __init__(self, places: list[Place]) -> None:
-        self.places = {place.name: place for place in places}
+    places: dict[str, Place]
 
     @classmethod
     def of(cls, trace: Any, plate: Any, draws: Any = None) -> Layout:
@@ -151,9 +150,8 @@ class Layout:
         Raises:
             ValueError: the model has no latent sites.
         """
-        places = [Place.of(node, plate, draws) for node in latent_nodes(trace)]
-        if not places:
-            raise ValueError("model: expected latent sites, got none")
+        places = {node["name"]: Place.of(node, plate, draws) for node in latent_nodes(trace)}
+        expect(places, "model", "latent sites", "none")
         return cls(places)
 
     @cached_property

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from ppvae._checks import check_choice
+
 Node = dict[str, Any]
 
 #: The name of the plate that the draws of one vectorized run stand in.
@@ -47,8 +49,8 @@ def draws_its_rows(node: Any) -> bool:
 
 def dtype_of(*values: Any) -> torch.dtype:
     """The widest floating dtype among some tensors; the default one, where there is none."""
-    found = [v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    return reduce(torch.promote_types, found) if found else torch.get_default_dtype()
+    dtypes = [v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
 
 def prototype(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -89,8 +91,9 @@ def is_real(support: Any) -> bool:
 def same_support(one: Any, other: Any) -> bool:
     """Whether two supports are the same set, up to the number of event dimensions."""
     one, other = _bare(one), _bare(other)
+    kinds = (int, float, Tensor)
     bounds = [
-        {name: float(v) for name, v in vars(s).items() if isinstance(v, (int, float, Tensor))}
+        {name: torch.as_tensor(v).tolist() for name, v in vars(s).items() if isinstance(v, kinds)}
         for s in (one, other)
     ]
     return type(one) is type(other) and bounds[0] == bounds[1]
@@ -137,23 +140,17 @@ def data_plate(trace: Any, plate: str | None = None) -> Any:
     latents = [plates_of(node) for node in latent_nodes(trace)]
     shared = {name for name in frames if latents and all(name in plates for plates in latents)}
     if plate is not None:
-        if plate not in frames:
-            raise ValueError(f"plate: expected one of {list(frames)}, got {plate!r}")
+        check_choice("plate", plate, list(frames))
         return frames[plate]
     if "data" in frames:
         return frames["data"]
-    length = _length(trace)
+    call = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
+    inputs = [*call["args"], *call["kwargs"].values()]
+    length = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()), None)
     fitting = [name for name, f in frames.items() if length in (f.size, f.full_size)]
     names = fitting or list(frames)
     names = [name for name in names if name in shared] or names
     return frames[names[0]] if names else None
-
-
-def _length(trace: Any) -> int | None:
-    """Length of the first tensor among the arguments of a traced call."""
-    call = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
-    values = [*call["args"], *call["kwargs"].values()]
-    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), None)
 
 
 def counts(node: Any) -> bool:

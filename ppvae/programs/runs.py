@@ -102,37 +102,35 @@ def run_trace(program: Callable[..., Any], args: tuple[Any, ...], draws: Any = N
 
 
 def minibatches(
-    model: Any, guide: Any, args: tuple[Any, ...], frame: Any, size: int, plate: str | None
+    model: Any, guide: Any, args: tuple[Any, ...], plate: Any, size: int
 ) -> list[tuple[Any, ...]]:
     """The arguments cut into minibatches, or whole, where the model's plate does not follow.
 
-    Every tensor with as many rows as the plate `frame` is cut.
+    Every tensor with as many rows as the data plate is cut.
 
     Raises:
         ValueError: the plate draws a subsample of its own.
     """
-    if frame.full_size not in (None, frame.size):
-        if draws_its_rows(prototype(model, args, {}).nodes[frame.name]):
-            raise ValueError(
-                f"model: the plate {frame.name!r} draws a subsample of {frame.size} in each run; "
-                "expected a model that takes all its data, or is told its rows"
-            )
-    rows = frame.size
+    rows = plate.size
+    if plate.full_size not in (None, rows):
+        own = draws_its_rows(prototype(model, args, {}).nodes[plate.name])
+        wanted = "a model that takes all its data, or that takes their rows as an argument"
+        got = f"one in which the plate {plate.name!r} draws a subsample of {rows} in each run"
+        expect(not own, "model", wanted, got)
     if rows <= size:
         return [args]
-    cut = [
-        tuple(
-            a[start : start + size] if isinstance(a, Tensor) and a.dim() and len(a) == rows else a
-            for a in args
-        )
-        for start in range(0, rows, size)
-    ]
+
+    def chunk(arg: Any, start: int) -> Any:
+        cut = isinstance(arg, Tensor) and arg.dim() and len(arg) == rows
+        return arg[start : start + size] if cut else arg
+
+    chunks = [tuple(chunk(arg, start) for arg in args) for start in range(0, rows, size)]
     try:
-        found = data_plate(trace_pair(model, guide, *cut[0])[0], plate)
+        followed = data_plate(trace_pair(model, guide, *chunks[0])[0], plate.name).size == size
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
         # whatever a model may raise that was written for one number of data
         return [args]
-    return cut if found is not None and found.size == size else [args]
+    return chunks if followed else [args]
 
 
 def draw_runs(
@@ -236,5 +234,5 @@ def opened(
             frame = data_plate(traces[0], plate)
             batches = [args]
             if frame is not None and batch_size is not None:
-                batches = minibatches(model, guide, args, frame, batch_size, plate)
+                batches = minibatches(model, guide, args, frame, batch_size)
             yield Runs(model, guide, args, traces, frame, batches, vectorized)

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.data.adapters import prepared
 from ppvae.programs.nodes import latent_nodes
@@ -49,7 +50,8 @@ def simulate(
         model: a Pyro model that conditions on its arguments.
         *args: its arguments, which give the number of data and the shapes. Those that the model
             observes are replaced by drawn ones; all others (the rows X of a regression) are kept.
-        seed: seeds the draws, without a trace outside; None uses the caller's stream.
+        seed: seeds the draws, and leaves the caller's stream where it was; None, as in all
+            functions that draw, uses that stream.
         arguments: from the drawn values of the observed sites to the arguments, for a model whose
             observations are not its arguments themselves.
 
@@ -78,15 +80,11 @@ def simulate(
                 f"model: expected distributions that can be drawn from; {error}"
             ) from error
         factors = [name for name, n in trace.nodes.items() if isinstance(n.get("fn"), dist.Unit)]
-        if factors:
-            raise ValueError(
-                f"model: expected sample statements only, since nothing can be drawn from a "
-                f"factor; got {factors}"
-            )
+        wanted = "sample statements only, since nothing can be drawn from a factor"
+        expect(not factors, "model", wanted, factors)
         nodes = latent_nodes(trace)
         observed = {n["name"]: n for n in nodes if n["infer"].get("was_observed")}
-        if not observed:
-            raise ValueError("model: expected observed sites, got none for these arguments")
+        expect(observed, "model", "observed sites", "none for these arguments")
         latents = {n["name"]: n["value"] for n in nodes if n["name"] not in observed}
         if arguments is not None:
             values = {name: node["value"] for name, node in observed.items()}
@@ -96,48 +94,34 @@ def simulate(
         for name, node in observed.items():
             fns: list[Any] = [t.nodes[name]["fn"] for t in (trace, again)]
             before, after = (fn.log_prob(node["value"]) for fn in fns)
-            if not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
-                raise ValueError(
-                    f"model: expected a distribution of {name!r} that does not depend on its own "
-                    "data; other data changed it"
-                )
+            same = torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True)
+            wanted = f"a distribution of {name!r} that does not depend on its own data"
+            expect(same, "model", wanted, "another one for other data")
     return Simulation(new, latents)
 
 
 def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any]) -> tuple[Any, ...]:
     """The arguments with the drawn data in place of the observed ones."""
-    places = {
-        name: [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
-        for name, node in observed.items()
-    }
-    lost = [name for name, place in places.items() if not place]
-    if lost:
-        raise ValueError(
-            f"arguments: expected a function from observed sites to the model's arguments, since "
-            f"the data of {lost} are none of them; got None"
-        )
     new = list(args)
-    taken: dict[int, str] = {}
-    for name, place in places.items():
-        for index in place:
-            if index in taken:
-                raise ValueError(
-                    f"arguments: expected a function from observed sites to the model's arguments, "
-                    f"since {taken[index]!r} and {name!r} observe the same one; got None"
-                )
-            taken[index] = name
-            new[index] = _like(observed[name], args[index])
+    site_of: dict[int, str] = {}
+    wanted = "a function from observed sites to the model's arguments, since"
+    for name, node in observed.items():
+        indices = [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
+        lost = f"{wanted} the data of {name!r} are none of them"
+        expect(indices, "arguments", lost, None)
+        for index in indices:
+            other = site_of.setdefault(index, name)
+            twice = f"{wanted} {other!r} and {name!r} observe the same one"
+            expect(other == name, "arguments", twice, None)
+            new[index] = _like(node, args[index])
     return tuple(new)
 
 
 def _like(node: Any, data: Tensor) -> Tensor:
     """A drawn value in the shape of the data, and in their dtype where that loses nothing."""
     value = node["value"]
-    if value.numel() != data.numel():
-        raise ValueError(
-            f"model: expected data of shape {tuple(value.shape)} at {node['name']!r}, as its "
-            f"distribution; got {tuple(data.shape)}"
-        )
+    wanted = f"data of shape {tuple(value.shape)} at {node['name']!r}, as its distribution"
+    expect(value.numel() == data.numel(), "model", wanted, tuple(data.shape))
     value = value.reshape(data.shape)
     whole = data.is_floating_point() or node["fn"].support.is_discrete
     return value.to(data.dtype) if whole else value
