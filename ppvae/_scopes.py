@@ -1,4 +1,4 @@
-"""Context managers that leave things as they were found."""
+"""Process state left as it was found: random numbers, modes, buffers, Pyro's param store, checks."""
 
 from __future__ import annotations
 

@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae._scopes import random_state, unchecked
+from ppvae._scopes import param_store, random_state, unchecked
 from ppvae.staging.program import Program
 
 _ONE_AT_A_TIME = threading.RLock()  # what is replaced below is global
@@ -31,7 +30,12 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
         stack.enter_context(_ONE_AT_A_TIME)
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
-        for scope in (own_store(), unchecked(), random_state(None, keep=True), torch.enable_grad()):
+        for scope in (
+            param_store(),
+            unchecked(),
+            random_state(None, keep=True),
+            torch.enable_grad(),
+        ):
             stack.enter_context(scope)
         with _symbolic_lengths(), _unsampled():
             return torch.export.export(program, args, dynamic_shapes={"args": shapes}, strict=False)
@@ -56,15 +60,6 @@ def _load() -> None:
         with suppress(RuntimeError):  # PyTorch has come to know it
             torch.library.register_fake(name)(shaped)
     torch.export.export(nn.Identity(), (torch.zeros(2),), strict=False)
-
-
-@contextmanager
-def own_store() -> Iterator[None]:
-    """Pyro's param store as it is inside, and as it was outside, whatever is traced."""
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()):
-        yield
-    dict(store.items())  # reading a parameter restores the weak reference that get_state takes off
 
 
 @contextmanager
