@@ -1,4 +1,4 @@
-"""Process state left as it was found: random numbers, modes, buffers, Pyro's param store, checks."""
+"""Process state, left as it was found: random numbers, modes, buffers, Pyro's store and checks."""
 
 from __future__ import annotations
 
