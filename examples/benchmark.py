@@ -33,11 +33,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppvae import VAE, FamilyGuide, NotStageable, evaluate, families, fit, likelihoods, stage
 from ppvae._scopes import matmul_precision, private_modules
-from ppvae.data.batches import Batches
+from ppvae.data.batches import batches_of
 from ppvae.nn import conv_decoder, conv_encoder, mlp
-from ppvae.objectives.elbo import ELBO
-from ppvae.training.stacked import Stacked
-from ppvae.training.steppers import Runner, Stepper, adam, parameters_of
+from ppvae.training.loop import Steps
+from ppvae.training.single import single
+from ppvae.training.stacked import stacked
+from ppvae.training.task import adam, task_of
 
 DATA, BATCH, RATE, PRECISIONS = 4096, 128, 1e-3, ("highest", "high", "medium")
 HAND, HAND_COMPILED, PYRO = "hand-written, eager", "hand-written, compiled", "SVI.step, Trace_ELBO"
@@ -136,15 +137,14 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
             yield
 
     with inside():
-        batches = Batches("data", x, BATCH, shuffle=True)
-        parameters = parameters_of(*pair, batches)
-        runner = Runner(*pair, ELBO(), batches, parameters, how)
-        stepper = Stepper(runner, adam(runner.parameters, lr=RATE))
+        task = task_of(*pair, None, batches_of("data", x, BATCH, training=True))
+        engine = single(task, how)
+        steps = Steps(engine, adam(engine.parameters, lr=RATE))
 
     def step(batch: Tensor) -> None:
-        stepper.step((batch,))
-        if runner.how != how:
-            raise RuntimeError(f"asked to run {how}, it ran {runner.how}")
+        steps.take((batch,))
+        if engine.execution != how:
+            raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
 
     return timed(step, x, inside)
 
@@ -152,18 +152,18 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
 def replicates(count: int, pair: Any, x: Tensor) -> Run:
     """The step of `fit_replicates` for so many, each on minibatches of its own, compiled."""
     with private_modules():
-        pairs = [copy.deepcopy(pair) for _ in range(count)]
-        batches = Batches("data", x, BATCH, shuffle=True)
-        stacked = Stacked(pairs, [ELBO()] * count, batches, range(count), compiled=True)
-        stacked.optimizer = adam(stacked.parameters, lr=RATE)
-    if stacked.gradients.execution != "compiled":
+        batches = batches_of("data", x, BATCH, training=True)
+        tasks = [task_of(*copy.deepcopy(pair), None, batches) for _ in range(count)]
+        engine = stacked(tasks, range(count), compiled=True)
+        steps = Steps(engine, adam(engine.parameters, lr=RATE))
+    if engine.gradients.execution != "compiled":
         raise NotStageable("it runs, but is not compiled")
 
     def run(order: Tensor) -> float:
         passes = [((x[rows],) for rows in order.roll(k, 0)) for k in range(count)]
         start = now()
         for _ in order:
-            stacked.step(passes)
+            steps.take(passes)
         return now() - start
 
     return run
@@ -356,19 +356,19 @@ def fits(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     runs = {p: ours(networks(size, args.device), x, how, p) for p in PRECISIONS}
     ratios = {"of highest": dict.fromkeys(PRECISIONS, "highest")}
     found = table(f"{size}, precision", measure(runs, args), ratios) | {"fits": {}}
-    seconds, step = [], Stepper.step
+    seconds, step = [], Steps.take
 
-    def clocked(stepper: Stepper, batch: Any) -> float:
+    def clocked(steps: Steps, batch: Any) -> Any:
         begin = now()
-        loss = step(stepper, batch)
+        losses = step(steps, batch)
         seconds.append(now() - begin)
-        return loss
+        return losses
 
     options = {"batch_size": BATCH, "num_epochs": args.epochs, "seed": 0, "progress": False}
     for name in (*PRECISIONS, None):
         pair, compiled = networks(size, args.device), bool(name) and not args.no_compile
         seconds.clear()
-        with patch.object(Stepper, "step", clocked):
+        with patch.object(Steps, "take", clocked):
             result = fit(*pair, x, compile=compiled, precision=name, **options)
         outside = 1 - sum(seconds[1:]) / (result.seconds - seconds[0])  # the first compiles
         elbo = float(evaluate(*pair, x[:1024], num_samples=16, seed=0).objective.mean())

@@ -57,7 +57,8 @@ class IWAE(Objective):
     @property
     def unstageable(self) -> str:
         """The estimate that is not pathwise takes a derivative, which `torch.export` leaves out."""
-        return "" if self.gradient == "pathwise" else f"{self.gradient} takes a derivative inside"
+        inside = "takes a derivative inside the loss"
+        return "" if self.gradient == "pathwise" else f"{self.gradient} {inside}"
 
     def loss(self, draw: Callable[..., list[Run]], size: int | None) -> Tensor:
         """The loss."""

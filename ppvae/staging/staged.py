@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from ppvae._checks import expect
 from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
@@ -91,7 +92,7 @@ def record(program: Program, args: tuple[Any, ...], names: tuple[str, ...] = ())
     """
     why = getattr(program.objective, "unstageable", "")
     if why:
-        raise NotStageable(f"objective: {why} the loss, which a graph cannot hold")
+        raise NotStageable(f"objective: {why}")
     try:
         exported = export(program, (*args, *program.settings(0)))
         clean(exported.graph_module)
@@ -144,7 +145,9 @@ class Staged(nn.Module):
         Returns:
             A scalar in nats per datum.
         """
-        if self.names:
+        if kwargs or self.names:
+            fits = set(kwargs) == set(self.names)
+            expect(fits, "kwargs", f"those of stage, {list(self.names)}", list(kwargs), TypeError)
             args = (*args, *(kwargs[name] for name in self.names))
         settings = self.program.settings(step)
         if not self.covers(*args):
