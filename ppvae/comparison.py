@@ -7,6 +7,7 @@ What a family gains is uncertain, as another seed trains another guide, other da
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,7 @@ from ppvae.guides.family_guide import FamilyGuide
 from ppvae.training.fitting import fit
 
 _MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]
-
-
 _GAIN = ["gain", "gain_lower", "gain_upper", "gain_se_seeds", "gain_se_data"]
-
-
 _RATES = ["gain_per_parameter", "gain_per_second"]
 
 
@@ -56,14 +53,14 @@ class Comparison:
     dataset: xr.Dataset
 
     def __repr__(self) -> str:
-        found = self.dataset
-        means = {name: found[name].mean("seed", skipna=False) for name in [*_MEASURES, "fall"]}
-        means["seconds"] = found.seconds.median("seed")
-        shown = found.assign(means)[[*means, "parameters", *_GAIN[:3], *_RATES, "verdict"]]
-        table = shown.to_dataframe().rename_axis(None)
+        data = self.dataset
+        means = {name: data[name].mean("seed", skipna=False) for name in [*_MEASURES, "fall"]}
+        means["seconds"] = data.seconds.median("seed")
+        columns = [*means, "parameters", *_GAIN[:3], *_RATES, "verdict"]
+        table = data.assign(means)[columns].to_dataframe().rename_axis(None)
         short = dict.fromkeys(_RATES, "{:.1e}".format)
         text = table.to_string(na_rep="", float_format="{:.3f}".format, formatters=short)
-        notes = zip(found.family.values, found.note.values, strict=True)
+        notes = zip(data.family.values, data.note.values, strict=True)
         return "\n".join([text, *(f"{name}: {note}" for name, note in notes if note)])
 
 
@@ -105,7 +102,7 @@ def compare_families(
         min_gain: what a step must gain to be worth it, in nats per datum.
         level: of the interval.
         num_samples: draws per datum in the evaluation; their error is in the interval.
-        progress: show a progress bar; a string is its label.
+        progress: as for `evaluate`.
         **fit_options: options of `fit`. Train until the losses are level; with a learning rate that
             shrinks they become so anywhere, and the verdict may be about the optimizer.
 
@@ -134,27 +131,26 @@ def compare_families(
     expect(0 <= level < 1, "level", "a number from 0 to below 1", level)
     args = _test_data(train if test is None else test)
     seeds = list(range(seed, seed + num_seeds))
-    runs: dict[str, list[xr.Dataset]] = {name: [] for name in members}
     label = progress if isinstance(progress, str) else "compare_families"
-    bar = tqdm(total=num_seeds * len(runs), desc=label, disable=not progress, unit="fit")
+    runs = list(itertools.product(seeds, members.items()))
+    bar = tqdm(runs, label, disable=not progress, unit="fit")
+    results: list[xr.Dataset] = []
+    starts: dict[int, list[Tensor]] = {}
     with private_modules(), bar:
-        for number in seeds:
-            start: list[Tensor] | None = None
-            for name, family in members.items():
-                bar.set_postfix(family=name, seed=number)
-                try:  # in a param store of its own, so that `pyro.param` statements start anew
-                    with pyro.get_param_store().scope(), random_state(number):
-                        model, encoder, start = _fresh(build, start)
-                        guide = FamilyGuide(model, family, encoder)
-                        found = _run(model, guide, train, args, number, num_samples, fit_options)
-                except Exception as error:
-                    error.add_note(f"compare_families: family {name}, seed {number}")
-                    raise
-                runs[name].append(found)
-                bar.update()
-    joined = xr.combine_nested(list(runs.values()), ["family", "seed"])
-    joined = joined.assign_coords(family=list(runs), seed=seeds).transpose("family", "seed", ...)
-    return Comparison(with_steps(joined, min_gain, level))
+        for number, (name, family) in bar:
+            bar.set_postfix(family=name, seed=number)
+            try:  # in a param store of its own, so that `pyro.param` statements start anew
+                with pyro.get_param_store().scope(), random_state(number):
+                    model, encoder, starts[number] = _fresh(build, starts.get(number))
+                    pair = model, FamilyGuide(model, family, encoder)
+                    results.append(_run(*pair, train, args, number, num_samples, fit_options))
+            except Exception as error:
+                error.add_note(f"compare_families: family {name}, seed {number}")
+                raise
+    rows = [results[first :: len(members)] for first in range(len(members))]
+    joined = xr.combine_nested(rows, ["family", "seed"])
+    joined = joined.assign_coords(family=list(members), seed=seeds)
+    return Comparison(with_steps(joined.transpose("family", "seed", ...), min_gain, level))
 
 
 def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.ndarray]:
@@ -229,31 +225,30 @@ def _run(
     parameters = [p for m in (guide, model) if isinstance(m, nn.Module) for p in m.parameters()]
     test = [part.to(parameters[0].device) for part in test] if parameters else test
     same = {name: options[name] for name in ("plate", "kwargs") if name in options}
-    found = evaluate(
-        model, guide, *test, num_samples=num_samples, seed=seed, progress=False, **same
-    )
+    same |= {"num_samples": num_samples, "seed": seed, "progress": False}
+    measured = evaluate(model, guide, *test, **same)
     num_epochs = options.get("num_epochs", inspect.signature(fit).parameters["num_epochs"].default)
     fall, error = last_fall(fitted.validation_losses or fitted.losses, num_epochs)
     used = guide if guide.family.channels else guide.heads  # with no channel the encoder is idle
     size = sum(p.numel() for p in used.parameters() if p.requires_grad)
     numbers = {"seconds": fitted.seconds, "fall": fall, "fall_se": error, "parameters": size}
-    rate = {"rate": found.rate.where(found.elbo.notnull())}  # of a point it is a penalty
-    return found[_MEASURES].assign(numbers | rate)
+    rate = {"rate": measured.rate.where(measured.elbo.notnull())}  # of a point it is a penalty
+    return measured[_MEASURES].assign(numbers | rate)
 
 
-def with_steps(found: xr.Dataset, min_gain: float, level: float) -> xr.Dataset:
+def with_steps(results: xr.Dataset, min_gain: float, level: float) -> xr.Dataset:
     """Means over the data, and what each family gains over the one below, with the verdict."""
-    measured = crossed_interval(np.diff(found.elbo, axis=0), level)
-    gain, lower, upper = measured[:3]
-    fall = found.fall.mean("seed").values
-    error = np.sqrt((found.fall_se**2).sum("seed").values) / found.sizes["seed"]
+    interval = crossed_interval(np.diff(results.elbo, axis=0), level)
+    gain, lower, upper = interval[:3]
+    fall = results.fall.mean("seed").values
+    error = np.sqrt((results.fall_se**2).sum("seed").values) / results.sizes["seed"]
     drift, falling = np.diff(fall), np.abs(still_to_come(fall, error)) > min_gain
     left = still_to_come(drift, np.hypot(error[1:], error[:-1]))
     yes, no, point = lower > min_gain, upper < min_gain, np.isnan(gain)
     turns = (lower + np.minimum(left, 0) <= min_gain) & (upper + np.maximum(left, 0) >= min_gain)
-    steps = dict(zip(_GAIN, measured, strict=True), below=found.family.values[:-1])
+    steps = dict(zip(_GAIN, interval, strict=True), below=results.family.values[:-1])
     steps["gain_drift"] = np.where(point, math.nan, drift)
-    for name, total in zip(_RATES, (found.parameters, found.seconds), strict=True):
+    for name, total in zip(_RATES, (results.parameters, results.seconds), strict=True):
         cost = np.diff(total.median("seed"))
         steps[name] = gain / np.where(cost > 0, cost, math.nan)
     steps["verdict"] = np.select([point, turns, yes], ["", "undecided", "yes"], "no")
@@ -268,8 +263,8 @@ def with_steps(found: xr.Dataset, min_gain: float, level: float) -> xr.Dataset:
         name: ("family", [math.nan if values.dtype.kind == "f" else "", *values.tolist()])
         for name, values in steps.items()
     }
-    options = {"min_gain": min_gain, "level": level, "num_data": found.sizes["datum"]}
-    means = found.mean("datum", skipna=False).assign(parameters=found.parameters.isel(seed=0))
+    options = {"min_gain": min_gain, "level": level, "num_data": results.sizes["datum"]}
+    means = results.mean("datum", skipna=False).assign(parameters=results.parameters.isel(seed=0))
     return means.assign(columns).assign_attrs(options)
 
 
@@ -277,10 +272,10 @@ def _members(families: Sequence[Any]) -> dict[str, Any]:
     several = not isinstance(families, str) and len(families) >= 2
     expect(several, "families", "at least two", repr(families))
     members: dict[str, Any] = {}
-    for given in families:
-        family = LADDER.get(given) if isinstance(given, str) else given
+    for member in families:
+        family = LADDER.get(member) if isinstance(member, str) else member
         known = hasattr(family, "channels")
-        expect(known, "families", f"families or {list(LADDER)}", repr(given))
+        expect(known, "families", f"families or {list(LADDER)}", repr(member))
         members[getattr(family, "name", repr(family))] = family
     expect(len(members) == len(families), "families", "different ones", repr(families))
     return members

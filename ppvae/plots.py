@@ -1,9 +1,10 @@
-"""Pictures of the ladder; each function returns a matplotlib figure and touches no global state."""
+"""Pictures of results; each function returns a matplotlib figure and touches no global state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -11,9 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from ppvae._checks import expect
 from ppvae.evaluation.ranks import ecdf_band, ecdf_of
 
 __all__ = ["calibration", "encodings", "images", "rate_distortion", "rate_distortion_curves"]
+
+Style = dict[str, Any]
+
+# the name of a point, with a line to it
+_NAME: Style = {"fontsize": 8, "va": "center"}
+_NAME["arrowprops"] = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
 
 
 def calibration(found: xr.Dataset, *, level: float = 0.95) -> Figure:
@@ -33,24 +41,18 @@ def calibration(found: xr.Dataset, *, level: float = 0.95) -> Figure:
     ends = np.concatenate([[0.0], points, [1.0]])
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    pad = np.zeros(1)
-    left.fill_between(
-        ends,
-        np.concatenate([pad, low - points, pad]),
-        np.concatenate([pad, high - points, pad]),
-        color="0.88",
-    )
+    left.fill_between(ends, *(np.pad(edge - points, 1) for edge in (low, high)), color="0.88")
     right.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
-    several = found.sizes["latent"] <= 10
+    several = found.sizes["latent"] > 10
     for index, name in enumerate(found.latent.values):
         one = found.sel(latent=name)
-        style = {"color": f"C{index % 10}", "alpha": 1.0 if several else 0.4}
-        shares = np.concatenate([pad, ecdf_of(rank[:, index], num_samples), pad + 1])
+        style: Style = {"color": f"C{index % 10}", "alpha": 0.4 if several else 1.0}
+        shares = np.concatenate([[0.0], ecdf_of(rank[:, index], num_samples), [1.0]])
         left.plot(ends, shares - ends, linewidth=1.0, label=name, **style)
         right.errorbar(one.level, one.coverage, one.coverage_se, marker="o", markersize=3, **style)
     left.set(xlabel="rank of the true value, as a share", ylabel="ECDF - uniform")
     right.set(xlabel="level of the interval", ylabel="share of true values inside")
-    if several:
+    if not several:
         left.legend(fontsize=7, ncols=2)
     figure.suptitle(found.attrs["reading"], fontsize=9, wrap=True)
     return figure
@@ -65,21 +67,18 @@ def encodings(draws: Mapping[str, ArrayLike], *, columns: int = 4) -> Figure:
     """
     arrays = {name: np.asarray(codes) for name, codes in draws.items()}
     for name, codes in arrays.items():
-        if codes.ndim != 3 or codes.shape[-1] != 2:
-            raise ValueError(
-                f"draws: expected shape (data, repeats, 2), got {codes.shape} for {name}"
-            )
+        pairs = codes.ndim == 3 and codes.shape[-1] == 2
+        expect(pairs, "draws", "shape (data, repeats, 2)", f"{codes.shape} for {name}")
     rows = math.ceil(len(arrays) / columns)
     figure = Figure(figsize=(2.6 * columns, 2.7 * rows), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     spread = [np.abs(np.quantile(codes, [0.01, 0.99])).max() for codes in arrays.values()]
     limit = 1.1 * max(*spread, 1e-3)
     for panel, (name, codes) in zip(axes, arrays.items(), strict=False):
         for datum, cloud in enumerate(codes):
-            panel.scatter(*cloud.T, s=4, alpha=0.35, color=f"C{datum % 10}", linewidths=0)
-            panel.scatter(
-                *cloud.mean(0), s=26, color=f"C{datum % 10}", edgecolors="black", linewidths=0.8
-            )
+            style: Style = {"color": f"C{datum % 10}"}
+            panel.scatter(*cloud.T, s=4, alpha=0.35, linewidths=0, **style)
+            panel.scatter(*cloud.mean(0), s=26, edgecolors="black", linewidths=0.8, **style)
         panel.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     for panel in axes[len(arrays) :]:
         panel.set_axis_off()
@@ -97,10 +96,8 @@ def images(rows: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
     arrays = {name: np.asarray(row) for name, row in rows.items()}
     side = math.isqrt(next(iter(arrays.values())).shape[-1])
     for name, row in arrays.items():
-        if row.ndim != 2 or row.shape[-1] != side * side:
-            raise ValueError(
-                f"rows: expected square images (count, side^2), got {row.shape} for {name}"
-            )
+        square = row.ndim == 2 and row.shape[-1] == side * side
+        expect(square, "rows", "square images (count, side^2)", f"{row.shape} for {name}")
     count = max(len(row) for row in arrays.values())
     figure = Figure(figsize=(1.8 + 0.55 * count, 0.62 * len(arrays) + 0.4), layout="constrained")
     axes = figure.subplots(len(arrays), count, squeeze=False)
@@ -109,9 +106,8 @@ def images(rows: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
             panel.set_axis_off()
         for panel, image in zip(line, row, strict=False):
             panel.imshow(image.reshape(side, side), cmap="gray_r", vmin=0, vmax=1)
-        line[0].text(
-            -0.25, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9
-        )
+        style: Style = {"ha": "right", "va": "center", "fontsize": 9}
+        line[0].text(-0.25, 0.5, name, transform=line[0].transAxes, **style)
     figure.suptitle(title)
     return figure
 
@@ -122,43 +118,32 @@ def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
     Args:
         points: family -> (rate, distortion), in nats per datum.
     """
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    rates, distortions = np.array(list(points.values())).T
+    figure, axes = _plane((6.4, 4.8), "Rate and distortion (grey: lines of equal ELBO)")
+    rates, distortions = values = np.array(list(points.values())).T
     reach = np.array([-0.08, 1.25]) * max(rates.max(), 1.0)
     for total in np.unique(np.round(rates + distortions)):
         axes.plot(reach, total - reach, color="0.88", linewidth=0.8, zorder=0)
-    for index, (rate, distortion) in enumerate(points.values()):
-        axes.scatter(rate, distortion, color=f"C{index % 10}", zorder=2)
-    _label(axes, points)
-    pad = 0.1 * (distortions.max() - distortions.min() + 1.0)
-    axes.set(
-        xlabel="rate  KL(q(z|x) || p(z))  [nats per datum]",
-        ylabel="distortion  -E log p(x|z)  [nats per datum]",
-        xlim=reach,
-        ylim=(distortions.min() - pad, distortions.max() + pad),
-        title="Rate and distortion (grey: lines of equal ELBO)",
-    )
+    for index, point in enumerate(values.T):
+        axes.scatter(*point, color=f"C{index % 10}", zorder=2)
+    height = -math.inf
+    for name, (rate, distortion) in sorted(points.items(), key=lambda item: item[1][1]):
+        height = max(distortion, height + 0.045 * (np.ptp(values) + 1.0))  # apart from the last
+        axes.annotate(name, (rate, distortion), (rate + 0.35, height), **_NAME)
+    pad = 0.1 * (np.ptp(distortions) + 1.0)
+    axes.set(xlim=reach, ylim=(distortions.min() - pad, distortions.max() + pad))
     return figure
 
 
-def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes the names to the right of the points, pushed apart where they would collide."""
-    ordered = sorted(points.items(), key=lambda item: item[1][1])
-    values = np.array([value for _, value in points.values()])
-    gap = 0.045 * (values.max() - values.min() + 1.0)
-    last = -math.inf
-    for name, (rate, distortion) in ordered:
-        height = max(distortion, last + gap)
-        last = height
-        axes.annotate(
-            name,
-            (rate, distortion),
-            (rate + 0.35, height),
-            fontsize=8,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5},
-        )
+def _plane(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
+    """A figure with the axes of rate and distortion."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set(
+        xlabel="rate  KL(q(z|x) || p(z))  [nats per datum]",
+        ylabel="distortion  -E log p(x|z)  [nats per datum]",
+        title=title,
+    )
+    return figure, axes
 
 
 def rate_distortion_curves(
@@ -177,28 +162,18 @@ def rate_distortion_curves(
     Raises:
         ValueError: rates and distortions are not vectors of the same length.
     """
-    figure = Figure(figsize=(6.8, 5.0), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _plane((6.8, 5.0), title)
     for kind, lines in (("bounds", bounds or {}), ("curves", curves)):
         for index, (name, pair) in enumerate(lines.items()):
             rates, distortions = (np.asarray(part) for part in pair)
-            if rates.ndim != 1 or rates.shape != distortions.shape:
-                raise ValueError(
-                    f"{kind}: expected two vectors of the same length for {name}, got shapes "
-                    f"{rates.shape} and {distortions.shape}"
-                )
-            if kind == "bounds":
-                style = ["-", ":", "--", "-."][index % 4]
-                axes.plot(rates, distortions, style, color="0.55", linewidth=2.5, label=name)
-            else:
-                axes.plot(
-                    rates, distortions, "os^Dvpx"[index % 7], linestyle="-", label=name,
-                    color=f"C{index % 10}", markersize=5, linewidth=1, fillstyle="none",
-                )  # fmt: skip
-    axes.set(
-        xlabel="rate  KL(q(z|x) || p(z))  [nats per datum]",
-        ylabel="distortion  -E log p(x|z)  [nats per datum]",
-        title=title,
-    )
+            alike = rates.ndim == 1 and rates.shape == distortions.shape
+            wanted = f"two vectors of the same length for {name}"
+            expect(alike, kind, wanted, f"shapes {rates.shape} and {distortions.shape}")
+            style: Style = {"color": "0.55", "linewidth": 2.5}
+            style |= {"linestyle": ["-", ":", "--", "-."][index % 4]}
+            if kind == "curves":
+                style = {"color": f"C{index % 10}", "linewidth": 1}
+                style |= {"marker": "os^Dvpx"[index % 7], "markersize": 5, "fillstyle": "none"}
+            axes.plot(rates, distortions, label=name, **style)
     axes.legend(fontsize=8)
     return figure

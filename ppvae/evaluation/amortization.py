@@ -16,12 +16,7 @@ from ppvae._checks import check_count, expect
 from ppvae.evaluation.search import ShiftedGuide, adam, quasi_newton, shifted_guide
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.objectives.weights import (
-    effective_sample_size,
-    khat,
-    log_mean_weight,
-    log_mean_weight_se,
-)
+from ppvae.objectives.weights import estimates
 from ppvae.programs.runs import opened
 
 _GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
@@ -115,11 +110,11 @@ def gaps(  # noqa: D417
         total = len(runs.batches) * num_steps
         with tqdm(total=total, desc=label, disable=not progress, delay=3.0) as bar:
             for number, batch in enumerate(runs.batches, 1):
-                shifted = shifted_guide(runs, guide.heads, batch, plate)
+                shifted = shifted_guide(runs, guide.heads, batch)
                 best = _search(shifted, num_steps, bar.update)
                 values = _elbos(shifted, best, draws)
-                if exact is None:
-                    values |= _log_likelihood(shifted, best, draws)
+                if exact is None:  # from independent draws
+                    values |= estimates(shifted.log_weight(best, draws, _new_seed()))
                 measured.append({name: v.double().cpu().numpy() for name, v in values.items()})
                 bar.update(number * num_steps - bar.n)
     arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
@@ -206,18 +201,6 @@ def _elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]
     names = "elbo", "best_elbo", "amortization"
     values = dict(zip(names, means, strict=True))
     return values | {f"{name}_se": error for name, error in zip(names, errors, strict=True)}
-
-
-def _log_likelihood(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]:
-    """Log p(x) from below, from independent draws of the best member."""
-    runs, size = shifted.terms(best, draws, _new_seed()), shifted.plate.size
-    log_w = torch.cat([parts.log_weight.expand(n, size) for parts, n in runs]).double()
-    return {
-        "log_likelihood": log_mean_weight(log_w),
-        "log_likelihood_se": log_mean_weight_se(log_w),
-        "ess": effective_sample_size(log_w),
-        "khat": khat(log_w),
-    }
 
 
 def _dataset(arrays: dict[str, Any], exact: np.ndarray | None, attrs: dict[str, Any]) -> xr.Dataset:

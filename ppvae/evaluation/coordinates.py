@@ -46,11 +46,8 @@ class Coordinates:
 
     def add(self, guide_trace: Any, draws: Any = None) -> None:
         """Adds the draws of a run, made in a plate of draws or without one."""
-        rows = []
-        for name, place in self.layout.places.items():
-            place = place if draws is None else place.inside(draws)
-            rows.append(place.flat(guide_trace.nodes[name]["value"]))
-        away = (torch.cat(rows, -1) - self.first).double()
+        values = {name: guide_trace.nodes[name]["value"] for name in self.layout.places}
+        away = (self.layout.inside(draws).flat(values) - self.first).double()
         self.count += len(away)
         self.total, self.squares = self.total + away.sum(0), self.squares + away.square().sum(0)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ppvae.objectives.trace_terms import log_density, terms
-from ppvae.programs.layout import Place
+from ppvae.programs.layout import Layout, Place
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import BUDGET, Runs, draws_plate, given, run_trace
 
@@ -27,13 +27,13 @@ class Draws(NamedTuple):
     """Draws of the latents of a minibatch: one of each datum, then the next of each.
 
     Attributes:
-        values: site of the guide -> values, shape `(draws, coordinates)`.
+        values: of all sites of the guide, shape `(draws, coordinates)`.
         log_guide: log q(z | x) of each draw, shape `(draws,)`.
         log_prior: log p(z) of each draw, shape `(draws,)`.
         size: number of data.
     """
 
-    values: dict[str, Tensor]
+    values: Tensor
     log_guide: Tensor
     log_prior: Tensor
     size: int
@@ -63,13 +63,17 @@ def draws_needed(size: int) -> int:
 def draws_of(pairs: Sequence[tuple[Any, Any]], plate: Any) -> Draws:
     """Reads the draws off some pairs of traces of model and guide on one minibatch."""
     parts = [terms(*pair, plate.name) for pair in pairs]
-    size, values = parts[0].plate.size, {}
-    for name, node in drawn_nodes(pairs[0][1]).items():
-        place = Place.of(node, plate)
-        values[name] = torch.cat([place.flat(trace.nodes[name]["value"])[0] for _, trace in pairs])
+    size, layout = parts[0].plate.size, _layout(pairs[0][1], plate)
+    values = [{name: trace.nodes[name]["value"] for name in layout.places} for _, trace in pairs]
     log_guide = torch.cat([each.log_q.expand(size) for each in parts])
     log_prior = torch.cat([each.total(each.log_prior).expand(size) for each in parts])
-    return Draws(values, log_guide, log_prior, size)
+    return Draws(torch.cat([layout.flat(v)[0] for v in values]), log_guide, log_prior, size)
+
+
+def _layout(guide_trace: Any, plate: Any) -> Layout:
+    """Of all that a guide draws, auxiliary sites among it."""
+    nodes = drawn_nodes(guide_trace)
+    return Layout({name: Place.of(node, plate) for name, node in nodes.items()})
 
 
 def information(
@@ -103,8 +107,7 @@ def information(
         start += each.size
         rows = torch.as_tensor(np.flatnonzero(chosen[datum]), device=each.log_guide.device)
         if len(rows):
-            values = {name: value[rows] for name, value in each.values.items()}
-            log_q = _log_sum(runs, values, inside) - math.log(size)
+            log_q = _log_sum(runs, each.values[rows], inside) - math.log(size)
             table = torch.stack([each.log_guide[rows], each.log_prior[rows], log_q]).double()
             tables.append(np.vstack([datum[rows.cpu().numpy()], table.cpu().numpy()]))
     datum, log_own, log_prior, log_q = np.hstack(tables)
@@ -125,30 +128,23 @@ def _error(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _log_sum(runs: Runs, values: dict[str, Tensor], inside: Any) -> Tensor:
-    """Log of the sum over all data of q(z | x_n), for points z in front of `values`.
+def _log_sum(runs: Runs, values: Tensor, inside: Any) -> Tensor:
+    """Log of the sum over all data of q(z | x_n), for each row z of `values`.
 
     `inside` says whether the guide can run inside a plate of draws.
     """
-    count = len(next(iter(values.values())))
-    widest = max(value.shape[1] for value in values.values())
-    total = torch.full((count,), -math.inf)
+    total = torch.full((len(values),), -math.inf)
     for batch in runs.batches:
         trace = run_trace(runs.guide, batch)
-        places = {name: Place.of(trace.nodes[name], runs.plate) for name in values}
-        rows = next(place.batch[place.datum] for place in places.values() if place.datum)
-        at_once = max(1, BUDGET // (rows * widest)) if inside else 1
-        pieces = []
-        for start in range(0, count, at_once):
-            number = min(at_once, count - start)
-            draws = draws_plate(runs.model, *batch, draws=number) if inside else None
-            spread = {}
-            for name, place in places.items():
-                place = place if draws is None else place.inside(draws)
-                chunk = values[name][start : start + number, None].expand(-1, rows, -1)
-                spread[name] = place.back(chunk)
+        layout = _layout(trace, runs.plate)
+        rows = next(place.batch[place.datum] for place in layout.places.values() if place.datum)
+        chunks = values.split(max(1, BUDGET // (rows * values.shape[1])) if inside else 1)
+        log_sums = []
+        for chunk in chunks:
+            draws = draws_plate(runs.model, *batch, draws=len(chunk)) if inside else None
+            spread = layout.inside(draws).back(chunk[:, None].expand(-1, rows, -1))
             scored = run_trace(given(runs.guide, trace, spread), batch, draws)
-            log_q = log_density(scored, runs.plate)
-            pieces.append(log_q.expand(number, rows).logsumexp(-1))
-        total = torch.logaddexp(total.to(pieces[0]), torch.cat(pieces))
+            log_q = log_density(scored, runs.plate).expand(len(chunk), rows)
+            log_sums.append(log_q.logsumexp(-1))
+        total = torch.logaddexp(total.to(log_sums[0]), torch.cat(log_sums))
     return total

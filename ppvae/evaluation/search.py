@@ -47,72 +47,64 @@ class ShiftedGuide:
         runs: a model and its `FamilyGuide`.
         heads: of the guide.
         args: a minibatch.
-        plate_name: of the data plate, as the user gave it.
         traces: of model and guide on the minibatch.
-        plate: the data plate.
-        zeros: channel -> zeros of the shape of what the encoder says of it.
+        start: shifts of zero, where the guide is the encoder's.
+        columns: channel -> number of its columns.
         coordinates: number of coordinates of the latents of one datum.
     """
 
     runs: Runs
     heads: nn.ModuleDict
     args: tuple[Any, ...]
-    plate_name: str | None
     traces: tuple[Any, Any]
-    plate: Any
-    zeros: dict[str, Tensor]
+    start: Tensor
+    columns: dict[str, int]
     coordinates: int
-
-    @property
-    def start(self) -> Tensor:
-        """Shifts of zero, where the guide is the encoder's."""
-        rows = [zeros.reshape(self.plate.size, -1) for zeros in self.zeros.values()]
-        return torch.cat(rows, 1) if rows else torch.zeros(self.plate.size, 0)
 
     @property
     def step_sizes(self) -> Tensor:
         """With what step size to begin a search, for each column of the shifts."""
-        rates = [_RATE if "." in channel else _FEATURE_RATE for channel in self.zeros]
-        return torch.tensor(rates).repeat_interleave(torch.tensor(self._lengths)).to(self.start)
+        rates = [_RATE if "." in channel else _FEATURE_RATE for channel in self.columns]
+        columns = torch.tensor(list(self.columns.values()))
+        return torch.tensor(rates).repeat_interleave(columns).to(self.start)
 
-    @property
-    def _lengths(self) -> list[int]:
-        return [zeros.numel() // self.plate.size for zeros in self.zeros.values()]
-
-    def terms(
-        self, shifts: Tensor, draws: int, seed: int, match: str | None = None
-    ) -> list[tuple[Terms, int]]:
-        """The terms, from runs that together make so many draws, and the draws of each run.
-
-        Args:
-            shifts: of all channels, shape `(data, size)`.
-            draws: number of draws.
-            seed: equal seeds mean equal draws.
-            match: match the moments over the draws, for each "datum", or in "common" numbers.
-        """
-        cut = shifts.split(self._lengths, 1) if self.zeros else ()
-        pieces = dict(zip(self.zeros, cut, strict=True))
-        results, first = [], 0
-        numbers = MatchedNormals(draws, common=match == "common")
+    def _terms(
+        self, shifts: Tensor, draws: int, seed: int, match: str | None
+    ) -> list[tuple[Terms, torch.Size]]:
+        """The terms of runs that together make so many draws, and the shape of each."""
+        cut = shifts.split(list(self.columns.values()), 1) if self.columns else ()
+        pieces = dict(zip(self.columns, cut, strict=True))
+        numbers, first = MatchedNormals(draws, common=match == "common"), 0
+        results = []
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
             stack.enter_context(_shifted(self.heads, lambda key, v: pieces[key].reshape(v.shape)))
             if match is not None:
                 stack.enter_context(numbers)
-                stack.enter_context(numbers.places(self.plate))
+                stack.enter_context(numbers.places(self.runs.plate))
             for count, plate in self.runs.draws(self.args, draws, self.traces):
                 numbers.start_run(first, count, single=plate is None)
-                pair = self.runs.pair(self.args, plate)
-                results.append((terms(*pair, self.plate_name), count))
+                parts = terms(*self.runs.pair(self.args, plate), self.runs.plate.name)
+                results.append((parts, torch.Size([count, len(shifts)])))
                 first += count
         return results
 
+    def log_weight(self, shifts: Tensor, draws: int, seed: int) -> Tensor:
+        """Log importance weights of independent draws, shape `(draws, data)`."""
+        runs = self._terms(shifts, draws, seed, None)
+        return torch.cat([parts.log_weight.expand(size) for parts, size in runs])
+
     def loss(self, shifts: Tensor, draws: int, seed: int, match: str = "datum") -> Tensor:
-        """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`."""
-        sums = [
-            (parts.distortion + parts.rate).expand(count, self.plate.size).sum(0)
-            for parts, count in self.terms(shifts, draws, seed, match)
-        ]
+        """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`.
+
+        Args:
+            shifts: of all channels, shape `(data, size)`.
+            draws: number of draws.
+            seed: equal seeds mean equal draws.
+            match: match the moments for each "datum", or of numbers that are "common" to all.
+        """
+        runs = self._terms(shifts, draws, seed, match)
+        sums = [(parts.distortion + parts.rate).expand(size).sum(0) for parts, size in runs]
         return torch.stack(sums).sum(0) / draws
 
     def slope(self, shifts: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -128,16 +120,13 @@ class ShiftedGuide:
         return loss.detach(), slope
 
 
-def shifted_guide(
-    runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...], plate_name: str | None
-) -> ShiftedGuide:
+def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...]) -> ShiftedGuide:
     """Runs a model and its `FamilyGuide` once, to see what can be shifted.
 
     Args:
         runs: a model and its `FamilyGuide`.
         heads: of the guide.
         args: a minibatch.
-        plate_name: of the data plate, as the user gave it.
 
     Raises:
         ValueError: there is something to shift, but no gradient reaches it through a draw.
@@ -145,14 +134,18 @@ def shifted_guide(
     zeros: dict[str, Tensor] = {}
     with _shifted(heads, lambda key, value: zeros.setdefault(key, torch.zeros_like(value))):
         traces = runs.pair(args)
-    plate, drawn = terms(*traces, plate_name).plate, drawn_nodes(traces[1])
+    drawn = drawn_nodes(traces[1])
     for name, node in drawn.items():
         if zeros and not node["fn"].has_rsample:
             raise ValueError(
                 f"guide: expected reparametrized draws; {name!r} is drawn from {node['fn']}"
             )
-    coordinates = sum(node["value"].numel() for node in drawn.values()) // plate.size
-    return ShiftedGuide(runs, heads, args, plate_name, traces, plate, zeros, coordinates)
+    size = terms(*traces, runs.plate.name).plate.size
+    coordinates = sum(node["value"].numel() for node in drawn.values()) // size
+    rows = {channel: zero.reshape(size, -1) for channel, zero in zeros.items()}
+    start = torch.cat(list(rows.values()), 1) if rows else torch.zeros(size, 0)
+    columns = {channel: row.shape[1] for channel, row in rows.items()}
+    return ShiftedGuide(runs, heads, args, traces, start, columns, coordinates)
 
 
 @contextmanager

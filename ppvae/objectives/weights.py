@@ -35,6 +35,17 @@ def log_mean_weight_se(log_weight: Tensor) -> Tensor:
     return share.clamp_min(0).sqrt()
 
 
+def estimates(log_weight: Tensor) -> dict[str, Tensor]:
+    """All of these: `log_likelihood` with `log_likelihood_se`, `ess` and `khat`, in float64."""
+    log_weight = log_weight.double()
+    return {
+        "log_likelihood": log_mean_weight(log_weight),
+        "log_likelihood_se": log_mean_weight_se(log_weight),
+        "ess": effective_sample_size(log_weight),
+        "khat": khat(log_weight),
+    }
+
+
 def khat(log_weight: Tensor) -> Tensor:
     """Pareto shape of the upper tail of the weights, `(draws, *)` to `(*)`, in float64.
 

@@ -154,6 +154,12 @@ class Layout:
         expect(places, "model", "latent sites", "none")
         return cls(places)
 
+    def inside(self, draws: Any) -> Layout:
+        """The same sites in a plate of draws; see `Place.inside`. None changes nothing."""
+        if draws is None:
+            return self
+        return Layout({name: place.inside(draws) for name, place in self.places.items()})
+
     @cached_property
     def slices(self) -> dict[str, slice]:
         """Site -> its coordinates in unconstrained space.
@@ -183,6 +189,12 @@ class Layout:
     def flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """Values by site as `(draws, datum, coordinates)`, in the spaces of the sites."""
         return torch.cat([place.flat(values[name]) for name, place in self.places.items()], -1)
+
+    def back(self, flat: Tensor) -> dict[str, Tensor]:
+        """Values by site from `(draws, datum, coordinates)`, in the spaces of the sites."""
+        sizes = [len(place.labels) for place in self.places.values()]
+        pieces = zip(self.places.items(), flat.split(sizes, -1), strict=True)
+        return {name: place.back(piece) for (name, place), piece in pieces}
 
     def free(self, values: Mapping[str, Tensor]) -> Tensor:
         """Values by site as `(draws, datum, coordinates)`, in unconstrained space."""
