@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ppvae import families
 from ppvae._checks import check_count, check_number, expect
-from ppvae.families.rules import comparable
 
 __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "regression"]
 
@@ -145,8 +144,8 @@ def regression(X: Tensor, y: Tensor, noise: float, prior_scale: float, family: A
     expect(len(X) == len(y), "y", f"{len(X)} rows, as X", len(y))
     noise = check_number("noise", noise, positive=True)
     prior_scale = check_number("prior_scale", prior_scale, positive=True)
-    found = _optimum(y.double()[None], X, noise, prior_scale, family)
-    return found._replace(**{name: getattr(found, name)[0] for name in Optimum._fields[:5]})
+    optimum = _optimum(y.double()[None], X, noise, prior_scale, family)
+    return optimum._replace(**{name: getattr(optimum, name)[0] for name in Optimum._fields[:5]})
 
 
 def _array(name: str, value: Any, dims: int) -> Tensor:
@@ -187,8 +186,6 @@ def _member(family: Any, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tenso
     size, kind = len(P), getattr(family, "distribution", None)
     one, rules = torch.eye(size).to(P), getattr(family, "rules", {})
     where, scale = rules.get("loc", rules.get("v", 0.0)), rules.get("scale")
-    learned = families.shared_scale.rules["scale"], families.mean_scale.rules["scale"]
-    shared, free = (comparable(scale) == comparable(rule) for rule in learned)
     low = high = where
     if isinstance(where, families.Channel):  # inside an interval or a half-line, or free
         low = getattr(where.constraint, "lower_bound", -math.inf)
@@ -203,8 +200,10 @@ def _member(family: Any, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tenso
         S = P.inverse()
     elif kind is dist.Normal and isinstance(scale, (float, Tensor)):
         S = one * torch.as_tensor(scale).to(P) ** 2
-    elif kind is dist.Normal and (shared or free):
-        S = one * size / P.trace() if shared else one / P.diagonal()
+    elif kind is dist.Normal and scale == families.shared:
+        S = one * size / P.trace()
+    elif kind is dist.Normal and scale == families.Channel():
+        S = one / P.diagonal()
     else:
         raise _no_closed_form(family)
     low, high = (torch.as_tensor(end).to(P).expand(size) for end in (low, high))
@@ -287,9 +286,9 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
     weight[:, :kept] = axes[:, :kept] * squares.clamp(min=0.0).sqrt()
     attained = noise > 0 and family != families.deterministic
     if attained:
-        found = fixed_decoder(x, weight, bias, noise, family)
-        best, rate, _, log_likelihood = (term.mean().item() for term in found[:4])
-        S, spread = found.covariance, found.mean.T @ found.mean / len(x)
+        optimum = fixed_decoder(x, weight, bias, noise, family)
+        best, rate, _, log_likelihood = (term.mean().item() for term in optimum[:4])
+        S, spread = optimum.covariance, optimum.mean.T @ optimum.mean / len(x)
         information = 0.0 if silent else ((S + spread).logdet() - S.logdet()).item() / 2
     else:
         point = family in (families.deterministic, families.zero)
@@ -297,8 +296,8 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
         best = -D / 2 * (_LOG_2PI + 1 + 2 * math.log(noise)) - rate if noise else math.inf
         log_likelihood = -math.inf if family == families.deterministic else math.inf
         information, weight = math.inf if used else 0.0, weight * math.nan
-    ends = (log_likelihood, information, weight, bias)
-    return LearnedDecoder(best, rate, noise, used, attained, *ends)
+    terms = (log_likelihood, information)
+    return LearnedDecoder(best, rate, noise, used, attained, *terms, weight, bias)
 
 
 def _kept(values: Tensor, kept: int, family: Any) -> tuple[int, float]:

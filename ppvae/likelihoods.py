@@ -1,7 +1,9 @@
-"""Likelihoods: objects that turn what a decoder puts out into a distribution over the data.
+"""Likelihoods: modules that turn what a decoder puts out into a distribution over the data.
 
 **To add a likelihood**, write a module whose forward takes the decoder's output, of shape
-`(*, *event)`, and returns a Pyro distribution over its elements; `VAE` declares the event dims.
+`(*, *event)` with any number of leading dimensions, and returns a Pyro distribution over its
+elements, of that batch shape; `VAE` declares which of them are the event. Parameters of the module
+are learned with the decoder.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ class Head(nn.Module):
             source = features if isinstance(rule, Channel) else None
             start = (FREE_STARTS if features is None else STARTS).get(name)
             start = start if rule.start is None else rule.start
-            self.add_module(name, Argument(rule.constraint, size, source, start))
+            constraint = rule.constraint or own[name]
+            self.add_module(name, Argument(constraint, size, source, start))
 
     def forward(self, features: Tensor | None = None) -> Any:
         """The distribution over `(*, *shape)`; the last dim is the event of a joint family."""

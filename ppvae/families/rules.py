@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -36,7 +36,7 @@ class Rule:
 
     constraint: Constraint | None = None
     columns: int | None = None
-    start: float | None = None
+    start: float | None = field(default=None, compare=False)
 
 
 class Channel(Rule):
@@ -72,7 +72,7 @@ def rules_of(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
         given: rules by argument, as `Family` takes them.
 
     Returns:
-        For each argument a `Channel` or a `Shared` with its constraint filled in, or a fixed value.
+        For each argument a `Channel`, a `Shared` or a fixed value.
 
     Raises:
         TypeError: a rule has a type that no rule has.
@@ -91,14 +91,14 @@ def rules_of(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
     chosen = [name for name in alternatives if name in given] or alternatives[-1:]
     rules = {"log_density": 0.0, **given}  # the density of a point is never a channel
     return {
-        name: _complete(name, rules.get(name, Channel()), own[name])
+        name: _rule(name, rules.get(name, Channel()), own[name])
         for name in names
         if name not in alternatives or name in chosen
     }
 
 
-def _complete(name: str, rule: Any, own: Constraint) -> Any:
-    """A rule with its constraint filled in, or a fixed value, both checked."""
+def _rule(name: str, rule: Any, own: Constraint) -> Any:
+    """A rule or a fixed value, checked, from what was given."""
     if isinstance(rule, (Real, Tensor)):
         _check_value(name, rule, own)
         return rule if isinstance(rule, Tensor) else float(rule)
@@ -112,9 +112,8 @@ def _complete(name: str, rule: Any, own: Constraint) -> Any:
         raise ValueError(f"{name}: expected a fixed number, since it is discrete; got {rule}")
     if rule.constraint is not None and not _is_inside(rule.constraint, own):
         raise ValueError(f"{name}: expected a constraint inside {own}, got {rule.constraint}")
-    rule = replace(rule, constraint=rule.constraint or own)
     if rule.start is not None:
-        _check_value(name, rule.start, rule.constraint)
+        _check_value(name, rule.start, rule.constraint or own)
     return rule
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -81,11 +81,7 @@ def _draw_flat(
 
 
 def draw_from_model(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    drawn: frozenset[str],
-    plates: dict[str, Any] | None,
+    model: Any, args: Any, kwargs: Any, drawn: frozenset[str], plates: dict[str, Any] | None
 ) -> dict[str, Tensor]:
     """Runs the model's own latent statements.
 
@@ -94,8 +90,8 @@ def draw_from_model(
         args: its arguments.
         kwargs: its keyword arguments.
         drawn: names of the plates that draw a subsample of their own.
-        plates: the plates of the guide list that the guide is in, which have drawn it already; None
-            outside of a list.
+        plates: by name the plates of the guide list that the guide is in, which have drawn theirs
+            already; None outside of a list.
 
     Returns:
         The values by the names of the sites.

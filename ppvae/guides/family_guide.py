@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -83,10 +83,10 @@ class FamilyGuide(ModelGuide):
         self.family, self.plate = as_family(family), plate
         self.encoder = encoder
         self.heads = nn.ModuleDict()
-        self._head_shapes: dict[str, tuple[int, ...]] = {}
+        self._head_shapes: dict[str, torch.Size] = {}
         self._features: int | None = None
         self._blocks: list[Block] = []
-        self._plates = Plates({}, None, frozenset(), sees_all=True)
+        self._plates = Plates()
         example = None if encoder is None else example_of(model)  # else each datum has its own
         if example is not None:
             self.setup(*example)
@@ -111,6 +111,9 @@ class FamilyGuide(ModelGuide):
         values = [node["value"] for node in nodes]
         like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
         for block in blocks if source != "model" else []:
+            known = self._head_shapes.get(block.key, block.shape)
+            expected = f"a latent of shape {tuple(known)} for the head {block.key!r}, as before"
+            expect(known == block.shape, "model", expected, tuple(block.shape))
             with representing(self.family, block.sites[0]):
                 self._build(block.key, block.shape, like)
                 with torch.no_grad(), random_state(None, keep=True), eval_mode(self):
@@ -125,13 +128,16 @@ class FamilyGuide(ModelGuide):
             self.setup(*args, **kwargs)
         sources = {block.source for block in self._blocks}
         if "model" in sources:
-            theirs = None if self.master is None else self.master().plates
-            return draw_from_model(self.model, args, kwargs, self._plates.drawn, theirs)
+            listed = None if self.master is None else self.master().plates
+            return draw_from_model(self.model, args, kwargs, self._plates.drawn, listed)
         encoder, heads, features = self.encoder, self.heads, None
         if encoder is not None and "encoder" in sources:
             features = encode(encoder, args, self._features)
-        given = self._given_plates(args, kwargs)
-        plates = self._plates.make(features, given, lambda name: self._rows(name, args, kwargs))
+
+        def rows_in_model(plate: str) -> Tensor:
+            return prototype(self.model, args, kwargs).nodes[plate]["value"]
+
+        plates = self._plates.make(features, self._given_plates(args, kwargs), rows_in_model)
         if features is not None:
             features = self._plates.rows(features, plates)
         draws: dict[str, Tensor] = {}
@@ -141,14 +147,11 @@ class FamilyGuide(ModelGuide):
             draws |= draw(fn, block, plates, self._plates, f"_{self._pyro_name}_{block.key}")
         return draws
 
-    def _build(self, key: str, shape: Iterable[int], like: Tensor | None = None) -> None:
+    def _build(self, key: str, shape: torch.Size, like: Tensor | None = None) -> None:
         """Makes a head that is not there yet, beside the encoder or like a latent."""
-        shape = tuple(shape)
-        known = self._head_shapes.setdefault(key, shape)
-        expected = f"a latent of shape {known} for the head {key!r}, as at the first call"
-        expect(known == shape, "model", expected, shape)
+        self._head_shapes[key] = shape
         if key not in self.heads:
-            head = self.family.head(self._features, torch.Size(shape))
+            head = self.family.head(self._features, shape)
             near = like if self.encoder is None else next(self.encoder.parameters(), like)
             self.heads[key] = head if near is None else head.to(near.device, near.dtype)
 
@@ -158,10 +161,6 @@ class FamilyGuide(ModelGuide):
             return self.master().plates
         given = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
         return {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
-
-    def _rows(self, plate: str, args: Any, kwargs: Any) -> Tensor:
-        """The rows that the model was told for a plate, which only it knows."""
-        return prototype(self.model, args, kwargs).nodes[plate]["value"]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The family, and the shapes from which `load_state_dict` makes the heads."""
@@ -179,5 +178,5 @@ class FamilyGuide(ModelGuide):
         if state and not self._head_shapes:
             self._features = state["features"]
             for key, shape in state["shapes"].items():
-                self._build(key, shape)
+                self._build(key, torch.Size(shape))
         super()._load_from_state_dict(state_dict, prefix, *args)

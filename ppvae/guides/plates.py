@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,27 +21,24 @@ class Plates(NamedTuple):
     Attributes:
         frames: the plates around latent sites, by name.
         data: name of the plate that the encoder's batch runs along; None without an encoder.
-        drawn: names of the plates that draw their own subsample; others may be told theirs.
+        drawn: names of the plates that draw their own subsample; to others the model gives theirs.
         sees_all: whether the encoder saw all the data, and not just the subsample.
     """
 
-    frames: dict[str, Any]
-    data: str | None
-    drawn: frozenset[str]
-    sees_all: bool
+    frames: Mapping[str, Any] = {}
+    data: str | None = None
+    drawn: frozenset[str] = frozenset()
+    sees_all: bool = True
 
     def make(
-        self,
-        features: Tensor | None,
-        given: dict[str, Any],
-        told_rows: Callable[[str], Tensor],
+        self, features: Tensor | None, given: dict[str, Any], rows_in_model: Callable[[str], Tensor]
     ) -> dict[str, Any]:
         """The plates for one call.
 
         Args:
             features: the encoder's output in this call, if there is an encoder.
             given: plates to be taken as they are, by name.
-            told_rows: finds the rows that the model was told for a plate, by its name.
+            rows_in_model: finds the rows that the model takes in a plate of this name.
 
         Returns:
             The plates by name.
@@ -57,7 +54,7 @@ class Plates(NamedTuple):
                     full = size = len(features)
                 elif self.sees_all:
                     full, size = len(features), min(size, len(features))
-                    rows = None if name in self.drawn else told_rows(name)
+                    rows = None if name in self.drawn else rows_in_model(name)
                 else:
                     size = len(features)
             if name in self.drawn:

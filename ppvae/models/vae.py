@@ -1,4 +1,4 @@
-"""The variational autoencoder's generative model, as a Pyro program."""
+"""The generative model of a variational autoencoder, as a Pyro program."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from ppvae.priors import as_prior, distribution_of, moved
 class VAE(Named):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
 
-    Sites `z` and `x`, in the plate `data`. What is usually called the encoder is no part of it:
-    that is a guide (`FamilyGuide`). Called with data the model conditions on them, without it draws
-    some.
+    Its sites are `z` and `x`, in the plate `data`. What is usually called the encoder is no part of
+    it: that is a guide (`FamilyGuide`). Called with data the model conditions on them; called
+    without, it draws some.
 
     Args:
         decoder: a module `(batch, latent) -> (batch, *event)`.
         latent: length of the latent, at least 1.
         likelihood: a module from the decoder's output to a distribution over its elements, such as
             `likelihoods.Bernoulli()`.
-        prior: a distribution over one latent, of event shape `(latent,)`, or a module without
-            arguments whose forward returns one (a learned prior); by default standard normal.
+        prior: a Pyro distribution over one latent, of event shape `(latent,)` and batch shape `()`,
+            or a module without arguments whose forward returns one (a learned prior); by default
+            standard normal. See `ppvae.priors`.
 
     Raises:
-        TypeError: `decoder` or `likelihood` is no module.
-        ValueError: `latent` is below 1, the prior has another event shape, the decoder does not
-            take the latent, or, in a call, its output has not the shape of `x`.
+        TypeError: `decoder` or `likelihood` is no module, or what the likelihood or the prior
+            returns is no Pyro distribution.
+        ValueError: `latent` is no whole number of at least 1, the prior has another shape, the
+            decoder does not take the latent or returns no tensor of one datum, or, in a call, its
+            output has not the shape of `x`.
 
     Kingma and Welling, Auto-encoding variational Bayes, 2014.
 
@@ -56,9 +59,8 @@ class VAE(Named):
     ) -> None:
         super().__init__()
         for name, module in {"decoder": decoder, "likelihood": likelihood}.items():
-            expect(
-                isinstance(module, nn.Module), name, "a torch.nn.Module", repr(module), TypeError
-            )
+            known = isinstance(module, nn.Module)
+            expect(known, name, "a torch.nn.Module", repr(module), TypeError)
         self.decoder, self.latent = decoder, check_count("latent", latent)
         self.likelihood = likelihood
         like = next(decoder.parameters(), torch.zeros(()))
