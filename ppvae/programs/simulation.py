@@ -14,6 +14,7 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.data.adapters import prepared
+from ppvae.programs.keywords import with_keywords
 from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import given, run_trace
 
@@ -43,6 +44,7 @@ def simulate(
     *args: Any,
     seed: int | None = None,
     arguments: Callable[[Mapping[str, Tensor]], tuple[Any, ...]] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Simulation:
     r"""Draws latents from the prior and data given the latents; nothing is trained or changed.
 
@@ -54,6 +56,7 @@ def simulate(
             functions that draw, uses that stream.
         arguments: from the drawn values of the observed sites to the arguments, for a model whose
             observations are not its arguments themselves.
+        kwargs: keyword arguments of the model, which it does not observe; they are kept.
 
     Returns:
         The new arguments, and the latents by site.
@@ -71,17 +74,10 @@ def simulate(
         >>> x.shape, latents["z"].shape
         (torch.Size([3, 5]), torch.Size([3, 2]))
     """
-    args = prepared(args)
+    positional, args = len(args), prepared(args)
+    model, _, args = with_keywords(model, model, args, kwargs)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model):
-        try:
-            trace = poutine.trace(Uncondition()(model)).get_trace(*args)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"model: expected distributions that can be drawn from; {error}"
-            ) from error
-        factors = [name for name, n in trace.nodes.items() if isinstance(n.get("fn"), dist.Unit)]
-        wanted = "sample statements only, since nothing can be drawn from a factor"
-        expect(not factors, "model", wanted, factors)
+        trace = _drawn(model, args)
         nodes = latent_nodes(trace)
         observed = {n["name"]: n for n in nodes if n["infer"].get("was_observed")}
         expect(observed, "model", "observed sites", "none for these arguments")
@@ -89,30 +85,50 @@ def simulate(
         if arguments is not None:
             values = {name: node["value"] for name, node in observed.items()}
             return Simulation(tuple(arguments(values)), latents)
-        new = _replaced(args, observed)
-        again = run_trace(given(model, trace, latents), new)
-        for name, node in observed.items():
-            fns: list[Any] = [t.nodes[name]["fn"] for t in (trace, again)]
-            before, after = (fn.log_prob(node["value"]) for fn in fns)
-            same = torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True)
-            wanted = f"a distribution of {name!r} that does not depend on its own data"
-            expect(same, "model", wanted, "another one for other data")
-    return Simulation(new, latents)
+        new = _replaced(args, observed, positional)
+        _check_recipe(trace, run_trace(given(model, trace, latents), new), observed)
+    return Simulation(new[:positional], latents)
 
 
-def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments with the drawn data in place of the observed ones."""
-    new = list(args)
-    site_of: dict[int, str] = {}
-    wanted = "a function from observed sites to the model's arguments, since"
+def _drawn(model: Any, args: tuple[Any, ...]) -> Any:
+    """A trace of the model with its observations taken off."""
+    try:
+        trace = poutine.trace(Uncondition()(model)).get_trace(*args)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"model: expected distributions that can be drawn from; {error}"
+        ) from error
+    factors = [name for name, node in trace.nodes.items() if isinstance(node.get("fn"), dist.Unit)]
+    only = "sample statements only, since nothing can be drawn from a factor"
+    expect(not factors, "model", only, factors)
+    return trace
+
+
+def _check_recipe(trace: Any, again: Any, observed: Mapping[str, Any]) -> None:
+    """Raises if other data change the distribution that data were drawn from."""
     for name, node in observed.items():
-        indices = [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
-        lost = f"{wanted} the data of {name!r} are none of them"
+        fns: list[Any] = [t.nodes[name]["fn"] for t in (trace, again)]
+        before, after = (fn.log_prob(node["value"]) for fn in fns)
+        if not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                f"model: expected a distribution of {name!r} that does not depend on its own "
+                "data; other data changed it"
+            )
+
+
+def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any], count: int) -> tuple[Any, ...]:
+    """The arguments, with drawn data in place of those of the first `count` that are observed."""
+    wanted = "a function from observed sites to the model's arguments, since"
+    new = list(args)
+    taken: dict[int, str] = {}
+    for name, node in observed.items():
+        indices = [i for i, arg in enumerate(args[:count]) if arg is node["infer"]["obs"]]
+        lost = f"{wanted} the data of {[name]} are none of them"
         expect(indices, "arguments", lost, None)
         for index in indices:
-            other = site_of.setdefault(index, name)
-            twice = f"{wanted} {other!r} and {name!r} observe the same one"
-            expect(other == name, "arguments", twice, None)
+            both = f"{wanted} {taken.get(index)!r} and {name!r} observe the same one"
+            expect(index not in taken, "arguments", both, None)
+            taken[index] = name
             new[index] = _like(node, args[index])
     return tuple(new)
 

@@ -150,9 +150,9 @@ def _wide(x):
 @pytest.mark.parametrize(
     ("model", "args", "message"),
     [
-        (_factor, (torch.zeros(3),), r"nothing can be drawn from a factor; got \['penalty'\]"),
+        (_factor, (torch.zeros(3),), r"nothing can be drawn from a factor, got \['penalty'\]"),
         (_twice, (torch.zeros(3),), "'one' and 'two' observe the same one"),
-        (_half, (torch.zeros(3),), r"the data of \['x'\] are none of them; got None"),
+        (_half, (torch.zeros(3),), r"the data of \['x'\] are none of them, got None"),
         (_autoregressive, (torch.zeros(3, 4),), "'x' that does not depend on its own data"),
         (_wide, (torch.zeros(1),), r"data of shape \(4,\) at 'x', .* got \(1,\)"),
         (VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(1.0)), (None,), "got none for these"),
