@@ -1,4 +1,4 @@
-"""Every objective trains the same way by the program, by its graph, and side by side with others."""
+"""Every objective trains alike by the program, by its graph, and side by side with others."""
 
 import pytest
 import torch

@@ -130,7 +130,9 @@ def test_staged_training_is_eager_training_to_the_last_bit(name, plain_pyro, ear
         pyro.clear_param_store()
         (pair,) = made(make)
         with traceless() if name != "statement" else private_modules():
-            result = quiet(*pair, data(rows), num_epochs=3, learning_rate=0.01, compile=compile, **told)
+            result = quiet(
+                *pair, data(rows), num_epochs=3, learning_rate=0.01, compile=compile, **told
+            )
         store = [value.detach().clone() for value in pyro.get_param_store().values()]
         found.append((result, [*values(*pair), *store]))
     (eager, before), (staged, after) = found
