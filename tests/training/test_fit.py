@@ -374,75 +374,52 @@ def test_validation_data_have_the_keyword_arguments_that_are_passed():
 
 X = np.zeros((6, 3))
 NAN = np.where(np.eye(6, 3) > 0, np.nan, 0.0)
-LOADER = DataLoader(TensorDataset(torch.zeros(6, 3)), batch_size=4)
-ROWS = {"kwargs": {"weight": torch.ones(6)}}
+EMPTY = TensorDataset(torch.zeros(0, 3))
+LOADER = DataLoader(Items(X), batch_size=4)
+NO_BATCH = DataLoader(Items(X), batch_size=7, drop_last=True, shuffle=True)
+NEGATIVE = ELBO(beta=lambda step: -1.0)
 
-#: options, the error, and what it says; both for `fit` and for `fit_replicates`
+#: data, options, and what the error says; both for `fit` and for `fit_replicates`
 BAD = {
-    "nan": (NAN, {}, ValueError, "data: expected finite numbers, got 3"),
-    "nan, one by one": (
-        Items(torch.zeros(9, 3).double(), [7]),
-        {"batch_size": 3},
-        ValueError,
-        "data: .* numbers, got 3",
-    ),
-    "empty": (X[:0], {}, ValueError, "data: expected at least one datum, got none"),
-    "empty set": (TensorDataset(torch.zeros(0, 3)), {}, ValueError, "at least one datum"),
-    "no batch": (
-        DataLoader(Items(X[:3]), batch_size=5, drop_last=True, shuffle=True),
-        {},
-        ValueError,
-        "data: expected a DataLoader with at least one batch, got none",
-    ),
-    "nothing": ((), {}, ValueError, "data: expected at least one tensor or array, got none"),
-    "list of text": (["a"], {}, TypeError, "data: expected tensors, arrays"),
-    "text": (np.array([["a"]]), {}, TypeError, "data: .* arrays of numbers.* got <U1 ndarray"),
-    "lengths": ((X, X[:3]), {}, ValueError, r"equal first dimensions, got \[3, 6\]"),
-    "dtype": (torch.zeros(6, 3).float(), {}, ValueError, "data: expected torch.float64"),
-    "width": (X[:, :2], {}, ValueError, r"encoder: expected a module that takes \[\(6, 2\)\]"),
-    "batch 0": (X, {"batch_size": 0}, ValueError, "batch_size: .* at least 1, got 0"),
-    "batch 7": (X, {"batch_size": 7}, ValueError, "batch_size: expected at most 6.* got 7"),
-    "batch 2.5": (X, {"batch_size": 2.5}, ValueError, "batch_size: .* got 2.5"),
-    "batch True": (X, {"batch_size": True}, ValueError, "batch_size: .* got True"),
-    "loader": (
-        LOADER,
-        {"batch_size": 2},
-        ValueError,
-        "batch_size: expected None with a DataLoader",
-    ),
-    "epochs": (X, {"num_epochs": 0}, ValueError, "num_epochs: .* at least 1, got 0"),
-    "epochs 1.5": (X, {"num_epochs": 1.5}, ValueError, "num_epochs: .* got 1.5"),
-    "rate": (X, {"learning_rate": -1.0}, ValueError, "learning_rate: .* got -1.0"),
-    "optimizer": (X, {"optimizer": 3}, TypeError, "optimizer: .* or function, got int"),
-    "objective": (
-        X,
-        {"objective": ELBO},
-        TypeError,
-        r"objective: expected a function, such as ELBO",
-    ),
-    "beta": (
-        X,
-        {"objective": ELBO(beta=lambda s: -1.0)},
-        ValueError,
-        "beta: .* at least 0, got -1.0",
-    ),
-    "compile": (X, {"compile": 1}, ValueError, 'compile: expected "auto", True or False, got 1'),
-    "compile text": (X, {"compile": "yes"}, ValueError, "compile: .*, got 'yes'"),
-    "precision": (X, {"precision": "low"}, ValueError, "precision: expected one of .* got 'low'"),
-    "plate": (X, {"plate": "rows"}, ValueError, r"plate: expected one of \['data'\], got 'rows'"),
-    "kwargs": (X, {"kwargs": 3}, TypeError, "kwargs: expected a mapping from names to arguments"),
-    "rows": (Items(X), ROWS, ValueError, "kwargs: expected no tensor with as many rows"),
+    "nan": (NAN, {}, "data: expected finite numbers, got 3"),
+    "nan, one by one": (Items(X, [5]), {"batch_size": 3}, "data: .* numbers, got 3"),
+    "empty": (X[:0], {}, "data: expected at least one datum, got none"),
+    "empty set": (EMPTY, {}, "data: expected at least one datum, got none"),
+    "no batch": (NO_BATCH, {}, "data: expected a DataLoader with at least one batch, got none"),
+    "nothing": ((), {}, "data: expected at least one tensor or array, got none"),
+    "list of text": (["a"], {}, "data: expected tensors, arrays"),
+    "text": (np.array([["a"]]), {}, "data: .* arrays of numbers.* got <U1 ndarray"),
+    "lengths": ((X, X[:3]), {}, r"data: expected equal first dimensions, got \[3, 6\]"),
+    "dtype": (torch.zeros(6, 3).float(), {}, "data: expected torch.float64, .*, got torch.float32"),
+    "width": (X[:, :2], {}, r"encoder: expected a module that takes \[\(6, 2\)\]"),
+    "batch 0": (X, {"batch_size": 0}, "batch_size: .* at least 1, got 0"),
+    "batch 7": (X, {"batch_size": 7}, "batch_size: expected at most 6.* got 7"),
+    "batch 2.5": (X, {"batch_size": 2.5}, "batch_size: .* got 2.5"),
+    "loader": (LOADER, {"batch_size": 2}, "batch_size: expected None with a DataLoader, got 2"),
+    "epochs": (X, {"num_epochs": 0}, "num_epochs: .* at least 1, got 0"),
+    "rate": (X, {"learning_rate": -1.0}, "learning_rate: .* got -1.0"),
+    "optimizer": (X, {"optimizer": 3}, "optimizer: .* or function, got int"),
+    "objective": (X, {"objective": ELBO}, "objective: expected a function, such as ELBO"),
+    "beta": (X, {"objective": NEGATIVE}, "beta: .* at least 0, got -1.0"),
+    "compile": (X, {"compile": 1}, 'compile: expected "auto", True or False, got 1'),
+    "compile text": (X, {"compile": "yes"}, "compile: .*, got 'yes'"),
+    "precision": (X, {"precision": "low"}, "precision: expected one of .* got 'low'"),
+    "plate": (X, {"plate": "rows"}, r"plate: expected one of \['data'\], got 'rows'"),
+    "kwargs": (X, {"kwargs": 3}, "kwargs: expected a mapping from names to arguments"),
+    "rows": (Items(X), {"kwargs": {"w": X[:, 0]}}, "kwargs: expected no tensor with as many rows"),
 }
+TYPES = {"list of text", "text", "optimizer", "objective", "kwargs"}
 
 
 @pytest.mark.parametrize("train", [fit, fit_replicates])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_changes_nothing(name, train):
-    x, options, error, message = BAD[name]
+    x, options, message = BAD[name]
     pairs = made(build, 2)
     args = pairs[0] if train is fit else (pairs,)
     told = {"seed": 1} if train is fit else {"seeds": [1, 2]}
-    with traceless(*pairs[0], *pairs[1], moved=False), pytest.raises(error, match=message):
+    fails = pytest.raises(TypeError if name in TYPES else ValueError, match=message)
+    with traceless(*pairs[0], *pairs[1], moved=False), fails:
         train(*args, x, **{"num_epochs": 2, "progress": False, **told, **options})
 
 
@@ -453,14 +430,8 @@ def test_bad_input_changes_nothing(name, train):
         ({"patience": 0, "validation": X}, "patience: .* at least 1, got 0"),
         ({"validation": NAN}, "validation: expected finite"),
         ({"validation": X[:, :2]}, r"encoder: .*\(6, 2\)"),
-        (
-            {"validation": DataLoader(TensorDataset(torch.zeros(0, 3)))},
-            "validation: .* datum, got none",
-        ),
-        (
-            {"validation": X + 0.5, "check_support": True},
-            "support of 'x'.* got 6 of 6 data outside",
-        ),
+        ({"validation": DataLoader(EMPTY)}, "validation: .* at least one datum, got none"),
+        ({"validation": X + 0.5, "check_support": True}, "support of 'x'.* got 6 of 6 data"),
     ],
 )
 def test_bad_validation_changes_nothing(options, message):
@@ -469,14 +440,11 @@ def test_bad_validation_changes_nothing(options, message):
         quiet(*pair, X, num_epochs=2, **options)
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "value"), [(likelihoods.Bernoulli, 0.5), (likelihoods.Poisson, -1.0)]
-)
-def test_support_is_checked_on_demand(likelihood, value):
+def test_support_is_checked_on_demand():
     x = torch.ones(6, 3)
-    x[2, 1] = value
+    x[2, 1] = -1.0
     with pytest.raises(ValueError, match="data: .* support of 'x'.* got 1 of 6 data outside"):
-        quiet(*build(likelihood=likelihood()), x, check_support=True)
+        quiet(*build(likelihood=likelihoods.Poisson()), x, check_support=True)
 
 
 @pytest.mark.parametrize("swapped", [True, False])
@@ -490,7 +458,7 @@ def test_a_model_that_observes_nothing_is_refused(swapped):
 
     model, guide = reversed(build()) if swapped else function(forgets)
     for train, args in ((fit, (model, guide)), (fit_replicates, ([(model, guide)],))):
-        with pytest.raises(ValueError, match=r"model: expected observed sites, got none|misses"):
+        with pytest.raises(ValueError, match="model: expected observed sites, got none"):
             train(*args, data(6), num_epochs=1, progress=False)
 
 
@@ -500,18 +468,9 @@ def test_nothing_can_be_trained_in_inference_mode():
         quiet(*pair, data(6))
 
 
-class Half(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = mlp(3, 4)
-
-    def forward(self, x):
-        return self.net(x)[:4]
-
-
 def test_modules_that_do_not_fit_are_named():
     model, guide = build()
-    guide.encoder = Half()
+    guide.encoder.register_forward_hook(lambda module, args, output: output[:4])
     with pytest.raises(ValueError, match=r"encoder: .*batch of the arguments \[\(6, 3\)\]; got"):
         quiet(model, guide, data(6))
     model, guide = build()
