@@ -57,10 +57,11 @@ def function(model=latents_and_data):
 class Normed(nn.Sequential):
     """Running statistics and dropout."""
 
-    def __init__(self, inputs=3, out=4, dropout=0.3):
-        last = nn.Dropout(dropout), nn.Linear(4, out)
+    def __init__(self, inputs=3, out=4, *, dropout=True):
         # a bias before the norm has a gradient of rounding only, which Adam would scale up
-        super().__init__(nn.Linear(inputs, 4, bias=False), nn.BatchNorm1d(4), *last)
+        layers = [nn.Linear(inputs, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh()]
+        layers += [nn.Dropout(0.3)] if dropout else []
+        super().__init__(*layers, nn.Linear(4, out))
 
 
 def values(*programs):

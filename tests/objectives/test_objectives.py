@@ -12,18 +12,13 @@ import pytest
 import torch
 from cases import CASES, DENSITIES, cases
 from pyro import poutine
-from pyro.infer import RenyiELBO
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ppvae import VAE, Family, FamilyGuide, families, fit, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
-from ppvae.objectives.elbo import ELBO, negative_elbo
-from ppvae.objectives.iwae import IWAE
-from ppvae.objectives.schedules import warm_up
-from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import trace_pair
+from ppvae.objectives import ELBO, IWAE, at_step, negative_elbo, terms, trace_pair, warm_up
 
 LOSSES = [
     ELBO(kl="sampled", num_samples=3),
@@ -108,18 +103,7 @@ def seeded(loss, model, guide, *args, seed=0, **options):
 # --- the ELBO -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["deterministic", "mean_scale", "full_rank"])
-@pytest.mark.parametrize("case", CASES)
-def test_the_default_is_the_negative_elbo_exactly(case, family):
-    case = cases()[case]
-    guide = FamilyGuide(case.model, families.LADDER[family], case.encoder).setup(*case.args)
-    expected = seeded(negative_elbo, case.model, guide, *case.args, size=24)
-    assert torch.equal(seeded(ELBO(), case.model, guide, *case.args, size=24), expected)
-
-
-@pytest.mark.parametrize(
-    "family", ["noise_only", "mean_scale", "low_rank", "full_rank", "flow", "asymmetric_laplace"]
-)
+@pytest.mark.parametrize("family", ["noise_only", "mean_scale", "full_rank", "flow"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_has_a_finite_differentiable_loss(case, family):
     case = cases()[case]
@@ -173,6 +157,9 @@ def test_warm_up_is_a_straight_line_that_can_be_pickled():
     assert [schedule(step) for step in (0, 1, 5, 10, 11)] == [0.5, 0.7, 1.5, 2.5, 2.5]
     assert warm_up(4, start=1.0, end=0.0)(3) == 0.25
     assert torch.equal(schedule(torch.tensor(5.0)), torch.tensor(1.5))
+    both = ELBO(beta=schedule, free_bits=warm_up(4))
+    assert at_step(both, 1) == ELBO(beta=0.7, free_bits=0.25)
+    assert at_step(ELBO(), 1) == ELBO() and at_step(print, 1) is print
     model, guide, x = build()
     loss = ELBO(beta=warm_up(4))
     value = [seeded(loss, model, guide, x, step=step) for step in (0, 1, torch.tensor(3.0), 9)]
@@ -180,6 +167,8 @@ def test_warm_up_is_a_straight_line_that_can_be_pickled():
     torch.testing.assert_close(torch.stack(value[1:3]), line)
     constant = ELBO(beta=torch.tensor(0.25))
     torch.testing.assert_close(seeded(constant, model, guide, x), value[1])
+    with pytest.raises(ValueError, match="beta: expected a finite number of at least 0, got -1.0"):
+        ELBO(beta=lambda step: 1.0 - step)(model, guide, x, step=2)
 
 
 @pytest.mark.parametrize("family", ["mean_scale", "full_rank", "shared_scale", "student_t"])
@@ -298,37 +287,6 @@ def test_half_batches_average_to_the_full_one(loss, way):
     torch.testing.assert_close(whole, halves, rtol=1e-12, atol=0)
     wrt = [p for p in parameters(guide) if p.requires_grad]
     torch.testing.assert_close(gradient(whole, wrt), gradient(halves, wrt), rtol=1e-10, atol=1e-13)
-
-
-def test_batches_keep_the_bound_that_pyros_renyi_elbo_loses():
-    """64 points, 50 draws, batches of 8: the subsample scale belongs outside the logarithm."""
-    x, rows, noise = torch.randn(64, 1) * 5**0.5, torch.arange(64), torch.randn(50, 64, 1)
-    true = -dist.Normal(0.0, 5**0.5).log_prob(x).sum()
-
-    def model(x, rows):
-        with pyro.plate("data", 64, subsample=rows):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 2.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    def guide(x, rows):
-        with pyro.plate("data", 64, subsample=rows):
-            pyro.sample("z", dist.Normal(0.5 * x, 1.5).to_event(1))
-
-    model.vectorized = True
-
-    def of(part):
-        with Noise(noise[:, part]):
-            return 64 * IWAE(50)(model, guide, x[part], rows[part])
-
-    parts = rows.split(8)
-    full, average = of(rows), sum(of(part) for part in parts) / 8
-    torch.testing.assert_close(full, average, rtol=1e-12, atol=0)
-    batches = [[64 * IWAE(50)(model, guide, x[p], rows[p]) for p in parts] for _ in range(30)]
-    means = torch.tensor(batches).mean(1)
-    assert -5 * means.std() / 30**0.5 < means.mean() - true < 2
-    renyi = RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
-    pyros = sum(renyi.loss(model, guide, x[part], rows[part]) for part in parts) / 8
-    assert pyros < true - 5  # what must not happen
 
 
 @pytest.mark.parametrize("family", ["deterministic", "mean_scale", "full_rank"])
@@ -497,7 +455,7 @@ def estimates(kind, model, guide, x, wrt, calls, draws):
 
 
 @pytest.mark.parametrize(
-    "family", ["noise_only", "mean_scale", "full_rank", "student_t", "flow", "positive"]
+    "family", ["noise_only", "mean_scale", "full_rank", "student_t", "positive"]
 )
 def test_dreg_has_the_same_mean_and_a_smaller_variance(family):
     """Of 60 calls, each on 15 copies of 4 data, after 100 steps of training.
@@ -672,16 +630,6 @@ def fitted(family="mean_scale", **options):
     return fit(model, guide, x, **options), model, guide, x
 
 
-def test_fit_minimises_the_objective_it_is_given():
-    plain, _, guide, _ = fitted()
-    same, _, other, _ = fitted(objective=ELBO())
-    assert plain.losses == same.losses and plain.objective == same.objective == ELBO()
-    for p, q in zip(parameters(guide), parameters(other), strict=True):
-        assert torch.equal(p, q)
-    heavy, *_ = fitted(objective=ELBO(beta=3.0))
-    assert heavy.losses[0] > plain.losses[0] + 0.1 and heavy.objective.beta == 3.0
-
-
 def test_fit_tells_the_objective_the_number_of_data_and_of_steps():
     calls = []
 
@@ -690,8 +638,8 @@ def test_fit_tells_the_objective_the_number_of_data_and_of_steps():
         return negative_elbo(model, guide, *args, size=size)
 
     fitted(objective=objective)
-    calls.remove((4, 8, 0))  # the first step has a second look, with Pyro's checks on
-    assert calls == [(4, 8, step) for step in range(6)]
+    # one call before, and in the first step a second look, with Pyro's checks on
+    assert calls == [(4, 8, 0), (4, 8, 0), *((4, 8, step) for step in range(6))]
 
 
 @pytest.mark.parametrize("objective", [IWAE(4), IWAE(4, "doubly_reparametrized"), ELBO(beta=0.1)])
@@ -703,16 +651,6 @@ def test_fit_reports_the_plain_elbo_of_validation_data(objective):
     expected = fitted(**options)[0]
     assert result.validation_losses[0] == pytest.approx(expected.validation_losses[0], abs=1e-9)
     assert result.losses[0] < expected.losses[0] - 0.01
-
-
-def test_dreg_trains_the_guide_to_the_exact_posterior():
-    """The decoder stays. The gradient's noise dies out as the guide gets there, at a large step."""
-    model, _, x = build()
-    guide = FamilyGuide(model, families.full_rank, nn.Linear(3, 3)).setup(x)
-    adam = torch.optim.Adam(guide.parameters(), lr=0.1)
-    options = {"optimizer": lambda *_, lr: adam, "num_epochs": 200, "seed": 0, "progress": False}
-    result = fit(model, guide, x, objective=IWAE(4, KINDS[1]), **options)
-    assert abs(result.losses[-1] + log_evidence(model, x).mean()) < 2e-3
 
 
 def test_only_the_plain_elbo_goes_to_the_quasi_newton_method():
@@ -751,12 +689,6 @@ def test_bad_arguments_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("objective", ["elbo", 1.0, ELBO])
-def test_fit_refuses_what_is_no_objective(objective):
-    with pytest.raises(TypeError, match=r"objective: expected a function, such as ELBO\(\), got"):
-        fitted(objective=objective)
-
-
 @LOSS
 def test_draws_without_reparametrization_are_refused(loss):
     def model(x):
@@ -773,7 +705,9 @@ def test_draws_without_reparametrization_are_refused(loss):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_point_has_no_weight_of_importance(kind):
     model, guide, x = build("deterministic")
-    with pytest.raises(ValueError, match=r"density for every latent site; \['z'\] are points"):
+    with pytest.raises(
+        ValueError, match=r"density for every latent site, got .* \['z'\] are points"
+    ):
         IWAE(2, kind)(model, guide, x)
 
 

@@ -11,12 +11,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from ppvae import VAE, FamilyGuide, families, likelihoods
 from ppvae._scopes import private_modules
-from ppvae.nn import mlp
+from ppvae.objectives import negative_elbo, terms, trace_pair
 from ppvae.objectives.divergence import closed_kl
-from ppvae.objectives.elbo import negative_elbo
-from ppvae.objectives.trace_terms import terms
 from ppvae.programs.nodes import data_plate
-from ppvae.programs.runs import trace_pair
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 
@@ -101,36 +98,6 @@ def test_a_subsampled_plate_gives_the_same_loss_as_its_rows():
     assert loss.item() == pytest.approx(whole / 24, rel=1e-12)
 
 
-def test_a_scale_of_the_model_is_kept():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            with poutine.scale(scale=0.25):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
-    x = torch.randn(6, 3)
-    guide = FamilyGuide(model, families.deterministic, mlp(3, 8)).setup(x)
-    with private_modules():
-        loss = negative_elbo(model, guide, x)
-        assert loss.item() == pytest.approx(Trace_ELBO().loss(model, guide, x) / 6, rel=1e-12)
-
-
-def test_masked_data_count_nothing():
-    mask = torch.tensor([True, False, True, True, False, True])
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with poutine.mask(mask=mask):
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
-    x = torch.randn(6, 3)
-    guide = FamilyGuide(model, families.mean_scale, mlp(3, 8)).setup(x)
-    with private_modules():
-        parts = terms(*trace_pair(model, guide, x))
-    assert torch.equal(parts.log_likelihood["x"] != 0, mask)
-
-
 def test_data_plate_prefers_its_name_and_else_takes_the_outermost():
     def model(names):
         with pyro.plate(names[0], 2, dim=-2), pyro.plate(names[1], 3, dim=-1):
@@ -141,47 +108,6 @@ def test_data_plate_prefers_its_name_and_else_takes_the_outermost():
     assert data_plate(poutine.trace(model).get_trace(("a", "b")), "b").name == "b"
     with pytest.raises(ValueError, match=r"plate: expected one of \['a', 'b'\], got 'c'"):
         data_plate(poutine.trace(model).get_trace(("a", "b")), "c")
-
-
-def _model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z + w, 1.0), obs=x[:, 0])
-
-
-def _misses(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-
-def _adds(x):
-    with pyro.plate("data", len(x)):
-        for name in "zwv":
-            pyro.sample(name, dist.Normal(0.0, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("guide", "message"),
-    [(_misses, r"misses \['w'\]"), (_adds, r"only the latent sites .* got \['v'\]")],
-)
-def test_sites_must_match(guide, message):
-    with pytest.raises(ValueError, match=message):
-        negative_elbo(_model, guide, torch.randn(4, 1))
-
-
-def test_draws_without_reparametrization_are_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(0.5))
-            pyro.sample("x", dist.Normal(k, 1.0), obs=x[:, 0])
-
-    from ppvae import Family
-
-    x = torch.randn(4, 3)
-    guide = FamilyGuide(model, Family(dist.Bernoulli), mlp(3, 4)).setup(x)
-    with private_modules(), pytest.raises(ValueError, match="'k' is drawn from Bernoulli"):
-        negative_elbo(model, guide, x)
 
 
 @pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])

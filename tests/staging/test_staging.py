@@ -153,40 +153,23 @@ def test_plain_modules_and_autoguides_of_pyro():
         hold(case.model, guide, case.args, tuple(arg[:3] for arg in case.args))
 
 
-def test_a_pyro_module_with_a_constrained_parameter():
-    class Model(PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.net = PyroModule[nn.Linear](3, 1)
-            self.sigma = PyroParam(torch.tensor(0.7), constraint=constraints.positive)
-
-        def forward(self, x):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-                loc = self.net(x).squeeze(-1) + z.sum(-1)
-                pyro.sample("x", dist.Normal(loc, self.sigma), obs=x[:, 0])
-
-    model = Model()
-    guide = guide_of(model, families.mean_scale, mlp(3, 4), data())
-    staged = hold(model, guide, (data(),), (data(3),))
-    assert any(p is model.sigma_unconstrained for p in staged.parameters())
-
-
-def test_weights_that_are_random_in_pyros_own_way():
+def test_pyros_modules_with_constrained_parameters_and_random_weights():
     class Model(PyroModule):
         def __init__(self):
             super().__init__()
             self.net = PyroModule[nn.Linear](3, 1, bias=False)
             self.net.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+            self.sigma = PyroParam(torch.tensor(0.7), constraint=constraints.positive)
 
         def forward(self, x):
             loc = self.net(x).squeeze(-1)
             with pyro.plate("data", len(x)):
-                pyro.sample("x", dist.Normal(loc, 1.0), obs=x[:, 0])
+                pyro.sample("x", dist.Normal(loc, self.sigma), obs=x[:, 0])
 
     model = Model()
     guide = guide_of(model, families.mean_scale, None, data())
-    hold(model, guide, (data(),), (data(3),))
+    staged = hold(model, guide, (data(),), (data(3),))
+    assert any(p is model.sigma_unconstrained for p in staged.parameters())
 
 
 def test_stretches_without_gradients_have_none_in_the_graph():
@@ -276,21 +259,22 @@ def test_statements_of_parameters(early):
     """Staged before or after a first call: the parameters are those of Pyro's param store."""
     decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
     model, guide = written(decoder, encoder)
-    names = ["user_scale", "user_shift", "user_spread"]
-    if not early:
+    names, store = ["user_scale", "user_shift", "user_spread"], pyro.get_param_store()
+
+    def call():
         with private_modules():
             negative_elbo(model, guide, data())
+
+    if not early:
+        call()
     staged = stage(model, guide, data())
-    with private_modules():
-        negative_elbo(model, guide, data())
+    call()
     parameters = list(staged.parameters())
     assert len(parameters) == 7 and all(p.requires_grad for p in parameters)
-    store = pyro.get_param_store()
     sites = [store[name].unconstrained() if name != "user_shift" else store[name] for name in names]
     here = [*decoder.parameters(), *encoder.parameters(), *sites]
     want = outcome(eager(model, guide), here, data(4))
-    got = outcome(staged, parameters, data(4))
-    assert torch.equal(want[0], got[0])
+    assert torch.equal(want[0], outcome(staged, parameters, data(4))[0])
     for slope, place in zip(want[1:], here, strict=True):
         (same_memory,) = (p for p in parameters if p.data_ptr() == place.data_ptr())
         assert torch.equal(same_memory.grad, slope)
@@ -411,7 +395,7 @@ def test_a_loss_that_is_not_finite_is_staged_like_any_other():
     assert same(outcome(staged, [], data()), outcome(eager(model, guide), [], data()))
 
 
-def test_a_discrete_latent_with_parameters():
+def test_a_discrete_latent_with_parameters_and_swapped_programs():
     def model(x):
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Bernoulli(0.5))
@@ -426,9 +410,6 @@ def test_a_discrete_latent_with_parameters():
 
     with pytest.raises(ValueError, match="reparametrized"):
         stage(model, guide, data())
-
-
-def test_swapped_programs_are_refused():
     with pytest.raises(ValueError, match="model: expected observed sites, got none"):
         stage(*reversed(build()), data())
 

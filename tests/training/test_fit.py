@@ -7,25 +7,31 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from pairs import Normed, build, data, function, made, same, traceless, values
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
-from ppvae import VAE, FamilyGuide, families, fit, likelihoods
+from ppvae import VAE, FamilyGuide, families, fit, fit_replicates, likelihoods
+from ppvae._scopes import private_modules
+from ppvae.data.batches import batches_of
 from ppvae.nn import mlp
-from ppvae.training.snapshots import Diverged
-
-
-def build(family="mean_scale", likelihood=None, size=4, latent=2):
-    torch.manual_seed(0)
-    model = VAE(mlp(latent, 8, out=size), latent, likelihood or likelihoods.Normal(0.5))
-    return model, FamilyGuide(model, families.LADDER[family], mlp(size, 8))
+from ppvae.objectives import ELBO, negative_elbo
+from ppvae.regression import LinearRegression
+from ppvae.training import Diverged, Snapshot
 
 
 def quiet(*args, **kwargs):
-    return fit(*args, progress=False, **kwargs)
+    return fit(*args, **{"progress": False, "seed": 1, **kwargs})
 
 
-def weights(*modules):
-    return [p.detach().clone() for module in modules for p in module.parameters()]
+def held_out(model, guide, x):
+    """The negative ELBO in evaluation mode."""
+    model.eval(), guide.eval()
+    with private_modules():
+        return negative_elbo(model, guide, x).item()
+
+
+# ------------------------------------------------------------------------------- known optima
 
 
 def test_noise_only_reaches_the_independent_bernoulli_floor():
@@ -33,124 +39,15 @@ def test_noise_only_reaches_the_independent_bernoulli_floor():
     x = (torch.rand(200, 4) < torch.tensor([0.1, 0.4, 0.7, 0.95])).double()
     p = x.mean(0)
     floor = -(p * p.log() + (1 - p) * (1 - p).log()).sum()
-    model, guide = build("noise_only", likelihoods.Bernoulli())
-    model.decoder = torch.nn.Linear(2, 4)
+    torch.manual_seed(0)
+    model = VAE(nn.Linear(2, 4), 2, likelihoods.Bernoulli())
+    guide = FamilyGuide(model, families.noise_only, mlp(4, 8))
     quiet(model, guide, x, num_epochs=1500, learning_rate=0.02, seed=0)
     result = quiet(model, guide, x, num_epochs=500, learning_rate=1e-3, seed=1)
     # Adam at 1e-3 leaves weights w below 0.02, which cost w^2/8 per pixel and latent; one draw of
     # the noise for 200 data moves the loss by w/sqrt(200): together below 2e-3
     assert model.decoder.weight.abs().max() < 0.02
     assert abs(result.losses[-1] - floor) < 2e-3
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["tensor", "array", "tuple", "tensor dataset", "dataset", "loader"],
-)
-def test_takes_data_of_every_kind(kind):
-    x = torch.randn(20, 4)
-
-    class Items(Dataset):
-        def __len__(self):
-            return 20
-
-        def __getitem__(self, index):
-            return x[index]
-
-    data = {
-        "tensor": x,
-        "array": x.numpy(),
-        "tuple": (x,),
-        "tensor dataset": TensorDataset(x),
-        "dataset": Items(),
-        "loader": DataLoader(TensorDataset(x), batch_size=8),
-    }[kind]
-    model, guide = build()
-    size = None if kind == "loader" else 8
-    result = quiet(model, guide, data, num_epochs=2, batch_size=size, seed=0)
-    assert result.num_steps == 6 and all(map(math.isfinite, result.losses))
-
-
-def test_arrays_take_the_default_dtype():
-    model, guide = build()
-    model.float()
-    guide.float()
-    torch.set_default_dtype(torch.float32)
-    try:
-        quiet(model, guide, np.random.default_rng(0).normal(size=(9, 4)), num_epochs=1)
-    finally:
-        torch.set_default_dtype(torch.float64)
-
-
-def test_losses_are_nats_per_datum_and_weigh_a_smaller_last_batch_right():
-    """With no step (learning rate 1e-300) and a point guide it is the loss of the full batch."""
-    x = torch.randn(10, 4)
-    losses = []
-    for size in (10, 4, 3, 1):
-        model, guide = build("deterministic")
-        losses += quiet(model, guide, x, num_epochs=1, batch_size=size, learning_rate=1e-300).losses
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-12)
-
-
-def test_the_same_seed_gives_the_same_fit_and_leaves_the_stream_alone():
-    x = torch.randn(20, 4)
-    state = torch.get_rng_state()
-    fits = []
-    for _ in range(2):
-        torch.set_rng_state(state)
-        model, guide = build()
-        torch.set_rng_state(state)
-        fits.append((quiet(model, guide, x, num_epochs=3, batch_size=7, seed=5), weights(model)))
-        assert torch.equal(torch.get_rng_state(), state)
-    assert fits[0][0].losses == fits[1][0].losses
-    assert all(torch.equal(a, b) for a, b in zip(fits[0][1], fits[1][1], strict=True))
-
-
-def test_modes_come_back_and_training_mode_is_on_inside():
-    modes = []
-    model, guide = build()
-    model.decoder.register_forward_hook(lambda m, *_: modes.append(m.training))
-    model.eval()
-    guide.encoder.eval()
-    quiet(model, guide, torch.randn(6, 4), num_epochs=2)
-    assert modes[-1] and not model.training and not guide.encoder.training and guide.training
-
-
-def test_early_stopping_goes_back_to_the_best_parameters():
-    x = torch.randn(12, 4)
-    model, guide = build("deterministic")
-    result = quiet(
-        model, guide, x[:6], num_epochs=400, learning_rate=0.05, validation=x[6:], patience=5
-    )
-    best = int(np.argmin(result.validation_losses))
-    assert result.best_epoch == best and len(result.losses) == best + 6 < 400
-    again = quiet(model, guide, x[6:], num_epochs=1, learning_rate=1e-300).losses[0]
-    assert again == pytest.approx(result.validation_losses[best], rel=1e-9)
-
-
-def test_history_is_a_table():
-    model, guide = build()
-    history = quiet(
-        model, guide, torch.randn(6, 4), num_epochs=3, validation=torch.randn(2, 4)
-    ).history
-    assert list(history) == ["epoch", "loss", "validation_loss"]
-    assert {len(column) for column in history.values()} == {3}
-
-
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "LBFGS"])
-def test_any_optimizer_of_torch(name):
-    model, guide = build("deterministic")
-    x = torch.randn(8, 4)
-    optimizer = getattr(torch.optim, name)
-    result = quiet(model, guide, x, num_epochs=5, learning_rate=0.01, optimizer=optimizer)
-    assert result.losses[-1] < result.losses[0]
-
-
-def test_progress_shows_the_label_and_the_objective(capsys):
-    model, guide = build()
-    fit(model, guide, torch.randn(6, 4), num_epochs=2, progress="my fit")
-    shown = capsys.readouterr().err
-    assert "my fit" in shown and "loss=" in shown
 
 
 def test_parameters_by_plain_pyro_statements_are_trained_and_kept():
@@ -170,167 +67,426 @@ def test_parameters_by_plain_pyro_statements_are_trained_and_kept():
     assert pyro.param("user_loc").item() == pytest.approx(x.mean().item(), abs=1e-3)
 
 
-def test_divergence_names_step_and_term_and_keeps_finite_parameters():
-    model, guide = build(likelihood=likelihoods.Poisson())
-    x = torch.poisson(torch.ones(20, 4))
-    with pytest.raises(Diverged, match=r"at step \d+, from log_likelihood of 'x'"):
-        quiet(model, guide, x, num_epochs=200, learning_rate=1e3)
-    assert all(torch.isfinite(p).all() for p in weights(model, guide))
-    loss = quiet(model, guide, x, num_epochs=1, learning_rate=1e-300, seed=0).losses[0]
-    assert math.isfinite(loss)
+# ------------------------------------------------------------------------- data of every kind
 
 
-X = np.zeros((6, 4))
-NAN = np.where(np.eye(6, 4) > 0, np.nan, 0.0)
-BAD = {
-    "nan": (NAN, {}, ValueError, "data: expected finite numbers, got 4"),
-    "empty": (X[:0], {}, ValueError, "data: expected at least one datum"),
-    "empty set": (TensorDataset(torch.zeros(0, 4)), {}, ValueError, "at least one datum"),
-    "list of text": (["a"], {}, TypeError, "data: expected tensors, arrays"),
-    "lengths": ((X, X[:3]), {}, ValueError, r"equal first dimensions, got \[3, 6\]"),
-    "batch 0": (X, {"batch_size": 0}, ValueError, "batch_size: expected 1 to 6.* got 0"),
-    "batch 7": (X, {"batch_size": 7}, ValueError, "batch_size: expected 1 to 6.* got 7"),
-    "epochs": (
-        X,
-        {"num_epochs": 0},
-        ValueError,
-        "num_epochs: .* at least 1, got 0",
-    ),
-    "rate": (X, {"learning_rate": -1.0}, ValueError, "learning_rate: .* got -1.0"),
-    "patience": (X, {"patience": 2}, ValueError, "patience: .*validation"),
-    "width": (X[:, :3], {}, ValueError, r"encoder: expected a module that takes \[\(6, 3\)\]"),
-    "validation": (X, {"validation": NAN}, ValueError, "validation: expected finite"),
+class Items(Dataset):
+    """Rows one by one; some may be NaN."""
+
+    def __init__(self, x, bad=()):
+        self.x, self.bad = x, bad
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index] * (math.nan if index in self.bad else 1.0)
+
+
+KINDS = {
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "array in reverse": lambda x: x.numpy()[::-1],
+    "tuple": lambda x: (x,),
+    "tensor dataset": TensorDataset,
+    "dataset": Items,
+    "loader": lambda x: DataLoader(TensorDataset(x), batch_size=8),
 }
 
 
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_input_changes_nothing(name):
-    data, options, error, message = BAD[name]
+@pytest.mark.parametrize("kind", KINDS)
+def test_takes_data_of_every_kind(kind):
+    size = None if kind == "loader" else 8
+    result = quiet(*build(), KINDS[kind](data(20)), num_epochs=2, batch_size=size)
+    assert result.num_steps == 6 and all(map(math.isfinite, result.losses))
+
+
+def test_arrays_take_the_default_dtype_and_numbers_may_be_those_of_numpy():
     model, guide = build()
-    before = weights(model, guide)
-    with pytest.raises(error, match=message):
-        quiet(model, guide, data, **options)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(model, guide), strict=True))
+    torch.set_default_dtype(torch.float32)
+    try:
+        told = {"num_epochs": np.int64(2), "batch_size": np.int32(5), "patience": np.int64(1)}
+        told |= {"learning_rate": np.float32(0.01), "validation": data(4).numpy()}
+        told["objective"] = ELBO(beta=np.float32(2.0), free_bits=np.float64(0.1))
+        result = quiet(model.float(), guide.float(), data(9).numpy(), **told)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert result.num_steps == 4 and result.objective == ELBO(beta=2.0, free_bits=0.1)
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "value"), [(likelihoods.Bernoulli, 0.5), (likelihoods.Poisson, -1.0)]
-)
-def test_support_is_checked_on_demand(likelihood, value):
-    model, guide = build(likelihood=likelihood())
-    x = torch.ones(6, 4)
-    x[2, 1] = value
-    with pytest.raises(
-        ValueError, match="data: expected values in the support of 'x'.*1 of 6 data"
-    ):
-        quiet(model, guide, x, check_support=True)
+def test_the_number_of_data_is_that_of_the_sampler():
+    """A prior counts once for all that are seen: 10 of 1000 rows, or 8 of 10 in a fixed order."""
+    rows = TensorDataset(torch.zeros(1000, 3))
+    few = DataLoader(rows, batch_size=4, sampler=SubsetRandomSampler(range(10)))
+    cut = {"batch_size": 4, "drop_last": True}
+    ten = TensorDataset(torch.zeros(10, 3))
+    for loader, size in [
+        (few, 10),
+        (DataLoader(rows, batch_size=4), 1000),
+        (DataLoader(ten, **cut), 8),
+        (DataLoader(ten, shuffle=True, **cut), 10),  # every datum has its turn
+        (DataLoader(ten, batch_sampler=[[0, 1], [2]]), 10),
+    ]:
+        assert batches_of("data", loader, training=True).size == size
 
 
-def test_a_decoder_of_another_width_is_named():
+# ----------------------------------------------------------------------- numbers and bookkeeping
+
+
+def test_losses_are_nats_per_datum_and_weigh_a_smaller_last_batch_right():
+    """With no step (learning rate 1e-300) and a point guide it is the loss of the full batch."""
+    losses = []
+    for size in (10, 4, 3, 1):
+        (pair,) = made(lambda: build("deterministic"))
+        losses += quiet(*pair, data(), num_epochs=1, batch_size=size, learning_rate=1e-300).losses
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-12)
+
+
+def test_the_same_seed_gives_the_same_fit_and_leaves_the_stream_alone():
+    fits = []
+    for _ in range(2):
+        (pair,) = made()
+        torch.randn(3)
+        with traceless():
+            fits.append(quiet(*pair, data(20), num_epochs=3, batch_size=7, seed=5).losses)
+    assert fits[0] == fits[1]
+
+
+def test_modes_come_back_and_training_mode_is_on_inside():
+    modes = []
     model, guide = build()
-    model.decoder = mlp(2, 8, out=5)
-    with pytest.raises(ValueError, match=r"decoder: expected output of shape \(6, 4\), as x"):
-        quiet(model, guide, torch.zeros(6, 4))
+    model.decoder.register_forward_hook(lambda m, *_: modes.append(m.training))
+    model.eval()
+    guide.encoder.eval()
+    quiet(model, guide, data(6), num_epochs=2)
+    assert modes[-1] and not model.training and not guide.encoder.training and guide.training
+
+
+def test_history_is_a_table_and_progress_shows_the_label_and_the_losses(capsys):
+    told = {"num_epochs": 3, "validation": data(2), "progress": "my fit"}
+    history = quiet(*build(), data(6), **told).history
+    assert list(history) == ["epoch", "loss", "validation_loss"]
+    assert {len(column) for column in history.values()} == {3}
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in ("my fit", "loss=", "validation="))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LBFGS"])
+def test_any_optimizer_of_torch(name):
+    (pair,) = made(lambda: build("deterministic"))
+    optimizer = getattr(torch.optim, name)
+    result = quiet(*pair, data(8), num_epochs=5, learning_rate=0.01, optimizer=optimizer)
+    assert result.losses[-1] < result.losses[0]
 
 
 def test_nothing_to_train_beside_an_idle_encoder():
     def model(x):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     for family in (families.noise_only, families.zero):
-        guide = FamilyGuide(model, family, mlp(4, 8))
-        before = weights(guide)
-        assert math.isfinite(quiet(model, guide, torch.randn(6, 4), num_epochs=2).losses[-1])
-        assert all(torch.equal(a, b) for a, b in zip(before, weights(guide), strict=True))
+        guide = FamilyGuide(model, family, mlp(3, 8))
+        with traceless(guide, moved=False):
+            result = quiet(model, guide, data(6), num_epochs=2)
+        assert all(map(math.isfinite, result.losses))
 
 
-class _NanSlope(torch.nn.Module):
+# --------------------------------------------------------- everything that moves, and the way back
+
+
+def test_early_stopping_goes_back_to_the_best_epoch_with_its_buffers():
+    """What is left gives the lowest validation loss, which running statistics have a part in."""
+    ((model, guide),) = made(lambda: build("deterministic", encoder=Normed(dropout=False)))
+    told = {"num_epochs": 400, "learning_rate": 0.05, "validation": data(20)[6:], "patience": 5}
+    result = quiet(model, guide, data(20)[:6], **told)
+    best = int(np.argmin(result.validation_losses))
+    assert result.best_epoch == best and len(result.losses) == best + 6 < 400
+    assert held_out(model, guide, data(20)[6:]) == pytest.approx(
+        result.validation_losses[best], rel=1e-12
+    )
+
+
+def test_divergence_names_step_and_term_and_keeps_finite_numbers_in_parameters_and_buffers():
+    norm = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    ((model, guide),) = made(lambda: build(likelihood=likelihoods.Poisson()))
+    model.decoder = norm
+    x = data(20).abs().round()
+    with pytest.raises(Diverged, match=r"at step \d+, from log_likelihood of 'x'.*of step \d+$"):
+        quiet(model, guide, x, num_epochs=200, learning_rate=1e6)
+    assert all(value.isfinite().all() for value in values(model, guide))
+    assert norm[1].num_batches_tracked > 0
+    assert math.isfinite(held_out(model, guide, x))
+
+
+def test_divergence_goes_back_to_a_step_of_the_last_ten():
+    """The loss is not finite at step 25: what is there is what 20 steps had made."""
+
+    def objective(model, guide, *args, size=None, step=0):
+        return negative_elbo(model, guide, *args, size=size) / (step < 25)
+
+    told = {"batch_size": 5, "learning_rate": 0.01}
+    (one,), (other,) = (made(lambda: build(encoder=Normed())) for _ in range(2))
+    with pytest.raises(Diverged, match="the loss is inf at step 25, from their sum; .*step 20$"):
+        quiet(*one, data(), num_epochs=20, objective=objective, **told)
+    quiet(*other, data(), num_epochs=10, **told)
+    assert same(values(*one)[:-3], values(*other)[:-3])  # parameters
+    assert one[1].encoder[1].num_batches_tracked == 21  # which the run of step 20 has seen
+
+
+class NanSlope(nn.Module):
     """Finite values, and a gradient that is not: sqrt at zero."""
 
     def __init__(self):
         super().__init__()
-        self.linear = torch.nn.Linear(4, 8)
+        self.linear = nn.Linear(3, 8)
 
     def forward(self, x):
         return torch.sqrt(0 * self.linear(x))
 
 
 def test_a_gradient_that_is_not_finite_is_not_a_success():
-    model, _ = build()
-    guide = FamilyGuide(model, families.mean_scale, _NanSlope())
-    with pytest.raises(Diverged, match="a parameter is not finite at step 1, from its gradient"):
-        quiet(model, guide, torch.randn(6, 4), num_epochs=1)
-    assert all(torch.isfinite(p).all() for p in weights(model, guide))
+    model, guide = build(encoder=NanSlope())
+    fails = pytest.raises(Diverged, match="a parameter is not finite at step 1, from its gradient")
+    with traceless(model, guide, moved=False), fails:
+        quiet(model, guide, data(6), num_epochs=1)
 
 
-def test_divergence_at_the_first_step_is_told_like_any_other():
-    model, guide = build(likelihood=likelihoods.Normal(1.0, learned=True))
-    model.decoder[0].weight.data.fill_(math.nan)
-    with pytest.raises(Diverged, match="at step 0, from log_likelihood of 'x'"):
-        quiet(model, guide, torch.randn(6, 4))
+def test_an_error_in_the_loop_puts_parameters_and_buffers_back():
+    def objective(model, guide, *args, size=None, step=0):
+        if step == 4:
+            raise KeyError("mine")
+        return negative_elbo(model, guide, *args, size=size)
+
+    model, guide = build(encoder=Normed())
+    with traceless(model, guide, moved=False), pytest.raises(KeyError, match="mine"):
+        quiet(model, guide, data(), batch_size=4, num_epochs=3, objective=objective)
 
 
-class _OneBad(Dataset):
-    def __len__(self):
-        return 20
+def test_a_snapshot_holds_all_that_moves_and_what_is_replaced():
+    class Replaces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(2))
+            self.register_buffer("none", None)
+            self.register_buffer("wide", torch.zeros(1).expand(3))
 
-    def __getitem__(self, index):
-        return torch.full((4,), math.nan) if index == 13 else torch.zeros(4)
+    module, parameter = Replaces(), nn.Parameter(torch.ones(2))
+    snapshot = Snapshot([parameter], [module, module])
+    module.count = module.count + 1.0  # not written to, but another tensor
+    snapshot.take(7)
+    module.count = module.count + 1.0
+    parameter.data += 3.0
+    snapshot.put_back()
+    assert snapshot.step == 7 and len(snapshot.values) == 3
+    assert module.count.tolist() == [1.0, 1.0] and parameter.tolist() == [1.0, 1.0]
+    Snapshot([]).take(1)  # of a family without channels
+
+
+# ------------------------------------------------------------------- plates and keyword arguments
+
+
+def rows_in_steps(x):
+    """Two plates of data; in a minibatch of two rows both are of that length."""
+    with pyro.plate("steps", 2, dim=-2), pyro.plate("rows", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, :2].T)
+
+
+def test_the_plate_of_the_data_is_found_once():
+    """Six rows in minibatches of four and two: with a step of nothing, the loss of all at once."""
+    seen, losses = [], []
+
+    def objective(model, guide, *args, size=None, plate=None, step=0):
+        seen.append(plate)
+        return negative_elbo(model, guide, *args, size=size, plate=plate)
+
+    for told in ({"batch_size": 6}, {"batch_size": 4}, {"batch_size": 4, "plate": "rows"}):
+        guide = FamilyGuide(rows_in_steps, families.deterministic, encoder=mlp(3, 4))
+        for p in guide.parameters():
+            nn.init.constant_(p, 0.3)
+        told |= {"num_epochs": 1, "learning_rate": 1e-300, "validation": data(2)}
+        result = quiet(rows_in_steps, guide, data(6), objective=objective, **told)
+        losses.append((result.losses[0], result.validation_losses[0]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12) and losses[2] == losses[1]
+    assert set(seen) == {"rows"}
+    seen.clear()
+    quiet(*function(), data(6), num_epochs=1, objective=objective)
+    assert set(seen) == {None}  # where the rule cannot go wrong nothing is said
+    plain = lambda *args, size, step: negative_elbo(*args, size=size)  # noqa: E731
+    quiet(rows_in_steps, guide, data(6), num_epochs=1, objective=plain)
+
+
+def with_keywords(x, weight=None, *, power=1, shift=0.0):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        fn = dist.Normal(z.sum(-1) ** power + shift, weight)
+        pyro.sample("x", fn, obs=x[:, 0])
+
+
+class Encoder(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 4)
+
+    def forward(self, x, weight=None, power=1, shift=0.0):
+        return super().forward(x)
+
+
+def guide_of(model, *args, value=0.1):
+    """A guide of the same numbers every time."""
+    guide = FamilyGuide(model, families.mean_scale, encoder=Encoder()).setup(*args)
+    for p in guide.parameters():
+        nn.init.constant_(p, value)
+    return guide
+
+
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_keyword_arguments_are_cut_with_the_data_or_passed(steps, monkeypatch):
+    """The same as a second tensor of data; a number and a tensor of another length stay whole."""
+    monkeypatch.setattr("ppvae.training.single.STAGE", steps)
+    x, weight, shift = data(), data()[:, 1].exp(), torch.tensor(0.5)
+    told = {"batch_size": 4, "num_epochs": 2, "learning_rate": 0.01}
+
+    def given(x, w):
+        with_keywords(x, w, power=2, shift=shift)
+
+    losses = quiet(given, guide_of(given, x, weight), (x, weight), **told).losses
+    kwargs = {"power": 2, "weight": weight.numpy(), "shift": shift}
+    pairs = [(with_keywords, guide_of(with_keywords, x, weight, value=0.1 * k)) for k in (1, 2)]
+    assert quiet(*pairs[0], x, kwargs=kwargs, **told).losses == losses
+    pairs[0] = with_keywords, guide_of(with_keywords, x, weight)
+    told |= {"seeds": [1, 2], "progress": False}
+    results = fit_replicates(pairs, x, kwargs=kwargs, **told)
+    assert results[0].losses == pytest.approx(losses, rel=1e-9)
+    assert results[0].execution == "staged" and results[1].losses != results[0].losses
+
+
+def test_validation_data_have_the_keyword_arguments_that_are_passed():
+    guide = FamilyGuide(with_keywords, families.mean_scale, encoder=Encoder())
+    told = {"num_epochs": 1, "validation": data(4)}
+    quiet(with_keywords, guide, data(), kwargs={"weight": torch.ones(())}, **told)
+    with pytest.raises(ValueError, match="kwargs: expected no tensor with as many rows.* valid"):
+        quiet(with_keywords, guide, data(), kwargs={"weight": torch.ones(10)}, **told)
+
+
+# ----------------------------------------------------------------------------- what is refused
+
+
+X = np.zeros((6, 3))
+NAN = np.where(np.eye(6, 3) > 0, np.nan, 0.0)
+EMPTY = TensorDataset(torch.zeros(0, 3))
+LOADER = DataLoader(Items(X), batch_size=4)
+NO_BATCH = DataLoader(Items(X), batch_size=7, drop_last=True, shuffle=True)
+NEGATIVE = ELBO(beta=lambda step: -1.0)
+
+#: data, options, and what the error says; both for `fit` and for `fit_replicates`
+BAD = {
+    "nan": (NAN, {}, "data: expected finite numbers, got 3"),
+    "nan, one by one": (Items(X, [5]), {"batch_size": 3}, "data: .* numbers, got 3"),
+    "empty": (X[:0], {}, "data: expected at least one datum, got none"),
+    "empty set": (EMPTY, {}, "data: expected at least one datum, got none"),
+    "no batch": (NO_BATCH, {}, "data: expected a DataLoader with at least one batch, got none"),
+    "nothing": ((), {}, "data: expected at least one tensor or array, got none"),
+    "list of text": (["a"], {}, "data: expected tensors, arrays"),
+    "text": (np.array([["a"]]), {}, "data: .* arrays of numbers.* got <U1 ndarray"),
+    "lengths": ((X, X[:3]), {}, r"data: expected equal first dimensions, got \[3, 6\]"),
+    "dtype": (torch.zeros(6, 3).float(), {}, "data: expected torch.float64, .*, got torch.float32"),
+    "width": (X[:, :2], {}, r"encoder: expected a module that takes \[\(6, 2\)\]"),
+    "batch 0": (X, {"batch_size": 0}, "batch_size: .* at least 1, got 0"),
+    "batch 7": (X, {"batch_size": 7}, "batch_size: expected at most 6.* got 7"),
+    "batch 2.5": (X, {"batch_size": 2.5}, "batch_size: .* got 2.5"),
+    "loader": (LOADER, {"batch_size": 2}, "batch_size: expected None with a DataLoader, got 2"),
+    "epochs": (X, {"num_epochs": 0}, "num_epochs: .* at least 1, got 0"),
+    "rate": (X, {"learning_rate": -1.0}, "learning_rate: .* got -1.0"),
+    "optimizer": (X, {"optimizer": 3}, "optimizer: .* or function, got int"),
+    "objective": (X, {"objective": ELBO}, "objective: expected a function, such as ELBO"),
+    "beta": (X, {"objective": NEGATIVE}, "beta: .* at least 0, got -1.0"),
+    "compile": (X, {"compile": 1}, 'compile: expected "auto", True or False, got 1'),
+    "compile text": (X, {"compile": "yes"}, "compile: .*, got 'yes'"),
+    "precision": (X, {"precision": "low"}, "precision: expected one of .* got 'low'"),
+    "plate": (X, {"plate": "rows"}, r"plate: expected one of \['data'\], got 'rows'"),
+    "kwargs": (X, {"kwargs": 3}, "kwargs: expected a mapping from names to arguments"),
+    "rows": (Items(X), {"kwargs": {"w": X[:, 0]}}, "kwargs: expected no tensor with as many rows"),
+}
+TYPES = {"list of text", "text", "optimizer", "objective", "kwargs"}
+
+
+@pytest.mark.parametrize("train", [fit, fit_replicates])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_changes_nothing(name, train):
+    x, options, message = BAD[name]
+    pairs = made(build, 2)
+    args = pairs[0] if train is fit else (pairs,)
+    told = {"seed": 1} if train is fit else {"seeds": [1, 2]}
+    fails = pytest.raises(TypeError if name in TYPES else ValueError, match=message)
+    with traceless(*pairs[0], *pairs[1], moved=False), fails:
+        train(*args, x, **{"num_epochs": 2, "progress": False, **told, **options})
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "error", "message"),
+    ("options", "message"),
     [
-        (X, {"validation": np.zeros((3, 7))}, ValueError, r"encoder: .*\(3, 7\)"),
-        (
-            np.ones((6, 4)),
-            {"validation": np.full((3, 4), 0.5), "check_support": True},
-            ValueError,
-            "support of 'x'",
-        ),
-        (_OneBad(), {"batch_size": 5}, ValueError, "expected finite numbers, got 4"),
-        ((), {}, ValueError, "data: expected at least one tensor or array, got none"),
-        (
-            DataLoader(TensorDataset(torch.zeros(3, 4)), batch_size=5, drop_last=True),
-            {},
-            ValueError,
-            "at least one batch, got none",
-        ),
-        (np.array([["a"]]), {}, TypeError, "data: expected .* arrays of numbers.* got <U1 ndarray"),
-        (torch.zeros(6, 4, dtype=torch.float32), {}, ValueError, "data: expected torch.float64"),
-        (X, {"batch_size": 2.5}, ValueError, "batch_size: .* got 2.5"),
-        (X, {"batch_size": True}, ValueError, "batch_size: .* got True"),
-        (X, {"num_epochs": 1.5}, ValueError, "num_epochs: .* got 1.5"),
-        (X, {"optimizer": 3}, TypeError, "optimizer: expected a class or function, got int"),
+        ({"patience": 2}, "patience: .*validation"),
+        ({"patience": 0, "validation": X}, "patience: .* at least 1, got 0"),
+        ({"validation": NAN}, "validation: expected finite"),
+        ({"validation": X[:, :2]}, r"encoder: .*\(6, 2\)"),
+        ({"validation": DataLoader(EMPTY)}, "validation: .* at least one datum, got none"),
+        ({"validation": X + 0.5, "check_support": True}, "support of 'x'.* got 6 of 6 data"),
     ],
 )
-def test_nothing_is_half_done(data, options, error, message):
-    model, guide = build(likelihood=likelihoods.Bernoulli())
-    before = weights(model, guide)
-    with pytest.raises(error, match=message):
-        quiet(model, guide, data, **{"num_epochs": 2, **options})
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(model, guide), strict=True))
+def test_bad_validation_changes_nothing(options, message):
+    pair = build(likelihood=likelihoods.Bernoulli())
+    with traceless(*pair, moved=False), pytest.raises(ValueError, match=message):
+        quiet(*pair, X, num_epochs=2, **options)
 
 
-def test_an_array_with_its_rows_reversed():
+def test_support_is_checked_on_demand():
+    x = torch.ones(6, 3)
+    x[2, 1] = -1.0
+    with pytest.raises(ValueError, match="data: .* support of 'x'.* got 1 of 6 data outside"):
+        quiet(*build(likelihood=likelihoods.Poisson()), x, check_support=True)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_model_that_observes_nothing_is_refused(swapped):
+    """Model and guide swapped, or a forgotten `obs=`."""
+
+    def forgets(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.5))
+
+    model, guide = reversed(build()) if swapped else function(forgets)
+    for train, args in ((fit, (model, guide)), (fit_replicates, ([(model, guide)],))):
+        with pytest.raises(ValueError, match="model: expected observed sites, got none"):
+            train(*args, data(6), num_epochs=1, progress=False)
+
+
+def test_nothing_can_be_trained_in_inference_mode():
+    pair = build()
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of torch.inference_mode"):
+        quiet(*pair, data(6))
+
+
+def test_modules_that_do_not_fit_are_named():
     model, guide = build()
-    x = np.random.default_rng(0).normal(size=(6, 4))
-    assert math.isfinite(quiet(model, guide, x[::-1], num_epochs=1).losses[0])
-
-
-def test_an_encoder_that_drops_rows_is_named():
+    guide.encoder.register_forward_hook(lambda module, args, output: output[:4])
+    with pytest.raises(ValueError, match=r"encoder: .*batch of the arguments \[\(6, 3\)\]; got"):
+        quiet(model, guide, data(6))
     model, guide = build()
+    model.decoder = mlp(2, 8, out=5)
+    with pytest.raises(ValueError, match=r"decoder: expected output of shape \(6, 3\), as x"):
+        quiet(model, guide, data(6))
 
-    class Half(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp(4, 8)
 
-        def forward(self, x):
-            return self.net(x)[:3]
-
-    guide.encoder = Half()
-    with pytest.raises(ValueError, match=r"encoder: .*batch of the arguments \[\(6, 4\)\]; got"):
-        quiet(model, guide, torch.zeros(6, 4))
+def test_the_quasi_newton_method_takes_a_plate_and_says_where_it_fails():
+    x = data()
+    model = LinearRegression(3)
+    guide = FamilyGuide(model, families.mean_scale)
+    told = {"num_epochs": 5, "plate": "data"}
+    assert quiet(model, guide, (x, x.sum(-1)), **told).method == "L-BFGS"
+    guide.heads["weight"].loc.raw.data.fill_(math.nan)
+    scale = guide.heads["weight"].scale.raw.clone()
+    with pytest.raises(Diverged, match="the loss is nan from the start; the parameters were left"):
+        quiet(model, guide, (x, x.sum(-1)), **told)
+    assert torch.equal(guide.heads["weight"].scale.raw, scale)
