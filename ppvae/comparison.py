@@ -189,10 +189,8 @@ def last_fall(losses: Sequence[float], num_epochs: int) -> tuple[float, float]:
     count = len(losses) // 4
     if count < 4:
         return math.nan, math.nan
-    loss, epoch = np.array(losses[-count:]), np.arange(count) - (count - 1) / 2
-    slope = loss @ epoch / (epoch @ epoch)
-    error = np.sqrt(np.var(loss - slope * epoch) * count / (count - 2) / (epoch @ epoch))
-    return float(-slope * count), float(error * count)
+    (slope, _), covariance = np.polyfit(np.arange(count), losses[-count:], 1, cov=True)
+    return float(-slope * count), float(math.sqrt(covariance[0, 0]) * count)
 
 
 def still_to_come(fall: np.ndarray, error: np.ndarray) -> np.ndarray:

@@ -102,9 +102,8 @@ def gaps(  # noqa: D417
     _check_guide(guide)
     draws = math.ceil(num_samples / _GROUPS) * _GROUPS
     label = progress if isinstance(progress, str) else "gaps"
-    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
     measured = []
-    with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+    with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         _check_terms(terms(*runs.traces, plate), guide)
         exact = None if log_likelihood is None else _checked(log_likelihood, runs.plate.size)
         total = len(runs.batches) * num_steps
@@ -170,8 +169,7 @@ def _search(shifted: ShiftedGuide, steps: int, tick: Callable[[], Any]) -> Tenso
         tick()
         return shifted.slope(shifts, draws, _new_seed() if seed is None else seed)
 
-    few = start.shape[1] <= draws * shifted.coordinates
-    last_steps = steps // 3 if few else 0
+    last_steps = steps // 3 if start.shape[1] <= draws * shifted.coordinates else 0
     best = adam(slope, start, steps - last_steps, shifted.step_sizes)
     best = _better(shifted, start, best)
     if last_steps:
@@ -204,20 +202,10 @@ def _elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]
 
 
 def _dataset(arrays: dict[str, Any], exact: np.ndarray | None, attrs: dict[str, Any]) -> xr.Dataset:
-    elbo, best = arrays["elbo"], arrays["best_elbo"]
-    log_p = exact if exact is not None else arrays["log_likelihood"]
-    error = arrays.get("log_likelihood_se", 0.0)
-    columns = {
-        "elbo": elbo,
-        "best_elbo": best,
-        "log_likelihood": log_p,
-        "approximation": log_p - best,
-        "amortization": best - elbo,
-        "gap": log_p - elbo,
-        "approximation_se": np.hypot(error, arrays["best_elbo_se"]),
-        "amortization_se": arrays["amortization_se"],
-        "gap_se": np.hypot(error, arrays["elbo_se"]),
-    }
-    if exact is None:
-        columns |= {name: arrays[name] for name in ("ess", "khat")}
-    return xr.Dataset({name: ("datum", value) for name, value in columns.items()}, attrs=attrs)
+    """The result, from the two ELBOs and log p(x) with their errors."""
+    arrays |= {} if exact is None else {"log_likelihood": exact}
+    error = arrays.pop("log_likelihood_se", 0.0)
+    for gap, elbo in (("approximation", "best_elbo"), ("gap", "elbo")):
+        arrays[gap] = arrays["log_likelihood"] - arrays[elbo]
+        arrays[f"{gap}_se"] = np.hypot(error, arrays.pop(f"{elbo}_se"))
+    return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)

@@ -7,7 +7,7 @@ p(x) whatever the number of temperatures; the more there are, the less it varies
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -104,19 +104,19 @@ def annealed_importance(  # noqa: D417
         >>> bool(result.log_likelihood.mean() < result.upper.mean() + 0.1)
         True
     """
-    counts = {
-        "num_temperatures": check_count("num_temperatures", num_temperatures),
-        "num_chains": check_count("num_chains", num_chains),
-        "num_leapfrog": check_count("num_leapfrog", num_leapfrog),
-    }
+    counts = [
+        check_count("num_temperatures", num_temperatures),
+        check_count("num_chains", num_chains),
+        check_count("num_leapfrog", num_leapfrog),
+    ]
     check_choice("start", start, ("guide", "prior"))
     guide = FamilyGuide(model, families.noise_only) if start == "prior" else guide
     if guide is None:
         raise ValueError('guide: expected a guide for start="guide", got None')
     label = progress if isinstance(progress, str) else "annealed_importance"
-    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
     results = []
-    with _hints(start), opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+    opening = opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate)
+    with _hints(start), opening as runs:
         terms(*runs.traces, plate).check_local()
         states = _states(runs, latents, batch_size)
         chains = num_chains if latents is None else 2 * num_chains
@@ -124,7 +124,7 @@ def annealed_importance(  # noqa: D417
         with tqdm(desc=label, total=total, disable=not progress, delay=3.0) as bar:
             for batch, state in zip(runs.batches, states, strict=True):
                 at = partial(densities, runs, batch, prior=start == "prior")
-                results.append(_estimates(at, state, bar.update, **counts))
+                results.append(_estimates(at, state, bar.update, *counts))
     arrays = {name: np.concatenate([each[name] for each in results]) for name in results[0]}
     attrs = {"num_temperatures": num_temperatures, "num_chains": num_chains, "start": start}
     return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)
@@ -145,10 +145,8 @@ def _hints(start: str) -> Iterator[None]:
         raise ValueError(f'{error} (start="prior" needs no density of a guide)') from error
 
 
-def _states(
-    runs: Runs, latents: Mapping[str, Tensor] | None, batch_size: int
-) -> Sequence[Tensor | None]:
-    """For each minibatch the state that it was simulated from, or None where that is not known."""
+def _states(runs: Runs, latents: Mapping[str, Tensor] | None, size: int) -> list[Tensor | None]:
+    """The state that each minibatch, of that size, was simulated from; None if it is not known."""
     if latents is None:
         return [None] * len(runs.batches)
     nodes, values = {node["name"]: node for node in latent_nodes(runs.traces[0])}, {}
@@ -161,17 +159,11 @@ def _states(
         expect(inside, "latents", f"values in {support} at {name!r}", "others")
         values[name] = value
     state = Layout.of(runs.traces[0], runs.plate).free(values)
-    return state.split(batch_size if len(runs.batches) > 1 else state.shape[1], 1)
+    return [*state.split(size if len(runs.batches) > 1 else state.shape[1], 1)]
 
 
 def _estimates(
-    at: Callable[..., Densities],
-    true: Tensor | None,
-    tick: Callable[[int], object],
-    *,
-    num_temperatures: int,
-    num_chains: int,
-    num_leapfrog: int,
+    at: Callable[..., Densities], true: Tensor | None, tick: Callable[[int], object], *counts: int
 ) -> dict[str, np.ndarray]:
     """The estimates for one minibatch.
 
@@ -179,10 +171,9 @@ def _estimates(
         at: the log densities of the minibatch in a plate of chains.
         true: the state that the data were simulated from, if that is known.
         tick: called with the number of chains after each temperature.
-        num_temperatures: steps from the start to the posterior.
-        num_chains: chains per datum.
-        num_leapfrog: leapfrog steps of a transition.
+        *counts: of temperatures, chains and leapfrog steps.
     """
+    num_temperatures, num_chains, num_leapfrog = counts
     one = at()
     cut = partial(one.runs.draws, one.args, traces=one.traces)
     few = next(cut(max(1, num_chains // 4)))[1]

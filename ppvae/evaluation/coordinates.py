@@ -39,11 +39,6 @@ class Coordinates:
     total: Tensor
     squares: Tensor
 
-    @property
-    def labels(self) -> list[Any]:
-        """Names of the coordinates, see `Layout.labels`."""
-        return self.layout.labels
-
     def add(self, guide_trace: Any, draws: Any = None) -> None:
         """Adds the draws of a run, made in a plate of draws or without one."""
         values = {name: guide_trace.nodes[name]["value"] for name in self.layout.places}
@@ -79,15 +74,13 @@ def coordinates(model_trace: Any, guide_trace: Any, plate: Any) -> Coordinates:
         name, fn = node["name"], values[node["name"]]["fn"]
         # the point of a piece of a joint draw says nothing of its distribution
         known = point or not is_point(fn)
-        for table, value in (
-            (means, _mean(fn) if known else None),
-            (kls, _split_kl(fn, node["fn"]) if known else None),
-        ):
+        mean, kl = (_mean(fn), _split_kl(fn, node["fn"])) if known else (None, None)
+        for table, value in ((means, mean), (kls, kl)):
             value = first.new_tensor(math.nan) if value is None else value
             table[name] = value.double().expand(values[name]["value"].shape)
-    mean, kl = (layout.flat(table)[0] for table in (means, kls))
-    zero = torch.zeros_like(mean)
-    return Coordinates(layout, first, mean, kl, 0, zero, zero)
+    known_mean, known_kl = (layout.flat(table)[0] for table in (means, kls))
+    zero = torch.zeros_like(known_mean)
+    return Coordinates(layout, first, known_mean, known_kl, 0, zero, zero)
 
 
 def _is_drawn(trace: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,40 +16,45 @@ WORTH = 0.05  # nats per datum: a direction that gains less is not worth a laten
 _WIDEST = 2000  # values per datum of which the covariance is looked at
 
 
-class Directions:
-    """The principal directions of the data against the noise of a Gaussian likelihood.
+class Moments(NamedTuple):
+    """Sums over the data of a minibatch, and the mean variance of its Gaussian likelihood."""
+
+    size: int
+    total: np.ndarray
+    products: np.ndarray
+    noise: float
+
+
+def moments_of(model_trace: Any, plate: Any) -> Moments | None:
+    """Reads the data of a minibatch off the one observed site; None unless it is Gaussian."""
+    nodes = observed_nodes(model_trace)
+    fn = nodes[0]["fn"]
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    x = Place.of(nodes[0], plate).flat(nodes[0]["value"])[0]
+    if len(nodes) > 1 or not isinstance(fn, Normal) or x.shape[1] > _WIDEST:
+        return None
+    rows = x.double().cpu().numpy()
+    noise = float(fn.variance.double().mean())
+    return Moments(len(rows), rows.sum(0), rows.T @ rows, noise)
+
+
+def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
+    """The mean noise variance, and the number of principal directions that are worth a latent.
 
     At noise variance s2 a direction of variance l > s2 is worth `(l/s2 - 1 - log(l/s2)) / 2` nats
     per datum to a linear decoder (see `closed_form.learned_decoder`); one of less is worth nothing.
+
+    Args:
+        moments: of all minibatches.
     """
-
-    def __init__(self) -> None:
-        self.noise: list[float] = []
-        self.count = 0
-        self.sum: Any = 0.0
-        self.products: Any = 0.0
-
-    def add(self, model_trace: Any, plate: Any) -> None:
-        """Counts in the data of a minibatch, from the one observed site if it is Gaussian."""
-        seen = observed_nodes(model_trace)
-        fn = seen[0]["fn"]
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        if len(seen) > 1 or not isinstance(fn, Normal):
-            return
-        x = Place.of(seen[0], plate).flat(seen[0]["value"])[0].double().cpu().numpy()
-        if x.shape[1] <= _WIDEST:
-            self.noise.append(float(fn.variance.double().mean()))
-            self.count += len(x)
-            self.sum, self.products = self.sum + x.sum(0), self.products + x.T @ x
-
-    def attrs(self) -> dict[str, Any]:
-        """The mean noise variance, and the number of directions that are worth a latent."""
-        if self.count < 2:
-            return {}
-        mean = self.sum / self.count
-        values = np.linalg.eigvalsh(self.products / self.count - np.outer(mean, mean))
-        noise = float(np.mean(self.noise))
-        ratio = np.maximum(values / noise, 1.0)
-        worth = (ratio - 1 - np.log(ratio)) / 2
-        return {"noise_variance": noise, "directions": int((worth > WORTH).sum())}
+    parts = [part for part in moments if part is not None]
+    size = sum(part.size for part in parts)
+    if size < 2:
+        return {}
+    mean = sum(part.total for part in parts) / size
+    second = sum(part.products for part in parts) / size
+    noise = float(np.mean([part.noise for part in parts]))
+    ratio = np.maximum(np.linalg.eigvalsh(second - np.outer(mean, mean)) / noise, 1.0)
+    worth = (ratio - 1 - np.log(ratio)) / 2
+    return {"noise_variance": noise, "directions": int((worth > WORTH).sum())}

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import check_count
 from ppvae.evaluation.coordinates import coordinates
-from ppvae.evaluation.directions import Directions
+from ppvae.evaluation.directions import directions, moments_of
 from ppvae.evaluation.information import Information, draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.families.family import cap
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.runs import Runs, opened
+from ppvae.programs.runs import Args, Runs, opened
 
 
 def evaluate(
@@ -71,14 +71,16 @@ def evaluate(
         batch_size: data per run.
         vectorized: run many draws at once, which the model must be written for (all operations
             leave leading dims alone); by default only where the model says so, as `VAE` does.
-        seed: seeds the draws, and leaves the caller's stream where it was; None uses that stream.
-        plate: name of the data plate; by default `data`, or else see `data_plate`.
+        seed: seeds the draws: 0 in all functions that measure, so that equal calls give equal
+            numbers. The caller's stream stays where it was; None draws from that stream.
+        plate: name of the data plate; by default `data`, or else of the plates around observed
+            sites the one that has the length of the data.
         kwargs: keyword arguments of model and guide; tensors with as many rows as the data plate
             are cut into the same runs.
-        progress: show a progress bar if it takes more than some seconds; a string is its label.
+        progress: show a progress bar, if it takes longer than some seconds; a string is its label.
 
     Returns:
-        The measures, with dims `datum`, `site` and `latent`.
+        The measures, with dims `datum`, `site` and `latent`; each has the attribute `unit`.
 
     Raises:
         ValueError: the data are not finite, an argument is out of its range, or some latent site is
@@ -87,37 +89,45 @@ def evaluate(
     Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2016 (log p(x), active units);
     Vehtari et al., Pareto smoothed importance sampling, 2024; Yao et al., Yes, but did it work?,
     2018 (k-hat of a guide); Hoffman and Johnson, ELBO surgery, 2016.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, families, likelihoods
+        >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(1.0))
+        >>> guide = FamilyGuide(model, families.mean_scale, encoder=torch.nn.Linear(5, 8))
+        >>> result = evaluate(model, guide, torch.randn(20, 5))
+        >>> bool(result.elbo.mean() < result.log_likelihood.mean()), result.elbo.attrs["unit"]
+        (True, 'nats per datum')
     """
     num_samples = check_count("num_samples", num_samples, 2)
     family = getattr(guide, "family", None)
     channels = None if family is None else family.channels
     label = progress if isinstance(progress, str) else "evaluate"
-    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
-    directions, measured, draws = Directions(), [], []
-    with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+    moments, measured, draws = [], [], []
+    with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         whole = terms(*runs.traces, plate)
         whole.check_local()
         few = draws_needed(runs.plate.size) if channels != () else 1
         for batch in tqdm(runs.batches, label, disable=not progress, delay=3.0, unit="batch"):
             pairs = [runs.pair(batch) for _ in range(few)]
-            directions.add(pairs[0][0], runs.plate)
+            moments.append(moments_of(pairs[0][0], runs.plate))
             sample = _sample(runs, batch, pairs[0], num_samples)
             measured.append(_measured(sample))
             if whole.log_guide:
                 draws.append(draws_of(pairs, runs.plate))
         arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
         totals = information(runs, draws, arrays["rate"], channels)
-    coords = {"site": list(sample.terms), "latent": sample.coordinates.labels}
+    coords = {"site": list(sample.terms), "latent": sample.coordinates.layout.labels}
     dataset = xr.Dataset(_variables(arrays, totals), coords)
     dataset.attrs = {"stochastic": int(arrays["differ"].any()), "bound": int(bool(draws))}
-    dataset.attrs |= {"num_samples": num_samples, **directions.attrs()}
+    dataset.attrs |= {"num_samples": num_samples, **directions(moments)}
     if family is not None:
         names = ", ".join(family.channels) or "none"
         dataset.attrs |= {"family": family.name, "channels": names, "cap": cap(family)}
     return dataset
 
 
-def _sample(runs: Runs, args: tuple[Any, ...], pair: tuple[Any, Any], num_samples: int) -> Sample:
+def _sample(runs: Runs, args: Args, pair: tuple[Any, Any], num_samples: int) -> Sample:
     """Draws for one minibatch, summed up; `pair` is a pair of traces on it."""
     first = terms(*pair, runs.plate.name)
     point, total = not first.log_guide, num_samples if first.log_guide else 2

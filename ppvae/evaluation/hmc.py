@@ -174,5 +174,4 @@ def _placed(temperatures: np.ndarray, moves: np.ndarray, count: int) -> np.ndarr
     shares = (1 - _SPREAD) * shares + _SPREAD / len(shares)
     ends = np.concatenate([np.zeros((1, shares.shape[1])), shares.cumsum(0) / shares.sum(0)])
     wanted = np.linspace(0, 1, count + 1)
-    placed = [np.interp(wanted, end, temperatures) for end in ends.T]
-    return np.stack(placed, -1)
+    return np.stack([np.interp(wanted, end, temperatures) for end in ends.T], -1)

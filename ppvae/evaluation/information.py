@@ -101,17 +101,16 @@ def information(
     points = min(size, max(1, pairs // size))
     chosen = np.zeros(size, dtype=bool)
     chosen[np.arange(points) * size // points] = True
-    tables, start = [], 0
+    datum, first = np.zeros(0, dtype=int), 0
     for each in draws:
-        datum = start + np.arange(len(each.log_guide)) % each.size
-        start += each.size
-        rows = torch.as_tensor(np.flatnonzero(chosen[datum]), device=each.log_guide.device)
-        if len(rows):
-            log_q = _log_sum(runs, each.values[rows], inside) - math.log(size)
-            table = torch.stack([each.log_guide[rows], each.log_prior[rows], log_q]).double()
-            tables.append(np.vstack([datum[rows.cpu().numpy()], table.cpu().numpy()]))
-    datum, log_own, log_prior, log_q = np.hstack(tables)
-    datum = datum.astype(int)
+        datum = np.append(datum, first + np.arange(len(each.log_guide)) % each.size)
+        first += each.size
+    rows = np.flatnonzero(chosen[datum])
+    columns = zip(*((each.values, each.log_guide, each.log_prior) for each in draws), strict=True)
+    values, log_own, log_prior = (torch.cat(column)[rows] for column in columns)
+    log_q = _log_sum(runs, values, inside) - math.log(size)
+    log_own, log_prior, log_q = torch.stack([log_own, log_prior, log_q]).double().cpu().numpy()
+    datum = datum[rows]
     gain, control = log_own - log_q, log_own - log_prior - rate[datum]
     spread = control.var()
     if spread > 0 and len(datum) > 20:

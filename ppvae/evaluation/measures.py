@@ -57,19 +57,17 @@ PER_DATUM: dict[str, Measure] = {}
 PER_LATENT: dict[str, Measure] = {}
 
 
-def per_datum(unit: str, *, density: bool = False) -> Callable[..., Any]:
-    """Registers a number per datum; with `density`, one that is NaN for a point."""
-    return partial(_register, PER_DATUM, unit, density)
+def _measure(registry: dict[str, Measure], unit: str, *, density: bool = False) -> Any:
+    """Registers a number under the function's name; with `density`, one that a point lacks."""
+
+    def register(function: Callable[[Any], np.ndarray]) -> Any:
+        registry[function.__name__] = Measure(function, unit, density)
+        return function
+
+    return register
 
 
-def per_latent(unit: str) -> Callable[..., Any]:
-    """Registers a number per coordinate of the latents."""
-    return partial(_register, PER_LATENT, unit, False)  # noqa: FBT003
-
-
-def _register(registry: dict[str, Measure], unit: str, density: Any, function: Any) -> Any:
-    registry[function.__name__] = Measure(function, unit, density)
-    return function
+per_datum, per_latent = partial(_measure, PER_DATUM), partial(_measure, PER_LATENT)
 
 
 @per_datum("nats per datum")

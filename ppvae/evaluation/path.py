@@ -13,7 +13,7 @@ from ppvae._checks import expect
 from ppvae.guides.score import Auxiliary, auxiliary_draws
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import Node, drawn_nodes, log_prob, observed_nodes, per_datum
-from ppvae.programs.runs import Runs, given, run_trace
+from ppvae.programs.runs import Args, Runs, given, run_trace
 
 
 class Point(NamedTuple):
@@ -67,7 +67,7 @@ class Densities:
     """
 
     runs: Runs
-    args: tuple[Any, ...]
+    args: Args
     draws: Any
     traces: tuple[Any, Any]
     layout: Layout
@@ -115,9 +115,7 @@ class Densities:
         return sum(per_datum(log_prob(node), node, self.runs.plate) for node in nodes)
 
 
-def densities(
-    runs: Runs, args: tuple[Any, ...], draws: Any = None, *, prior: bool = False
-) -> Densities:
+def densities(runs: Runs, args: Args, draws: Any = None, *, prior: bool = False) -> Densities:
     """Runs a model and its guide once and makes the log densities of a minibatch.
 
     Args:

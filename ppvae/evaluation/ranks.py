@@ -90,9 +90,8 @@ def verdict(result: xr.Dataset) -> str:
     failing = p * len(p) < ALPHA
     worth = _worth(result)
     if failing.any():
-        return "; ".join(
-            [f"fails for {failing.sum()} of {len(p)} latents", *_faults(result, failing), worth]
-        )
+        failed = f"fails for {failing.sum()} of {len(p)} latents"
+        return "; ".join([failed, *_faults(result, failing), worth])
     information, error = float(result.information), float(result.information_se)
     if information <= 2 * error + 0.005:
         same = abs(information) + error < 1e-9
@@ -183,9 +182,8 @@ def _chance_outside(tails: np.ndarray, chances: np.ndarray, limit: float) -> flo
         return 1.0
     count = tails.shape[1] - 1
     mass, start = np.ones(1), 0
-    for first, last, chance in zip(
-        *_interval(tails, limit), np.diff(chances, prepend=0.0), strict=True
-    ):
+    bounds = (*_interval(tails, limit), np.diff(chances, prepend=0.0))
+    for first, last, chance in zip(*bounds, strict=True):
         steps = _poisson(np.arange(last - start + 1), count * chance)
         mass = np.convolve(mass, steps)[first - start : last - start + 1]
         start = first

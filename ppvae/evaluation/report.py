@@ -86,8 +86,7 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     _check(found)
     beta = check_number("beta", beta)
     lines = _bound(found) if found.bound else _point(found)
-    lines += _collapse(found, beta)
-    return "\n".join(lines)
+    return "\n".join(lines + _collapse(found, beta))
 
 
 def _check(found: xr.Dataset) -> None:
@@ -176,13 +175,13 @@ def _cause(found: xr.Dataset, beta: float, active: int) -> str:
     """Why latents collapsed, as far as the figures tell."""
     if found.attrs.get("channels") == "none":
         return "the family has no channel, so nothing can pass."
-    directions, noise = found.attrs.get("directions"), found.attrs.get("noise_variance")
+    directions = found.attrs.get("directions")
+    at_noise = f"at the decoder's noise variance of {found.attrs.get('noise_variance', 0):.3g}, "
     if directions is not None and active >= directions:
         where = f"only {directions}" if directions else "none"
         return (
-            f"at the decoder's noise variance of {noise:.3g}, {where} of the principal directions "
-            f"of the data are worth {WORTH} nats or more to a linear decoder. Take fewer latents, "
-            "or a smaller noise."
+            f"{at_noise}{where} of the principal directions of the data are worth {WORTH} nats or "
+            "more to a linear decoder. Take fewer latents, or a smaller noise."
         )
     if beta > 1:
         return (
@@ -192,8 +191,8 @@ def _cause(found: xr.Dataset, beta: float, active: int) -> str:
     stuck = "training stuck at the prior (see objectives.warm_up and free_bits), or a beta above 1"
     if directions is not None:
         return (
-            f"at the decoder's noise variance of {noise:.3g}, {directions} principal directions of "
-            f"the data are worth a latent, so there is use for more; the likely cause is {stuck}."
+            f"{at_noise}{directions} principal directions of the data are worth a latent, so there "
+            f"is use for more; the likely cause is {stuck}."
         )
     if active == 0:
         return f"the likely cause is {stuck}, or a decoder that models the data without latents."

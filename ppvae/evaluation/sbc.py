@@ -27,13 +27,15 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import data_plate, is_data, is_inside, latent_nodes, prototype
+from ppvae.programs.nodes import counts, data_plate, is_inside, prototype
 from ppvae.programs.runs import draw_runs, is_vectorized, minibatches, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
 
 _POINT = "a point has no density"
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
+Answers = Generator[tuple[Any, Simulation]]  # a guide, and data that it answers for
+Arrays = dict[str, np.ndarray]
 
 
 def calibration(  # noqa: D417
@@ -124,21 +126,15 @@ def calibration(  # noqa: D417
     vectorized = is_vectorized(model) if vectorized is None else vectorized
     model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
     with private_modules(), random_state(seed):
-        plan = _Plan(None, plate, refit is None, [], num_samples, vectorized)
-        plan = _planned(plan, model, guide, args)
+        frame, labels = _checked(model, guide, args, plate, local=refit is None)
+        plan = _Plan(model, frame, refit is None, labels, num_samples, vectorized, arguments)
         if num_simulations is None:
-            num_simulations = 100 if refit else min(plan.plate.size, 1000)
+            num_simulations = 100 if refit else min(frame.size, 1000)
         total = check_count("num_simulations", num_simulations, 2)
-        if refit is None:
-            size = min(batch_size, total)
-            with torch.no_grad(), eval_mode(model, guide):
-                batches = minibatches(model, guide, args, plan.plate, size)
-            runs = _answers(model, guide, batches, total, arguments)
-        else:
-            runs = _refits(model, guide, args, total, refit, arguments)
+        answers = _simulations(plan, guide, args, total, min(batch_size, total), refit)
         label = progress if isinstance(progress, str) else "calibration"
         with tqdm(total=total, desc=label, disable=not progress, unit="simulation") as bar:
-            arrays = _collected(model, runs, plan, bar)
+            arrays = _collected(plan, answers, bar)
     return _dataset(arrays, plan, [float(level) for level in levels])
 
 
@@ -146,24 +142,22 @@ class _Plan(NamedTuple):
     """What one simulation is, a datum or a whole data set, and how the guide answers for it.
 
     Attributes:
+        model: the model.
         plate: the data plate.
-        plate_name: its name, as the user gave it.
         local: whether each datum is a simulation, and not the whole data set.
         labels: names of the coordinates of the latents.
         num_samples: draws of the guide per simulation.
         vectorized: whether many draws are made in one run.
+        arguments: from the drawn values of observed sites to the arguments.
     """
 
+    model: Any
     plate: Any
-    plate_name: str | None
     local: bool
     labels: list[str]
     num_samples: int
     vectorized: bool
-
-    def layout(self, trace: Any, draws: Any = None) -> Layout:
-        """The latents of a trace of the model, one row for each simulation."""
-        return Layout.of(trace, self.plate if self.local else None, draws)
+    arguments: Arguments | None
 
     def per_simulation(self, value: Tensor, parts: Terms, size: torch.Size) -> Tensor:
         """Nats per datum, or of all data, as `(draws, simulations)` of that size."""
@@ -172,28 +166,28 @@ class _Plan(NamedTuple):
         return value.double().expand(size)
 
 
-def _planned(plan: _Plan, model: Any, guide: Any, args: tuple[Any, ...]) -> _Plan:
-    """Completes a plan by what a run of the model shows.
+def _checked(
+    model: Any, guide: Any, args: tuple[Any, ...], plate: str | None, *, local: bool
+) -> tuple[Any, list[str]]:
+    """The data plate, and the names of the coordinates of the latents.
 
     Raises:
         ValueError: the guide must be trained on the data first, or some of the data are missing.
     """
     with torch.no_grad(), eval_mode(model), random_state(None, keep=True):
         trace = prototype(model, args, {})
-    frame, nodes = data_plate(trace, plan.plate_name), latent_nodes(trace)
-    expect(nodes, "model", "latent sites", "none")
-    if plan.local:
-        data = [node for node in trace.nodes.values() if node["type"] == "sample" and is_data(node)]
-        outside = [node["name"] for node in nodes + data if not is_inside(node, frame)]
+    frame = data_plate(trace, plate)
+    if local:
+        nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and counts(node)]
+        outside = [node["name"] for node in nodes if not is_inside(node, frame)]
         why = _needs_training(guide, frame, outside)
         wanted = "a function that trains a copy of the guide on simulated data"
         expect(not why, "refit", f"{wanted}, since {why}", None)
     elif frame is not None and frame.full_size is not None:
         wanted, rows = f"all the data in the plate {frame.name!r} with `refit`", frame.full_size
         expect(frame.size == rows, "model", wanted, f"{frame.size} of {rows}")
-    plan = plan._replace(plate=frame)
-    places = plan.layout(trace).places.values()
-    return plan._replace(labels=[label for place in places for label in place.labels])
+    places = Layout.of(trace, frame if local else None).places.values()
+    return frame, [label for place in places for label in place.labels]
 
 
 def _needs_training(guide: Any, plate: Any, outside: list[str]) -> str:
@@ -216,21 +210,20 @@ def _is_amortized(guide: Any) -> bool:
     return not isinstance(guide, (AutoContinuous, AutoDelta, AutoNormal))
 
 
-def _answers(
-    model: Any, guide: Any, batches: Any, total: int, arguments: Arguments | None
-) -> Generator[tuple[Any, Simulation]]:
-    """The guide as it is, with minibatches of simulated data, again and again."""
-    for batch, seed in zip(itertools.cycle(batches), _seeds(total), strict=False):
-        yield guide, simulate(model, *batch, seed=seed, arguments=arguments)
-
-
-def _refits(
-    model: Any, guide: Any, args: Any, total: int, refit: Any, arguments: Arguments | None
-) -> Generator[tuple[Any, Simulation]]:
-    """A copy of the guide for each simulated data set, trained on it."""
-    for seed, other in zip(_seeds(total), _seeds(total), strict=True):
-        simulation = simulate(model, *args, seed=seed, arguments=arguments)
-        frozen, trained = copy.deepcopy((model, guide))
+def _simulations(plan: _Plan, guide: Any, args: Any, total: int, size: int, refit: Any) -> Answers:
+    """Simulated data, with the guide as it is, in minibatches, or with a copy trained on them."""
+    batches = [args]
+    if refit is None:
+        with torch.no_grad(), eval_mode(plan.model, guide):
+            batches = minibatches(plan.model, guide, args, plan.plate, size)
+    seeds = _seeds(total)
+    others = seeds if refit is None else _seeds(total)
+    for batch, seed, other in zip(itertools.cycle(batches), seeds, others, strict=False):
+        simulation = simulate(plan.model, *batch, seed=seed, arguments=plan.arguments)
+        if refit is None:
+            yield guide, simulation
+            continue
+        frozen, trained = copy.deepcopy((plan.model, guide))
         if isinstance(frozen, nn.Module):
             frozen.requires_grad_(requires_grad=False)
         with param_store(copies=True):
@@ -245,14 +238,12 @@ def _seeds(count: int) -> list[int]:
     return torch.randint(2**31, (count,)).tolist()
 
 
-def _collected(
-    model: Any, runs: Generator[tuple[Any, Simulation]], plan: _Plan, bar: Any
-) -> dict[str, np.ndarray]:
+def _collected(plan: _Plan, answers: Answers, bar: Any) -> Arrays:
     """What is measured of as many simulations as the bar has room for."""
     results, done = [], 0
-    with closing(runs):  # an error ends the run inside, and what it has opened, at once
-        for guide, simulation in runs:
-            results.append(_measured(model, guide, simulation, plan))
+    with closing(answers):  # an error ends the run inside, and what it has opened, at once
+        for guide, simulation in answers:
+            results.append(_measured(plan, guide, simulation))
             done += len(results[-1]["rank"])
             bar.update(min(done, bar.total) - bar.n)
             if done >= bar.total:
@@ -260,9 +251,10 @@ def _collected(
     return {k: np.concatenate([r[k] for r in results])[: bar.total] for k in results[0]}
 
 
-def _measured(model: Any, guide: Any, simulation: Simulation, plan: _Plan) -> dict[str, np.ndarray]:
+def _measured(plan: _Plan, guide: Any, simulation: Simulation) -> Arrays:
     """Ranks of shape `(simulations, coordinates)`, and nats of shape `(simulations,)`."""
-    args, latents = simulation
+    (args, latents), model = simulation, plan.model
+    name = None if plan.plate is None else plan.plate.name
     below: Any = 0
     ties: Any = 0
     weights = []
@@ -271,16 +263,16 @@ def _measured(model: Any, guide: Any, simulation: Simulation, plan: _Plan) -> di
     with torch.no_grad(), unchecked(), eval_mode(model, guide):
         for _, draws in draw_runs(model, args, plan.num_samples, widest):
             model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
-            layout = plan.layout(model_trace, draws)
-            drawn = layout.flat({name: guide_trace.nodes[name]["value"] for name in latents})
+            layout = Layout.of(model_trace, plan.plate if plan.local else None, draws)
+            drawn = layout.flat({site: guide_trace.nodes[site]["value"] for site in latents})
             expect(not drawn.isnan().any(), "guide", "draws that are numbers", "NaN")
             true = layout.flat(latents)
             below, ties = below + (drawn < true).sum(0), ties + (drawn == true).sum(0)
-            parts = terms(model_trace, guide_trace, plan.plate_name)
+            parts = terms(model_trace, guide_trace, name)
             weights.append(plan.per_simulation(parts.log_weight, parts, true.shape[:2]))
         nats = {}
         if parts.log_guide:
-            at_truth = terms_at(model, guide, args, latents, plan.plate_name)
+            at_truth = terms_at(model, guide, args, latents, name)
             nats = _nats(torch.cat(weights), at_truth, plan)
     shift = (torch.rand(ties.shape, dtype=torch.float64, device=ties.device) * (ties + 1)).floor()
     values = {**nats, "rank": below + shift.long()}
@@ -303,7 +295,7 @@ def _nats(log_w: Tensor, at_truth: Terms | None, plan: _Plan) -> dict[str, Tenso
     return {"information": gain, "gap": gap, "gap_upper": upper}
 
 
-def _dataset(arrays: dict[str, np.ndarray], plan: _Plan, levels: list[float]) -> xr.Dataset:
+def _dataset(arrays: Arrays, plan: _Plan, levels: list[float]) -> xr.Dataset:
     rank = arrays["rank"]
     share, error = np.stack([coverage(rank, plan.num_samples, level) for level in levels], 1)
     p = uniformity(rank, plan.num_samples)

@@ -20,7 +20,7 @@ from ppvae.families.heads import Argument, Head
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.matched_normals import MatchedNormals
 from ppvae.programs.nodes import drawn_nodes
-from ppvae.programs.runs import Runs
+from ppvae.programs.runs import Args, Runs
 
 _RATE = 0.2  # first step size of a search, in the unconstrained space of an argument
 _FEATURE_RATE = 0.03  # the same for features, on which all of a network's output depends
@@ -49,24 +49,19 @@ class ShiftedGuide:
         args: a minibatch.
         traces: of model and guide on the minibatch.
         start: shifts of zero, where the guide is the encoder's.
+        step_sizes: with what to begin a search, for each column.
         columns: channel -> number of its columns.
         coordinates: number of coordinates of the latents of one datum.
     """
 
     runs: Runs
     heads: nn.ModuleDict
-    args: tuple[Any, ...]
+    args: Args
     traces: tuple[Any, Any]
     start: Tensor
+    step_sizes: Tensor
     columns: dict[str, int]
     coordinates: int
-
-    @property
-    def step_sizes(self) -> Tensor:
-        """With what step size to begin a search, for each column of the shifts."""
-        rates = [_RATE if "." in channel else _FEATURE_RATE for channel in self.columns]
-        columns = torch.tensor(list(self.columns.values()))
-        return torch.tensor(rates).repeat_interleave(columns).to(self.start)
 
     def _terms(
         self, shifts: Tensor, draws: int, seed: int, match: str | None
@@ -120,7 +115,7 @@ class ShiftedGuide:
         return loss.detach(), slope
 
 
-def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...]) -> ShiftedGuide:
+def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
     """Runs a model and its `FamilyGuide` once, to see what can be shifted.
 
     Args:
@@ -142,10 +137,13 @@ def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: tuple[Any, ...]) -> Sh
             )
     size = terms(*traces, runs.plate.name).plate.size
     coordinates = sum(node["value"].numel() for node in drawn.values()) // size
-    rows = {channel: zero.reshape(size, -1) for channel, zero in zeros.items()}
-    start = torch.cat(list(rows.values()), 1) if rows else torch.zeros(size, 0)
-    columns = {channel: row.shape[1] for channel, row in rows.items()}
-    return ShiftedGuide(runs, heads, args, traces, start, columns, coordinates)
+    columns = {channel: zero.numel() // size for channel, zero in zeros.items()}
+    start, step_sizes = torch.zeros(size, 0), torch.zeros(0)
+    if zeros:
+        start = torch.cat([zero.reshape(size, -1) for zero in zeros.values()], 1)
+        rates = torch.tensor([_RATE if "." in key else _FEATURE_RATE for key in columns])
+        step_sizes = rates.repeat_interleave(torch.tensor(list(columns.values()))).to(start)
+    return ShiftedGuide(runs, heads, args, traces, start, step_sizes, columns, coordinates)
 
 
 @contextmanager

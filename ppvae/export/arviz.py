@@ -18,7 +18,7 @@ from ppvae._checks import check_count, expect
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, is_data, is_inside, latent_nodes, plates_of, prototype
-from ppvae.programs.runs import Runs, opened, run_trace
+from ppvae.programs.runs import Args, Runs, opened, run_trace
 from ppvae.programs.simulation import Uncondition
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -88,8 +88,7 @@ def from_pyro_svi(  # noqa: D417
         ('chain', 'draw', 'datum', 'latent')
     """
     num_samples = check_count("num_samples", num_samples)
-    options: dict[str, Any] = {"kwargs": kwargs, "batch_size": batch_size, "vectorized": vectorized}
-    with opened(model, guide, args, seed=seed, plate=plate, **options) as runs:
+    with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         local = terms(*runs.traces, plate).is_local
         batches = runs.batches if local else [runs.args]
         events = {node["name"]: _event_dims(node) for node in _shown(runs.traces[0])}
@@ -136,9 +135,7 @@ def _dims(runs: Runs, events: Mapping[str, int], *, local: bool) -> Dims:
     return dims
 
 
-def _draw_batch(
-    runs: Runs, args: tuple[Any, ...], num_samples: int, events: Mapping[str, int]
-) -> Groups:
+def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, int]) -> Groups:
     """All groups for one minibatch, with the draws in front, from as many runs as they need."""
     open_model, pieces = Uncondition()(runs.model), []
     observed = prototype(runs.model, args, {})

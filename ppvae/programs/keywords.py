@@ -30,11 +30,6 @@ class WithKeywords(nn.Module):
         super().__init__()
         self.program, self.names = program, names
 
-    @property
-    def vectorized(self) -> bool:
-        """What the program says of itself."""
-        return bool(getattr(self.program, "vectorized", False))
-
     def forward(self, *args: Any) -> Any:
         """Calls the program."""
         cut = len(args) - len(self.names)

@@ -195,11 +195,7 @@ def has_density(node: Node, trace: Any) -> bool:
     """
     if not is_point(node["fn"]):
         return True
-    hidden = any(
-        node["infer"].get("is_auxiliary") and not (node["is_observed"] or is_point(node["fn"]))
-        for node in trace.nodes.values()
-        if node["type"] == "sample"
-    )
+    hidden = any(other["infer"].get("is_auxiliary") for other in drawn_nodes(trace).values())
     return hidden and not node["infer"].get("is_piece")
 
 
@@ -208,8 +204,4 @@ def drawn_nodes(trace: Any) -> dict[str, Any]:
 
     All other latents (points, and the pieces of a joint draw) follow from these.
     """
-    return {
-        name: node
-        for name, node in trace.iter_stochastic_nodes()
-        if not (site_is_subsample(node) or is_point(node["fn"]))
-    }
+    return {node["name"]: node for node in latent_nodes(trace) if not is_point(node["fn"])}

@@ -20,15 +20,16 @@ from ppvae.data.adapters import prepared
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.nodes import DRAWS, data_plate, draws_its_rows, latent_nodes, prototype
 
+Program = Callable[..., Any]  # a Pyro model or guide
+Args = tuple[Any, ...]  # the arguments of a program
+
 # Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
 BUDGET = 4_000_000
 
 _leftmost: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # dim of a model's leftmost plate
 
 
-def trace_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, draws: Any = None
-) -> tuple[Any, Any]:
+def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) -> tuple[Any, Any]:
     """Runs the guide, then the model on its draws.
 
     Args:
@@ -50,7 +51,7 @@ def trace_pair(
     return model_trace, guide_trace
 
 
-def draws_plate(model: Callable[..., Any], *args: Any, draws: int) -> Any:
+def draws_plate(model: Program, *args: Any, draws: int) -> Any:
     """A plate of draws to the left of all plates of a model, which is looked at once."""
     if model not in _leftmost:
         with random_state(None, keep=True), eval_mode(model):
@@ -64,9 +65,8 @@ def draws_plate(model: Callable[..., Any], *args: Any, draws: int) -> Any:
 def check_sites(model_trace: Any, guide_trace: Any) -> None:
     """Raises a ValueError unless model and guide have the same latent sites."""
     latent = {node["name"] for node in latent_nodes(model_trace)}
-    drawn = {
-        node["name"] for node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
-    }
+    nodes = latent_nodes(guide_trace)
+    drawn = {node["name"] for node in nodes if not node["infer"].get("is_auxiliary")}
     missing, extra = sorted(latent - drawn), sorted(drawn - latent)
     expect(not missing, "guide", "every latent site of the model", f"one that misses {missing}")
     expect(not extra, "guide", f"only the latent sites {sorted(latent)} of the model", extra)
@@ -77,7 +77,7 @@ def is_vectorized(model: Any) -> bool:
     return bool(getattr(model, "vectorized", False))
 
 
-def given(program: Callable[..., Any], trace: Any, values: Mapping[str, Tensor]) -> Any:
+def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Any:
     """A program that takes the given values at its latent sites instead of drawing them.
 
     Args:
@@ -95,15 +95,13 @@ def given(program: Callable[..., Any], trace: Any, values: Mapping[str, Tensor])
     return poutine.replay(program, trace=kept)
 
 
-def run_trace(program: Callable[..., Any], args: tuple[Any, ...], draws: Any = None) -> Any:
+def run_trace(program: Program, args: Args, draws: Any = None) -> Any:
     """A trace of a program, inside a plate of draws where there is one."""
     with draws if draws is not None else nullcontext():
         return poutine.trace(program).get_trace(*args)
 
 
-def minibatches(
-    model: Any, guide: Any, args: tuple[Any, ...], plate: Any, size: int
-) -> list[tuple[Any, ...]]:
+def minibatches(model: Any, guide: Any, args: Args, plate: Any, size: int) -> list[Args]:
     """The arguments cut into minibatches, or whole, where the model's plate does not follow.
 
     Every tensor with as many rows as the data plate is cut.
@@ -133,9 +131,7 @@ def minibatches(
     return chunks if followed else [args]
 
 
-def draw_runs(
-    model: Any, args: tuple[Any, ...], draws: int, widest: int | None
-) -> Iterator[tuple[int, Any]]:
+def draw_runs(model: Any, args: Args, draws: int, widest: int | None) -> Iterator[tuple[int, Any]]:
     """Cuts draws into runs that fit in memory; yields how many, and the plate for so many.
 
     `widest` is the size of the largest tensor for one draw; None asks for single draws without a
@@ -163,31 +159,29 @@ class Runs:
 
     model: Any
     guide: Any
-    args: tuple[Any, ...]
+    args: Args
     traces: tuple[Any, Any]
     plate: Any
-    batches: list[tuple[Any, ...]]
+    batches: list[Args]
     vectorized: bool
 
-    def pair(self, args: tuple[Any, ...], draws: Any = None) -> tuple[Any, Any]:
+    def pair(self, args: Args, draws: Any = None) -> tuple[Any, Any]:
         """Traces of model and guide on a minibatch, inside a plate of draws if one is given."""
         return trace_pair(self.model, self.guide, *args, draws=draws)
 
-    def draws(
-        self, args: tuple[Any, ...], num_samples: int, traces: Sequence[Any] | None = None
-    ) -> Iterator[tuple[int, Any]]:
+    def draws(self, args: Args, count: int, traces: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Cuts draws for a minibatch into runs that fit in memory; see `draw_runs`.
 
         Args:
             args: the minibatch.
-            num_samples: number of draws.
+            count: number of draws.
             traces: of one draw on the minibatch, which tell the memory that one takes.
         """
-        widest = _widest(args, *(traces or self.traces)) if self.vectorized else None
-        return draw_runs(self.model, args, num_samples, widest)
+        widest = _widest(args, *traces) if self.vectorized else None
+        return draw_runs(self.model, args, count, widest)
 
 
-def _widest(args: tuple[Any, ...], *traces: Any) -> int:
+def _widest(args: Args, *traces: Any) -> int:
     """Size of the largest tensor of a run of one draw: an argument, or the value of a site."""
     nodes = [node for trace in traces for node in trace.nodes.values() if node["type"] == "sample"]
     values = [*args, *(node["value"] for node in nodes)]
@@ -196,13 +190,12 @@ def _widest(args: tuple[Any, ...], *traces: Any) -> int:
 
 @contextmanager
 def opened(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    *,
+    model: Program,
+    guide: Program,
+    args: Args,
     kwargs: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
-    vectorized: bool | None = None,
+    vectorized: bool | None = None,  # noqa: FBT001
     seed: int | None = None,
     plate: str | None = None,
 ) -> Iterator[Runs]:

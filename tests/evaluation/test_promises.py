@@ -1,0 +1,227 @@
+"""What all functions that measure or draw promise: seeds, keywords, and that nothing moves."""
+
+import inspect
+import math
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from cases import cases, world
+from torch import nn
+
+import ppvae
+from ppvae import VAE, FamilyGuide, families, likelihoods
+from ppvae.nn import mlp
+
+SHORT = {
+    "evaluate": {"num_samples": 6},
+    "gaps": {"num_samples": 16, "num_steps": 4},
+    "annealed_importance": {"num_temperatures": 1, "num_chains": 3},
+    "calibration": {"num_samples": 9},
+    "from_pyro_svi": {"num_samples": 3},
+    "simulate": {},
+}
+MEASURES = list(SHORT)[:4]
+FUNCTIONS = list(SHORT)[:5]  # of a model and a guide
+
+
+def call(name, model, guide, *args, **options):
+    function = getattr(ppvae, name)
+    if name in MEASURES:
+        options.setdefault("progress", False)
+    programs = (model,) if name == "simulate" else (model, guide)
+    return function(*programs, *args, **(SHORT[name] | options))
+
+
+def arrays(result):
+    """All numbers of a result."""
+    if isinstance(result, xr.DataTree):
+        groups = {key: group.to_dataset().data_vars for key, group in result.children.items()}
+        return {f"{g}/{name}": v.values for g, vs in groups.items() for name, v in vs.items()}
+    if isinstance(result, xr.Dataset):
+        return {name: value.values for name, value in result.data_vars.items()}
+    return {"x": result.args[0].numpy(), "z": result.latents["z"].numpy()}
+
+
+def alike(one, other):
+    one, other = arrays(one), arrays(other)
+    same = [np.array_equal(one[k], other[k], equal_nan=one[k].dtype.kind == "f") for k in one]
+    return one.keys() == other.keys() and all(same)
+
+
+def build(family=families.mean_scale):
+    model = VAE(mlp(2, 8, out=4), 2, likelihoods.Bernoulli())
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU()]
+    guide = FamilyGuide(model, family, nn.Sequential(*layers))
+    return model, guide, (torch.rand(9, 4) > 0.5).double()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", SHORT)
+def test_nothing_moves(name, fails):
+    """No weight, gradient, buffer, mode, hook or global state; also after an error in the midst."""
+    model, guide, x = build(families.flow if name == "gaps" else families.mean_scale)
+    modules = [*model.modules(), *guide.modules()]
+    for parameter in guide.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    guide.encoder[2].eval()
+    guide.eval = model.eval = None  # the modes are not to be set by way of these
+    tensors = [t for m in (model, guide) for t in (*m.parameters(), *m.buffers())]
+    tensors += [p.grad for p in guide.parameters()]
+    before, modes = [t.clone() for t in tensors], [m.training for m in modules]
+    outside, calls = world(), []
+
+    def failing(*args):
+        calls.append(args)
+        if fails and len(calls) > 1:
+            raise RuntimeError("in the midst")
+
+    handle = model.decoder.register_forward_hook(failing)
+    options = {} if fails or name == "simulate" else {"batch_size": 4}
+    options |= {"num_temperatures": 2} if name == "annealed_importance" else {}
+    with pytest.raises(RuntimeError, match="in the midst") if fails else nullcontext():
+        call(name, model, guide, x, seed=3, **options)
+    handle.remove()
+    assert world() == outside and calls
+    assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
+    assert modes == [m.training for m in modules]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_seeds(name):
+    """Measures have seed 0 by default, draws come from the caller's stream; arrays will do."""
+    model, guide, x = build()
+    run = partial(call, name, model, guide)
+    assert alike(run(x, seed=1), run(x.numpy(), seed=1))
+    assert not alike(run(x, seed=1), run(x, seed=2))
+    parameters = inspect.signature(getattr(ppvae, name)).parameters
+    assert parameters["seed"].default == (0 if name in MEASURES else None)
+    assert "progress" not in parameters or parameters["progress"].default is True
+    torch.manual_seed(5)
+    free = [run(x, seed=None) for _ in range(2)]
+    torch.manual_seed(5)
+    assert alike(free[0], run(x, seed=None)) and not alike(*free)
+
+
+def _shifted(x, offset):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z + offset, 0.5).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_keywords_give_the_numbers_of_positional_arguments(name):
+    """Tensors among them are cut into the same minibatches."""
+    x, offset = torch.randn(6, 3), torch.randn(6, 1)
+    encoder = cases()["one vector"].encoder  # looks at x only
+    guide = FamilyGuide(_shifted, families.mean_scale, encoder).setup(x, offset)
+    run = partial(call, name, _shifted, guide, vectorized=True, batch_size=4, seed=0)
+    assert alike(run(x, offset), run(x, kwargs={"offset": offset.numpy()}))
+    for wrong in (3, {1: offset}):
+        with pytest.raises(TypeError, match="kwargs: expected a mapping from names to arguments"):
+            run(x, kwargs=wrong)
+    with pytest.raises(ValueError, match="args: expected finite numbers, got 6"):
+        run(x, kwargs={"offset": offset * math.nan})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_model_with_fixed_plates_is_run_in_one_piece(name):
+    """And one that cannot be vectorized, draw by draw."""
+
+    def model(x):
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            assert z.dim() == 2
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    guide = FamilyGuide(model, families.full_rank, _Column()).setup(torch.zeros(6))
+    result = call(name, model, guide, torch.randn(6), batch_size=4, seed=0)
+    size = (
+        result.posterior.sizes["datum"] if name == "from_pyro_svi" else max(result.sizes.values())
+    )
+    assert size >= 6
+
+
+class _Column(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(1, 4)
+
+    def forward(self, x):
+        return self.net(x[:, None])
+
+
+def _outside(x):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(w, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+COUNT = "expected a whole number of at least {}, got {}"
+OPTIONS = [
+    (FUNCTIONS, {"batch_size": 0}, "batch_size: " + COUNT.format(1, 0)),
+    (FUNCTIONS, {"batch_size": 2.5}, "batch_size: " + COUNT.format(1, 2.5)),
+    (FUNCTIONS, {"plate": "rows"}, r"plate: expected one of \['data'\], got 'rows'"),
+    (["evaluate", "calibration"], {"num_samples": 1}, "num_samples: " + COUNT.format(2, 1)),
+    (["gaps"], {"num_samples": 15}, "num_samples: " + COUNT.format(16, 15)),
+    (["gaps"], {"num_steps": 0}, "num_steps: " + COUNT.format(1, 0)),
+    (["gaps"], {"log_likelihood": np.zeros(3)}, r"expected 9 finite .* got shape \(3,\) with 0"),
+    (["gaps"], {"log_likelihood": [math.nan] * 9}, r"shape \(9,\) with 9 that are not finite"),
+    (["from_pyro_svi"], {"num_samples": 0}, "num_samples: " + COUNT.format(1, 0)),
+    (["from_pyro_svi"], {"coords": {"data": [1]}}, r"coords: expected dims among .* \['data'\]"),
+    (["from_pyro_svi"], {"dims": {"y": ["a"]}}, r"dims: expected variables among .* got \['y'\]"),
+    (["annealed_importance"], {"num_temperatures": 0}, "num_temperatures: " + COUNT.format(1, 0)),
+    (["annealed_importance"], {"num_chains": 1.5}, "num_chains: " + COUNT.format(1, 1.5)),
+    (["annealed_importance"], {"num_leapfrog": 0}, "num_leapfrog: " + COUNT.format(1, 0)),
+    (["annealed_importance"], {"start": "here"}, "start: expected one of .* got 'here'"),
+    (["annealed_importance"], {"latents": {}}, r"latents: expected values of \['z'\], got \[\]"),
+    (
+        ["annealed_importance"],
+        {"latents": {"z": torch.zeros(3, 2)}},
+        r"latents: expected shape \(9, 2\) at 'z', got \(3, 2\)",
+    ),
+    (
+        ["annealed_importance"],
+        {"latents": {"z": torch.full((9, 2), math.inf)}},
+        "latents: expected values in .* at 'z', got others",
+    ),
+    (["calibration"], {"num_simulations": 1}, "num_simulations: " + COUNT.format(2, 1)),
+    (["calibration"], {"num_simulations": 0}, "num_simulations: " + COUNT.format(2, 0)),
+    (["calibration"], {"levels": (0.5, 1.0)}, r"levels: expected numbers in \(0, 1\)"),
+    (["calibration"], {"levels": (0.0,)}, r"levels: expected numbers in \(0, 1\)"),
+    (["calibration"], {"levels": ()}, "levels: .* at least one"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"), [(n, o, m) for names, o, m in OPTIONS for n in names]
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        call(name, *build(), **options)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_bad_data_and_models(name):
+    model, guide, x = build()
+    with pytest.raises(ValueError, match="args: expected finite numbers, got 36"):
+        call(name, model, guide, x * math.nan)
+    with pytest.raises(ValueError, match="args: expected at least one datum, got none"):
+        call(name, model, guide, x[:0])
+    if name == "simulate":
+        return
+    case = cases()["own rows"]
+    guide = FamilyGuide(case.model, families.noise_only)
+    with pytest.raises(ValueError, match="'data' draws a subsample of 4 in each run"):
+        call(name, case.model, guide, *case.args)
+    if name not in ("calibration", "from_pyro_svi"):
+        with pytest.raises(ValueError, match=r"sites in the plate 'data'; outside: \['w'\]"):
+            call(name, _outside, FamilyGuide(_outside, families.noise_only), x)

@@ -1,0 +1,91 @@
+"""x = W z + b + noise: a model of which the posterior, log p(x) and all gaps have a closed form."""
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
+
+
+class Linear:
+    """The model, data drawn from it, and guides with a linear encoder that can be set to anything.
+
+    `P` is the precision of the posterior, `mean` its mean for each datum.
+    """
+
+    def __init__(self, W=None, size=20, noise=0.5):
+        torch.manual_seed(0)
+        self.W, self.noise = torch.randn(5, 3) if W is None else torch.as_tensor(W), noise
+        outputs, self.latents = self.W.shape
+        self.b = torch.randn(outputs)
+        decoder = nn.Linear(self.latents, outputs)
+        decoder.weight.data, decoder.bias.data = self.W.clone(), self.b.clone()
+        self.model = VAE(decoder, self.latents, likelihoods.Normal(noise))
+        (self.x,), self.true = simulate(self.model, torch.zeros(size, outputs), seed=1)
+        self.P = torch.eye(self.latents) + self.W.T @ self.W / noise**2
+        self.encoder = torch.linalg.solve(self.P, self.W.T) / noise**2
+        self.mean = (self.x - self.b) @ self.encoder.T
+        covariance = self.W @ self.W.T + noise**2 * torch.eye(outputs)
+        self.log_p = dist.MultivariateNormal(self.b, covariance).log_prob(self.x).numpy()
+        self.best_sd = self.P.diagonal().rsqrt()
+
+    def guide(self, family, sd=None, *, shift=0.0, error=0.0, encoder=None):
+        """The mean of the posterior plus a shift, with the family's best scale or this one.
+
+        All weights are off by a random error of that size.
+        """
+        torch.manual_seed(1)
+        guide = FamilyGuide(self.model, family, encoder or nn.Identity())
+        factor = torch.linalg.cholesky(self.P.inverse())
+        rows, columns = torch.tril_indices(*factor.shape)
+        factor = torch.where(torch.eye(len(factor)) > 0, factor.abs().log(), factor)
+        biases = {
+            "loc": shift - self.encoder @ self.b,
+            "v": -self.encoder @ self.b,
+            "scale": (self.best_sd if sd is None else torch.as_tensor(sd)).log(),
+            "scale_tril": factor[rows, columns],
+        }
+        for name, argument in guide.heads["z"].named_children() if family.channels else ():
+            if name in biases and argument.linear is not None:
+                weight = torch.zeros_like(argument.linear.weight)
+                if name in ("loc", "v") and encoder is None:
+                    weight = self.encoder
+                argument.linear.weight.data = weight + error * torch.randn_like(weight)
+                bias = biases[name].expand(len(weight))
+                argument.linear.bias.data = bias + error * torch.randn_like(bias)
+        return guide
+
+    def exact(self):
+        """The guide that is the posterior."""
+        return self.guide(families.full_rank)
+
+    def gap(self, covariance, away=0.0):
+        """KL from N(mean + away, covariance) to the posterior: log p(x) - ELBO."""
+        away = torch.as_tensor(away) * torch.ones(self.latents)
+        spread = (self.P @ covariance).diagonal(dim1=-2, dim2=-1).sum(-1) - self.latents
+        spread = spread + ((away @ self.P) * away).sum(-1)
+        return (spread - self.P.logdet() - covariance.logdet()) / 2
+
+    def elbo(self, guide):
+        """The ELBO of a Gaussian guide for each datum."""
+        with torch.no_grad():
+            fn = guide.heads["z"](guide.encoder(self.x))
+        joint = isinstance(fn, dist.MultivariateNormal)
+        covariance = fn.covariance_matrix if joint else torch.diag_embed(fn.variance)
+        return self.log_p - self.gap(covariance, fn.mean - self.mean).numpy()
+
+    def information(self, covariance):
+        """E log q(z*|x) - log p(z*) of N(mean, covariance): I(x;z) less KL(posterior || q)."""
+        inside = torch.linalg.solve(covariance, self.P.inverse()).trace()
+        return 0.5 * (self.latents - inside - covariance.logdet()).item()
+
+
+def close(value, expected, bound=1e-6):
+    """Whether two arrays are equal up to a bound."""
+    return bool(np.abs(np.asarray(value) - np.asarray(expected)).max() < bound)
+
+
+def within(value, expected, error):
+    """Whether an estimate is within five standard errors, and 1e-9 for what is exact."""
+    return bool((abs(value - expected) <= 5 * error + 1e-9).all())
