@@ -20,44 +20,38 @@ family                expression                 channels
 ===================== ========================== ==================
 
 **To add a family**, write one line: `Family(dist.AsymmetricLaplace)`. For a head that is not the
-application of one distribution to its arguments, give an object with the attributes `channels`,
-`joint`, `name` and a method `head(features, shape)` that builds a module whose forward returns a
-distribution (see `Flow`).
+application of one distribution to its arguments, see `GuideFamily`, which is the contract.
 """
 
-from ppvae.families.family import Family, cap, shared
-from ppvae.families.flows import Flow, FlowHead
-from ppvae.families.heads import Argument, Channel, Head, Shared, event_dim_of, fixed
-from ppvae.families.ladder import (
-    LADDER,
-    deterministic,
-    flow,
-    full_rank,
-    low_rank,
-    mean_only,
-    mean_only_bounded,
-    mean_scale,
-    noise_only,
-    shared_scale,
-    student_t,
-    zero,
-)
+from ppvae.families.base import GuideFamily
+from ppvae.families.family import Family
+from ppvae.families.flows import Flow
+from ppvae.families.ladder import LADDER, as_family
 from ppvae.families.prior import Prior
+from ppvae.families.rules import Channel, Shared, shared
+
+deterministic = LADDER["deterministic"]
+zero = LADDER["zero"]
+noise_only = LADDER["noise_only"]
+mean_only = LADDER["mean_only"]
+mean_only_bounded = LADDER["mean_only_bounded"]
+shared_scale = LADDER["shared_scale"]
+mean_scale = LADDER["mean_scale"]
+student_t = LADDER["student_t"]
+low_rank = LADDER["low_rank"]
+full_rank = LADDER["full_rank"]
+flow = LADDER["flow"]
 
 __all__ = [
-    "Argument",
+    "LADDER",
     "Channel",
     "Family",
     "Flow",
-    "FlowHead",
-    "Head",
-    "LADDER",
+    "GuideFamily",
     "Prior",
     "Shared",
-    "cap",
+    "as_family",
     "deterministic",
-    "event_dim_of",
-    "fixed",
     "flow",
     "full_rank",
     "low_rank",

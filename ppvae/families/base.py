@@ -1,48 +1,66 @@
-"""What makes a guide family a value: equal by what it says, and named by the ladder."""
+"""The contract of guide families, with the recipe for a new one, and what makes them values."""
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import Tensor
-from torch.distributions.constraints import Constraint
+import torch
+from torch import nn
 
-NAMES: dict[Any, str] = {}  # of the families in the ladder
+#: The names of the families in the ladder, which `ladder.py` fills in: family -> name.
+NAMES: dict[Any, str] = {}
 
 
-class Value:
-    """An object that is equal to another of its class that was made from equal parts.
+class GuideFamily(ABC):
+    r"""A guide family: a value that builds, for a latent of any shape, the module that draws it.
 
-    A subclass gives `_parts`, all that it was made from. Copies and pickles are then equal to the
-    original, and have its name.
+    **To add a family** whose members are one distribution with different arguments, write
+    `Family(dist.AsymmetricLaplace)`. For any other, write a subclass that gives
+
+    - `channels`: the names of what carries information to the latent;
+    - `joint`: True if one head spans the coordinates of all latent sites and may correlate them,
+      False if every site has a head of its own;
+    - `head(features, shape)`: the module, see below;
+    - `support`, where it is known without a head. A family over the reals serves every continuous
+      latent site, through the bijection from the reals to the site's support. A family over any
+      other set serves the sites that have this support. If `support` is None, a guide builds a head
+      with `features=None` for each site and reads the support of what it returns.
+
+    Make the subclass a frozen dataclass. Families are values: equal if they were made from equal
+    parts, with equal hashes, so that copies and pickles are equal to the original and have its
+    name. `ppvae/families/flows.py` is an example of a family with a head of its own.
+
+    A guide also takes an object of any other class with `channels`, `joint`, `name` and `head`.
     """
 
-    def _parts(self) -> Any:
-        raise NotImplementedError
+    #: Names of the arguments that carry information to the latent.
+    channels: tuple[str, ...]
+
+    #: Whether one distribution spans several coordinates, which it can then correlate.
+    joint: bool
+
+    #: What the draws of a head satisfy; None if only a head can tell.
+    support: Any = None
+
+    #: Whether a guide runs the latent statements of the model itself, and so builds no heads.
+    from_model: bool = False
+
+    @abstractmethod
+    def head(self, features: int | None, shape: torch.Size) -> nn.Module:
+        """Builds the module that makes the distribution of the latent.
+
+        Args:
+            features: length of the encoder's output; None makes the channels free parameters.
+            shape: shape of the latent; one dimension for a joint family.
+
+        Returns:
+            A module; its forward takes features of shape `(*, features)` (or None) and returns a
+            distribution over `(*, *shape)`, of which the last dimension is the event of a joint
+            family and no other is one, or a tensor of that shape, which stands for a point.
+        """
 
     @property
     def name(self) -> str:
-        """The name in the ladder, or the expression that builds the family."""
+        """The name in the ladder, or else the expression that builds the family."""
         return NAMES.get(self, repr(self))
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and _key(self._parts()) == _key(other._parts())
-
-    def __hash__(self) -> int:
-        return hash((type(self), _key(self._parts())))
-
-
-def _key(part: Any) -> Any:
-    """A part as something that can be compared and hashed; a number is a tensor of one."""
-    if isinstance(part, dict):
-        return tuple((name, _key(part[name])) for name in sorted(part))
-    if isinstance(part, (tuple, list)):
-        return tuple(_key(each) for each in part)
-    if isinstance(part, Tensor):
-        return tuple(part.shape), tuple(part.detach().double().reshape(-1).tolist())
-    if isinstance(part, (int, float)) and not isinstance(part, bool):
-        return (), (float(part),)
-    if isinstance(part, Constraint) or is_dataclass(part):
-        return type(part), _key(vars(part))
-    return part

@@ -1,33 +1,9 @@
-r"""Guide families: distributions of which some arguments are channels.
-
-A *channel* is an argument that carries information to the latent: from the datum, through an
-encoder, or, for a global latent, from a free parameter. Every other argument is fixed, or shared.
-
-===================== ========================== ==================
-family                expression                 channels
-===================== ========================== ==================
-`deterministic`       `Delta(v)`                 v
-`zero`                `Delta(0)`                 none
-`noise_only`          the prior itself           none
-`mean_only`           `Normal(loc, 1)`           loc
-`mean_only_bounded`   `Normal(loc in (-1,1), 1)` loc
-`shared_scale`        `Normal(loc, sigma)`       loc
-`mean_scale`          `Normal(loc, scale)`       loc, scale
-`student_t`           `StudentT(df, loc, scale)` df, loc, scale
-`low_rank`            `LowRankMultivariate...`   loc, two factors
-`full_rank`           `MultivariateNormal`       loc, scale_tril
-`flow`                a normalizing flow         loc, scale, shape
-===================== ========================== ==================
-
-**To add a family**, write one line: `Family(dist.AsymmetricLaplace)`. For a head that is not the
-application of one distribution to its arguments, give an object with the attributes `channels`,
-`joint`, `name` and a method `head(features, shape)` that builds a module whose forward returns a
-distribution (see `Flow`).
-"""
+"""Normalizing flows: the family, and its head."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -36,11 +12,12 @@ from pyro.distributions import constraints, transforms
 from pyro.nn import ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 
-from ppvae.families.base import Value
+from ppvae.families.base import GuideFamily
 from ppvae.families.heads import Argument
 
 
-class Flow(Value):
+@dataclass(frozen=True, kw_only=True)
+class Flow(GuideFamily):
     r"""A conditional normalizing flow: `z = loc + scale * T(eps)`, all of it from the features.
 
     `T` chains affine couplings (which bend and correlate) and one elementwise spline (which
@@ -59,25 +36,24 @@ class Flow(Value):
     modeling using linear rational splines, 2020.
     """
 
+    layers: int = 2
+    hidden: int = 64
+    bins: int = 8
+
     channels = ("loc", "scale", "shape")
     joint = True
+    support = constraints.real
 
-    def __init__(self, *, layers: int = 2, hidden: int = 64, bins: int = 8) -> None:
-        if layers < 0 or layers % 2:
-            raise ValueError(f"layers: expected an even number of at least 0, got {layers}")
-        if hidden < 1 or bins < 2:
-            raise ValueError(f"hidden, bins: expected at least 1 and 2, got {hidden} and {bins}")
-        self.layers, self.hidden, self.bins = layers, hidden, bins
-
-    def _parts(self) -> Any:
-        return self.layers, self.hidden, self.bins
+    def __post_init__(self) -> None:
+        if self.layers < 0 or self.layers % 2:
+            raise ValueError(f"layers: expected an even number of at least 0, got {self.layers}")
+        for name, least in {"hidden": 1, "bins": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
         """Builds the flow's module; arguments and result as those of `Family.head`."""
         return FlowHead(self, features, shape[0])
-
-    def __repr__(self) -> str:
-        return f"Flow(layers={self.layers}, hidden={self.hidden}, bins={self.bins})"
 
 
 class FlowHead(nn.Module):
