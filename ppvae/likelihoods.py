@@ -1,7 +1,9 @@
-"""Likelihoods: objects that turn what a decoder puts out into a distribution over the data.
+"""Likelihoods: modules that turn what a decoder puts out into a distribution over the data.
 
 **To add a likelihood**, write a module whose forward takes the decoder's output, of shape
-`(*, *event)`, and returns a Pyro distribution over its elements; `VAE` declares the event dims.
+`(*, *event)` with any number of leading dimensions, and returns a Pyro distribution over its
+elements, of that batch shape; `VAE` declares which of them are the event. Parameters of the module
+are learned with the decoder.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+from ppvae._checks import expect
 
 __all__ = ["Bernoulli", "Normal", "Poisson"]
 
@@ -46,8 +50,8 @@ class Normal(nn.Module):
     def __init__(self, scale: float | Tensor = 1.0, *, learned: bool = False) -> None:
         super().__init__()
         value = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-        if not (torch.isfinite(value) & (value > 0)).all():
-            raise ValueError(f"scale: expected positive finite numbers, got {scale}")
+        fine = (torch.isfinite(value) & (value > 0)).all()
+        expect(fine, "scale", "positive finite numbers", scale)
         log_scale = value.detach().clone().log()
         if learned:
             self.log_scale = nn.Parameter(log_scale)

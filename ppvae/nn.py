@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ppvae._checks import expect
+
 __all__ = ["conv_decoder", "conv_encoder", "mlp"]
 
 
@@ -38,8 +40,8 @@ def mlp(
         )
     """
     widths = [inputs, *hidden, *([] if out is None else [out])]
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"inputs, hidden, out: expected two or more widths above 0, got {widths}")
+    whole = len(widths) > 1 and min(widths) > 0
+    expect(whole, "inputs, hidden, out", "two or more widths above 0", widths)
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *hidden], hidden, strict=False):
         layers += [nn.Linear(before, after), activation()]
@@ -96,8 +98,7 @@ def conv_decoder(latent: int, shape: tuple[int, int, int], *channels: int) -> nn
 
 def _check_halving(shape: tuple[int, int, int], channels: tuple[int, ...]) -> None:
     factor = 2 ** len(channels)
-    if not channels or len(shape) != 3 or shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"shape: expected (channels, height, width) with sides divisible by {factor}, for "
-            f"{len(channels)} convolutions (at least 1); got {tuple(shape)}"
-        )
+    fits = channels and len(shape) == 3 and not (shape[1] % factor or shape[2] % factor)
+    sides = f"(channels, height, width) with sides divisible by {factor}"
+    expected = f"{sides}, for {len(channels)} convolutions (at least 1)"
+    expect(fits, "shape", expected, tuple(shape))

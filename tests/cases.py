@@ -1,6 +1,8 @@
-"""The registry: every generic test runs over these families and these models."""
+"""The registry: every generic test runs over these families, likelihoods and models."""
 
 import builtins
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -9,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 from torch import nn
 
-from ppvae import Family, families
+from ppvae import Family, families, likelihoods
 from ppvae.nn import mlp
 
 FAMILIES: dict[str, Any] = {
@@ -22,6 +24,37 @@ FAMILIES: dict[str, Any] = {
 }
 
 DENSITIES = {name: f for name, f in FAMILIES.items() if name not in ("deterministic", "zero")}
+
+
+class Likelihood(NamedTuple):
+    """One kind of data: how to make the likelihood, data for it, and its density written out."""
+
+    make: Callable[[], Any]
+    draw: Callable[..., torch.Tensor]
+    log_prob: Callable[..., torch.Tensor]
+
+
+def _gauss(scale):
+    return lambda out, x: dist.Normal(out, torch.as_tensor(scale)).log_prob(x)
+
+
+WIDTHS = [0.1, 0.2, 0.3, 0.4]  # one for each of four features
+
+LIKELIHOODS = {
+    "bernoulli": Likelihood(
+        likelihoods.Bernoulli, torch.ones, lambda out, x: out - nn.functional.softplus(out)
+    ),
+    "poisson": Likelihood(
+        likelihoods.Poisson,
+        lambda *shape: torch.full(shape, 3.0),
+        lambda out, x: 3 * out - out.exp() - math.log(6),
+    ),
+    "normal": Likelihood(lambda: likelihoods.Normal(0.3), torch.randn, _gauss(0.3)),
+    "learned": Likelihood(lambda: likelihoods.Normal(0.3, learned=True), torch.randn, _gauss(0.3)),
+    "per feature": Likelihood(
+        lambda: likelihoods.Normal(torch.tensor(WIDTHS), learned=True), torch.randn, _gauss(WIDTHS)
+    ),
+}
 
 
 class Case(NamedTuple):
@@ -112,7 +145,7 @@ def _hierarchy(x):
         pyro.sample("x", dist.Normal(theta.sum(-1, keepdim=True), 1.0), obs=x[:, 0])
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     """Takes whatever the model takes and looks at the first argument only."""
 
     def __init__(self) -> None:
@@ -128,15 +161,15 @@ def cases() -> dict[str, Case]:
     x = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
     rows, y = torch.arange(N), x.sum(-1)
     return {
-        "one vector": Case(_one, (x,), _Encoder(), {"z": (N, 2)}),
-        "one scalar": Case(_scalar, (x,), _Encoder(), {"z": (N,)}),
-        "positive": Case(_positive, (x,), _Encoder(), {"a": (N, 2), "b": (N,)}),
-        "simplex": Case(_simplex, (x,), _Encoder(), {"s": (N, 4), "g": (N,)}),
-        "left of pixels": Case(_left_of_pixels, (x,), _Encoder(), {"z": (N, 1, 2)}),
-        "right of steps": Case(_right_of_steps, (x,), _Encoder(), {"z": (2, N, 2)}),
-        "steps inside": Case(_steps_inside, (x,), _Encoder(), {"z": (N, 3)}),
-        "told rows": Case(_told_rows, (x, rows), _Encoder(), {"z": (N, 2)}),
-        "own rows": Case(_own_rows, (x,), _Encoder(), {"z": (4, 2)}),
+        "one vector": Case(_one, (x,), Encoder(), {"z": (N, 2)}),
+        "one scalar": Case(_scalar, (x,), Encoder(), {"z": (N,)}),
+        "positive": Case(_positive, (x,), Encoder(), {"a": (N, 2), "b": (N,)}),
+        "simplex": Case(_simplex, (x,), Encoder(), {"s": (N, 4), "g": (N,)}),
+        "left of pixels": Case(_left_of_pixels, (x,), Encoder(), {"z": (N, 1, 2)}),
+        "right of steps": Case(_right_of_steps, (x,), Encoder(), {"z": (2, N, 2)}),
+        "steps inside": Case(_steps_inside, (x,), Encoder(), {"z": (N, 3)}),
+        "told rows": Case(_told_rows, (x, rows), Encoder(), {"z": (N, 2)}),
+        "own rows": Case(_own_rows, (x,), Encoder(), {"z": (4, 2)}),
         "regression": Case(_regression, (x, y), None, {"w": (3,), "s": ()}),
         "hierarchy": Case(_hierarchy, (x,), None, {"mu": (), "theta": (4,)}),
     }

@@ -1,4 +1,4 @@
-"""The variational autoencoder's generative model, as a Pyro program."""
+"""The generative model of a variational autoencoder, as a Pyro program."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae._checks import check_count, expect
 from ppvae._scopes import Named, eval_mode, random_state
+from ppvae.priors import as_prior, distribution_of, moved
 
 
 class VAE(Named):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
 
-    Sites `z` and `x`, in the plate `data`. What is usually called the encoder is no part of it:
-    that is a guide (`FamilyGuide`). Called with data the model conditions on them, without it draws
-    some.
+    Its sites are `z` and `x`, in the plate `data`. What is usually called the encoder is no part of
+    it: that is a guide (`FamilyGuide`). Called with data the model conditions on them; called
+    without, it draws some.
 
     Args:
         decoder: a module `(batch, latent) -> (batch, *event)`.
         latent: length of the latent, at least 1.
         likelihood: a module from the decoder's output to a distribution over its elements, such as
             `likelihoods.Bernoulli()`.
-        prior: a distribution over one latent, of event shape `(latent,)`, or a module without
-            arguments whose forward returns one (a learned prior); by default standard normal.
+        prior: a Pyro distribution over one latent, of event shape `(latent,)` and batch shape `()`,
+            or a module without arguments whose forward returns one (a learned prior); by default
+            standard normal. See `ppvae.priors`.
 
     Raises:
-        TypeError: `decoder` or `likelihood` is no module.
-        ValueError: `latent` is below 1, the prior has another event shape, the decoder does not
-            take the latent, or, in a call, its output has not the shape of `x`.
+        TypeError: `decoder` or `likelihood` is no module, or what the likelihood or the prior
+            returns is no Pyro distribution.
+        ValueError: `latent` is no whole number of at least 1, the prior has another shape, the
+            decoder does not take the latent or returns no tensor of one datum, or, in a call, its
+            output has not the shape of `x`.
 
     Kingma and Welling, Auto-encoding variational Bayes, 2014.
 
@@ -54,26 +59,27 @@ class VAE(Named):
     ) -> None:
         super().__init__()
         for name, module in {"decoder": decoder, "likelihood": likelihood}.items():
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: expected a torch.nn.Module, got {module!r}")
-        if latent < 1:
-            raise ValueError(f"latent: expected at least 1, got {latent}")
-        self.decoder, self.latent, self.likelihood = decoder, latent, likelihood
-        self.prior = prior
+            known = isinstance(module, nn.Module)
+            expect(known, name, "a torch.nn.Module", repr(module), TypeError)
+        self.decoder, self.latent = decoder, check_count("latent", latent)
+        self.likelihood = likelihood
         like = next(decoder.parameters(), torch.zeros(()))
-        zeros = torch.zeros(latent, dtype=like.dtype, device=like.device)
+        zeros = torch.zeros(self.latent, dtype=like.dtype, device=like.device)
         self.register_buffer("_zeros", zeros, persistent=False)
-        event = tuple(self._prior().event_shape)
-        if event != (latent,):
-            raise ValueError(f"prior: expected event shape ({latent},), got {event}")
+        self.prior = None if prior is None else as_prior(prior, self.latent)
         (example,) = self.example()
         self.event_dim = example.dim() - 1
 
     def _prior(self) -> Any:
-        prior = self.prior
-        if prior is None:
+        if self.prior is None:
             return dist.Normal(self._zeros, torch.ones_like(self._zeros)).to_event(1)
-        return prior() if isinstance(prior, nn.Module) else prior
+        return distribution_of(self.prior)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VAE:  # noqa: FBT001, FBT002
+        """What `.to()` and its like do to each tensor; a fixed prior goes along."""
+        super()._apply(fn, recurse)
+        self.prior = self.prior if isinstance(self.prior, nn.Module) else moved(self.prior, fn)
+        return self
 
     def example(self) -> tuple[Tensor]:
         """Arguments of a call on one datum of zeros, from which a guide can learn the shapes."""
@@ -85,7 +91,13 @@ class VAE(Named):
                 raise ValueError(
                     f"decoder: expected a module that takes shape {tuple(z.shape)}; {error}"
                 ) from error
-            return (output.new_zeros(self.likelihood(output).shape()),)
+            came = getattr(output, "shape", type(output).__name__)
+            whole = isinstance(output, Tensor) and output.shape[:1] == (1,)
+            expect(whole, "decoder", "an output of shape (1, *event) for one latent", came)
+            fn = self.likelihood(output)
+        kind = "a module that returns a Pyro distribution"
+        expect(isinstance(fn, dist.Distribution), "likelihood", kind, repr(fn), TypeError)
+        return (output.new_zeros(fn.shape()),)
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Runs the program.

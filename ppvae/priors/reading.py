@@ -1,0 +1,58 @@
+"""Reads a prior, whether it is a module or a distribution, and moves one that is no module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from ppvae._checks import expect
+from ppvae._scopes import eval_mode, random_state
+
+
+def distribution_of(prior: Any) -> Any:
+    """The distribution over one latent that a prior stands for now."""
+    return prior() if isinstance(prior, nn.Module) else prior
+
+
+def as_prior(prior: Any, latent: int) -> Any:
+    """The prior, if it is one of a latent of this length.
+
+    Args:
+        prior: a module without arguments whose forward returns a Pyro distribution, or one itself.
+        latent: length of the latent.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: its distribution is one over something else.
+    """
+    with torch.no_grad(), random_state(None, keep=True), eval_mode(prior):
+        fn = distribution_of(prior)
+    kind = "a Pyro distribution, or a module without arguments whose forward returns one"
+    expect(isinstance(fn, Distribution), "prior", kind, repr(prior), TypeError)
+    shapes = tuple(fn.event_shape), tuple(fn.batch_shape)
+    expected = f"event shape ({latent},) and batch shape ()"
+    expect(shapes == ((latent,), ()), "prior", expected, f"{shapes[0]} and {shapes[1]}")
+    return prior
+
+
+def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a distribution whose tensors have gone through a function.
+
+    Args:
+        part: a distribution, or what one holds.
+        move: such as `lambda tensor: tensor.to("cuda")`.
+    """
+    if isinstance(part, Tensor):
+        return move(part)
+    if isinstance(part, (list, tuple)):
+        return type(part)(moved(each, move) for each in part)
+    if isinstance(part, (torch.distributions.Distribution, Transform)):
+        part = copy.copy(part)
+        part.__dict__ = {name: moved(held, move) for name, held in vars(part).items()}
+    return part
