@@ -2,72 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._scopes import random_state
-from ppvae.guides.sites import Site
+from ppvae.guides.sites import Site, read_site
 from ppvae.programs.nodes import is_real, same_support
 
+#: What draws a block: a head that an encoder feeds, a head of free parameters, or the model itself.
+Source = Literal["encoder", "free", "model"]
 
-class Part(NamedTuple):
-    """One head and the sites that it serves; several sites, or odd plates, go by a flat draw."""
+
+class Block(NamedTuple):
+    """Latent sites that are drawn together, and what draws them.
+
+    Attributes:
+        key: the name of the head.
+        shape: shape of the latent that the head draws.
+        sites: the sites; none where the model draws its own latents.
+        flat: whether all coordinates come from one auxiliary draw, a vector that is cut into the
+            sites' pieces; needed for several sites, and for plates to the left of the data.
+        family: the family of the head.
+        source: where the channels are filled from.
+    """
 
     key: str
     shape: torch.Size
     sites: tuple[Site, ...]
     flat: bool
+    family: Any
+    source: Source
 
 
-def divide(family: Any, sites: list[Site]) -> list[Part]:
+def source_of(family: Any, encoder: nn.Module | None) -> Source:
+    """What fills the channels of a family in a guide with this encoder, or without one."""
+    if getattr(family, "from_model", False):
+        return "model"
+    return "free" if encoder is None else "encoder"
+
+
+def divide(family: Any, nodes: list[Any], data: Any, source: Source) -> list[Block]:
     """Assigns the sites to heads: one for all, or, for an elementwise family, one for each.
 
     Args:
         family: a guide family.
-        sites: the latent sites, in the order of the model.
+        nodes: the latent nodes in a trace of the model, in their order.
+        data: the data plate, or None.
+        source: what fills the channels.
 
     Raises:
-        ValueError: the family cannot represent one of them.
+        ValueError: the family cannot represent one of the sites.
     """
-    size = sum(site.size for site in sites)
-    own = [site for site in sites if not _is_over_reals(family, site, size)]
-    if family.joint:
-        first = sites[0]
+    if source == "model":
+        return [Block("", torch.Size(), (), flat=False, family=family, source=source)]
+    sites = [read_site(node, data) for node in nodes]
+    blocks = []
+    for group in [sites] if family.joint else [[site] for site in sites]:
+        first, size = group[0], sum(site.size for site in group)
+        own = [site for site in group if not _is_over_reals(family, site, size)]
         shape = first.event_shape if own else first.space
-        if len(sites) == 1 and len(shape) == 1 and not first.left + first.right:
-            return [Part(_key(first), shape, (first,), flat=False)]
-        if own:
-            raise ValueError(_misfit(family, own[0]))
-        return [Part("joint", torch.Size([size]), tuple(sites), flat=True)]
-    parts = []
-    for site in sites:
-        if site.left and site in own:
-            raise ValueError(_misfit(family, site) + ", beside a plate to the left of the data")
-        shape = site.right + (site.event_shape if site in own else site.space)
-        if site.left:
-            shape = torch.Size([site.size])
-        parts.append(Part(_key(site), shape, (site,), flat=bool(site.left)))
-    return parts
+        vector = len(shape) == 1 and not first.right
+        shape = shape if family.joint else first.right + shape
+        flat = len(group) > 1 or bool(first.left) or (family.joint and not vector)
+        if flat and own:
+            raise ValueError(_misfit(family, own[0]) + ", in these plates or beside other sites")
+        key = "joint" if flat and family.joint else _key(first)
+        shape = torch.Size([size]) if flat else shape
+        blocks.append(Block(key, shape, tuple(group), flat, family, source))
+    return blocks
+
+
+@contextmanager
+def representing(family: Any, site: Site) -> Iterator[None]:
+    """Where a head is built or tried for a site: an error names family and site."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{_misfit(family, site)}; {error}") from error
 
 
 def _is_over_reals(family: Any, site: Site, joint_size: int) -> bool:
     """Whether the family lives on the reals, and reaches the site through a bijection."""
-    shape = torch.Size([joint_size]) if family.joint else site.right + site.space
-    try:
-        with torch.no_grad(), random_state(None, keep=True):
+    support = getattr(family, "support", None)
+    if support is None:  # only a head can tell
+        with representing(family, site), torch.no_grad(), random_state(None, keep=True):
+            shape = torch.Size([joint_size]) if family.joint else site.right + site.space
             fn = family.head(None, shape)(None)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{_misfit(family, site)}; {error}") from error
-    if isinstance(fn, (Tensor, dist.Delta)) or is_real(fn.support):
-        if site.support.is_discrete:
-            raise ValueError(_misfit(family, site))
-        return True
-    if not same_support(fn.support, site.support):
+            point = isinstance(fn, (Tensor, dist.Delta))
+            support = constraints.real if point else fn.support
+    real = is_real(support)
+    fits = not site.support.is_discrete if real else same_support(support, site.support)
+    if not fits:
         raise ValueError(_misfit(family, site))
-    return False
+    return real
 
 
 def _misfit(family: Any, site: Site) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -9,52 +10,60 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import prototype
+from ppvae.programs.nodes import draws_its_rows
 
 
 class Plates(NamedTuple):
-    """What the model's plates looked like at the first call.
+    """What the model's plates looked like when the guide was set up.
 
     Attributes:
         frames: the plates around latent sites, by name.
         data: name of the plate that the encoder's batch runs along; None without an encoder.
-        drawn: names of the plates that draw their own subsample; others may be told theirs.
+        drawn: names of the plates that draw their own subsample; to others the model gives theirs.
         sees_all: whether the encoder saw all the data, and not just the subsample.
     """
 
-    frames: dict[str, Any]
-    data: str | None
-    drawn: frozenset[str]
-    sees_all: bool
+    frames: Mapping[str, Any] = {}
+    data: str | None = None
+    drawn: frozenset[str] = frozenset()
+    sees_all: bool = True
 
     def make(
-        self, model: Any, features: Tensor | None, args: Any, kwargs: Any, given: dict[str, Any]
+        self, features: Tensor | None, given: dict[str, Any], rows_in_model: Callable[[str], Tensor]
     ) -> dict[str, Any]:
-        """The plates for one call, those that are given kept; `model` is a tuple of one."""
-        call = (args, kwargs)
-        return {
-            name: given[name] if name in given else self._plate(frame, model, features, call)
-            for name, frame in self.frames.items()
-        }
+        """The plates for one call.
 
-    def _plate(self, frame: Any, model: Any, features: Tensor | None, call: Any) -> Any:
-        full, size = frame.full_size or frame.size, frame.size
-        drawn, rows = frame.name in self.drawn, None
-        if features is not None and frame.name == self.data:
-            if full == size:
-                full = size = len(features)
-            elif self.sees_all:
-                full, size = len(features), min(size, len(features))
-                if not drawn:  # only the model knows which rows it was told
-                    rows = prototype(model[0], *call).nodes[frame.name]["value"]
-            else:
-                size = len(features)
-        if drawn:
-            return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
-        with poutine.block():  # the guide must not choose the model's rows
-            rows = torch.arange(size) if rows is None else rows
-            return pyro.plate(frame.name, full, subsample=rows, dim=frame.dim)
+        Args:
+            features: the encoder's output in this call, if there is an encoder.
+            given: plates to be taken as they are, by name.
+            rows_in_model: finds the rows that the model takes in a plate of this name.
+
+        Returns:
+            The plates by name.
+        """
+        plates = dict(given)
+        for name, frame in self.frames.items():
+            if name in given:
+                continue
+            full, size = frame.full_size or frame.size, frame.size
+            rows = None
+            if features is not None and name == self.data:
+                if full == size:
+                    full = size = len(features)
+                elif self.sees_all:
+                    full, size = len(features), min(size, len(features))
+                    rows = None if name in self.drawn else rows_in_model(name)
+                else:
+                    size = len(features)
+            if name in self.drawn:
+                plates[name] = pyro.plate(name, full, subsample_size=size, dim=frame.dim)
+                continue
+            with poutine.block():  # the guide must not choose the model's rows
+                rows = torch.arange(size) if rows is None else rows
+                plates[name] = pyro.plate(name, full, subsample=rows, dim=frame.dim)
+        return plates
 
     def rows(self, features: Tensor, plates: dict[str, Any]) -> Tensor:
         """The features of the data in the plate.
@@ -62,20 +71,20 @@ class Plates(NamedTuple):
         Raises:
             ValueError: the encoder's batch is neither that of the plate nor all the data.
         """
-        plate = plates[str(self.data)]
-        if len(features) == plate.subsample_size:
-            return features
-        if len(features) == plate.size:
-            return features[plate.indices]
-        raise ValueError(
-            f"encoder: expected features of shape ({plate.subsample_size}, features), the first as "
-            f"the plate {plate.name!r}; got {tuple(features.shape)}. A guide list keeps the sizes "
-            "of its first call, unless it is given `create_plates`"
+        plate, count = plates[str(self.data)], len(features)
+        expected = (
+            f"features of shape ({plate.subsample_size}, features), as the plate {plate.name!r} (a "
+            "guide list keeps the sizes of its first call, unless it is given `create_plates`)"
         )
+        fits = count in (plate.subsample_size, plate.size)
+        expect(fits, "encoder", expected, tuple(features.shape))
+        return features if count == plate.subsample_size else features[plate.indices]
 
-    def align(self, features: Tensor, *, right: bool) -> Tensor:
-        """Puts the batch where the data plate is; `right` keeps out the dims to its right."""
-        ones = 0 if right or self.data is None else -self.frames[self.data].dim - 1
+    def align(self, features: Tensor | None, *, right: bool) -> Tensor | None:
+        """Puts the batch where the data plate is; `right`: the head makes the dims beyond it."""
+        if features is None:
+            return None
+        ones = 0 if right else -self.frames[str(self.data)].dim - 1
         return features.reshape(len(features), *[1] * ones, features.shape[-1])
 
     def shape(self, piece: Tensor, site: Site) -> Tensor:
@@ -90,3 +99,20 @@ class Plates(NamedTuple):
         right = site.right or torch.Size([1] * (-dim - 1))
         value = piece.reshape(draws + rows + site.left + right + site.space)
         return value.movedim(len(draws), len(draws) + len(site.left))
+
+
+def read_plates(trace: Any, nodes: list[Any], data: Any, features: Tensor | None) -> Plates:
+    """Reads the plates off a trace of the model.
+
+    Args:
+        trace: the trace.
+        nodes: its latent nodes.
+        data: the plate that the encoder's batch runs along, or None.
+        features: the encoder's output, or None.
+    """
+    return Plates(
+        frames={frame.name: frame for node in nodes for frame in node["cond_indep_stack"]},
+        data=None if data is None else data.name,
+        drawn=frozenset(name for name, node in trace.nodes.items() if draws_its_rows(node)),
+        sees_all=features is None or len(features) == data.full_size,
+    )

@@ -1,13 +1,14 @@
-"""What a guide has to know of a model: its latent sites, their plates and their supports."""
+"""What a guide has to know of a model: its latent sites, their supports, and the data plate."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributions import biject_to
+from pyro import poutine
 
-from ppvae.programs.nodes import is_real
+from ppvae._checks import expect
+from ppvae.programs.nodes import data_plate, from_reals, is_real, latent_nodes, plates_of
 
 
 class Site(NamedTuple):
@@ -31,8 +32,8 @@ class Site(NamedTuple):
 
     @property
     def transform(self) -> Any:
-        """From the reals to the support."""
-        return biject_to(self.support)
+        """The bijection from the reals to the support."""
+        return from_reals(self.support)
 
     @property
     def space(self) -> torch.Size:
@@ -47,76 +48,65 @@ class Site(NamedTuple):
         return (self.left + self.right + self.space).numel()
 
 
-def read_site(node: dict[str, Any], frame: Any | None) -> Site:
+def read_site(node: dict[str, Any], data: Any | None) -> Site:
     """Reads a latent site off its node in a trace.
 
     Args:
         node: the node.
-        frame: the data plate, or None.
+        data: the data plate, or None.
 
     Raises:
         ValueError: the support has no bijection from the reals, or the site needs an encoder.
     """
-    fn, frames = node["fn"], node["cond_indep_stack"]
-    batch = fn.batch_shape
-    left, right = torch.Size(), batch
-    if frame is not None:
-        left, right = batch[: frame.dim], batch[len(batch) + frame.dim + 1 :]
-        left = left if left.numel() > 1 else torch.Size()
-        right = right if right.numel() > 1 else torch.Size()
-    elif any(f.full_size not in (None, f.size) for f in frames):
-        raise ValueError(
-            f"encoder: expected an encoder, since the latent site {node['name']!r} lives in a "
-            "subsampled plate; got None"
-        )
-    if any(f.dim is None for f in frames):
-        raise ValueError(f"model: site {node['name']!r} lives in a sequential plate; vectorize it")
-    if not fn.support.is_discrete and not is_real(fn.support):
-        try:
-            biject_to(fn.support)
-        except NotImplementedError:
-            raise ValueError(
-                f"model: no bijection from the reals reaches {fn.support}, the support of the "
-                f"latent site {node['name']!r}"
-            ) from None
-    return Site(node["name"], fn.support, frames, fn.event_shape, left, right)
+    name, fn, frames = node["name"], node["fn"], node["cond_indep_stack"]
+    whole = data is not None or all(f.full_size in (None, f.size) for f in frames)
+    expect(whole, "encoder", f"one, since the plate around the site {name!r} is subsampled", None)
+    parallel = all(f.dim is not None for f in frames)
+    expect(parallel, "model", f"a vectorized plate around the site {name!r}", "a sequential one")
+    try:
+        _ = fn.support.is_discrete or from_reals(fn.support)
+    except NotImplementedError:
+        expected = f"a bijection from the reals to the support of the latent site {name!r}"
+        raise ValueError(f"model: expected {expected}, got {fn.support}") from None
+    left, right = torch.Size(), fn.batch_shape
+    if data is not None:
+        left, right = right[: data.dim], right[len(right) + data.dim + 1 :]
+        left, right = (dims if dims.numel() > 1 else torch.Size() for dims in (left, right))
+    return Site(name, fn.support, frames, fn.event_shape, left, right)
 
 
-def data_frame(nodes: list[dict[str, Any]], length: int, plate: str | None) -> Any:
-    """The plate that an encoder's batch runs along.
+def encoder_plate(trace: Any, length: int, plate: str | None) -> Any:
+    """The plate that an encoder's batch runs along, by the rule of `data_plate`.
 
     Args:
-        nodes: the latent sites.
+        trace: a trace of the model.
         length: length of the encoder's batch.
-        plate: name of the plate; by default `data`, or else the only one that all sites share, or
-            of several the only one of that length.
+        plate: name of the plate; by default the rule chooses among those that all latent sites
+            share.
 
     Raises:
-        ValueError: there is no such plate, more than one, or its length is another.
+        ValueError: there is no such plate, more than one of that length, or it has another length.
     """
-    stacks = [node["cond_indep_stack"] for node in nodes]
-    shared = {f.name: f for f in stacks[0] if all(f in stack for stack in stacks)}
+    nodes = latent_nodes(trace)
+    stacks = {node["name"]: plates_of(node) for node in nodes}
+    inside = next(iter(stacks.values()))
+    shared = {n: f for n, f in inside.items() if all(n in stack for stack in stacks.values())}
     if not shared:
-        where = ", ".join(
-            f"{n['name']!r} in {[f.name for f in n['cond_indep_stack']]}" for n in nodes
-        )
+        where = ", ".join(f"{name!r} in {list(stack)}" for name, stack in stacks.items())
         raise ValueError(
             f"encoder: expected all latent sites in one plate, got {where}; give global latents "
             "a guide without encoder and combine the two by AutoGuideList"
         )
-    if plate is None and "data" in shared:
-        plate = "data"
-    if plate is None:
-        fits = [
-            f.name for f in shared.values() if len(shared) == 1 or length in (f.size, f.full_size)
-        ]
-        plate = fits[0] if len(fits) == 1 else None
-    if plate not in shared:
-        raise ValueError(f"plate: expected one of {list(shared)}, got {plate!r}")
-    frame = shared[plate]
-    if length not in (frame.size, frame.full_size):
-        raise ValueError(
-            f"encoder: expected features of shape ({frame.size}, features), the first as the plate "
-            f"{frame.name!r}; got {length} rows"
-        )
+    # The rule asks for the plates around data. But the model may be the part of another that holds
+    # these latents and no data: here the plates that they share count, and the encoder's batch.
+    seen = poutine.Trace()
+    seen.add_node("_INPUT", type="args", args=(torch.empty(length, 0),), kwargs={})
+    around = tuple(shared.values())
+    seen.add_node("z", **{**nodes[0], "name": "z", "is_observed": True, "cond_indep_stack": around})
+    frame = data_plate(seen, plate)
+    fitting = [name for name, f in shared.items() if length in (f.size, f.full_size)]
+    clear = plate is not None or frame.name == "data" or len(fitting) < 2
+    expect(clear, "plate", f"one of {fitting}, which all have {length} members", plate)
+    expected = f"features of shape ({frame.size}, features), as the plate {frame.name!r}"
+    expect(frame.name in fitting, "encoder", expected, f"{length} rows")
     return frame

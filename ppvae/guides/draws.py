@@ -1,0 +1,117 @@
+"""Draws the latent sites of a block, inside the plates of one call of a guide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppvae.guides.blocks import Block
+from ppvae.guides.plates import Plates
+from ppvae.programs.nodes import is_real, latent_nodes
+
+
+def draw(
+    fn: Any, block: Block, plates: dict[str, Any], layout: Plates, name: str
+) -> dict[str, Tensor]:
+    """Samples the sites of a block.
+
+    Args:
+        fn: what the head returned: a distribution, or a tensor, which is a point.
+        block: the block.
+        plates: the plates of this call, by name.
+        layout: says where the data are in a flat draw.
+        name: names the auxiliary site of a flat draw.
+
+    Returns:
+        The values by the names of the sites.
+    """
+    if isinstance(fn, Tensor):
+        fn = dist.Delta(fn, event_dim=int(block.family.joint))
+    if block.flat:
+        return _draw_flat(fn, block, plates, layout, name)
+    return _draw_site(fn, block, plates)
+
+
+def _draw_site(fn: Any, block: Block, plates: dict[str, Any]) -> dict[str, Tensor]:
+    """Samples the one site of a block from its own distribution."""
+    (site,) = block.sites
+    if isinstance(fn, dist.Delta):
+        value = fn.v if is_real(site.support) else site.transform(fn.v)
+        fn = dist.Delta(value, event_dim=len(site.event_shape))
+    else:
+        through = is_real(fn.support) and not is_real(site.support)
+        if not block.family.joint:
+            fn = fn.to_event(len(site.space if through else site.event_shape))
+        if through:
+            fn = dist.TransformedDistribution(fn, [site.transform])
+    with _inside(plates, (frame.name for frame in site.frames)):
+        return {site.name: pyro.sample(site.name, fn)}
+
+
+def _draw_flat(
+    fn: Any, block: Block, plates: dict[str, Any], layout: Plates, name: str
+) -> dict[str, Tensor]:
+    """Samples all coordinates at once and hands each site its piece, as `AutoContinuous` does."""
+    with _inside(plates, [] if layout.data is None else [layout.data]):
+        joint = fn if block.family.joint else fn.to_event(1)
+        flat = pyro.sample(name, joint, infer={"is_auxiliary": True})
+    draws = {}
+    pieces = flat.split([site.size for site in block.sites], dim=-1)
+    for site, piece in zip(block.sites, pieces, strict=True):
+        with _inside(plates, (frame.name for frame in site.frames)):
+            value = unconstrained = layout.shape(piece, site)
+            if not is_real(site.support):
+                value = site.transform(unconstrained)
+                if not isinstance(fn, dist.Delta) and am_i_wrapped():
+                    # a factor, and not Delta's log_density, which analytic KL would forget
+                    slope = site.transform.log_abs_det_jacobian(unconstrained, value)
+                    pyro.factor(f"{name}_{site.name}_log_det", -slope, has_rsample=True)
+            fn_site = dist.Delta(value, event_dim=len(site.event_shape))
+            infer: Any = {"is_piece": True}
+            draws[site.name] = pyro.sample(site.name, fn_site, infer=infer)
+    return draws
+
+
+def draw_from_model(
+    model: Any, args: Any, kwargs: Any, drawn: frozenset[str], plates: dict[str, Any] | None
+) -> dict[str, Tensor]:
+    """Runs the model's own latent statements.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        drawn: names of the plates that draw a subsample of their own.
+        plates: by name the plates of the guide list that the guide is in, which have drawn theirs
+            already; None outside of a list.
+
+    Returns:
+        The values by the names of the sites.
+    """
+    if plates is not None:
+        rows = {name: plates[name].indices for name in drawn if name in plates}
+        model = poutine.condition(model, data=rows)
+
+    def hide(msg: Any) -> bool:
+        if site_is_subsample(msg):  # recorded once: by this guide, or by the list it is in
+            return plates is not None or msg["name"] not in drawn
+        return msg["type"] != "sample" or msg["is_observed"]
+
+    trace = poutine.trace(poutine.block(model, hide_fn=hide)).get_trace(*args, **kwargs)
+    return {node["name"]: node["value"] for node in latent_nodes(trace)}
+
+
+@contextmanager
+def _inside(plates: dict[str, Any], names: Iterable[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(plates[name])
+        yield

@@ -1,0 +1,37 @@
+"""Runs an encoder on the arguments of a model, and checks what it puts out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) -> Tensor:
+    """The features of the data.
+
+    Args:
+        encoder: a module from the arguments to the features.
+        args: the positional arguments of the model.
+        width: length of the features; None takes any.
+
+    Returns:
+        The features, of shape `(batch, features)`.
+
+    Raises:
+        ValueError: the encoder does not take the arguments, or its output has another shape.
+    """
+    came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+    try:
+        features = encoder(*args)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"encoder: expected a module that takes {came}; {error}") from error
+    shape = tuple(getattr(features, "shape", ()))
+    lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
+    fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)
+    if not fits:
+        raise ValueError(
+            f"encoder: expected features of shape (batch, {width or 'features'}), with the batch "
+            f"of the arguments {came}; got {shape or type(features).__name__}"
+        )
+    return features
