@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from ppvae import families
+from ppvae._checks import check_count, check_number, expect
 
 __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "regression"]
 
@@ -23,6 +25,7 @@ __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "reg
 _LOG_2PI = math.log(2 * math.pi)
 
 
+# The families for which the optimum over decoder and guide together is known.
 _LEARNED = "deterministic zero noise_only mean_only shared_scale mean_scale full_rank".split()
 
 
@@ -102,16 +105,24 @@ def fixed_decoder(x: Tensor, weight: Tensor, bias: Tensor, noise: float, family:
         x: data, shape `(batch, features)`.
         weight: W, shape `(features, latent)`.
         bias: b, shape `(features,)`.
-        noise: standard deviation, positive.
+        noise: standard deviation, positive and finite.
         family: of the ladder, up to `mean_scale`, or `full_rank`; or a `Family` of `Normal` with a
             location that is free, in an interval or fixed, and a scale that is free, shared or
             fixed. In a (closed) interval each datum has its best mean: no encoder is better.
 
     Raises:
-        ValueError: the family has no closed form here, or the noise is not positive.
+        ValueError: the family has no closed form here, an array is empty, not finite or does not
+            fit the others, or the noise is not positive.
+
+    Example:
+        >>> x, weight, bias = torch.randn(4, 3), torch.ones(3, 2), torch.zeros(3)
+        >>> fixed_decoder(x, weight, bias, 0.5, families.full_rank).gap.abs().max() < 1e-9
+        tensor(True)
     """
-    if not noise > 0:
-        raise ValueError(f"noise: expected a positive number, got {noise}")
+    x, weight, bias = _array("x", x, 2), _array("weight", weight, 2), _array("bias", bias, 1)
+    for name, rows in {"weight": len(weight), "bias": len(bias)}.items():
+        expect(rows == x.shape[1], name, f"{x.shape[1]} rows, one for each column of x", rows)
+    noise = check_number("noise", noise, positive=True)
     return _optimum(x.double() - bias.double(), weight, noise, 1.0, family)
 
 
@@ -126,14 +137,25 @@ def regression(X: Tensor, y: Tensor, noise: float, prior_scale: float, family: A
         family: see `fixed_decoder`; `deterministic` is ridge with penalty `noise^2 / t^2`.
 
     Raises:
-        ValueError: the family has no closed form here, or a scale is not positive.
+        ValueError: the family has no closed form here, an array is empty or not finite, X and y
+            differ in rows, or a scale is not positive and finite.
     """
-    if not (noise > 0 and prior_scale > 0):
-        raise ValueError(
-            f"noise, prior_scale: expected positive numbers, got {noise} and {prior_scale}"
-        )
-    found = _optimum(y.double()[None], X, noise, prior_scale, family)
-    return found._replace(**{name: getattr(found, name)[0] for name in Optimum._fields[:5]})
+    X, y = _array("X", X, 2), _array("y", y, 1)
+    expect(len(X) == len(y), "y", f"{len(X)} rows, as X", len(y))
+    noise = check_number("noise", noise, positive=True)
+    prior_scale = check_number("prior_scale", prior_scale, positive=True)
+    optimum = _optimum(y.double()[None], X, noise, prior_scale, family)
+    return optimum._replace(**{name: getattr(optimum, name)[0] for name in Optimum._fields[:5]})
+
+
+def _array(name: str, value: Any, dims: int) -> Tensor:
+    """An argument as a tensor of its own dtype."""
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    shape = tuple(tensor.shape)
+    expect(len(shape) == dims and tensor.numel(), name, f"{dims} dimensions, none empty", shape)
+    real = not tensor.is_complex() and tensor.isfinite().all()
+    expect(real, name, "finite real numbers", "others among them")
+    return tensor
 
 
 def _optimum(x: Tensor, W: Tensor, noise: float, prior_scale: float, family: Any) -> Optimum:
@@ -164,26 +186,28 @@ def _member(family: Any, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tenso
     size, kind = len(P), getattr(family, "distribution", None)
     one, rules = torch.eye(size).to(P), getattr(family, "rules", {})
     where, scale = rules.get("loc", rules.get("v", 0.0)), rules.get("scale")
-    if isinstance(where, families.Shared):
-        raise _no_closed_form(family)
     low = high = where
     if isinstance(where, families.Channel):  # inside an interval or a half-line, or free
         low = getattr(where.constraint, "lower_bound", -math.inf)
         high = getattr(where.constraint, "upper_bound", math.inf)
+    if isinstance(where, families.Shared):
+        raise _no_closed_form(family)
+    if family == families.noise_only:
+        S = one * prior
+    elif kind is dist.Delta:
+        S = 0.0 * one
+    elif family == families.full_rank:
+        S = P.inverse()
+    elif kind is dist.Normal and isinstance(scale, (float, Tensor)):
+        S = one * torch.as_tensor(scale).to(P) ** 2
+    elif kind is dist.Normal and scale == families.shared:
+        S = one * size / P.trace()
+    elif kind is dist.Normal and scale == families.Channel():
+        S = one / P.diagonal()
+    else:
+        raise _no_closed_form(family)
     low, high = (torch.as_tensor(end).to(P).expand(size) for end in (low, high))
-    if isinstance(family, families.Prior):
-        return one * prior, low, high
-    if kind is dist.Delta:
-        return 0.0 * one, low, high
-    if kind is dist.MultivariateNormal and rules == families.full_rank.rules:
-        return P.inverse(), low, high
-    if kind is dist.Normal and isinstance(scale, (int, float, Tensor)):
-        return one * torch.as_tensor(scale).to(P) ** 2, low, high
-    if kind is dist.Normal and scale == families.shared:
-        return one * size / P.trace(), low, high
-    if kind is dist.Normal and scale == families.Channel():
-        return one / P.diagonal(), low, high
-    raise _no_closed_form(family)
+    return S, low, high
 
 
 def _no_closed_form(family: Any) -> ValueError:
@@ -240,16 +264,17 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
         family: of the ladder, up to `mean_scale` without `mean_only_bounded`, or `full_rank`.
 
     Raises:
-        ValueError: the family has no closed form here; `latent` is below 1, or, for `shared_scale`,
-            above the number of features.
+        ValueError: the family has no closed form here; the data are empty or not finite; `latent`
+            is below 1, or, for `shared_scale`, above the number of features.
 
     Tipping and Bishop, Probabilistic principal component analysis, 1999.
     """
+    x, latent = _array("x", x, 2), check_count("latent", latent)
     D, silent = x.shape[1], family in (families.noise_only, families.zero)
     if family not in [families.LADDER[name] for name in _LEARNED]:
         raise _no_closed_form(family)
-    if latent < 1 or (family == families.shared_scale and latent > D):
-        raise ValueError(f"latent: expected 1 to {D} for this family, got {latent}")
+    possible = latent <= D or family != families.shared_scale
+    expect(possible, "latent", f"at most {D} for this family", latent)
     bias, values, axes = _principal(x)
     kept, noise = _kept(values, 0 if silent else min(latent, D), family)
     roots, squares = values[:kept].sqrt(), values[:kept] - noise**2
@@ -261,9 +286,9 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
     weight[:, :kept] = axes[:, :kept] * squares.clamp(min=0.0).sqrt()
     attained = noise > 0 and family != families.deterministic
     if attained:
-        found = fixed_decoder(x, weight, bias, noise, family)
-        best, rate, _, log_likelihood = (term.mean().item() for term in found[:4])
-        S, spread = found.covariance, found.mean.T @ found.mean / len(x)
+        optimum = fixed_decoder(x, weight, bias, noise, family)
+        best, rate, _, log_likelihood = (term.mean().item() for term in optimum[:4])
+        S, spread = optimum.covariance, optimum.mean.T @ optimum.mean / len(x)
         information = 0.0 if silent else ((S + spread).logdet() - S.logdet()).item() / 2
     else:
         point = family in (families.deterministic, families.zero)
@@ -271,8 +296,8 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
         best = -D / 2 * (_LOG_2PI + 1 + 2 * math.log(noise)) - rate if noise else math.inf
         log_likelihood = -math.inf if family == families.deterministic else math.inf
         information, weight = math.inf if used else 0.0, weight * math.nan
-    ends = (log_likelihood, information, weight, bias)
-    return LearnedDecoder(best, rate, noise, used, attained, *ends)
+    terms = (log_likelihood, information)
+    return LearnedDecoder(best, rate, noise, used, attained, *terms, weight, bias)
 
 
 def _kept(values: Tensor, kept: int, family: Any) -> tuple[int, float]:
