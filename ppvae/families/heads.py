@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.distributions import transform_to
 
 from ppvae.families.rules import FREE_STARTS, STARTS, Channel, Rule, Shared, constraints_of, fixed
 
-# An argument that starts further out, before its transform, has no slope left to move by.
+# An argument in an interval that starts further out, before its transform (the sigmoid), has no
+# slope left to move by.
 _FARTHEST = 30.0
 
 
@@ -42,7 +44,8 @@ class Argument(nn.Module):
         shift = torch.zeros(transform.inverse_shape(shape))
         if start is not None:
             shift = transform.inv(fixed(start, constraint.event_dim, shape).expand(shape))
-            shift = torch.where(shift.abs() < _FARTHEST, shift, 0.0)  # nan: outside the constraint
+            limit = _FARTHEST if isinstance(constraint, constraints.interval) else math.inf
+            shift = torch.where(shift.abs() < limit, shift, 0.0)  # nan: outside the constraint
         # by class, since a copy of a family has a copy of the constraint
         self.triangular = isinstance(constraint, type(constraints.lower_cholesky))
         if self.triangular:  # only the entries that count, so that no parameter is idle

@@ -36,11 +36,12 @@ LADDER: dict[str, Any] = {
 NAMES |= {family: name for name, family in LADDER.items()}
 
 
-def as_family(value: Any) -> Any:
+def as_family(value: Any, argument: str = "family") -> Any:
     """The guide family that a value is, or is the name of.
 
     Args:
         value: a guide family, or a name of the ladder such as "mean_scale".
+        argument: what the error calls the value.
 
     Raises:
         TypeError: it is neither.
@@ -52,5 +53,7 @@ def as_family(value: Any) -> Any:
     family = LADDER.get(value) if isinstance(value, str) else value
     asked = ("channels", "joint", "name", "head")
     if inspect.isclass(family) or not all(hasattr(family, name) for name in asked):
-        raise TypeError(f"family: expected a guide family or one of {list(LADDER)}, got {value!r}")
+        raise TypeError(
+            f"{argument}: expected a guide family or one of {list(LADDER)}, got {value!r}"
+        )
     return family

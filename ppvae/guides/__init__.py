@@ -1,4 +1,4 @@
-r"""One guide for every family: it samples each latent site of a model from the family's head."""
+"""Guides: they draw the latent sites of any Pyro model from the heads of guide families."""
 
 from ppvae.guides.family_guide import FamilyGuide
 

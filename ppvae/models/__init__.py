@@ -1,4 +1,4 @@
-r"""The variational autoencoder's generative model, as a Pyro program."""
+"""Models: Pyro programs to fit; `protocol.py` writes down what a model may say of itself."""
 
 from ppvae.models.vae import VAE
 

@@ -1,10 +1,11 @@
 """Priors: what a model draws a latent from.
 
 A prior is a module without arguments whose forward returns a Pyro distribution over one latent: its
-event is the latent, and its batch is empty, since the model puts it into the plate of the data. A
-prior that learns nothing may be the distribution itself.
+event shape is that of the latent, and its batch shape is empty, since the plate of the data repeats
+it. Parameters of the module are learned with the model. A prior without parameters may be the
+distribution itself.
 
-**To add a prior**, write such a module.
+**To add a prior**, write such a module; `as_prior` is how a model checks what it is given.
 """
 
 from ppvae.priors.reading import as_prior, distribution_of, moved

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from ppvae._checks import expect
-from ppvae._scopes import random_state
+from ppvae._scopes import eval_mode, random_state
 
 
 def distribution_of(prior: Any) -> Any:
@@ -31,13 +31,13 @@ def as_prior(prior: Any, latent: int) -> Any:
         TypeError: it is neither.
         ValueError: its distribution is one over something else.
     """
-    with torch.no_grad(), random_state(None, keep=True):
+    with torch.no_grad(), random_state(None, keep=True), eval_mode(prior):
         fn = distribution_of(prior)
     kind = "a Pyro distribution, or a module without arguments whose forward returns one"
     expect(isinstance(fn, Distribution), "prior", kind, repr(prior), TypeError)
-    shapes = f"event shape {tuple(fn.event_shape)} and batch shape {tuple(fn.batch_shape)}"
+    shapes = tuple(fn.event_shape), tuple(fn.batch_shape)
     expected = f"event shape ({latent},) and batch shape ()"
-    expect(shapes == expected, "prior", expected, shapes)
+    expect(shapes == ((latent,), ()), "prior", expected, f"{shapes[0]} and {shapes[1]}")
     return prior
 
 

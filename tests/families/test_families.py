@@ -13,25 +13,17 @@ from torch.autograd.functional import jacobian
 from ppvae import Family, families
 from ppvae.programs.nodes import is_real
 
-CHANNELS = {
-    "deterministic": ("v",),
-    "zero": (),
-    "noise_only": (),
-    "mean_only": ("loc",),
-    "mean_only_bounded": ("loc",),
-    "shared_scale": ("loc",),
-    "mean_scale": ("loc", "scale"),
-    "student_t": ("df", "loc", "scale"),
-    "low_rank": ("loc", "cov_factor", "cov_diag"),
-    "full_rank": ("loc", "scale_tril"),
-    "flow": ("loc", "scale", "shape"),
-}
+CHANNELS = dict(deterministic="v", zero="", noise_only="", mean_only="loc", shared_scale="loc")
+CHANNELS |= dict(mean_only_bounded="loc", mean_scale="loc scale", student_t="df loc scale")
+CHANNELS |= dict(low_rank="loc cov_factor cov_diag", full_rank="loc scale_tril")
+CHANNELS |= dict(flow="loc scale shape")
 TWO, THREE = torch.Size([2]), torch.Size([3])
 
 
 def test_the_ladder_has_the_names_and_channels_it_says():
-    assert {name: family.channels for name, family in families.LADDER.items()} == CHANNELS
+    assert set(CHANNELS) == set(families.LADDER)
     for name, family in families.LADDER.items():
+        assert family.channels == tuple(CHANNELS[name].split())
         assert family.name == name and getattr(families, name) is family
         assert families.as_family(name) is family and families.as_family(family) is family
 
@@ -48,10 +40,8 @@ def test_a_family_is_a_value(name):
             one = family.head(4, TWO).state_dict()
             torch.manual_seed(0)
             assert all(torch.equal(v, one[k]) for k, v in other.head(4, TWO).state_dict().items())
-    assert sum(family == other for other in FAMILIES.values()) == (1 + (name in EQUAL))
-
-
-EQUAL = ("mean_only_bounded", "bounded")  # the registry has this one under two names
+    equal = ["mean_only_bounded", "bounded"] if "bounded" in name else [name]  # one has two names
+    assert [key for key, other in FAMILIES.items() if other == family] == equal
 
 
 def test_families_are_equal_by_their_members_and_not_by_how_they_were_written():
@@ -72,7 +62,7 @@ def test_families_are_equal_by_their_members_and_not_by_how_they_were_written():
         assert other != half
     bounds = [Family(dist.Normal, loc=constraints.interval(-1, b), scale=1) for b in (1, 2)]
     assert [family.name for family in bounds] == ["mean_only_bounded", repr(bounds[1])]
-    assert families.Flow() == families.flow != families.Flow(bins=4)
+    assert families.Flow() == families.flow != families.Flow(hidden=1, bins=2)
     columns = [families.Channel(columns=number) for number in (2, 3)]
     ranks = [Family(dist.LowRankMultivariateNormal, cov_factor=rule) for rule in columns]
     assert ranks[0] == families.low_rank != ranks[1]
@@ -140,28 +130,33 @@ def test_full_rank_has_no_idle_parameters():
     assert torch.allclose(tril[rows, columns], expected) and torch.equal(tril, tril.tril())
 
 
-def test_where_arguments_start():
-    """`df` with tails like a Gaussian's; a free scale narrow; and wherever a rule says."""
-    at = torch.zeros(4, 3)
-    df = families.student_t.head(3, TWO)(at).df
-    assert ((df > 15) & (df < 60)).all()
-    close = {"rtol": 0.05, "atol": 0.0}  # parameters start within a hundredth, or five sd, of it
-    free = families.mean_scale.head(None, TWO)
-    torch.testing.assert_close(free(None).scale, torch.full((2,), 0.1), **close)
-    assert (families.mean_scale.head(3, TWO)(at).scale > 0.5).all()
-    for name, start in {"scale_tril": 0.1, "covariance_matrix": 2.0}.items():
-        said = families.Channel(start=None if name == "scale_tril" else start)
-        head = Family(dist.MultivariateNormal, **{name: said}).head(None, TWO)
-        found = getattr(head(None), name).diagonal()
-        torch.testing.assert_close(found, torch.full((2,), start), rtol=0.2, atol=0.0)
-    low_rank = families.low_rank.head(None, TWO)
-    torch.testing.assert_close(low_rank.cov_diag(None), torch.full((2,), 0.01), **close)
-    rules = {"loc": families.Channel(start=4.0), "scale": families.Shared(start=0.5)}
-    head = Family(dist.Normal, **rules).head(3, TWO)
-    head.loc.linear.weight.data.zero_()
-    head.loc.linear.bias.data -= 4.0  # what is left is the layer's own initial value
-    assert (head(at).loc.abs() < 3**-0.5).all()
-    torch.testing.assert_close(head(at).scale, torch.full((4, 2), 0.5), **close)
+def _begins(distribution, name, start):
+    return Family(distribution, **{name: families.Channel(start=start)})
+
+
+STARTS = [  # family, argument, features, where it starts
+    (families.student_t, "df", 3, 30.0),
+    (families.student_t, "df", None, 30.0),
+    (families.mean_scale, "scale", None, 0.1),
+    (families.mean_scale, "scale", 3, 1.0),
+    (families.full_rank, "scale_tril", None, 0.1),
+    (families.low_rank, "cov_diag", None, 0.01),
+    (_begins(dist.Normal, "loc", 200.0), "loc", 3, 200.0),
+    (Family(dist.Normal, scale=families.Shared(start=2.0)), "scale", 3, 2.0),
+    (_begins(dist.MultivariateNormal, "scale_tril", 3.0), "scale_tril", 3, 3.0),
+    (_begins(dist.MultivariateNormal, "covariance_matrix", 2.0), "covariance_matrix", None, 2.0),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "features", "start"), STARTS)
+def test_where_arguments_start(family, name, features, start):
+    """Before the transform: five standard deviations of a parameter, or the bound of a bias."""
+    argument = getattr(family.head(features, TWO), name)
+    value = argument(None if features is None else torch.zeros(3))
+    goal = torch.tensor(start) * (torch.eye(2) if value.dim() == 2 else torch.ones(value.shape))
+    inverse = torch.distributions.transform_to(argument.constraint).inv
+    free = argument.linear is None
+    assert (inverse(value) - inverse(goal)).abs().max() < (0.05 if free else 3**-0.5)
 
 
 @pytest.mark.parametrize("low", [0.1, 0.5])

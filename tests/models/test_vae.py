@@ -143,8 +143,8 @@ BAD = [
     (_vae(latent=4), ValueError, r"decoder: .*\(1, 4\)"),
     (_vae(decoder=nn.LSTM(2, 3)), ValueError, r"decoder: .*\(1, \*event\).* got tuple"),
     (_vae(decoder=_Sum()), ValueError, r"decoder: .*\(1, \*event\).* got torch.Size\(\[\]\)"),
-    (_vae(prior=dist.Normal(0.0, 1.0)), ValueError, r"prior: .*\(2,\) and .* got event shape \(\)"),
-    (_vae(prior=NORMAL.to_event(1)), ValueError, r"prior: .*batch shape \(\), .* shape \(4,\)"),
+    (_vae(prior=dist.Normal(0.0, 1.0)), ValueError, r"prior: .* got \(\) and \(\)"),
+    (_vae(prior=NORMAL.to_event(1)), ValueError, r"prior: .* got \(2,\) and \(4,\)"),
     (_vae(prior=torch.distributions.Normal(0.0, 1.0)), TypeError, "prior: expected a Pyro dist"),
     (_vae(prior=nn.Identity), TypeError, "prior: expected a Pyro distribution, or a module"),
 ]
