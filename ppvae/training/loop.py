@@ -110,14 +110,14 @@ class Steps:
             Diverged: a loss is not finite; parameters and buffers are those of the snapshot.
         """
         data, rows = self.engine.data(minibatch, self.number)
-        found: list[list[float]] = []
+        values: list[list[float]] = []
 
         def evaluate() -> Tensor:
             for parameter in self.engine.parameters:
                 parameter.grad = None
             losses = self.engine.losses(data, self.number)
-            found.append(losses.reshape(-1).tolist())
-            for replicate, loss in enumerate(found[-1]):
+            values.append(losses.reshape(-1).tolist())
+            for replicate, loss in enumerate(values[-1]):
                 if not math.isfinite(loss):
                     self._diverge("the loss", replicate, f"is {loss}", self.engine.blame(data))
             if self.number % _EVERY == 0:
@@ -131,7 +131,7 @@ class Steps:
             if self.optimizer is not None:
                 self.optimizer.step()
         self.number += 1
-        return found[0], rows
+        return values[0], rows
 
     def check(self) -> None:
         """Raises Diverged, if the last step led out of the finite numbers."""
