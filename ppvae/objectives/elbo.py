@@ -47,17 +47,17 @@ def negative_elbo(
     return ELBO()(model, guide, *args, size=size, plate=plate)
 
 
-def loss_of(found: Terms, size: int | None = None) -> Tensor:
+def loss_of(terms: Terms, size: int | None = None) -> Tensor:
     """The negative ELBO in nats per datum, from terms; `size` is the number of data in all."""
-    size = data_size(found, size)
-    signed = [(name, -value) for name, value in found.log_likelihood.items()]
-    signed += [(name, value) for name, value in found.kl.items()]
-    signed += [(name, -v) for name, v in found.log_prior.items() if name not in found.kl]
-    signed += [(name, v) for name, v in found.log_guide.items() if name not in found.kl]
+    size = data_size(terms, size)
+    signed = [(name, -value) for name, value in terms.log_likelihood.items()]
+    signed += [(name, value) for name, value in terms.kl.items()]
+    signed += [(name, -v) for name, v in terms.log_prior.items() if name not in terms.kl]
+    signed += [(name, v) for name, v in terms.log_guide.items() if name not in terms.kl]
     loss = torch.zeros(())
     for name, value in signed:
-        value = value * found.scales[name]
-        loss = loss + (value.mean() if name in found.local else value.mean() / size)
+        value = value * terms.scales[name]
+        loss = loss + (value.mean() if name in terms.local else value.mean() / size)
     return loss
 
 
@@ -128,20 +128,20 @@ class ELBO(Objective):
         return _mean([_weighted(run.terms, size, self.beta) for run in runs])
 
 
-def _weighted(found: Terms, size: int | None, beta: Any) -> Tensor:
+def _weighted(terms: Terms, size: int | None, beta: Any) -> Tensor:
     """Distortion + beta * rate."""
     known = not isinstance(beta, Tensor)
     if known and beta == 1:
-        return loss_of(found, size)
-    distortion = _distortion(found, size)
+        return loss_of(terms, size)
+    distortion = _distortion(terms, size)
     if known and beta == 0:  # and not 0 * inf, for a point outside the support of the prior
         return distortion
-    rate = loss_of(found._replace(log_likelihood={}), size)
+    rate = loss_of(terms._replace(log_likelihood={}), size)
     return distortion + _like(beta, rate) * rate
 
 
-def _distortion(found: Terms, size: int | None) -> Tensor:
-    return loss_of(found._replace(kl={}, log_prior={}, log_guide={}), size)
+def _distortion(terms: Terms, size: int | None) -> Tensor:
+    return loss_of(terms._replace(kl={}, log_prior={}, log_guide={}), size)
 
 
 def _mean(losses: list[Tensor]) -> Tensor:
@@ -185,11 +185,11 @@ def floored_rate(runs: list[Run], floor: Any, size: int | None = None) -> Tensor
     return total
 
 
-def _joint_rate(found: Terms, points: list[str], joint: list[str], size: int | None) -> Tensor:
+def _joint_rate(terms: Terms, points: list[str], joint: list[str], size: int | None) -> Tensor:
     """The rate of some joint draws, of which points are pieces."""
-    prior = {name: found.log_prior[name] for name in points}
-    guide = {name: found.log_guide[name] for name in joint}
-    return loss_of(found._replace(log_likelihood={}, kl={}, log_prior=prior, log_guide=guide), size)
+    prior = {name: terms.log_prior[name] for name in points}
+    guide = {name: terms.log_guide[name] for name in joint}
+    return loss_of(terms._replace(log_likelihood={}, kl={}, log_prior=prior, log_guide=guide), size)
 
 
 def _lowest(floor: float | Tensor, scale: Any, rate: Tensor) -> Any:
@@ -203,16 +203,16 @@ def _lowest(floor: float | Tensor, scale: Any, rate: Tensor) -> Any:
 
 def _coordinates(name: str, run: Run) -> Tensor:
     """Mean over batch and draws of the rate of one site, by coordinate where it splits."""
-    found, node, prior = run.terms, run.guide_trace.nodes[name], run.model_trace.nodes[name]
+    terms, node, prior = run.terms, run.guide_trace.nodes[name], run.model_trace.nodes[name]
     pair = by_coordinate(node["fn"], prior["fn"])
     if pair is None:  # no sum over coordinates
         whole = (
-            found.kl[name] if name in found.kl else found.log_guide[name] - found.log_prior[name]
+            terms.kl[name] if name in terms.kl else terms.log_guide[name] - terms.log_prior[name]
         )
-        return (whole * found.scales[name]).mean()
+        return (whole * terms.scales[name]).mean()
     q, p = pair
     depth = len(node["fn"].event_shape)
-    rate: Any = closed_kl(q, p) if name in found.kl else None
+    rate: Any = closed_kl(q, p) if name in terms.kl else None
     if rate is None:
         rate = q.log_prob(node["value"]) - p.log_prob(node["value"])
 
@@ -223,8 +223,8 @@ def _coordinates(name: str, run: Run) -> Tensor:
 
     if prior["mask"] is not None:
         rate = torch.where(aligned(prior["mask"]), rate, torch.zeros_like(rate))
-    rate = (rate * aligned(found.scales[name])).expand(node["fn"].shape())
+    rate = (rate * aligned(terms.scales[name])).expand(node["fn"].shape())
     averaged = {f.dim for f in node["cond_indep_stack"] if f.name == DRAWS}
-    if name in found.local:
-        averaged.add(found.plate.dim)
+    if name in terms.local:
+        averaged.add(terms.plate.dim)
     return rate.mean([dim - depth for dim in averaged]) if averaged else rate

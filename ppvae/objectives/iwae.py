@@ -109,19 +109,19 @@ def log_joint_and_guide(runs: list[Terms], size: int | None) -> tuple[Tensor, Te
     return stacked([run.log_joint for run in runs]), stacked([run.log_q for run in runs])
 
 
-def averaged(values: Tensor, found: Terms, size: int | None) -> Tensor:
+def averaged(values: Tensor, terms: Terms, size: int | None) -> Tensor:
     """Values per datum, or one for all the data, in nats per datum, times the model's scale.
 
     Raises:
         ValueError: some sites are scaled and others are not, so that the scale is not a factor.
     """
-    scale = common_scale(list(found.scales.values()))
-    expect(scale is not None, "model", "one poutine.scale around all sites", found.scales)
+    scale = common_scale(list(terms.scales.values()))
+    expect(scale is not None, "model", "one poutine.scale around all sites", terms.scales)
     if values.dim():
         return (values * scale).mean()
     number = not (isinstance(scale, Tensor) and scale.dim())
     expect(number, "model", "a scale that is one number, beside global latents", "a tensor")
-    return values * scale / data_size(found, size)
+    return values * scale / data_size(terms, size)
 
 
 class _Cut(Messenger):

@@ -73,7 +73,7 @@ class Gradients:
         if self.execution == "compiled":
             try:
                 self._function = self._compiled(graph, leaves, state, data)
-            except Exception as error:  # whatever a compiler may raise, which is told
+            except Exception as error:  # whatever a compiler may raise, which is passed on
                 warnings.warn(f"fit: staged, not compiled; {one_line(error)}", stacklevel=3)
                 self.execution = "staged"
 
@@ -100,13 +100,13 @@ class Gradients:
 
     def _agree(self, one: Any, other: Any, leaves: Any, state: Any, data: Any) -> bool:
         """Whether two functions give the same losses and gradients; no buffer is moved."""
-        found: list[list[Tensor]] = []
+        outcomes: list[list[Tensor]] = []
         for function in (one, other):
             with random_state(0):
                 kept = [v if isinstance(v, nn.Parameter) else v.clone() for v in state]
                 loss, slopes = function(leaves, kept, data)
-                found.append([loss, *slopes])
-        return alike(*found)
+                outcomes.append([loss, *slopes])
+        return alike(*outcomes)
 
     def _of_odd_size(self, state: list[Tensor], data: list[Tensor]) -> list[Tensor]:
         """Data of a size that nothing else has: sizes that are equal are traced as one."""
@@ -115,10 +115,10 @@ class Gradients:
             each = [[value[k] for value in data] for k in range(len(data[0]))]
         taken = {size for value in [*state, *data] for size in value.shape}
         for rows in range(3, len(taken) + 16):
-            found = [self.staged.resized(values, rows) for values in each if rows not in taken]
-            if found and None not in found:
+            resized = [self.staged.resized(values, rows) for values in each if rows not in taken]
+            if resized and None not in resized:
                 return [
-                    torch.stack(v) if self.replicated else v[0] for v in zip(*found, strict=True)
+                    torch.stack(v) if self.replicated else v[0] for v in zip(*resized, strict=True)
                 ]
         raise NotStageable("the graph is for batches of one size only")
 

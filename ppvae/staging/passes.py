@@ -228,15 +228,15 @@ def _depends_on_shapes(node: fx.Node) -> bool:
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
     """The nodes that some nodes are made from, with themselves; sizes of an argument are leaves."""
-    found: set[fx.Node] = set()
+    ancestors: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node in found:
+        if node in ancestors:
             continue
-        found.add(node)
+        ancestors.add(node)
         if node.target is _NEW_EMPTY:
             todo += [size for size in node.args[1] if isinstance(size, fx.Node)]  # type: ignore
         elif not (node.target is _SIZE and node.args[0].op == "placeholder"):  # type: ignore
             todo += node.all_input_nodes
-    return found
+    return ancestors

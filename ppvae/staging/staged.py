@@ -250,17 +250,17 @@ def _check(staged: Staged, args: tuple[Any, ...]) -> None:
         for arg in args
     )
     settings = staged.program.settings(0)
-    for some in filter(lambda batch: staged.covers(*batch), [args, fewer]):
+    for batch in filter(lambda batch: staged.covers(*batch), [args, fewer]):
         try:
-            wanted = _outcome(staged, staged.program, *some, *settings)
+            wanted = _outcome(staged, staged.program, *batch, *settings)
         except Exception:  # fewer data may be data that the program itself refuses
-            if some is args:
+            if batch is args:
                 raise
             continue
-        found = _outcome(staged, staged.by_graph, some, settings)
-        if not alike(found, wanted):
+        graph = _outcome(staged, staged.by_graph, batch, settings)
+        if not alike(graph, wanted):
             raise NotStageable(
-                f"model, guide: cannot be staged: the graph gives a loss of {found[0]:.6g} or "
+                f"model, guide: cannot be staged: the graph gives a loss of {graph[0]:.6g} or "
                 f"a gradient that is not the program's ({wanted[0]:.6g}); does one keep a count "
                 "or a list of its own?"
             )
@@ -313,12 +313,12 @@ def _fits(arg: Any, like: Any, sizes: dict[str, int]) -> bool:
     return True
 
 
-def alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
+def alike(outcome: list[Tensor], wanted: list[Tensor]) -> bool:
     """Whether a loss and its gradients are those wanted, to a thousandth of the largest number.
 
     Numbers that are not finite must be the same; training, and not staging, refuses them.
     """
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(outcome, wanted, strict=True):
         largest = other.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
         if not torch.allclose(one, other, rtol=0.0, atol=1e-3 * largest + 1e-6, equal_nan=True):
             return False

@@ -133,9 +133,7 @@ def fit(
         if draws:
             return _fit_at_once(task, draws, seed or 0, bar)
         engine = single(task, how)
-        moves = (
-            (optimizer or adam)(engine.parameters, lr=learning_rate) if task.parameters else None
-        )
+        moves = partial(optimizer or adam, lr=learning_rate)
         validate = None if held_out is None else partial(task.held_out_loss, held_out)
         (result,) = train(engine, moves, bar, validate=validate, patience=patience)
         return result

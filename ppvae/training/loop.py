@@ -110,14 +110,14 @@ class Steps:
             Diverged: a loss is not finite; parameters and buffers are those of the snapshot.
         """
         data, rows = self.engine.data(minibatch, self.number)
-        found: list[list[float]] = []
+        values: list[list[float]] = []
 
         def evaluate() -> Tensor:
             for parameter in self.engine.parameters:
                 parameter.grad = None
             losses = self.engine.losses(data, self.number)
-            found.append(losses.reshape(-1).tolist())
-            for replicate, loss in enumerate(found[-1]):
+            values.append(losses.reshape(-1).tolist())
+            for replicate, loss in enumerate(values[-1]):
                 if not math.isfinite(loss):
                     self._diverge("the loss", replicate, f"is {loss}", self.engine.blame(data))
             if self.number % _EVERY == 0:
@@ -131,7 +131,7 @@ class Steps:
             if self.optimizer is not None:
                 self.optimizer.step()
         self.number += 1
-        return found[0], rows
+        return values[0], rows
 
     def check(self) -> None:
         """Raises Diverged, if the last step led out of the finite numbers."""
@@ -160,7 +160,7 @@ def progress_bar(num_epochs: int, progress: Any) -> Any:
 
 def train(
     engine: Engine,
-    optimizer: Any,
+    make_optimizer: Callable[..., Any],
     epochs: Any,
     *,
     validate: Callable[[], float] | None = None,
@@ -173,7 +173,7 @@ def train(
 
     Args:
         engine: what computes losses and gradients.
-        optimizer: what moves the parameters; None if there are none.
+        make_optimizer: makes what moves the parameters, if there are any.
         epochs: a progress bar over the epochs.
         validate: returns a loss, and is asked after each epoch.
         patience: after how many epochs without a lower one to stop and go back to the best.
@@ -181,8 +181,9 @@ def train(
     Returns:
         The course of the training of each replicate, and its share of the time.
     """
-    start, steps = time.perf_counter(), Steps(engine, optimizer)
-    with undone_by_errors(engine.parameters, engine.modules):
+    start, parameters = time.perf_counter(), engine.parameters
+    steps = Steps(engine, make_optimizer(parameters) if parameters else None)
+    with undone_by_errors(parameters, engine.modules):
         losses, validation, best_epoch = _epochs(steps, epochs, validate, patience)
     engine.write_back()
     seconds = (time.perf_counter() - start) / len(losses)
@@ -200,7 +201,8 @@ def _epochs(
     engine, count = steps.engine, len(steps.engine.objectives)
     history: list[list[float]] = [[] for _ in range(count)]
     validation: list[float] = []
-    best, lowest, kept = Snapshot(engine.parameters, engine.modules), math.inf, -1
+    best: Snapshot | None = None
+    lowest, kept = math.inf, -1
     for epoch in epochs:
         totals, size = [0.0] * count, 0
         for minibatch in engine.minibatches():
@@ -216,12 +218,11 @@ def _epochs(
             shown["validation"] = f"{validation[-1]:.4g}"
             if validation[-1] < lowest:
                 lowest, kept = validation[-1], epoch
-                best.take(steps.number)
+                best = Snapshot(engine.parameters, engine.modules) if patience else None
         epochs.set_postfix(shown, refresh=False)
         if (patience is not None and epoch - kept >= patience) or not engine.parameters:
             break  # without parameters, of a family without channels, it is only measured
     epochs.close()
-    if patience is None or kept < 0:
-        return history, validation, epoch
-    best.put_back()
-    return history, validation, kept
+    if best is not None:
+        best.put_back()
+    return history, validation, epoch if best is None else kept

@@ -40,10 +40,10 @@ def draws_needed(task: Task) -> int:
         return 0
     (batch,) = task.batches
     with torch.no_grad(), random_state(None, keep=True), unchecked():
-        found = task.terms(batch)
-    if {*found.log_prior, *found.log_guide} & found.local:
+        terms = task.terms(batch)
+    if {*terms.log_prior, *terms.log_guide} & terms.local:
         return 0
-    draws = max(256, 2 * size) if found.log_guide else 1
+    draws = max(256, 2 * size) if terms.log_guide else 1
     return draws if draws == 1 or draws * len(batch[0]) <= _LARGEST else 0
 
 

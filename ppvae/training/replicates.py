@@ -12,6 +12,7 @@ import operator
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def fit_replicates(
                 said = one_line(error)
                 warnings.warn(f"fit_replicates: one after the other; {said}", stacklevel=2)
             else:
-                moves = (optimizer or adam)(engine.parameters, lr=learning_rate)
+                moves = partial(optimizer or adam, lr=learning_rate)
                 with random_state(random.Random(repr(seeds)).getrandbits(62)):
                     return train(engine, moves, progress_bar(num_epochs, progress))
     options: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size}

@@ -57,9 +57,7 @@ class Single(Engine):
         self.task, self.staged, self.gradients = task, staged, gradients
         self.objectives, self.modules = [task.program.objective], [task.program]
         self.parameters = task.parameters
-        self.execution = "eager" if staged is None else "staged"
-        if gradients is not None:
-            self.execution = gradients.execution
+        self.execution = gradients.execution if gradients else "staged" if staged else "eager"
 
     def minibatches(self) -> Iterable[tuple[Any, ...]]:
         """Goes once through the data."""

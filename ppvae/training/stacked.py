@@ -122,15 +122,15 @@ def _check(
     settings = program.settings(0)
     with torch.no_grad(), kept_buffers(program):
         with random_state(0), unchecked():
-            (found,) = staged.rest.forward(*state, *staged.data(example, settings))
-        if not found.isfinite():  # training will say so
+            (by_graph,) = staged.rest.forward(*state, *staged.data(example, settings))
+        if not by_graph.isfinite():  # training will say so
             return
         with random_state(0):  # with the caller's checks
-            wanted = program(*example, *settings)
-    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-6, equal_nan=True):
+            by_program = program(*example, *settings)
+    if not torch.allclose(by_program, by_graph, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise NotStageable(
             f"pairs: expected models and guides of the same make; the graph of the first gives "
-            f"pair {number} a loss of {found:.6g}, its own program {wanted:.6g}"
+            f"pair {number} a loss of {by_graph:.6g}, its own program {by_program:.6g}"
         )
 
 
@@ -174,9 +174,9 @@ class _Stream:
 
 def _stacked(drawn: Sequence[list[Tensor]]) -> list[Tensor]:
     """Stacks the data of replicates; what is the same tensor for all takes no more memory."""
-    found = []
+    whole = []
     for first, *others in zip(*drawn, strict=True):
         same = all(value is first for value in others)
-        whole = first.expand(len(drawn), *first.shape) if same else torch.stack([first, *others])
-        found.append(whole)
-    return found
+        stack = first.expand(len(drawn), *first.shape) if same else torch.stack([first, *others])
+        whole.append(stack)
+    return whole

@@ -57,11 +57,11 @@ class Task:
     def blame(self, batch: tuple[Any, ...]) -> str:
         """Names the terms of the objective that are not finite."""
         with torch.no_grad(), unchecked():
-            found = self.terms(batch)
+            terms_of_batch = self.terms(batch)
         bad = [
             f"{kind} of {site!r}"
             for kind in ("log_likelihood", "kl", "log_prior", "log_guide")
-            for site, value in getattr(found, kind).items()
+            for site, value in getattr(terms_of_batch, kind).items()
             if not torch.isfinite(value).all()
         ]
         return ", ".join(bad) or "their sum"
