@@ -14,11 +14,11 @@ class Linear:
     `P` is the precision of the posterior, `mean` its mean for each datum.
     """
 
-    def __init__(self, W=None, size=20, noise=0.5):
+    def __init__(self, W=None, size=20, noise=0.5, b=None):
         torch.manual_seed(0)
         self.W, self.noise = torch.randn(5, 3) if W is None else torch.as_tensor(W), noise
         outputs, self.latents = self.W.shape
-        self.b = torch.randn(outputs)
+        self.b = torch.randn(outputs) if b is None else b
         decoder = nn.Linear(self.latents, outputs)
         decoder.weight.data, decoder.bias.data = self.W.clone(), self.b.clone()
         self.model = VAE(decoder, self.latents, likelihoods.Normal(noise))
