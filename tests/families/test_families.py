@@ -175,6 +175,7 @@ def test_a_default_start_outside_the_constraint_is_left_out(low):
 def test_flow_density_against_autodiff(size, layers):
     """log q(z) = log N(eps) - log |det dz/deps|, the Jacobian taken by autodiff."""
     head = families.Flow(layers=layers, hidden=8, bins=4).head(3, torch.Size([size]))
+    assert len(head.couplings) == (layers if size > 1 else 0)
     for parameter in head.parameters():  # far from the identity
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     features = torch.randn(1, 3)

@@ -124,18 +124,21 @@ def test_both_objectives_of_pyro_agree_in_the_mean(family, plain_pyro):
     assert difference.mean().abs() < 5 * difference.std() / 400**0.5 + 1e-9
 
 
+SEVERAL = ["one vector", "one scalar", "positive", "left of pixels", "regression", "hierarchy"]
+
+
 @FAMILY
-@pytest.mark.parametrize("case", ["one vector", "one scalar", "positive", "left of pixels"])
+@pytest.mark.parametrize("case", SEVERAL)
 def test_draws_in_a_plate_are_like_single_ones(family, case):
     case, guide = build(family, case)
     with private_modules():
-        draws = draws_plate(case.model, *case.args, draws=5)
-    _, guide_trace = traces(case.model, guide, *case.args, draws=draws)
+        plate = draws_plate(case.model, *case.args, draws=5)
+    _, guide_trace = traces(case.model, guide, *case.args, draws=plate)
     for name, shape in case.latents.items():
         value = guide_trace.nodes[name]["value"]
-        assert value.shape[-len(shape) :] == shape
-        if family not in ("deterministic", "zero"):
-            assert value.shape == (5, *shape)
+        assert value.shape[value.dim() - len(shape) :] == shape
+        if family not in ("deterministic", "zero"):  # a latent without plates is set apart by ones
+            assert value.shape == (5, *[1] * (value.dim() - 1 - len(shape)), *shape)
             assert not torch.equal(value[0], value[1])
 
 
