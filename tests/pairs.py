@@ -54,6 +54,36 @@ def function(model=latents_and_data):
     return model, FamilyGuide(model, families.mean_scale, encoder=mlp(3, 4))
 
 
+def written(decoder=None, encoder=None, scale=0.5):
+    """A model and a guide as one writes them by hand, and their modules."""
+    decoder, encoder = decoder or nn.Linear(2, 3), encoder or nn.Linear(3, 4)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), scale).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        loc, raw = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+    return model, guide, decoder, encoder
+
+
+class NanSlope(nn.Module):
+    """Finite values, and a gradient that is not, while `weight` is zero: sqrt at zero."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 4), value))
+
+    def forward(self, x):
+        return torch.sqrt((x @ self.weight) ** 2)
+
+
 class Normed(nn.Sequential):
     """Running statistics and dropout."""
 

@@ -103,19 +103,6 @@ def seeded(loss, model, guide, *args, seed=0, **options):
 # --- the ELBO -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["noise_only", "mean_scale", "full_rank", "flow"])
-@pytest.mark.parametrize("case", CASES)
-def test_every_case_has_a_finite_differentiable_loss(case, family):
-    case = cases()[case]
-    guide = FamilyGuide(case.model, DENSITIES[family], case.encoder).setup(*case.args)
-    for loss in (ELBO(kl="sampled", num_samples=3), ELBO(free_bits=0.1)):
-        value = loss(case.model, guide, *case.args)
-        assert value.shape == () and torch.isfinite(value)
-        if family != "noise_only":
-            found = gradient(value, parameters(guide))
-            assert torch.isfinite(found).all() and found.any()
-
-
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
 @pytest.mark.parametrize("family", ["deterministic", "mean_scale", "full_rank"])
 @pytest.mark.parametrize("case", ["one vector", "positive", "told rows", "regression"])
@@ -169,22 +156,6 @@ def test_warm_up_is_a_straight_line_that_can_be_pickled():
     torch.testing.assert_close(seeded(constant, model, guide, x), value[1])
     with pytest.raises(ValueError, match="beta: expected a finite number of at least 0, got -1.0"):
         ELBO(beta=lambda step: 1.0 - step)(model, guide, x, step=2)
-
-
-@pytest.mark.parametrize("family", ["mean_scale", "full_rank", "shared_scale", "student_t"])
-def test_the_sampled_kl_averages_to_the_analytic_one(family):
-    """With the same draws the distortions cancel; 60 calls on 5 copies of the data."""
-    model, guide, x = build(family)
-    x, gaps = x.repeat(5, 1), []
-    with torch.no_grad():
-        for seed in range(60):
-            both = [
-                seeded(ELBO(kl=kl), model, guide, x, seed=seed) for kl in ("sampled", "analytic")
-            ]
-            gaps.append(both[0] - both[1])
-    gaps = torch.stack(gaps)
-    assert gaps.std() > 1e-3
-    assert gaps.mean().abs() < 5 * gaps.std() / 60**0.5
 
 
 def test_draws_are_averaged():
@@ -428,17 +399,6 @@ def test_more_draws_come_closer_to_the_likelihood_from_above():
 # --- doubly reparametrized gradients --------------------------------------------------------------
 
 
-class Learned(nn.Module):
-    """A learned prior."""
-
-    def __init__(self):
-        super().__init__()
-        self.loc, self.log_scale = nn.Parameter(torch.randn(2)), nn.Parameter(torch.zeros(2))
-
-    def forward(self):
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
-
-
 def positive(x):
     """Two latents, one of them positive, which joint families draw together."""
     with pyro.plate("data", len(x)):
@@ -447,42 +407,32 @@ def positive(x):
         pyro.sample("x", dist.Normal(a + b[..., None] * torch.ones(3), 1.0).to_event(1), obs=x)
 
 
-def estimates(kind, model, guide, x, wrt, calls, draws):
-    """Gradients of independent calls, shape `(calls, parameters)`."""
-    return torch.stack(
-        [gradient(seeded(IWAE(draws, kind), model, guide, x, seed=s), wrt) for s in range(calls)]
-    )
-
-
-@pytest.mark.parametrize(
-    "family", ["noise_only", "mean_scale", "full_rank", "student_t", "positive"]
-)
+@pytest.mark.parametrize("family", ["student_t", "full_rank"])
 def test_dreg_has_the_same_mean_and_a_smaller_variance(family):
     """Of 60 calls, each on 15 copies of 4 data, after 100 steps of training.
 
     The variance of the guide's parameters, summed, is below a fifth of the pathwise one (0.001 to
     0.03 measured; before training it may be larger).
     """
-    model, guide, x = build("mean_scale" if family == "positive" else family, prior=Learned())
-    if family == "positive":
-        model, guide = positive, FamilyGuide(positive, families.full_rank, mlp(3, 4)).setup(x)
-        model.vectorized = True
+    x = build()[2]
+    guide = FamilyGuide(positive, families.LADDER[family], mlp(3, 4)).setup(x)
+    positive.vectorized = True
     x = x[:4].repeat(15, 1)
     options = {"learning_rate": 0.01, "progress": False, "optimizer": torch.optim.Adam}
-    fit(model, guide, x, num_epochs=100, seed=0, **options)
-    of_guide = [] if family == "noise_only" else parameters(guide)
-    of_model = [] if family == "positive" else parameters(model)
+    fit(positive, guide, x, num_epochs=100, seed=0, **options)
     dreg, path = (
-        estimates(kind, model, guide, x, of_guide + of_model, calls=60, draws=4)
+        torch.stack(
+            [
+                gradient(seeded(IWAE(4, kind), positive, guide, x, seed=s), parameters(guide))
+                for s in range(60)
+            ]
+        )
         for kind in ("doubly_reparametrized", "pathwise")
     )
     error = ((dreg.var(0) + path.var(0)) / 60).sqrt()
     assert ((dreg.mean(0) - path.mean(0)).abs() <= 5 * error + 1e-12).all()
     assert ((path.var(0) > 0) == (dreg.var(0) > 0)).all()  # none where a unit of a network is dead
-    if of_guide:
-        first = sum(p.numel() for p in of_guide)
-        spread, pathwise = dreg[:, :first].var(0).sum(), path[:, :first].var(0).sum()
-        assert spread < pathwise / 5
+    assert dreg.var(0).sum() < path.var(0).sum() / 5
 
 
 def test_dreg_of_the_exact_guide_is_zero_in_every_draw():

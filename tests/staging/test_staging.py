@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES, FAMILIES, N, cases
-from pairs import KINDS, Normed, branch, build, latents_and_data, traceless
+from pairs import KINDS, Normed, branch, build, latents_and_data, traceless, written
 from pairs import data as numbers
 from pyro import poutine
 from pyro.distributions import constraints
@@ -233,32 +233,25 @@ def test_scales_and_masks_of_a_model():
 # --------------------------------------------------------------------- parameters of functions
 
 
-def written(decoder, encoder):
-    """A model and a guide as one writes them by hand."""
+def with_statements():
+    """The pair written by hand, with a parameter of the scale, of the data and of the guide."""
+    _, _, decoder, encoder = written()
 
     def model(x):
-        pyro.module("decoder", decoder)
         scale = pyro.param("user_scale", torch.tensor(0.7), constraint=constraints.positive)
         shift = pyro.param("user_shift", torch.zeros(3))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z) + shift, scale).to_event(1), obs=x)
+        written(decoder, encoder, scale)[0](x - shift)
 
     def guide(x):
-        pyro.module("encoder", encoder)
-        loc = encoder(x)
-        scale = pyro.param("user_spread", torch.ones(2), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+        written(decoder, encoder)[1](x * pyro.param("user_spread", torch.ones(3)))
 
-    return model, guide
+    return model, guide, decoder, encoder
 
 
 @pytest.mark.parametrize("early", [True, False])
 def test_statements_of_parameters(early):
     """Staged before or after a first call: the parameters are those of Pyro's param store."""
-    decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
-    model, guide = written(decoder, encoder)
+    model, guide, decoder, encoder = with_statements()
     names, store = ["user_scale", "user_shift", "user_spread"], pyro.get_param_store()
 
     def call():
@@ -271,7 +264,7 @@ def test_statements_of_parameters(early):
     call()
     parameters = list(staged.parameters())
     assert len(parameters) == 7 and all(p.requires_grad for p in parameters)
-    sites = [store[name].unconstrained() if name != "user_shift" else store[name] for name in names]
+    sites = [store["user_scale"].unconstrained(), store["user_shift"], store["user_spread"]]
     here = [*decoder.parameters(), *encoder.parameters(), *sites]
     want = outcome(eager(model, guide), here, data(4))
     assert torch.equal(want[0], outcome(staged, parameters, data(4))[0])
@@ -444,15 +437,9 @@ def test_staging_leaves_no_trace(training):
 
 
 def test_modules_of_plain_functions_move_no_buffer_either():
-    net = Normed()
-
-    def guide(x):
-        loc, raw = net(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-    with traceless(net, moved=False):
-        stage(latents_and_data, guide, data())
+    model, guide, decoder, encoder = written(encoder=Normed())
+    with traceless(decoder, encoder, moved=False):
+        stage(model, guide, data())
 
 
 def test_a_staging_that_fails_leaves_no_trace():
@@ -471,21 +458,6 @@ def test_a_staging_that_fails_leaves_no_trace():
         assert (caught.type is KeyError) == (model is raises)  # the program's own error
 
 
-def test_a_staged_call_draws_from_the_callers_stream_and_moves_nothing_else():
-    model, guide = build("student_t")
-    staged = stage(model, guide, data())
-    ends = []
-    for call in (staged, eager(model, guide)):
-        torch.manual_seed(1)
-        start = torch.random.get_rng_state()
-        with private_modules():
-            values = [call(data()) for _ in range(2)]
-        assert values[0] != values[1]
-        ends.append(torch.random.get_rng_state())
-        torch.random.set_rng_state(start)
-    assert torch.equal(*ends)  # the streams stay side by side
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_running_statistics_and_dropout_are_those_of_the_program(training):
     (model, guide), (twin_model, twin_guide) = noisy(), noisy()
@@ -500,15 +472,3 @@ def test_running_statistics_and_dropout_are_those_of_the_program(training):
     assert (guide.encoder[1].running_mean.abs().sum() > 0) == training
     losses = {outcome(staged, [], data(), seed=seed)[0].item() for seed in (1, 1, 2)}
     assert len(losses) == 2
-
-
-def test_parameters_are_shared_with_model_and_guide():
-    model, guide = build()
-    staged = stage(model, guide, data())
-    assert set(staged.parameters()) == {*model.parameters(), *guide.parameters()}
-    before = outcome(staged, [], data())[0]
-    with torch.no_grad():
-        guide.encoder[0].weight.mul_(2)
-    after = outcome(staged, [], data())[0]
-    assert after != before
-    assert after == outcome(eager(model, guide), [], data())[0]

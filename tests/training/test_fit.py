@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import Normed, build, data, function, made, same, traceless, values
+from pairs import NanSlope, Normed, build, data, function, made, same, traceless, values
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
@@ -234,19 +234,8 @@ def test_divergence_goes_back_to_a_step_of_the_last_ten():
     assert one[1].encoder[1].num_batches_tracked == 21  # which the run of step 20 has seen
 
 
-class NanSlope(nn.Module):
-    """Finite values, and a gradient that is not: sqrt at zero."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 8)
-
-    def forward(self, x):
-        return torch.sqrt(0 * self.linear(x))
-
-
 def test_a_gradient_that_is_not_finite_is_not_a_success():
-    model, guide = build(encoder=NanSlope())
+    model, guide = build(encoder=NanSlope(0.0))
     fails = pytest.raises(Diverged, match="a parameter is not finite at step 1, from its gradient")
     with traceless(model, guide, moved=False), fails:
         quiet(model, guide, data(6), num_epochs=1)

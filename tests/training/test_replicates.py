@@ -4,12 +4,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from cases import cases
 from pairs import (
     KINDS,
+    NanSlope,
     Normed,
     branch,
     build,
@@ -20,6 +20,7 @@ from pairs import (
     same,
     traceless,
     values,
+    written,
 )
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -105,7 +106,6 @@ def test_an_autoencoder_of_every_sort(family):
     ("name", "family"),
     [
         ("positive", "mean_scale"),
-        ("simplex", "mean_only"),
         ("left of pixels", "mean_only"),
         ("told rows", "mean_scale"),
         ("regression", "mean_scale"),
@@ -117,25 +117,6 @@ def test_several_sites_plates_and_arguments(name, family):
         return case.model, FamilyGuide(case.model, KINDS[family], encoder=case.encoder)
 
     hold(one, cases()[name].args, num_epochs=2)
-
-
-def written():
-    """A model and a guide as one writes them by hand, and their modules."""
-    decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 4)
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", pyro.distributions.Normal(decoder(z), 0.5).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        loc, raw = encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", pyro.distributions.Normal(loc, raw.exp()).to_event(1))
-
-    return model, guide, decoder, encoder
 
 
 def test_functions_that_call_modules_of_their_own():
@@ -179,21 +160,6 @@ def test_gammas_have_the_distribution_of_a_run():
         error = np.hypot(np.std(result.losses), np.std(single)) / np.sqrt(50)
         assert abs(np.mean(result.losses) - np.mean(single)) < 5 * error
         assert 0.5 < np.std(result.losses) / np.std(single) < 2.0
-
-
-# --------------------------------------------------------------------------- nothing in common
-
-
-def test_a_replicate_knows_nothing_of_the_others():
-    told = []
-    for seed, beta in [(2, 1.0), (3, 4.0)]:
-        pairs = made(build, 2)
-        goals = [ELBO(beta=0.5), ELBO(beta=beta)]
-        results = together(pairs, data(), seeds=[1, seed], objective=goals, **options({}))
-        told.append([(r.losses, values(*pair)) for r, pair in zip(results, pairs, strict=True)])
-    (first, other), (again, another) = told
-    assert first[0] == again[0] and same(first[1], again[1])
-    assert other[0] != another[0] and not same(other[1], another[1], 1e-4)
 
 
 def dropped():
@@ -343,17 +309,6 @@ def test_divergence_names_the_replicate_and_keeps_finite_numbers():
     fails = pytest.raises(Diverged, match="the loss of replicate 1 is inf at step 0; .*of step 0$")
     with traceless(*(p for pair in pairs for p in pair), moved=False), fails:
         together(pairs, data(), seeds=[1, 2, 3], **options({}))
-
-
-class NanSlope(nn.Module):
-    """Finite values, and a gradient that is not, while `weight` is zero: sqrt at zero."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, 4))
-
-    def forward(self, x):
-        return torch.sqrt((x @ self.weight) ** 2)
 
 
 def test_a_gradient_that_is_not_finite_is_divergence_of_a_replicate():
