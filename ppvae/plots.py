@@ -125,12 +125,12 @@ def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
         axes.plot(reach, total - reach, color="0.88", linewidth=0.8, zorder=0)
     for index, point in enumerate(values.T):
         axes.scatter(*point, color=f"C{index % 10}", zorder=2)
-    height = -math.inf
+    height, spread = -math.inf, np.ptp(distortions) + 1.0
     for name, (rate, distortion) in sorted(points.items(), key=lambda item: item[1][1]):
-        height = max(distortion, height + 0.045 * (np.ptp(values) + 1.0))  # apart from the last
+        height = max(distortion, height + 0.045 * spread)  # apart from the name below
         axes.annotate(name, (rate, distortion), (rate + 0.35, height), **_NAME)
-    pad = 0.1 * (np.ptp(distortions) + 1.0)
-    axes.set(xlim=reach, ylim=(distortions.min() - pad, distortions.max() + pad))
+    ends = distortions.min() - 0.1 * spread, distortions.max() + 0.1 * spread
+    axes.set(xlim=reach, ylim=ends)
     return figure
 
 

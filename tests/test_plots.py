@@ -54,7 +54,7 @@ def test_rate_and_distortion():
     assert {round(line.get_xydata()[0].sum(), 6) for line in axes.lines} == {5.0}
     names = {text.get_text(): text.xyann[1] for text in axes.texts}
     assert names["b"] == 3.0 and names["a"] == 5.0
-    assert names["c"] == pytest.approx(3.0 + 0.045 * (5.0 + 1.0))  # apart by a share of the range
+    assert names["c"] == pytest.approx(3.0 + 0.045 * 3.0)  # apart by a share of the height
     assert axes.get_ylim() == pytest.approx((3.0 - 0.3, 5.0 + 0.3))
     curves = {"a": ([0.0, 1.0], [3.0, 2.0]), "b": ([0.5], [2.5])}
     (axes,) = plots.rate_distortion_curves(curves, bounds={"c": ([0, 1], [1, 0])}, title="t").axes

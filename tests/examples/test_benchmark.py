@@ -31,11 +31,12 @@ ROWS = [
 
 @pytest.fixture
 def benchmark(guard, plain_pyro):
-    """The program as a module, in single precision, as it runs."""
+    """The program as a module, in single precision, as it runs, and with fewer data."""
     torch.set_default_dtype(torch.float32)
     spec = importlib.util.spec_from_file_location("benchmark", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.DATA = 512
     yield module
     torch.set_default_dtype(torch.float64)
 
