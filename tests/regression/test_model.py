@@ -159,7 +159,9 @@ ERRORS = {"normal": dist.Normal, "student": functools.partial(dist.StudentT, 4.0
 def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, errors):
     """The trap of `weight @ X.T`: densities of a vectorized run against a loop over its draws."""
     X, y = torch.randn(7, 3), torch.randn(7)
-    model = LinearRegression(3, weight=PRIORS[prior], noise=NOISES[noise], errors=ERRORS[errors])
+    model = LinearRegression(
+        3, weight=PRIORS[prior], noise=NOISES[noise], likelihood=ERRORS[errors]
+    )
     guide = FamilyGuide(model, families.mean_scale).setup(X, y)
     with private_modules():
         model_trace, _ = trace_pair(model, guide, X, y, draws=draws_plate(model, X, y, draws=4))
@@ -349,3 +351,9 @@ def test_priors_that_make_no_model(arguments, error, message):
 def test_a_known_noise_in_any_form():
     for noise in (0.7, torch.tensor(0.7, dtype=torch.float32), np.float32(0.7)):
         assert LinearRegression(3, noise=noise).noise_prior == 0.7
+
+
+def test_the_likelihood_goes_by_its_old_name_for_a_version():
+    with pytest.warns(DeprecationWarning, match="errors: is now called likelihood"):
+        old = LinearRegression(2, errors=dist.Laplace)
+    assert old.likelihood is LinearRegression(2, likelihood=dist.Laplace).likelihood
