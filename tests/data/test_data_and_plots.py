@@ -50,8 +50,9 @@ def test_bad_data(tmp_path):
         data.load(tmp_path / "head.csv")
     with pytest.raises(ValueError, match=r"numbers of shape \(N, D\).*\(3,\)"):
         data.load(tmp_path / "flat.npy")
-    with pytest.raises(ValueError, match="test: expected a share .* got 1.5"):
-        data.split(torch.zeros(4, 1), test=1.5)
+    for share in (1.5, 0.01, 0.99, 0.0):  # of four data, none or all
+        with pytest.raises(ValueError, match=f"test: expected a share .* got {share}"):
+            data.split(torch.zeros(4, 1), test=share)
 
 
 def test_pictures_hold_what_they_were_given():
