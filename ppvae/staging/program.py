@@ -100,7 +100,10 @@ def program_of(
         with called_modules():  # may make what is made late, by modules that are then forgotten
             _find_plate(program, trace_pair(model, guide, *args)[0], plate)
         with called_modules() as called, poutine.trace(param_only=True) as capture:
-            program.dtype = objective(model, guide, *args, **program.options, step=0).dtype
+            loss = objective(model, guide, *args, **program.options, step=0)
+        got = type(loss).__name__
+        expect(isinstance(loss, Tensor), "objective", "one that returns a tensor", got, TypeError)
+        program.dtype = loss.dtype
         nodes: Any = capture.trace.nodes
         # inside, where Pyro's store still has the values that the statements refer to
         values = {name: node["value"].unconstrained() for name, node in nodes.items()}

@@ -52,7 +52,8 @@ def fit(
     """Trains the parameters of a model and its guide on the negative ELBO, or another objective.
 
     Works on any Pyro model and guide whose draws are reparametrized. The modules are trained in
-    training mode and left in the mode they had. Pyro's own checks run on the first step only.
+    training mode and left in the mode they had. Pyro's own checks run on the first step only. Fit
+    in one thread at a time: Pyro's handlers belong to the process.
 
     Args:
         model: a Pyro model; called with one minibatch.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ppvae._checks import expect
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
@@ -182,7 +183,10 @@ def train(
         The course of the training of each replicate, and its share of the time.
     """
     start, parameters = time.perf_counter(), engine.parameters
-    steps = Steps(engine, make_optimizer(parameters) if parameters else None)
+    optimizer = make_optimizer(parameters) if parameters else None
+    moves = not parameters or hasattr(optimizer, "step")
+    expect(moves, "optimizer", "a function that returns an optimizer", optimizer, TypeError)
+    steps = Steps(engine, optimizer)
     with undone_by_errors(parameters, engine.modules):
         losses, validation, best_epoch = _epochs(steps, epochs, validate, patience)
     engine.write_back()

@@ -389,6 +389,8 @@ BAD = {
     "rate": (X, {"learning_rate": -1.0}, "learning_rate: .* got -1.0"),
     "optimizer": (X, {"optimizer": 3}, "optimizer: .* or function, got int"),
     "objective": (X, {"objective": ELBO}, "objective: expected a function, such as ELBO"),
+    "no loss": (X, {"objective": lambda *args, **_: 1.0}, "objective: .* tensor, got float"),
+    "no optimizer": (X, {"optimizer": lambda p, lr: lr}, "optimizer: .* an optimizer, got 0.001"),
     "beta": (X, {"objective": NEGATIVE}, "beta: .* at least 0, got -1.0"),
     "compile": (X, {"compile": 1}, 'compile: expected "auto", True or False, got 1'),
     "compile text": (X, {"compile": "yes"}, "compile: .*, got 'yes'"),
@@ -397,7 +399,7 @@ BAD = {
     "kwargs": (X, {"kwargs": 3}, "kwargs: expected a mapping from names to arguments"),
     "rows": (Items(X), {"kwargs": {"w": X[:, 0]}}, "kwargs: expected no tensor with as many rows"),
 }
-TYPES = {"list of text", "text", "optimizer", "objective", "kwargs"}
+TYPES = {"list of text", "text", "optimizer", "objective", "kwargs", "no loss", "no optimizer"}
 
 
 @pytest.mark.parametrize("train", [fit, fit_replicates])
