@@ -1,15 +1,17 @@
-"""x = W z + b + noise: a model of which the posterior, log p(x) and all gaps have a closed form."""
+"""Models of which more is known: a linear one, all of it in closed form, and small ones."""
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
+from ppvae.nn import mlp
 
 
 class Linear:
-    """The model, data drawn from it, and guides with a linear encoder that can be set to anything.
+    """x = W z + b + noise, data drawn from it, and guides that can be set to anything.
 
     `P` is the precision of the posterior, `mean` its mean for each datum.
     """
@@ -79,6 +81,38 @@ class Linear:
         """E log q(z*|x) - log p(z*) of N(mean, covariance): I(x;z) less KL(posterior || q)."""
         inside = torch.linalg.solve(covariance, self.P.inverse()).trace()
         return 0.5 * (self.latents - inside - covariance.logdet()).item()
+
+
+def local(prior, observe):
+    """A model of a latent z for each datum, and of x with the distribution `observe(z)`."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", observe(z), obs=x)
+
+    return model
+
+
+class Column(nn.Module):
+    """An encoder of numbers; of any other arguments it sees the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(1, 8)
+
+    def forward(self, x, *others):
+        return 0.5 * self.net(x.reshape(-1, 1)).tanh()
+
+
+# from the drawn values of the models in `cases` to their arguments, where these are not the data
+_PAD = torch.zeros(6, 2)
+ARGUMENTS = {
+    "right of steps": lambda seen: (torch.cat([seen["x"].T, _PAD[:, :1]], -1),),
+    "told rows": lambda seen: (torch.cat([seen["x"][:, None], _PAD], -1), torch.arange(6)),
+    "own rows": lambda seen: (seen["x"],),
+    "hierarchy": lambda seen: (torch.cat([seen["x"][:, None], _PAD], -1),),
+}
 
 
 def close(value, expected, bound=1e-6):

@@ -7,15 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import cases
-from linear import Linear, close
+from cases import CASES, cases
+from linear import Column, Linear, close, local
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from ppvae import FamilyGuide, annealed_importance, evaluate, families, fit, gaps, simulate
 from ppvae._scopes import private_modules
 from ppvae.evaluation.hmc import Schedule, anneal, tune
 from ppvae.evaluation.path import densities
-from ppvae.nn import mlp
+from ppvae.guides.score import terms_at
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import draws_plate, opened
 
@@ -36,18 +36,21 @@ def errors(found, log_p):
 
 @pytest.mark.parametrize(("start", "number"), [("prior", 150), ("guide", 200)])
 def test_both_bounds_reach_the_closed_form(start, number):
-    """To 0.015 nats: three standard errors of the mean over 150 data, which are asked for too."""
+    """To 0.02 nats: three standard errors of the mean over 150 data, which are asked for too.
+
+    Importance sampling from the same guide, two standard deviations off, is wrong by 0.2.
+    """
     linear = Linear(W, size=150, noise=1.0)
-    guide = linear.guide(families.mean_only, shift=1.5)
+    guide = linear.guide(families.mean_only, shift=2.0)
     options = {"start": start, "latents": linear.true, "num_temperatures": number}
     found = measure(linear.model, guide, linear.x, **options)
     for error in errors(found, linear.log_p):
-        assert abs(error.mean()) < 0.015
-        assert error.std() / math.sqrt(150) < 0.0052 and abs(error).max() < 0.4
+        assert abs(error.mean()) < 0.02
+        assert error.std() / math.sqrt(150) < 0.0067 and abs(error).max() < 0.4
     assert found.ess.min() > 12 and 0.7 < found.acceptance.mean() < 1
     if start == "guide":
         sampled = evaluate(linear.model, guide, linear.x, num_samples=512)
-        assert (sampled.log_likelihood.values - linear.log_p).mean() < -0.05
+        assert (sampled.log_likelihood.values - linear.log_p).mean() < -0.15
     assert found.attrs == {"num_temperatures": number, "num_chains": 16, "start": start}
 
 
@@ -130,12 +133,6 @@ def test_the_path_and_its_weights():
 # --- other supports and layouts -------------------------------------------------------------------
 
 
-def _gamma(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Gamma(2.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-
 def _two_sites(x):
     """A positive and a real latent, which the data correlate; the second depends on the first."""
     with pyro.plate("data", len(x)):
@@ -144,95 +141,85 @@ def _two_sites(x):
         pyro.sample("x", dist.Normal(a + b, 0.5), obs=x)
 
 
+def near(z):
+    return dist.Normal(z, 0.5)
+
+
 def mixture(kind):
     """A prior with two modes, of normals or of log-normals."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", model.prior)
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
     parts = kind(torch.tensor([0.1, 1.3]), torch.tensor([0.3, 0.2]))
-    weights = dist.Categorical(torch.tensor([0.4, 0.6]))
-    model.prior = dist.MixtureSameFamily(weights, parts)
-    return model
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.4, 0.6])), parts)
 
 
-MIXTURES = {"normals": mixture(dist.Normal), "log-normals": mixture(dist.LogNormal)}
+PRIORS = {
+    "gamma": lambda: dist.Gamma(2.0, 1.0),
+    "normals": lambda: mixture(dist.Normal),
+    "log-normals": lambda: mixture(dist.LogNormal),
+}
 
 
-def by_quadrature(model, x):
+def model_of(name):
+    return _two_sites if name == "two sites" else local(PRIORS[name](), near)
+
+
+def by_quadrature(name, x):
     """Log p(x) by the midpoint rule, in the logarithm of a positive latent.
 
     The second latent of `_two_sites` integrates out: x | a ~ N(2a, 1 + 0.5^2).
     """
     u, x = torch.linspace(-12, 5, 20_001), x[:, None]
-    if model is MIXTURES["normals"]:
-        log_p = model.prior.log_prob(u) + dist.Normal(u, 0.5).log_prob(x)
-        return (log_p.logsumexp(-1) + math.log(17 / 20_000)).numpy()
-    a = u.exp()
-    if model is _two_sites:
-        log_p = dist.LogNormal(0.0, 0.4).log_prob(a)
-        log_p = log_p + dist.Normal(2 * a, math.sqrt(1.25)).log_prob(x)
+    z, slope = (u, 0.0) if name == "normals" else (u.exp(), u)
+    if name == "two sites":
+        log_p = dist.LogNormal(0.0, 0.4).log_prob(z)
+        log_p = log_p + dist.Normal(2 * z, math.sqrt(1.25)).log_prob(x)
     else:
-        prior = dist.Gamma(2.0, 1.0) if model is _gamma else model.prior
-        log_p = prior.log_prob(a) + dist.Normal(a, 0.5).log_prob(x)
-    return ((log_p + u).logsumexp(-1) + math.log(17 / 20_000)).numpy()
-
-
-class _Column(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = mlp(1, 8)
-
-    def forward(self, x):
-        return 0.5 * self.net(x[:, None]).tanh()
+        log_p = PRIORS[name]().log_prob(z) + near(z).log_prob(x)
+    return ((log_p + slope).logsumexp(-1) + math.log(17 / 20_000)).numpy()
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "vectorized"),
+    ("name", "family", "vectorized"),
     [
-        (_gamma, "prior", True),
-        (_gamma, "mean_scale", False),
-        (_two_sites, "full_rank", True),
-        (_two_sites, "auto", True),
+        ("gamma", None, True),
+        ("gamma", "mean_scale", False),
+        ("two sites", "full_rank", True),
+        ("two sites", "auto", True),
     ],
 )
-def test_positive_latents_and_several_sites(model, name, vectorized, plain_pyro):
+def test_positive_latents_and_several_sites(name, family, vectorized, plain_pyro):
     """Means over independent data, within 5 standard errors and the bias of a logarithm.
 
     That is half the variance of what the logarithm is taken of, while it is small.
     """
+    model = model_of(name)
     (x,), latents = simulate(model, torch.zeros(60), seed=3)
-    guide = None
-    if name == "auto":
-        guide = AutoNormal(model, init_scale=0.6)
-    elif name != "prior":
-        guide = FamilyGuide(model, families.LADDER[name], _Column()).setup(x)
+    guide = AutoNormal(model, init_scale=0.6) if family == "auto" else None
+    if family in families.LADDER:
+        guide = FamilyGuide(model, families.LADDER[family], Column()).setup(x)
         for head in guide.heads.values():  # exp(1) and not exp(0), which is its own slope
             head.loc.linear.bias.data += 1.0
     options = {"start": "prior" if guide is None else "guide", "vectorized": vectorized}
     options |= {"num_temperatures": 60, "num_chains": 8 if vectorized else 1}
     found = measure(model, guide, x, latents=latents, **options)
-    for error in errors(found, by_quadrature(model, x)):
+    for error in errors(found, by_quadrature(name, x)):
         assert abs(error.mean()) < 5 * error.std() / math.sqrt(60) + error.var()
         assert error.std() < 0.6
     assert found.acceptance.min() > 0.3
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_a_mixture_prior_works_everywhere(kind):
+@pytest.mark.parametrize("name", ["normals", "log-normals"])
+def test_a_mixture_prior_works_everywhere(name):
     """In `fit`, `evaluate`, `gaps` and annealed runs, which all come from below to log p(x)."""
-    model = MIXTURES[kind]
+    model = model_of(name)
     (x,), latents = simulate(model, torch.zeros(40), seed=0)
-    guide = FamilyGuide(model, families.mean_scale, _Column()).setup(x)
-    fitted = fit(model, guide, x, num_epochs=150, learning_rate=0.02, seed=0, progress=False)
-    assert np.mean(fitted.losses[-20:]) < np.mean(fitted.losses[:20])
-    log_p, options = by_quadrature(model, x), {"vectorized": True, "progress": False}
+    guide = FamilyGuide(model, families.mean_scale, Column()).setup(x)
+    losses = fit(model, guide, x, num_epochs=150, learning_rate=0.02, seed=0, progress=False).losses
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+    log_p, options = by_quadrature(name, x), {"vectorized": True, "progress": False}
     measured = evaluate(model, guide, x, num_samples=2000, **options)
     split = gaps(model, guide, x, num_samples=256, num_steps=60, **options)
     annealed = measure(model, guide, x, vectorized=True, num_temperatures=60, latents=latents)
-    assert -np.mean(fitted.losses[-20:]) == pytest.approx(float(measured.elbo.mean()), abs=0.1)
+    assert -np.mean(losses[-20:]) == pytest.approx(float(measured.elbo.mean()), abs=0.1)
     assert close(measured.elbo.mean(), split.elbo.mean(), 0.1)
     assert -0.02 < (split.best_elbo - measured.elbo).mean() < (log_p - measured.elbo).mean()
     assert abs((measured.log_likelihood - log_p).mean()) < 0.05
@@ -260,18 +247,25 @@ def test_the_densities_are_those_of_importance_sampling(case, family, chained):
             assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(alone, point, strict=True))
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if name != "own rows"])
+@pytest.mark.parametrize("family", ["noise_only", "mean_scale", "full_rank", "flow", "student_t"])
+def test_the_density_at_given_latents_is_that_of_the_draw(family, case):
+    """An identity for every draw: the guide's own draws, given back, have the same density."""
+    case = cases()[case]
+    guide = FamilyGuide(case.model, families.LADDER[family], case.encoder)
+    with private_modules(), opened(case.model, guide, case.args) as runs:
+        parts = terms(*runs.traces)
+        latents = {name: runs.traces[1].nodes[name]["value"] for name in case.latents}
+        again = terms_at(case.model, guide, case.args, latents, None)
+    assert torch.allclose(parts.log_q, again.log_q, atol=1e-6)
+    assert torch.allclose(parts.log_joint, again.log_joint, atol=1e-6)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def _local(latent):
-    """A model of three data with that latent each."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", latent)
-            pyro.sample("x", dist.Normal(z.sum(-1) if z.dim() > 1 else z, 1.0), obs=x)
-
-    return model
+def total(z):
+    return near(z.sum(-1))
 
 
 def _no_plate(x):
@@ -285,10 +279,10 @@ CONTINUOUS = "model: expected continuous latents that a bijection .* got {}.* fo
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (_local(dist.ProjectedNormal(torch.ones(3))), CONTINUOUS.format("Sphere")),
-        (_local(dist.Bernoulli(0.5)), CONTINUOUS.format("Boolean")),
+        (local(dist.ProjectedNormal(torch.ones(3)), total), CONTINUOUS.format("Sphere")),
+        (local(dist.Bernoulli(0.5), near), CONTINUOUS.format("Boolean")),
         (
-            _local(dist.ImproperUniform(dist.constraints.real, (), ())),
+            local(dist.ImproperUniform(dist.constraints.real, (), ()), near),
             "model: expected priors that can be drawn from",
         ),
         (_no_plate, "model: expected a plate over the data, got none"),

@@ -9,19 +9,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import DENSITIES, cases
-from linear import Linear, within
+from cases import cases
+from linear import ARGUMENTS, Linear, local, within
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 from scipy.stats import binom
 from sklearn.datasets import load_diabetes
 
 from ppvae import FamilyGuide, calibration, families, fit
-from ppvae._scopes import private_modules, unchecked
+from ppvae._scopes import private_modules
 from ppvae.evaluation import ranks
-from ppvae.guides.score import terms_at
-from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import trace_pair
 from ppvae.regression import LinearRegression
 
 QUIET = {"progress": False}
@@ -54,42 +51,38 @@ def interval_of_draws(level, ratio, num_samples):
 # -- results against closed forms -----------------------------------------------------------------
 
 
-def test_the_exact_guide_is_calibrated_and_carries_all_the_information():
-    linear = build()
-    found = calibration(
-        linear.model, linear.exact(), linear.x, num_simulations=2000, num_samples=199, **QUIET
-    )
-    assert found.sizes == {"simulation": 2000, "latent": 2, "level": 4}
-    assert found.latent.values.tolist() == ["z[0]", "z[1]"]
-    assert found.uniformity_p.min() > 1e-4 and found.calibrated == 1
-    error = np.sqrt(found.level * (1 - found.level) / 2000)
-    assert within(found.coverage - found.level, 0.0, error)
-    assert abs(found.gap) < 1e-10 and abs(found.gap_upper) < 1e-10
-    assert within(found.information, linear.P.logdet().item() / 2, found.information_se)
-    assert found.unit == "nats per datum" and found.note == "" and found.num_samples == 199
-    assert f"2000 simulations (smallest p {found.uniformity_p.min():.2g}; info" in found.reading
-
-
 @pytest.mark.parametrize(
-    ("family", "words"), [("mean_scale", "too narrow"), ("mean_only", "too wide")]
+    ("family", "words"),
+    [
+        ("full_rank", "passes: ranks are uniform in 2400 simulations (smallest p"),
+        ("mean_scale", "intervals too narrow: 90 % intervals cover"),
+        ("mean_only", "intervals too wide: 90 % intervals cover"),
+    ],
 )
 def test_coverage_information_and_gap_are_those_of_the_closed_form(family, words):
-    linear = build(3000)
-    sd = linear.best_sd if family == "mean_scale" else torch.ones(2)
+    linear = build(2400)
+    sds = {"mean_scale": linear.best_sd, "mean_only": torch.ones(2)}
+    Q = torch.diag(sds[family] ** 2) if family in sds else linear.P.inverse()
     guide = linear.guide(families.LADDER[family])
-    options = {"num_simulations": 3000, "batch_size": 1000, **QUIET}
+    options = {"num_simulations": 2400, "batch_size": 1000, **QUIET}
     found = calibration(linear.model, guide, linear.x, **options)
-    ratio, Q = sd / linear.P.inverse().diagonal().sqrt(), torch.diag(sd**2)
+    ratio = (Q.diagonal() / linear.P.inverse().diagonal()).sqrt()
     for level in found.level.values:
         exact = interval_of_draws(level, ratio, 399)
         assert abs(exact - interval(level, ratio)).max() < 0.004  # vanishes with more draws
-        error = np.sqrt(exact * (1 - exact) / 3000)
+        error = np.sqrt(exact * (1 - exact) / 2400)
         assert within(found.coverage.sel(level=level).values, exact, error)
     assert within(found.information, linear.information(Q), found.information_se)
     gap = linear.gap(Q).item()
-    assert found.gap - 5 * found.gap_se < gap < found.gap_upper + 5 * found.gap_upper_se
-    assert found.gap_upper - found.gap < 0.02
-    assert found.calibrated == 0 and f"intervals {words}: 90 % intervals cover" in found.reading
+    assert within(found.gap, gap, found.gap_se) or found.gap < gap
+    assert within(found.gap_upper, gap, found.gap_upper_se) or found.gap_upper > gap
+    assert found.gap_upper - found.gap < 0.02 and words in found.reading
+    assert found.sizes == {"simulation": 2400, "latent": 2, "level": 4}
+    assert found.calibrated == (family == "full_rank") and found.note == ""
+    assert (found.uniformity_p.min() > 1e-4) == (family == "full_rank")
+    assert found.unit == "nats per datum" and found.num_samples == 399
+    if family == "full_rank":
+        assert abs(found.gap) < 1e-10 and abs(found.gap_upper) < 1e-10
 
 
 def test_the_prior_passes_with_no_information_and_a_gap():
@@ -167,23 +160,6 @@ def test_mean_field_covers_on_diabetes_what_was_predicted():
     assert torch.equal(before, guide.heads["weight"].loc.raw)
 
 
-def test_training_a_copy_finds_what_the_closed_form_finds():
-    """The same draws around means equal to 1e-6: the same ranks."""
-    known = Regression(60)
-    guide = FamilyGuide(known.model, families.mean_scale)
-    fit(known.model, guide, known.args, num_epochs=500, **QUIET)
-
-    def train(model, guide, *args):
-        fit(model, guide, args, num_epochs=500, **QUIET)
-
-    found = [
-        calibration(known.model, guide, *known.args, num_simulations=2, refit=refit, **QUIET)
-        for refit in (known.refit, train)
-    ]
-    assert abs(found[0]["rank"] - found[1]["rank"]).max() <= 1
-    assert abs(found[0].information - found[1].information) < 1e-3
-
-
 def test_a_guide_of_pyro_with_an_auxiliary_draw():
     """AutoMultivariateNormal set to the exact posterior: gap zero, by the density at the truth."""
     known = Regression(60)
@@ -215,11 +191,6 @@ NAMES = {
     "right of steps": ["z[0,0]", "z[0,1]", "z[1,0]", "z[1,1]"],
     "steps inside": ["z[0]", "z[1]", "z[2]"],
 }
-PAD = torch.zeros(6, 2)
-ARGUMENTS = {
-    "right of steps": lambda seen: (torch.cat([seen["x"].T, PAD[:, :1]], -1),),
-    "told rows": lambda seen: (torch.cat([seen["x"][:, None], PAD], -1), torch.arange(6)),
-}
 
 
 @pytest.mark.parametrize("case", LOCAL)
@@ -237,29 +208,8 @@ def test_the_prior_of_any_model_passes(case, vectorized):
     assert found.sizes["simulation"] == options["num_simulations"]
 
 
-@pytest.mark.parametrize("case", [*LOCAL, "own rows", "regression", "hierarchy"])
-@pytest.mark.parametrize("family", ["noise_only", "mean_scale", "full_rank", "flow", "student_t"])
-def test_the_density_at_given_latents_is_that_of_the_draw(family, case):
-    """An identity for every draw: the guide's own draws, given back, have the same density."""
-    case_ = cases()[case]
-    guide = FamilyGuide(case_.model, DENSITIES[family], case_.encoder)
-    if case == "own rows":
-        guide = FamilyGuide(case_.model, families.noise_only)
-    with torch.no_grad(), private_modules(), unchecked():
-        pair = trace_pair(case_.model, guide, *case_.args)
-        latents = {name: pair[1].nodes[name]["value"] for name in case_.latents}
-        again = terms_at(case_.model, guide, case_.args, latents, None)
-    for kind in ("log_prior", "log_guide"):
-        one, other = (sum(getattr(t, kind).values()) for t in (terms(*pair), again))
-        assert torch.allclose(one, other, atol=1e-6), kind
-
-
 def test_discrete_latents_split_their_ties():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Binomial(3, torch.tensor(0.4)))
-            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
-
+    model = local(dist.Binomial(3, torch.tensor(0.4)), lambda k: dist.Normal(k, 1.0))
     guide = FamilyGuide(model, families.noise_only)
     found = calibration(model, guide, torch.zeros(1000), vectorized=True, num_samples=19, **QUIET)
     assert found.uniformity_p.item() > 1e-4
@@ -269,11 +219,7 @@ def test_discrete_latents_split_their_ties():
 
 def test_a_density_that_is_not_found_is_said_so():
     """z is the square of an auxiliary draw's exponential: no permutation of coordinates."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.LogNormal(0.0, 2.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = local(dist.LogNormal(0.0, 2.0), lambda z: dist.Normal(z, 1.0))
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -371,11 +317,6 @@ def _bare(x):
     pyro.sample("x", dist.Normal(pyro.sample("w", dist.Normal(0.0, 1.0)), 1.0), obs=x)
 
 
-def _nothing(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-
 def test_models_and_guides_that_need_a_refit():
     def refused(message, model, guide, x, error=ValueError, **options):
         with pytest.raises(error, match=message):
@@ -388,7 +329,6 @@ def test_models_and_guides_that_need_a_refit():
     refused("refit: expected a function, got int", _global, guide, x, error=TypeError, refit=3)
     bare = FamilyGuide(_bare, families.mean_scale)
     refused("refit: .* the model has no plate over its data", _bare, bare, torch.tensor(0.0))
-    refused("model: expected latent sites, got none", _nothing, _nothing, x)
     linear = build(6)
     alone = FamilyGuide(linear.model, families.mean_scale)
     with private_modules():
