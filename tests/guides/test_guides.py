@@ -48,8 +48,12 @@ def steps(model, guide, *args, objective=Trace_ELBO, number=2, rate=1e-3):
 @FAMILY
 @CASE
 def test_draws_every_site_in_its_support_and_learns_from_them(family, case):
+    own_rows = case == "own rows"  # else the model has them, and the guide keeps out
     case, guide = build(family, case)
     model_trace, guide_trace = traces(case.model, guide, *case.args)
+    assert ("data" in guide_trace.nodes) == own_rows
+    if family in ("deterministic", "zero"):
+        assert guide_trace.log_prob_sum() == 0
     for name, shape in case.latents.items():
         assert guide_trace.nodes[name]["value"].shape == shape
         prior = model_trace.nodes[name]["fn"]
@@ -346,6 +350,17 @@ def test_a_guide_list_takes_other_sizes_if_it_is_given_its_plates(plain_pyro):
                 guide(torch.randn(4, 3))
         else:
             assert guide(torch.randn(4, 3))["z"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("family", ["noise_only", "mean_scale"])
+def test_a_guide_list_draws_the_rows_once(family, plain_pyro):
+    case = cases()["own rows"]
+    guide = AutoGuideList(case.model)
+    guide.append(FamilyGuide(poutine.block(case.model, expose=["z"]), family, case.encoder))
+    for _ in range(2):
+        model_trace, guide_trace = trace_pair(case.model, guide, *case.args)
+        rows = [trace.nodes["data"]["value"] for trace in (model_trace, guide_trace)]
+        assert torch.equal(*rows) and guide_trace.nodes["z"]["value"].shape == (4, 2)
 
 
 def test_families_over_another_support(plain_pyro):
