@@ -2,23 +2,23 @@ r"""The evidence as a function of the prior scale, and its maximum (empirical Ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
 from numpy.typing import ArrayLike
-from scipy import optimize
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ppvae._checks import expect
 from ppvae.regression.exact import ExactPosterior
-from ppvae.regression.hyperposterior import Unknown, hyper_posterior
+from ppvae.regression.priors import Array, Unknown
 from ppvae.regression.problem import Problem, read_problem
 
 _WEIGHT = dist.Normal(0.0, 1.0)
-# Natural logs of the scale, relative to the prior's own, between which the maximum is looked for.
+# Natural logs of the scale, or of scale over noise, between which the maximum is looked for.
 _RANGE = 35.0
 
 Data = ArrayLike | Tensor | Iterable[tuple[Any, Any]]
@@ -48,7 +48,7 @@ def log_evidence_curve(
     weight: Distribution = _WEIGHT,
     noise: float | Distribution | None,
     intercept: bool = False,
-) -> np.ndarray:
+) -> Array:
     r"""Computes log p(y | t) for a grid of factors t of the prior sds, from one decomposition.
 
     Args:
@@ -67,8 +67,8 @@ def log_evidence_curve(
         ValueError: a scale is not positive, or as for `exact_posterior`.
     """
     grid = np.atleast_1d(np.asarray(scales, dtype=float))
-    if grid.ndim != 1 or not (np.isfinite(grid) & (grid > 0)).all():
-        raise ValueError(f"scales: expected positive, finite numbers, got {scales!r}")
+    positive = grid.ndim == 1 and (np.isfinite(grid) & (grid > 0)).all()
+    expect(positive, "scales", "positive, finite numbers", repr(scales))
     problem = read_problem(X, y, weight, noise, 1.0, intercept=intercept)
     return _curve(problem, np.log(grid))
 
@@ -104,71 +104,47 @@ def evidence_maximum(
     Reference:
         MacKay, *Bayesian interpolation*, 1992.
     """
-    if maximize_noise and noise is not None:
-        raise ValueError(f"noise: expected nothing with maximize_noise=True, got {noise}")
-    if weight is None:
-        raise ValueError("weight: expected a Normal, got None: a flat prior has no scale")
+    expect(not maximize_noise or noise is None, "noise", "nothing with maximize_noise=True", noise)
+    expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
     problem = read_problem(X, y, weight, noise, 1.0, intercept=intercept)
     if maximize_noise:
-        log_noise, log_scale = _both(problem)
-        problem = replace(problem, noise=Unknown(log_noise, None))
+        best_noise = problem.gaussian.best_noise
+        log_ratio = _highest(lambda ratios: best_noise(ratios)[1])
+        log_noise = best_noise(np.array([log_ratio]))[0][0]
+        log_scale = log_noise + log_ratio
+        problem = problem._replace(noise=math.exp(log_noise))
     else:
-        log_scale = _highest(lambda v: _curve(problem, v), _RANGE)
-        log_noise = problem.noise.value if problem.noise.known else np.nan
-    posterior = ExactPosterior(replace(problem, scale=Unknown(log_scale, None)))
-    return EvidenceMaximum(
-        float(np.exp(log_scale)), float(np.exp(log_noise)), posterior.log_normalizer, posterior
-    )
+        log_scale = _highest(lambda log_scales: _curve(problem, log_scales))
+    scale = math.exp(log_scale)
+    problem = problem._replace(scale=scale)
+    posterior = ExactPosterior(problem, problem.integrate(), intercept=intercept)
+    known_noise = np.nan if isinstance(problem.noise, Unknown) else problem.noise
+    return EvidenceMaximum(scale, known_noise, posterior.log_normalizer, posterior)
 
 
-def _curve(problem: Problem, log_scales: np.ndarray) -> np.ndarray:
-    if problem.noise.known:
-        noise = np.full(len(log_scales), problem.noise.value)
-        values = problem.log_joint(noise, log_scales)[:, 0]
-    else:
-        totals = [
-            hyper_posterior(problem.log_joint, problem.noise, Unknown(v, None)).log_totals[0]
-            for v in log_scales.tolist()
-        ]
-        values = np.array(totals)
-    return values + problem.decomposition.constant
+def _curve(problem: Problem, log_scales: Array) -> Array:
+    """Log evidence at scales, the noise known or integrated over."""
+    noise, gaussian = problem.noise, problem.gaussian
+    if isinstance(noise, Unknown):
+        problems = [problem._replace(scale=scale) for scale in np.exp(log_scales).tolist()]
+        return np.array([each.integrate().log_total for each in problems])
+    log_noise = np.full(len(log_scales), math.log(noise))
+    return gaussian.log_evidence(log_noise, log_scales) + gaussian.log_constant
 
 
-def _highest(function: Any, reach: float) -> float:
-    """Where a smooth function is highest; it must not be at the ends."""
-    grid = np.linspace(-reach, reach, 141)
+def _highest(function: Callable[[Array], Array]) -> float:
+    """Where a smooth function of a log is highest; it must not be at the ends of the range."""
+    from scipy import optimize
+
+    grid = np.linspace(-_RANGE, _RANGE, 71)
     values = function(grid)
     best = int(np.argmax(values))
-    if values[best] - max(values[0], values[-1]) < 1e-9:
-        raise ValueError(
-            "weight: the evidence has no maximum at a positive, finite prior scale: it is highest "
-            f"{'at zero' if values[0] > values[-1] else 'as the scale grows without bound'}"
-        )
-    found = optimize.minimize_scalar(
-        lambda v: -function(np.array([v]))[0],
-        bounds=(grid[best - 1], grid[best + 1]),
-        method="bounded",
-        options={"xatol": 1e-10},
-    )
-    return float(found.x)
+    inside = values[best] - max(values[0], values[-1]) > 1e-9
+    got = "the maximum at zero" if values[0] > values[-1] else "growth without bound"
+    expect(inside, "weight", "evidence with a maximum at a positive, finite scale", got)
+    ends, options = (grid[best - 1], grid[best + 1]), {"xatol": 1e-10}
 
+    def negative(x: float) -> float:
+        return -function(np.array([x]))[0]
 
-def _both(problem: Problem) -> tuple[float, float]:
-    """The noise and the scale that maximize the evidence together, as logs."""
-
-    def over_noise(log_scale: float, first: float) -> tuple[float, float]:
-        grid = first + np.linspace(-12, 12, 97)
-        for _ in range(9):
-            values = problem.decomposition.log_evidence(grid, np.full(len(grid), log_scale))
-            best = int(np.argmax(values))
-            low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-            grid = np.linspace(low, high, 33)
-        return float(values[best]), float(grid[16])
-
-    reference = problem.decomposition.reference
-
-    def profile(log_scales: np.ndarray) -> np.ndarray:
-        return np.array([over_noise(v, reference)[0] for v in log_scales.tolist()])
-
-    log_scale = _highest(profile, _RANGE)
-    return over_noise(log_scale, reference)[1], log_scale
+    return float(optimize.minimize_scalar(negative, bounds=ends, options=options).x)

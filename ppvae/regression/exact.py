@@ -7,26 +7,33 @@ moment, quantile and the evidence without Monte Carlo error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import arviz_base
 import numpy as np
 import pyro.distributions as dist
-import xarray as xr
 from numpy.typing import ArrayLike
+from scipy import linalg
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ppvae._checks import check_count, expect
+from ppvae.regression.hyper import HyperPosterior, mixture_quantiles
 from ppvae.regression.leave_one_out import LeaveOneOut, leave_one_out
+from ppvae.regression.linear_algebra import pieces
+from ppvae.regression.priors import Array
 from ppvae.regression.problem import Problem, read_problem
-from ppvae.regression.roots import mixture_quantiles
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Seed = int | np.random.Generator | None
 
 _WEIGHT = dist.Normal(0.0, 10.0)
 _NOISE = dist.HalfNormal(10.0)
-# Numbers of the largest array in one step of a computation that can be cut into steps.
-_BUDGET = 4_000_000
 
 
 def exact_posterior(
@@ -77,106 +84,102 @@ def exact_posterior(
         >>> posterior.mean.round(6), posterior.sd.round(6)
         (array([1.4]), array([0.447214]))
     """
-    return ExactPosterior(read_problem(X, y, weight, noise, scale, intercept=intercept))
+    problem = read_problem(X, y, weight, noise, scale, intercept=intercept)
+    return ExactPosterior(problem, problem.integrate(), intercept=intercept)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class ExactPosterior:
-    r"""A posterior of weights, noise and scale: a mixture of Gaussians over quadrature nodes.
+    r"""A posterior of weights, noise and scale: a mixture of Gaussians over points of these two.
 
     Arrays are in the order of `names`. Moments that do not exist are `inf`, or `nan` for means.
+    `exact_posterior` makes it.
 
     Args:
-        problem: the regression; see `exact_posterior`.
+        problem: the data and the priors.
+        hyper: the posterior of noise and scale.
+        intercept: whether the first weight is an intercept.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        hyper = problem.integrate()
-        center = (float(np.exp(hyper.log_weights) @ v) for v in (hyper.log_noise, hyper.log_scale))
-        moved = problem.moved(*center)
-        if moved is not problem:
-            problem, hyper = moved, moved.integrate()
-        self._problem, self._hyper = problem, hyper
-        kept = hyper.log_weights > -60.0
-        self._log_noise, self._log_scale = hyper.log_noise[kept], hyper.log_scale[kept]
-        weights = np.exp(hyper.log_weights[kept])
-        self._weights = weights / weights.sum()
-        self._coordinates = problem.decomposition.coordinates(self._log_noise, self._log_scale)
+    problem: Problem
+    hyper: HyperPosterior
+    intercept: bool
 
     @property
     def names(self) -> list[str]:
         """Names of the results, in their order."""
-        intercept = ["intercept"] if self._problem.intercept else []
-        count = self._problem.factor.columns - len(intercept)
-        return [*intercept, *(f"weight[{j}]" for j in range(count)), *self._positive]
-
-    @property
-    def _positive(self) -> dict[str, np.ndarray]:
-        """The unknown ones of noise and scale, by name: logs at the nodes."""
-        pairs = {"noise": self._log_noise, "scale": self._log_scale}
-        unknown = {"noise": self._problem.noise, "scale": self._problem.scale}
-        return {name: logs for name, logs in pairs.items() if not unknown[name].known}
+        weights = (f"weight[{j}]" for j in range(self.problem.factor.columns - self.intercept))
+        return [*["intercept"] * self.intercept, *weights, *self.problem.unknown]
 
     @property
     def log_normalizer(self) -> float:
         """Log of the integral of likelihood times prior densities, in nats; a flat one is 1."""
-        return float(self._hyper.log_totals[0]) + self._problem.decomposition.constant
+        return self.hyper.log_total
 
     @property
     def log_evidence(self) -> float:
         """Log of p(y), in nats; nan where a flat prior leaves it undefined."""
-        return self.log_normalizer if self._problem.proper else float("nan")
+        return self.log_normalizer if self.problem.proper else float("nan")
 
     @cached_property
-    def mean(self) -> np.ndarray:
+    def mean(self) -> Array:
         """Posterior means, shape `(names,)`."""
-        basis, loc = self._problem.decomposition.basis, self._problem.decomposition.loc
-        weights = loc + basis @ (self._weights @ self._coordinates[0])
-        positive = [self._weights @ np.exp(logs) for logs in self._positive.values()]
-        values = np.concatenate([weights, positive])
+        values = self._loc + self._basis @ (self.hyper.shares @ self._mixture[0])
         missing = self._without_moment(1)
-        values[missing] = np.where(np.arange(len(values))[missing] < len(weights), np.nan, np.inf)
-        return values
+        is_weight = np.arange(len(values)) < self.problem.factor.columns
+        return np.where(missing, np.where(is_weight, np.nan, np.inf), values)
 
     @cached_property
-    def covariance(self) -> np.ndarray:
+    def covariance(self) -> Array:
         """Posterior covariance, shape `(names, names)`."""
-        basis = self._problem.decomposition.basis
-        means, variances = self._coordinates
-        away = means - self._weights @ means
-        positive = [np.exp(logs) - self._weights @ np.exp(logs) for logs in self._positive.values()]
-        away = np.column_stack([away, *positive])
-        inner = (away.T * self._weights) @ away
-        size = len(basis)
-        inner[np.arange(size), np.arange(size)] += self._weights @ variances
-        turn = np.eye(len(inner))
-        turn[:size, :size] = basis
-        covariance = turn @ inner @ turn.T
+        shares, (means, variances) = self.hyper.shares, self._mixture
+        away = means - shares @ means
+        inner = (away.T * shares) @ away + np.diag(shares @ variances)
+        covariance = self._basis @ inner @ self._basis.T
         covariance = (covariance + covariance.T) / 2
-        missing = np.flatnonzero(self._without_moment(2))
+        missing = self._without_moment(2)
         covariance[missing] = covariance[:, missing] = np.nan
         covariance[missing, missing] = np.inf
         return covariance
 
     @cached_property
-    def sd(self) -> np.ndarray:
+    def sd(self) -> Array:
         """Posterior standard deviations, shape `(names,)`."""
         return np.sqrt(np.diag(self.covariance))
 
-    def _without_moment(self, order: int) -> np.ndarray:
-        """Which results have tails so heavy that their moment of this order does not exist."""
-        problem, found = self._problem, self._problem.decomposition
-        missing = np.zeros(len(self.names), dtype=bool)
-        for name in self._positive:
-            falls = problem.noise_falls if name == "noise" else problem.scale_falls
-            if falls + order < -1e-9:
-                continue
-            blind = found.sin2 == 0 if name == "noise" else found.cos2 == 0
-            along = np.abs(found.basis[:, blind]).sum(1)
-            missing[: found.size] |= along > 1e-12 * np.abs(found.basis).sum(1)
-            missing[self.names.index(name)] = True
-        return missing
+    @property
+    def _loc(self) -> Array:
+        return np.append(self.problem.gaussian.loc, np.zeros(len(self.problem.unknown)))
 
-    def quantile(self, q: ArrayLike) -> np.ndarray:
+    @cached_property
+    def _basis(self) -> Array:
+        """Takes the coordinates of the weights, and noise and scale, to the results."""
+        unknown = np.eye(len(self.problem.unknown))
+        return linalg.block_diag(self.problem.gaussian.basis, unknown)
+
+    @cached_property
+    def _mixture(self) -> tuple[Array, Array]:
+        return self._components(*self.hyper.log_numbers)
+
+    def _components(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
+        """Means and variances of the results, given noise and scale, before `_basis` turns them."""
+        means, variances = self.problem.gaussian.coordinates(log_noise, log_scale)
+        logs = {"noise": log_noise, "scale": log_scale}
+        known = [np.exp(logs[name]) for name in self.problem.unknown]
+        zeros = np.zeros((len(means), len(known)))
+        return np.column_stack([means, *known]), np.hstack([variances, zeros])
+
+    def _without_moment(self, order: int) -> Array:
+        """Which results have tails so heavy that their moment of this order does not exist."""
+        gaussian, along = self.problem.gaussian, np.abs(self._basis)
+        lacks = {name: not self.problem.has_moment(name, order) for name in self.problem.unknown}
+        heavy = np.append(np.zeros(len(gaussian.loc), dtype=bool), list(lacks.values()))
+        # the flat weights spread with the noise, and those that no data see with the scale
+        heavy[: gaussian.flat] = lacks.get("noise", False)
+        heavy[gaussian.rank : len(gaussian.loc)] = lacks.get("scale", False)
+        return along[:, heavy > 0].sum(1) > 1e-12 * along.sum(1)
+
+    def quantile(self, q: ArrayLike) -> Array:
         r"""Quantiles of each result by itself.
 
         Args:
@@ -189,48 +192,38 @@ class ExactPosterior:
             ValueError: a probability is not between 0 and 1.
         """
         levels = np.atleast_1d(np.asarray(q, dtype=float))
-        if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
-            raise ValueError(f"q: expected probabilities between 0 and 1, got {q!r}")
-        columns = [self._weight_quantiles(levels)]
-        for name in self._positive:
-            of = self._hyper.noise_quantile if name == "noise" else self._hyper.scale_quantile
-            columns.append(of(levels)[:, None])
-        table = np.hstack(columns)
+        inside = levels.ndim == 1 and ((levels > 0) & (levels < 1)).all()
+        expect(inside, "q", "probabilities between 0 and 1", repr(q))
+        shares, (means, variances) = self.hyper.shares, self._mixture
+        weights = np.empty((len(levels), self.problem.factor.columns))
+        for part in pieces(weights.shape[1], len(shares) * len(levels)):
+            basis = self._basis[: weights.shape[1]][part].T
+            sds = np.sqrt(variances @ basis**2)
+            weights[:, part] = mixture_quantiles(shares, means @ basis, sds, levels)
+        table = self._loc + np.hstack([weights, self.hyper.quantiles(levels)])
         return table[0] if np.ndim(q) == 0 else table
 
-    def _weight_quantiles(self, levels: np.ndarray) -> np.ndarray:
-        found = self._problem.decomposition
-        means, variances = self._coordinates
-        table = np.empty((len(levels), found.size))
-        step = max(1, _BUDGET // (len(self._weights) * len(levels)))
-        for start in range(0, found.size, step):
-            rows = found.basis[start : start + step]
-            sds = np.sqrt(variances @ (rows**2).T)
-            table[:, start : start + step] = mixture_quantiles(
-                self._weights, means @ rows.T, sds, levels
-            )
-        return table + found.loc
-
-    def sample(self, n: int, seed: int | np.random.Generator | None = None) -> np.ndarray:
-        """Independent draws, shape `(n, names)`.
+    def sample(
+        self, num_samples: int | None = None, seed: Seed = None, *, n: int | None = None
+    ) -> Array:
+        """Independent draws, shape `(num_samples, names)`.
 
         Args:
-            n: number of draws.
+            num_samples: number of draws, at least 0.
             seed: a seed or a NumPy generator; no global random state is used.
+            n: the former name of `num_samples`.
 
         Raises:
-            ValueError: n is negative.
+            ValueError: `num_samples` is no whole number of at least 0.
         """
-        if n < 0:
-            raise ValueError(f"n: expected a number of draws that is not negative, got {n}")
+        if n is not None:
+            warnings.warn("n: is now called num_samples", DeprecationWarning, stacklevel=2)
+            num_samples = n
+        size = check_count("num_samples", num_samples, 0)
         generator = np.random.default_rng(seed)
-        found = self._problem.decomposition
-        log_noise, log_scale = self._hyper.sample(n, generator)
-        means, variances = found.coordinates(log_noise, log_scale)
-        coordinates = means + np.sqrt(variances) * generator.standard_normal(means.shape)
-        drawn = {"noise": log_noise, "scale": log_scale}
-        positive = [np.exp(drawn[name]) for name in self._positive]
-        return np.column_stack([found.loc + coordinates @ found.basis.T, *positive])
+        means, variances = self._components(*self.hyper.sample(size, generator))
+        drawn = means + np.sqrt(variances) * generator.standard_normal(means.shape)
+        return self._loc + drawn @ self._basis.T
 
     def loo(self) -> LeaveOneOut:
         """Exact leave-one-out log predictive densities; see `leave_one_out`.
@@ -238,14 +231,10 @@ class ExactPosterior:
         Raises:
             ValueError: the data came in blocks, or too few remain for a proper posterior.
         """
-        return leave_one_out(self._problem, self._hyper)
+        return leave_one_out(self.problem, self.hyper)
 
     def to_datatree(
-        self,
-        num_samples: int = 1000,
-        seed: int | np.random.Generator | None = None,
-        *,
-        features: Sequence[str] | None = None,
+        self, num_samples: int = 1000, seed: Seed = None, *, features: Sequence[str] | None = None
     ) -> xr.DataTree:
         r"""Lays out independent draws as ArviZ has them.
 
@@ -261,24 +250,21 @@ class ExactPosterior:
         Raises:
             ValueError: there are fewer than one draw, or `features` are not one for each column.
         """
-        problem, size = self._problem, self._problem.factor.columns
-        shift = int(problem.intercept)
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-        if features is not None and len(features) != size - shift:
-            raise ValueError(f"features: expected {size - shift} names, got {len(features)}")
-        draws = self.sample(num_samples, seed)
-        posterior = {"intercept": draws[None, :, 0]} if shift else {}
-        posterior["weight"] = draws[None, :, shift:size]
-        for position, name in enumerate(self._positive):
-            posterior[name] = draws[None, :, size + position]
-        groups = {"posterior": posterior}
-        if problem.factor.design is not None and problem.factor.target is not None:
-            target = problem.factor.target
-            noise = posterior.get("noise", np.exp(self._log_noise[:1]))[..., None]
-            away = (target - draws[None, :, :size] @ problem.factor.design.T) / noise
+        import arviz_base
+
+        factor, first = self.problem.factor, int(self.intercept)
+        draws = self.sample(check_count("num_samples", num_samples), seed)[None]
+        count = factor.columns - first
+        if features is not None:
+            expect(len(features) == count, "features", f"{count} names", len(features))
+        weights = range(first, factor.columns)
+        posterior = {n: draws[..., i] for i, n in enumerate(self.names) if i not in weights}
+        noise = np.asarray(posterior.get("noise", self.problem.noise))[..., None]
+        groups = {"posterior": {"weight": draws[..., weights], **posterior}}
+        if factor.design is not None and factor.target is not None:
+            away = (factor.target - draws[..., : factor.columns] @ factor.design.T) / noise
             logs = -(away**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
-            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": target}}
+            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": factor.target}}
         return arviz_base.from_dict(
             groups,
             coords={} if features is None else {"feature": list(features)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
+from ppvae._checks import check_count, check_number, expect
 from ppvae._scopes import Named
-from ppvae.regression.priors import known_number, positive_prior
+from ppvae.regression.priors import base_of, read_positive
 
 
 class Horseshoe:
@@ -31,9 +33,7 @@ class Horseshoe:
     """
 
     def __init__(self, scale: float = 1.0) -> None:
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {scale}")
-        self.scale = scale
+        self.scale = check_number("scale", scale, positive=True)
 
     def __call__(self, like: Tensor) -> Any:
         """Samples the scales and returns the distribution of the weights given them.
@@ -61,8 +61,9 @@ class LinearRegression(Named):
             `Horseshoe`, or None for a flat prior.
         noise: standard deviation (scale) of the noise: a positive number where it is known, a
             distribution on the positive reals, or None for a flat prior on it.
-        errors: makes the distribution of y from its location and scale; by default Normal. For
-            heavy tails `functools.partial(dist.StudentT, 4.0)`.
+        likelihood: makes the distribution of y from its location and scale; by default Normal.
+            For heavy tails `functools.partial(dist.StudentT, 4.0)`.
+        errors: the former name of `likelihood`.
 
     Raises:
         TypeError: `weight` or `noise` is of another kind.
@@ -79,22 +80,22 @@ class LinearRegression(Named):
         *,
         weight: Any = dist.Normal(0.0, 1.0),  # noqa: B008 (distributions are immutable)
         noise: Any = dist.HalfNormal(1.0),  # noqa: B008
-        errors: Callable[[Tensor, Tensor], Any] = dist.Normal,
+        likelihood: Callable[[Tensor, Tensor], Any] = dist.Normal,
+        errors: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
-        if columns < 1:
-            raise ValueError(f"columns: expected at least 1, got {columns}")
-        known = known_number(noise, "noise")
-        if known is None:
-            positive_prior(noise, "noise")
-        if not (weight is None or isinstance(weight, (Horseshoe, Distribution))):
-            raise TypeError(
-                f"weight: expected a distribution, a Horseshoe or None, got {type(weight).__name__}"
-            )
-        if isinstance(weight, Distribution):
-            weight = _elementwise(weight, columns)
-        self.columns, self.weight_prior = columns, weight
-        self.noise_prior, self.errors = noise if known is None else known, errors
+        if errors is not None:
+            warnings.warn("errors: is now called likelihood", DeprecationWarning, stacklevel=2)
+            likelihood = errors
+        self.columns = check_count("columns", columns)
+        known = read_positive(noise, "noise")
+        self.noise_prior = known if isinstance(known, float) else noise
+        fits = weight is None or isinstance(weight, Horseshoe | Distribution)
+        kind = type(weight).__name__
+        expect(fits, "weight", "a distribution, a Horseshoe or None", kind, TypeError)
+        is_distribution = isinstance(weight, Distribution)
+        self.weight_prior = _elementwise(weight, self.columns) if is_distribution else weight
+        self.likelihood = likelihood
 
     def check_data(self, X: Tensor, y: Tensor | None = None) -> None:
         """Looks whether all the data, and not just a batch, make the posterior proper.
@@ -105,11 +106,9 @@ class LinearRegression(Named):
         if self.weight_prior is None and X.dim() == 2:
             lengths = torch.linalg.vector_norm(X, dim=0)
             rank = int(torch.linalg.matrix_rank(X / lengths.clamp_min(1e-300)))
-            if rank < X.shape[1]:
-                raise ValueError(
-                    f"weight: expected a proper prior where X has rank {rank} and {X.shape[1]} "
-                    "columns, since the posterior is improper; got a flat one"
-                )
+            expected = f"a proper prior where X has rank {rank} and {X.shape[1]} columns"
+            got = "a flat one: the posterior is improper"
+            expect(rank == X.shape[1], "weight", expected, got)
 
     def forward(self, X: Tensor, y: Tensor | None = None) -> Tensor:
         """Runs the program.
@@ -121,14 +120,15 @@ class LinearRegression(Named):
         Returns:
             y, of shape `(rows,)`.
         """
-        if X.dim() != 2 or X.shape[1] != self.columns:
-            raise ValueError(f"X: expected shape (rows, {self.columns}), got {tuple(X.shape)}")
-        if y is not None and y.shape != X.shape[:1]:
-            raise ValueError(f"y: expected shape ({len(X)},), as X has rows; got {tuple(y.shape)}")
+        fits = X.dim() == 2 and X.shape[1] == self.columns
+        expect(fits, "X", f"shape (rows, {self.columns})", tuple(X.shape))
+        if y is not None:
+            fits = y.shape == X.shape[:1]
+            expect(fits, "y", f"shape ({len(X)},), one for each row of X", tuple(y.shape))
         weight = pyro.sample("weight", self._weight_prior(X.new_zeros(self.columns)))
         noise = self._noise(X)
         with pyro.plate("data", len(X), dim=-1):
-            return pyro.sample("y", self.errors(predict(X, weight), noise), obs=y)
+            return pyro.sample("y", self.likelihood(predict(X, weight), noise), obs=y)
 
     def _weight_prior(self, like: Tensor) -> Any:
         prior = self.weight_prior
@@ -148,17 +148,15 @@ class LinearRegression(Named):
 
 
 def _elementwise(prior: Any, columns: int) -> Any:
-    """A prior of single weights, its event dims taken off and its arguments checked."""
-    while isinstance(prior, Independent):
-        prior = prior.base_dist
+    """A prior of single weights, without event dims, its arguments checked."""
+    prior = base_of(prior)
     shape = tuple(prior.shape())
-    if prior.event_shape or shape not in ((), (1,), (columns,)):
-        raise ValueError(
-            f"weight: expected a univariate prior of shape () or ({columns},), got {shape}"
-        )
+    fits = not prior.event_shape and shape in ((), (1,), (columns,))
+    expect(fits, "weight", f"a univariate prior of shape () or ({columns},)", shape)
     scale = getattr(prior, "scale", None)
-    if scale is not None and not (torch.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"weight: expected a positive, finite scale, got {scale}")
+    if scale is not None:
+        positive = (torch.isfinite(scale) & (scale > 0)).all()
+        expect(positive, "weight", "a positive, finite scale", scale)
     return prior
 
 

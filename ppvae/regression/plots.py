@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Ellipse
 from numpy.typing import ArrayLike
 
-from ppvae.regression.roots import mixture_quantiles
+from ppvae.regression.hyper import mixture_quantiles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["band", "bands", "forest", "overconfidence", "paths"]
 
@@ -23,21 +25,19 @@ def forest(rows: Mapping[str, Interval], labels: Sequence[str]) -> Figure:
         rows: name -> (middle, low, high), each of shape `(columns,)`.
         labels: names of the columns.
     """
-    count, names = len(labels), list(rows)
-    figure = Figure(figsize=(2.1 * min(count, 5) + 1.4, 2.6 * -(-count // 5)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(-(-count // 5), min(count, 5), sharey=True)).ravel()
-    spread = np.array([np.asarray(rows[name][0]) for name in names if name in rows])
-    for column, panel in enumerate(axes[:count]):
-        for height, name in enumerate(reversed(names)):
-            middle, low, high = (np.asarray(value)[column] for value in rows[name])
-            panel.plot([low, high], [height, height], color="C0", linewidth=1.6)
-            panel.plot(middle, height, "o", color="black", markersize=3)
+    heights = np.arange(len(rows))[::-1]
+    table = np.array([[np.asarray(ends) for ends in row] for row in rows.values()])
+    lines = -(-len(labels) // 5)
+    figure = _figure(2.1 * min(len(labels), 5) + 1.4, 2.6 * lines)
+    axes = figure.subplots(lines, min(len(labels), 5), sharey=True, squeeze=False).ravel()
+    for panel, label, (middle, low, high) in zip(axes, labels, table.T, strict=False):
+        panel.hlines(heights, low, high, color="C0", linewidth=1.6)
+        panel.plot(middle, heights, "o", color="black", markersize=3)
         panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-        reach = 1.3 * np.abs(spread[:, column]).max() + 0.15
-        panel.set(title=labels[column], xlim=(-reach, reach))
-        panel.set_yticks(range(len(names)), list(reversed(names)))
+        reach = 1.3 * np.abs(middle).max() + 0.15
+        panel.set(title=label, xlim=(-reach, reach), yticks=heights, yticklabels=list(rows))
         panel.tick_params(labelsize=7)
-    for panel in axes[count:]:
+    for panel in axes[len(labels) :]:
         panel.set_axis_off()
     figure.suptitle("Weights with 90 % intervals (cut where they leave the panel)")
     return figure
@@ -59,27 +59,26 @@ def paths(
         best: penalty and log evidence at the maximum.
         labels: names of the columns.
     """
-    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
-    left = figure.add_subplot(grid[0, 0])
-    below = figure.add_subplot(grid[1, 0], sharex=left)
-    right = figure.add_subplot(grid[:, 1], sharey=left)
-    for panel, (penalty, weights), title in ((left, ridge, "ridge"), (right, lasso, "lasso")):
-        for column, label in enumerate(labels):
-            panel.semilogx(penalty, np.asarray(weights)[:, column], color=f"C{column}", label=label)
-        panel.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        panel.set(title=title, ylabel="weight")
-    right.set_xlabel("penalty  noise^2 / b")
+    figure = _figure(9.0, 5.6)
+    mosaic: Any = [["ridge", "lasso"], ["evidence", "lasso"]]
+    panels = figure.subplot_mosaic(mosaic, height_ratios=(2, 1))
+    for title, (penalty, weights) in (("ridge", ridge), ("lasso", lasso)):
+        panels[title].semilogx(penalty, weights, label=list(labels))
+        panels[title].axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        panels[title].set(title=title, ylabel="weight")
+    panels["lasso"].set_xlabel("penalty  noise^2 / b")
+    panels["lasso"].sharey(panels["ridge"])
+    panels["lasso"].legend(fontsize=7, ncols=2)
+    below = panels["evidence"]
+    below.sharex(panels["ridge"])
     below.semilogx(ridge[0], evidence, color="black")
-    below.set(xlabel="penalty  noise^2 / prior variance", ylabel="log evidence [nats]")
+    below.plot(*best, "o", color="C3", label=f"maximum at {best[0]:.3g}")
+    below.legend(fontsize=8)
     low, high = np.quantile(np.asarray(evidence), [0.25, 1.0])
     below.set_ylim(low, high + 0.08 * (high - low))
-    below.plot(*best, "o", color="C3")
-    for panel in (left, below):
+    below.set(xlabel="penalty  noise^2 / prior variance", ylabel="log evidence [nats]")
+    for panel in (panels["ridge"], below):
         panel.axvline(best[0], color="C3", linestyle=":", linewidth=1)
-    text = f"maximum at {best[0]:.3g}"
-    below.text(0.03, 0.08, text, transform=below.transAxes, fontsize=8, color="C3")
-    right.legend(fontsize=7, ncols=2)
     return figure
 
 
@@ -92,12 +91,10 @@ def band(means: ArrayLike, noise: float, *, level: float = 0.9) -> Interval:
         level: of the interval.
     """
     means = np.asarray(means, dtype=float)
-    tail = (1 - level) / 2
-    weights = np.full(means.shape[1], 1 / means.shape[1])
-    ends = mixture_quantiles(
-        weights, means.T, np.full(means.T.shape, noise), np.array([tail, 1 - tail])
-    )
-    return means.mean(1), ends[0], ends[1]
+    levels = np.array([1 - level, 1 + level]) / 2
+    shares, sds = np.full(means.shape[1], 1 / means.shape[1]), np.full(means.T.shape, noise)
+    low, high = mixture_quantiles(shares, means.T, sds, levels)
+    return means.mean(1), low, high
 
 
 def bands(
@@ -111,7 +108,7 @@ def bands(
         data: (feature, target) of the training data.
         label: name of the feature.
     """
-    figure = Figure(figsize=(2.6 * len(curves) + 0.6, 3.0), layout="constrained")
+    figure = _figure(2.6 * len(curves) + 0.6, 3.0)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
     for panel, (name, (middle, low, high)) in zip(axes, curves.items(), strict=True):
         panel.scatter(*data, s=3, color="0.75")
@@ -133,20 +130,20 @@ def overconfidence(
         posteriors: name -> (mean, covariance) of the pair, shapes `(2,)` and `(2, 2)`.
         labels: names of the two columns.
     """
-    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    radius = np.sqrt(-2 * np.log(0.1))
+    figure = _figure(5.4, 4.6)
+    axes, angles = figure.subplots(), np.linspace(0, 2 * np.pi, 181)
+    circle = np.stack([np.cos(angles), np.sin(angles)])
     for index, (name, (mean, covariance)) in enumerate(posteriors.items()):
-        values, vectors = np.linalg.eigh(np.asarray(covariance))
-        width, height = 2 * radius * np.sqrt(values)
-        angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
-        place = tuple(np.asarray(mean, dtype=float))
-        axes.add_patch(
-            Ellipse(place, width, height, angle=angle, fill=False, color=f"C{index}", label=name)
-        )
-        axes.plot(*place, "+", color=f"C{index}")
-    axes.autoscale_view()
+        ring = np.sqrt(-2 * np.log(0.1)) * np.linalg.cholesky(np.asarray(covariance)) @ circle
+        axes.plot(*(np.asarray(mean)[:, None] + ring), color=f"C{index}", label=name)
+        axes.plot(*np.asarray(mean), "+", color=f"C{index}")
     axes.set(xlabel=f"weight of {labels[0]}", ylabel=f"weight of {labels[1]}")
     axes.set_title("Where mean field is overconfident: 90 % regions")
     axes.legend(fontsize=8)
     return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -3,128 +3,155 @@ r"""What the exact posterior reads off the priors: numbers and densities in floa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import Transform
 
-from ppvae.regression.quadrature import LIMIT
+from ppvae._checks import expect
+
+Array = np.ndarray
+# Logs of positive numbers are kept within this, so that their squares are floats.
+_LIMIT = 300.0
 
 
-class PositivePrior(NamedTuple):
-    """A prior of a positive number, by its log.
+class Unknown(NamedTuple):
+    """A positive number with a prior, and a line on which to integrate over it.
 
     Attributes:
-        log_density: log density of the log of the number, elementwise.
-        lower: lower end of the log of the number.
+        distribution: the prior, or None for the density 1 on all positive numbers.
+        lower: lower end of its support.
         upper: upper end.
-        rises: slope of the log density of the log, far down.
+        rises: slope of the log density of the log number, far down; infinity below the support.
         falls: slope far up; minus infinity where the density falls faster than a power.
-        proper: the density has an integral.
+        center: where on the reals the line is finest.
     """
 
-    log_density: Callable[[np.ndarray], np.ndarray]
-    lower: float
-    upper: float
-    rises: float
-    falls: float
-    proper: bool
+    distribution: Any
+    lower: float = 0.0
+    upper: float = np.inf
+    rises: float = 1.0
+    falls: float = 1.0
+    center: float = 0.0
+
+    def around(self, number: float) -> Unknown:
+        """The same with a line that is finest at a number, if that is inside the support."""
+        if not self.lower < number < self.upper:
+            return self
+        above = np.log(self.upper - number) if np.isfinite(self.upper) else 0.0
+        return self._replace(center=np.log(number - self.lower) - above)
+
+    def on_line(self, place: Array) -> tuple[Array, Array]:
+        """Log of the number at places on the line, and log prior density of the places.
+
+        With `x = center + 2 sinh(place / 2)`, which makes exponential tails short, the number is
+        `lower + exp(x)`, or `lower + (upper - lower) sigmoid(x)` where it is bounded (Takahasi,
+        Mori, *Double exponential formulas for numerical integration*, 1974).
+        """
+        x = self.center + 2 * np.sinh(place / 2)
+        within = np.abs(x) < _LIMIT
+        x = np.where(within, x, 0.0)
+        log_part, log_slope = x, x + np.log(np.cosh(place / 2))
+        if np.isfinite(self.upper):
+            log_part = np.log(self.upper - self.lower) - np.logaddexp(0, -x)
+            log_slope += log_part - x - np.logaddexp(0, x)
+        with np.errstate(divide="ignore"):
+            log_number = np.logaddexp(np.log(self.lower), log_part)
+        if self.distribution is not None:
+            # rounding must not put a number on the ends, where the density is zero or infinite
+            inside = np.nextafter(self.lower, np.inf), np.nextafter(self.upper, 0.0)
+            log_slope += _log_prob(self.distribution, np.clip(np.exp(log_number), *inside))
+        return log_number, np.where(within, log_slope, -np.inf)
 
 
-def weight_prior(weight: Any, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Location and scale of a Normal prior, by column; None for a flat one.
+Number = float | Unknown
+NormalPrior = tuple[Array, Array]
+
+
+def read_positive(value: Any, name: str) -> Number:
+    """Reads a positive number that is known, or the prior of one that is not.
+
+    Args:
+        value: a number, a distribution on the positive reals, or None for the flat density.
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError: the value is neither.
+        ValueError: the number is not positive and finite; or the distribution is not univariate, is
+            discrete, or reaches below zero.
+    """
+    if value is None:
+        return Unknown(None)
+    numbers = int | float | np.number | np.ndarray | Tensor
+    if isinstance(value, numbers) and not isinstance(value, bool):
+        array = _double(torch.as_tensor(value)).numpy()
+        ok = array.size == 1 and np.isfinite(array).all() and (array > 0).all()
+        expect(ok, name, "a positive, finite number", value)
+        return float(array.item())
+    kinds = "a positive number, a distribution on the positive reals or None"
+    expect(isinstance(value, Distribution), name, kinds, _words(value), TypeError)
+    prior = _double(value)
+    univariate = prior.batch_shape.numel() * prior.event_shape.numel() == 1
+    expect(univariate, name, "a univariate distribution", _words(value))
+    positive = not prior.support.is_discrete and not _reaches_below_zero(prior)
+    expect(positive, name, "a density on the positive reals", _words(value))
+    lower, upper = _ends(prior)
+    far = np.array([40.0, 50.0]) - _LIMIT
+    with np.errstate(invalid="ignore"):
+        rise, fall = (np.diff(_log_prob(prior, np.exp(u)) + u)[0] / 10 for u in (far, -far[::-1]))
+    rise, fall = rise if np.isfinite(rise) else np.inf, fall if np.isfinite(fall) else -np.inf
+    return Unknown(prior, max(lower, 0.0), upper, rise, fall)
+
+
+def weight_prior(weight: Any, columns: int) -> NormalPrior:
+    """Location and scale of a Normal prior, by column; no columns for a flat one.
 
     Raises:
         TypeError: the prior is neither None nor a Normal.
         ValueError: the shape does not fit the columns, or a scale is not positive and finite.
     """
     if weight is None:
-        return None
-    while isinstance(weight, Independent):
-        weight = weight.base_dist
-    if not isinstance(weight, Normal):
-        raise TypeError(f"weight: expected a Normal or None, got {_words(weight)}")
+        return np.zeros(0), np.zeros(0)
+    weight = base_of(weight)
+    expect(isinstance(weight, Normal), "weight", "a Normal or None", _words(weight), TypeError)
     loc, scale = (_double(t).numpy() for t in (weight.loc, weight.scale))
-    if loc.shape not in {(), (1,), (columns,)}:
-        raise ValueError(
-            f"weight: expected a Normal with one loc and scale, or one for each of the {columns} "
-            f"columns, got shape {loc.shape}"
-        )
-    if not (np.isfinite(scale).all() and (scale > 0).all() and np.isfinite(loc).all()):
-        raise ValueError(
-            f"weight: expected a finite loc and a positive, finite scale, got {loc} and {scale}"
-        )
+    expected = f"a Normal with one loc and scale, or one for each of the {columns} columns"
+    expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")
+    fits = np.isfinite(loc).all() and (np.isfinite(scale) & (scale > 0)).all()
+    expect(fits, "weight", "a finite loc and a positive, finite scale", f"{loc} and {scale}")
     return np.broadcast_to(loc, columns).copy(), np.broadcast_to(scale, columns).copy()
 
 
-def known_number(value: Any, name: str) -> float | None:
-    """The value of a known positive number, or None where it is not a number.
-
-    Raises:
-        ValueError: the number is not positive and finite.
-    """
-    if isinstance(value, bool) or not isinstance(
-        value, int | float | np.number | np.ndarray | Tensor
-    ):
-        return None
-    array = _double(torch.as_tensor(value)).numpy()
-    if array.size != 1 or not np.isfinite(array).all() or not (array > 0).all():
-        raise ValueError(f"{name}: expected a positive, finite number, got {value}")
-    return float(array.reshape(()))
+def base_of(distribution: Any) -> Any:
+    """The distribution without its reinterpreted event dims."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
-def positive_prior(value: Any, name: str) -> PositivePrior:
-    """Reads a prior on the positive reals; None is the flat density.
-
-    Raises:
-        TypeError: the value is no distribution.
-        ValueError: it is not univariate, is discrete, or reaches below zero.
-    """
-    if value is None:
-        return PositivePrior(lambda u: u, -LIMIT, LIMIT, 1.0, 1.0, proper=False)
-    if not isinstance(value, Distribution):
-        raise TypeError(
-            f"{name}: expected a positive number, a distribution on the positive reals or None, "
-            f"got {_words(value)}"
-        )
-    prior = _double(value)
-    if prior.batch_shape.numel() * prior.event_shape.numel() != 1:
-        raise ValueError(f"{name}: expected a univariate distribution, got {_words(value)}")
-    if prior.support.is_discrete or _reaches_below_zero(prior):
-        raise ValueError(f"{name}: expected a density on the positive reals, got {_words(value)}")
-
-    def log_density(u: np.ndarray) -> np.ndarray:
-        return _log_prob(prior, np.exp(u)) + u
-
-    lower, upper = _ends(prior)
-    ends = log_density(np.array([-LIMIT + 40, -LIMIT + 50, LIMIT - 50, LIMIT - 40]))
-    with np.errstate(invalid="ignore"):
-        rises, falls = (ends[1] - ends[0]) / 10, (ends[3] - ends[2]) / 10
-    rises = rises if np.isfinite(rises) else np.inf
-    falls = falls if np.isfinite(falls) else -np.inf
-    return PositivePrior(log_density, lower, upper, rises, falls, proper=True)
-
-
-def _reaches_below_zero(prior: Distribution) -> bool:
+def _reaches_below_zero(prior: Any) -> bool:
     points = np.array([-1.0, -1e-6])
-    support: Any = prior.support
-    inside = support.check(torch.from_numpy(points).reshape(-1, 1)).numpy().reshape(-1)
+    inside = prior.support.check(torch.from_numpy(points).reshape(-1, 1)).numpy().reshape(-1)
     return bool((inside & np.isfinite(_log_prob(prior, points))).any())
 
 
-def _ends(prior: Distribution) -> tuple[float, float]:
-    """The logs of the ends of the support."""
-    low = float(getattr(prior.support, "lower_bound", 0.0))
+def _ends(prior: Any) -> tuple[float, float]:
+    """The ends of the support, of a one-to-one function of a variable as far as it goes."""
+    prior = base_of(prior)
+    low = float(getattr(prior.support, "lower_bound", -np.inf))
     high = float(getattr(prior.support, "upper_bound", np.inf))
-    lower = np.log(low) if low > 0 else -LIMIT
-    return max(lower, -LIMIT), min(np.log(high), LIMIT)
+    if isinstance(prior, TransformedDistribution) and all(t.bijective for t in prior.transforms):
+        ends = torch.tensor(_ends(prior.base_dist), dtype=torch.float64)
+        for transform in prior.transforms:
+            ends = transform(ends)
+        low, high = max(low, float(ends.min())), min(high, float(ends.max()))
+    return low, high
 
 
-def _log_prob(prior: Distribution, values: np.ndarray) -> np.ndarray:
+def _log_prob(prior: Distribution, values: Array) -> Array:
     points = torch.from_numpy(values).reshape(-1, *prior.batch_shape, *prior.event_shape)
     with torch.no_grad():
         logs = prior.log_prob(points).numpy().reshape(-1)
@@ -139,7 +166,7 @@ def _double(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
-            return value.detach().cpu().double() if value.is_floating_point() else value
+            return value.detach().cpu().double().clone() if value.is_floating_point() else value
         digits = value.detach().cpu().numpy().astype(str).astype(np.float64)
         return torch.from_numpy(np.asarray(digits))
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
@@ -154,6 +181,4 @@ def _double(value: Any) -> Any:
 
 
 def _words(value: Any) -> str:
-    if isinstance(value, Distribution):
-        return f"{value} on {getattr(value, 'support', 'an unknown support')}"
     return f"{type(value).__name__} ({value!r:.60})"

@@ -2,119 +2,81 @@ r"""A linear regression, read from what the user gives and checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppvae.regression.decomposition import Decomposition
-from ppvae.regression.factor import Factor, factorize
-from ppvae.regression.hyperposterior import HyperPosterior, LogJoint, Unknown, hyper_posterior
-from ppvae.regression.priors import known_number, positive_prior, weight_prior
-from ppvae.regression.quadrature import LIMIT
+from ppvae._checks import expect
+from ppvae.regression.hyper import HyperPosterior, hyper_posterior
+from ppvae.regression.linear_algebra import GaussianPosterior, Factor, decompose, factorize
+from ppvae.regression.priors import Array, NormalPrior, Number, Unknown, read_positive, weight_prior
 
-# The reference of the decomposition is moved where the posterior is further away than this (log).
+# The reference noise is moved where the posterior is further away than this, in logs.
 _FAR = 7.0
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Data, priors, and the decomposition that they share.
+class Problem(NamedTuple):
+    """Data, priors, and the posterior of the weights for any noise and scale.
 
     Attributes:
         factor: the data.
-        prior: location and sd of the weights; None where they are flat.
-        flat: number of weights with a flat prior; they come first.
-        noise: the noise sd.
-        scale: the factor of the prior sds.
-        decomposition: of the data and the prior.
-        intercept: the first column is the ones of an intercept.
+        weight: location and sd of the weights that have a prior; those that have none come first.
+        noise: the noise sd, or its prior.
+        scale: the factor of the prior sds, or its prior.
+        gaussian: the posterior of the weights for any noise and scale.
     """
 
     factor: Factor
-    prior: tuple[np.ndarray, np.ndarray] | None
-    flat: int
-    noise: Unknown
-    scale: Unknown
-    decomposition: Decomposition
-    intercept: bool
+    weight: NormalPrior
+    noise: Number
+    scale: Number
+    gaussian: GaussianPosterior
 
     @property
-    def noise_falls(self) -> float:
-        """The power of the noise by which the posterior density of its log falls."""
-        assert self.noise.prior is not None
-        return self.noise.prior.falls - (self.factor.rows - self.flat)
-
-    @property
-    def scale_falls(self) -> float:
-        """The power of the prior scale by which the posterior density of its log falls."""
-        assert self.scale.prior is not None
-        seen = self.factor.columns - self.flat - int((self.decomposition.cos2 == 0).sum())
-        return self.scale.prior.falls - seen
+    def unknown(self) -> dict[str, Unknown]:
+        """The priors of the noise and of the scale, where they are unknown."""
+        both = {"noise": self.noise, "scale": self.scale}
+        return {name: u for name, u in both.items() if isinstance(u, Unknown)}
 
     @property
     def proper(self) -> bool:
         """Whether all priors have an integral, so that there is a log evidence."""
-        priors = [u.prior for u in (self.noise, self.scale) if u.prior is not None]
-        return self.flat == 0 and all(prior.proper for prior in priors)
+        return self.gaussian.flat == 0 and all(u.distribution for u in self.unknown.values())
 
-    def log_joint(self, log_noise: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
-        """Log density of data, log noise and log scale, less a constant, shape `(k, 1)`."""
-        total = self.decomposition.log_evidence(log_noise, log_scale)
-        if self.noise.prior is not None:
-            total = total + self.noise.prior.log_density(log_noise)
-        if self.scale.prior is not None:
-            total = total + self.scale.prior.log_density(log_scale)
-        return total[:, None]
+    def has_moment(self, name: str, order: int) -> bool:
+        """Whether the posterior of the noise or of the scale has a moment of this order.
 
-    def integrate(self, log_joint: LogJoint | None = None) -> HyperPosterior:
-        """The posterior of noise and scale; by default resolved for second moments too."""
-        powers = [
-            (not self.noise.known and self.noise_falls < -2, 0),
-            (not self.scale.known and self.scale_falls < -2, 1),
-        ]
-
-        def with_moments(log_noise: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
-            density = self.log_joint(log_noise, log_scale)
-            extra = [2 * (log_noise, log_scale)[i][:, None] for finite, i in powers if finite]
-            return np.hstack([density, *(density + power for power in extra)])
-
-        unknowns = (self.noise, self.scale)
-        heavy = any(not unknowns[i].known and not finite for finite, i in powers)
-        drop = 75.0 if heavy else 45.0
-        return hyper_posterior(log_joint or with_moments, self.noise, self.scale, drop=drop)
-
-    def log_normalizer(self) -> float:
-        """Log of the integral of likelihood times prior densities, flat ones counting as 1."""
-        return float(self.integrate().log_totals[0]) + self.decomposition.constant
-
-    def with_factor(self, factor: Factor) -> Problem:
-        """The same priors with other data.
-
-        Raises:
-            ValueError: the posterior is improper.
+        Far up, the density of its log falls by a power: its prior's, and one for each row that is
+        not used up by flat weights, or for each weight that the data see.
         """
-        other = _problem(
-            factor, self.prior, self.flat, self.noise, self.scale, intercept=self.intercept
-        )
-        _check_noise(other)
-        return other
+        gaussian = self.gaussian
+        seen = gaussian.rank if name == "scale" else gaussian.rows
+        return self.unknown[name].falls - (seen - gaussian.flat) + order < -1e-9
 
-    def moved(self, log_noise: float, log_scale: float) -> Problem:
-        """The same with another reference for the decomposition, where this one is too far off."""
-        here = self.decomposition
-        far = max(abs(log_noise - here.reference), abs(log_scale - here.scale_reference))
-        if far <= _FAR:
-            return self
-        return _problem(
-            self.factor,
-            self.prior,
-            self.flat,
-            self.noise,
-            self.scale,
-            intercept=self.intercept,
-            reference=(np.exp(log_noise), np.exp(log_scale)),
-        )
+    def integrate(self) -> HyperPosterior:
+        """The posterior of the noise and the scale; their moments are exact, where they exist."""
+        gaussian = self.gaussian
+        # the highest of the first two moments that exist
+        orders = {n: sum(self.has_moment(n, order) for order in (1, 2)) for n in self.unknown}
+
+        def log_functions(log_noise: Array, log_scale: Array) -> Array:
+            logs = {"noise": log_noise, "scale": log_scale}
+            likelihood = gaussian.log_evidence(log_noise, log_scale)
+            moments = (likelihood + order * logs[name] for name, order in orders.items())
+            return np.column_stack([likelihood, *moments])
+
+        while True:
+            start = gaussian.log_reference
+            noise, scale = (
+                number.around(first) if isinstance(number, Unknown) else number
+                for number, first in ((self.noise, math.exp(start)), (self.scale, 1.0))
+            )
+            hyper = hyper_posterior(noise, scale, log_functions)
+            center = float(hyper.shares @ hyper.log_numbers[0])
+            if not abs(center - start) > _FAR:
+                return hyper._replace(log_total=hyper.log_total + gaussian.log_constant)
+            gaussian = gaussian._replace(log_reference=center)
 
 
 def read_problem(
@@ -126,60 +88,33 @@ def read_problem(
         TypeError: an argument is of a wrong kind.
         ValueError: a value is out of its range, shapes do not fit, or the posterior is improper.
     """
-    unknown_noise = _unknown(noise, "noise")
-    unknown_scale = _unknown(1.0 if scale is None else scale, "scale")
-    if weight is None and scale is not None:
-        raise ValueError("scale: a flat prior of the weights (weight=None) has no scale")
+    known_noise = read_positive(noise, "noise")
+    known_scale = read_positive(1.0 if scale is None else scale, "scale")
+    expect(weight is not None or scale is None, "scale", "None with weight=None (flat)", scale)
     factor = factorize(X, y, intercept=intercept)
     prior = weight_prior(weight, factor.columns - intercept)
-    flat = factor.columns if prior is None else int(intercept)
-    problem = _problem(factor, prior, flat, unknown_noise, unknown_scale, intercept=intercept)
-    _check_noise(problem)
+    return make_problem(factor, prior, known_noise, known_scale)
+
+
+def make_problem(factor: Factor, weight: NormalPrior, noise: Number, scale: Number) -> Problem:
+    """Decomposes the data.
+
+    Raises:
+        ValueError: the posterior is improper.
+    """
+    gaussian = decompose(factor, weight)
+    if not isinstance(noise, Unknown):
+        gaussian = gaussian._replace(log_reference=math.log(noise))
+        return Problem(factor, weight, noise, scale, gaussian)
+    problem = Problem(factor, weight, noise, scale, gaussian)
+    size = math.exp(gaussian.log_reference)
+    expect(1e-108 < size < 1e108, "y", "residuals of a size in 1e-108..1e108", size)
+    rows, flat = gaussian.rows, gaussian.flat
+    few = f"an improper posterior: {rows} rows and {flat} weights with a flat prior"
+    more = f"a prior that falls faster, or more rows: at least {flat + 2} where it is flat"
+    expect(problem.has_moment("noise", 0), "noise", more, few)
+    bounded = not gaussian.exact_fit or noise.rises > rows - gaussian.rank + 1e-9
+    away = "a known one, or a prior that keeps away from zero (an inverse gamma on the variance)"
+    fit = "an improper posterior: y is an exact linear function of the columns of X"
+    expect(bounded, "noise", away, fit)
     return problem
-
-
-def _unknown(value: Any, name: str) -> Unknown:
-    number = known_number(value, name)
-    return Unknown(np.log(number), None) if number else Unknown(0.0, positive_prior(value, name))
-
-
-def _problem(
-    factor: Factor,
-    prior: tuple[np.ndarray, np.ndarray] | None,
-    flat: int,
-    noise: Unknown,
-    scale: Unknown,
-    *,
-    intercept: bool,
-    reference: tuple[float, float] | None = None,
-) -> Problem:
-    known = np.exp(noise.value) if noise.known else None
-    reference_noise, reference_scale = reference or (known, np.exp(scale.value))
-    found = Decomposition(factor, prior, flat, noise=reference_noise, scale=reference_scale)
-    if not noise.known:
-        noise = noise._replace(value=found.reference)
-    if not scale.known:
-        scale = scale._replace(value=found.scale_reference)
-    return Problem(factor, prior, flat, noise, scale, found, intercept)
-
-
-def _check_noise(problem: Problem) -> None:
-    """Refuses noise priors under which the posterior has no integral."""
-    rows = problem.factor.rows
-    if problem.noise.prior is None:
-        return
-    if abs(problem.decomposition.reference) > LIMIT - 50:
-        raise ValueError("y: expected values of ordinary size, got residuals out of 1e-108..1e108")
-    if problem.noise_falls >= -1e-9:
-        raise ValueError(
-            f"noise: the posterior is improper: with this prior of the noise and {problem.flat} "
-            f"weights under a flat prior, {rows} rows are too few; a flat prior on the noise needs "
-            f"at least {problem.flat + 2}"
-        )
-    spare = rows - problem.decomposition.rank
-    if problem.decomposition.exact_fit and problem.noise.prior.rises - spare <= 1e-9:
-        raise ValueError(
-            "noise: the posterior is improper: y is an exact linear function of the columns of X, "
-            "so that its density grows without bound as the noise goes to zero; give a known "
-            "noise, or a prior that keeps away from zero (an inverse gamma on the variance)"
-        )

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy import special
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules
 from ppvae.objectives.matched import average_loss
-from ppvae.regression.model import LinearRegression
 
 
 class PredictiveScores(NamedTuple):
@@ -30,13 +30,7 @@ class PredictiveScores(NamedTuple):
 
 
 def objective(
-    model: LinearRegression,
-    guide: Any,
-    X: Tensor,
-    y: Tensor,
-    *,
-    num_samples: int = 256,
-    seed: int = 0,
+    model: nn.Module, guide: Any, X: Tensor, y: Tensor, *, num_samples: int = 256, seed: int = 0
 ) -> float:
     """The ELBO of a guide in nats, in total over the data; nothing is changed.
 
@@ -75,13 +69,10 @@ def predictive_scores(
         ValueError: shapes do not fit, or `level` is not in (0, 1).
     """
     X, y, weight = (np.asarray(a, dtype=float) for a in (X, y, weight))
-    if weight.ndim != 2 or X.shape != (len(y), weight.shape[1]):
-        raise ValueError(
-            f"weight: expected shape (draws, columns) for X of shape {X.shape} and y of shape "
-            f"{y.shape}, got {weight.shape}"
-        )
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    shape = f"shape (draws, columns) for X of shape {X.shape} and y of shape {y.shape}"
+    fits = weight.ndim == 2 and X.shape == (len(y), weight.shape[1])
+    expect(fits, "weight", shape, weight.shape)
+    expect(0 < level < 1, "level", "a number between 0 and 1", level)
     means = X @ weight.T
     z = (y[:, None] - means) / np.asarray(noise, dtype=float)
     log_density = -(z**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2

@@ -1,0 +1,287 @@
+r"""The posterior of the noise and of the prior scale, on which that of the weights depends.
+
+Integrals over the logs of the two are sums over the points of a lattice: for an analytic density
+that dies out at both ends the error of this trapezoidal rule falls exponentially as the spacing
+does (Trefethen, Weideman, *The exponentially convergent trapezoidal rule*, 2014), and so does that
+of the Fourier series between the points.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy import special
+
+from ppvae.regression.linear_algebra import pieces
+from ppvae.regression.priors import Array, Number, Unknown
+
+# Logs of functions `(k, functions)` at places `(k, axes)`.
+Logs = Callable[[Array], Array]
+
+# Functions are followed from their modes down to `exp(-_DROP)` of their highest value.
+_DROP = 45.0
+_TOLERANCE = 1e-12
+_MOST_POINTS = 1 << 16
+_MOST_ROUNDS = 80
+# The first lattice: its spacing, and points that are in all blocks of the whole line.
+_COARSE, _REACH = 0.25, range(-56, 56, 8)
+# Points of a block along each axis, by the number of axes: a lattice grows by blocks.
+_BLOCK = {1: 64, 2: 8}
+# Points of a tabulated Fourier series for each point of its lattice.
+_FINER = 8
+
+
+class HyperPosterior(NamedTuple):
+    r"""A posterior of noise and scale as weighted points, which makes the rest a finite mixture.
+
+    Attributes:
+        noise: the noise, or its prior.
+        scale: the prior scale, or its prior.
+        indices: the points in steps of the lattice, shape `(points, axes)`; an axis for the noise
+            and one for the scale, where they are unknown.
+        steps: spacing of the lattice, shape `(axes,)`.
+        shares: probabilities of the points, shape `(points,)`.
+        log_total: log integral of the likelihood times the priors.
+    """
+
+    noise: Number
+    scale: Number
+    indices: Array
+    steps: Array
+    shares: Array
+    log_total: float
+
+    @property
+    def log_numbers(self) -> tuple[Array, Array]:
+        """Logs of the noise and of the scale at the points, each of shape `(points,)`."""
+        return _on_lines(self.noise, self.scale, self.indices * self.steps)[:2]
+
+    def quantiles(self, levels: Array) -> Array:
+        """Quantiles of the unknown ones of noise and scale, shape `(levels, axes)`."""
+        columns = np.empty((len(levels), len(self.steps)))
+        for axis, unknown in enumerate(_unknown(self.noise, self.scale)):
+            first, table = self._table()
+            shares = table.sum(1 - axis) if table.ndim == 2 else table
+            place = _inverse(shares[None], levels)
+            for _ in range(3):  # Newton steps on the series itself
+                away = place[:, None] - np.arange(len(shares))
+                below = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
+                step = (below - levels) / (np.sinc(away) @ shares)
+                place = place - np.clip(step, -1 / _FINER, 1 / _FINER)
+            columns[:, axis] = np.exp(unknown.on_line((first[axis] + place) * self.steps[axis])[0])
+        return columns
+
+    def sample(self, size: int, generator: np.random.Generator) -> tuple[Array, Array]:
+        """Independent draws of the logs of noise and scale, by inverse distribution functions."""
+        uniforms = generator.random((2, size))
+        places = np.zeros((size, len(self.steps)))
+        if len(self.steps):
+            first, table = self._table()
+            shares = table.sum(0) if table.ndim == 2 else table
+            places[:, -1] = _inverse(shares[None], uniforms[0])
+            for part in pieces(size, _FINER * len(table)) if table.ndim == 2 else ():
+                # the series across the lattice, at the scales that were drawn
+                across = np.sinc(places[part, 1:] - np.arange(len(shares)))
+                places[part, 0] = _inverse(across @ table.T, uniforms[1, part])
+            places = (first + places) * self.steps
+        return _on_lines(self.noise, self.scale, places)[:2]
+
+    def _table(self) -> tuple[Array, Array]:
+        """The index of the first point along each axis, and the probabilities as an array."""
+        first = self.indices.min(0)
+        table = np.zeros(self.indices.max(0) - first + 1)
+        table[tuple((self.indices - first).T)] = self.shares
+        return first, table
+
+
+def hyper_posterior(
+    noise: Number, scale: Number, log_functions: Callable[[Array, Array], Array]
+) -> HyperPosterior:
+    r"""Integrates over the noise, the prior scale, or both, or neither.
+
+    Args:
+        noise: the noise, or its prior.
+        scale: the prior scale, or its prior.
+        log_functions: maps logs of noises and of scales, each `(k,)`, to logs `(k, functions)`; the
+            first is the likelihood, the others only have to be resolved as well.
+
+    Raises:
+        ValueError: a function is nowhere positive.
+    """
+
+    def log_integrands(places: Array) -> Array:
+        *numbers, log_prior = _on_lines(noise, scale, places)
+        return log_functions(*numbers) + log_prior[:, None]
+
+    indices, steps, logs = _integrate(log_integrands, len(_unknown(noise, scale)))
+    values = np.exp(logs - logs.max())
+    log_total = float(logs.max() + np.log(values.sum()) + np.log(steps).sum())
+    return HyperPosterior(noise, scale, indices, steps, values / values.sum(), log_total)
+
+
+def _unknown(noise: Number, scale: Number) -> list[Unknown]:
+    return [number for number in (noise, scale) if isinstance(number, Unknown)]
+
+
+def _on_lines(noise: Number, scale: Number, places: Array) -> tuple[Array, Array, Array]:
+    """Logs of noise and scale at places `(k, axes)`, and the log prior density of the places."""
+    logs, log_prior, axes = [], np.zeros(len(places)), iter(places.T)
+    for number in (noise, scale):
+        if isinstance(number, Unknown):
+            log_number, log_density = number.on_line(next(axes))
+            log_prior = log_prior + log_density
+        else:
+            log_number = np.full(len(places), np.log(number))
+        logs.append(log_number)
+    return logs[0], logs[1], log_prior
+
+
+def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
+    """A lattice on which the sums of all functions have converged.
+
+    Along each axis the spacing is refined until it resolves the modes of the first function and
+    half of the points give the same sums.
+
+    Returns the points that count, the spacings, and the logs of the first function at the points.
+    """
+    if not axes:
+        point = np.zeros((1, 0), dtype=int)
+        return point, np.ones(0), log_integrands(point)[:, 0]
+    steps = np.full(axes, _COARSE)
+    seeds = np.array(list(itertools.product(_REACH, repeat=axes)))
+    while True:
+        indices, logs = _fill(log_integrands, np.rint(seeds).astype(int), steps)
+        tops = logs.max(0)
+        if not np.isfinite(tops).all():
+            raise ValueError("the density of the posterior is zero wherever it was looked at")
+        modes, heights, falls = _modes(indices, logs[:, 0])
+        # between the points a parabola rises by an eighth of its fall at most
+        open_modes = heights + falls.sum(1) / 4 > tops[0] - _DROP
+        rounding = 20 * np.finfo(float).eps * (1 + np.abs(tops).max())
+        finer = 3 * np.sqrt(np.maximum(falls[open_modes].max(0) - 4 * rounding, 0))
+        counts = (logs > tops - _DROP).any(1)
+        values = np.exp(logs[counts] - tops)
+        # what half of the points miss of a sum falls as exp(-constant / spacing)
+        missed = np.abs((1 - 2 * (indices[counts] % 2)).T @ values / values.sum(0)).max(1)
+        needed = np.log(_TOLERANCE / 10) / np.log(np.clip(missed, 1e-30, 0.5))
+        rough = missed > max(_TOLERANCE, rounding)
+        finer = np.where(rough, np.maximum(finer, np.clip(needed, 1.2, 3)), finer)
+        if (finer < 1.2).all() or len(values) > _MOST_POINTS:
+            if missed.max() > 1e-6:
+                words = (
+                    f"the posterior is known to about {missed.max():.0e} only: its density jumps"
+                )
+                warnings.warn(words, RuntimeWarning, stacklevel=2)
+            return indices[counts], steps, logs[counts, 0]
+        finer = np.where(finer < 1.2, 1, np.minimum(finer, 8))
+        seeds = np.concatenate([indices[counts], modes[open_modes]]) * finer
+        steps = steps / finer
+
+
+def _fill(log_integrands: Logs, seeds: Array, steps: Array) -> tuple[Array, Array]:
+    """Evaluates a lattice from the seeds outwards, block by block, to where nothing counts.
+
+    Returns the points, `(k, axes)`, and the logs there, `(k, functions)`.
+    """
+    axes = len(steps)
+    cells = np.array(list(itertools.product(range(_BLOCK[axes]), repeat=axes)))
+    around = np.array(list(itertools.product((-1, 0, 1), repeat=axes)))
+    new = set(map(tuple, (seeds // _BLOCK[axes]).tolist()))
+    done: set[tuple[int, ...]] = set()
+    tops = np.array(-np.inf)
+    indices, logs = [], []
+    while new:
+        done |= new
+        blocks = np.array(sorted(new))
+        indices.append((blocks[:, None] * _BLOCK[axes] + cells).reshape(-1, axes))
+        logs.append(log_integrands(indices[-1] * steps))
+        tops = np.maximum(tops, logs[-1].max(0))
+        counts = (logs[-1] > tops - _DROP).reshape(len(blocks), -1).any(1)
+        new = set(map(tuple, (blocks[counts, None] + around).reshape(-1, axes).tolist())) - done
+    return np.concatenate(indices), np.concatenate(logs)
+
+
+def _modes(indices: Array, logs: Array) -> tuple[Array, Array, Array]:
+    """Points that are as high as all their neighbours, their heights, and the falls beside them.
+
+    The falls, `(modes, axes)`, are minus the second differences: the spacing over the sd of a
+    Gaussian of that curvature, squared.
+    """
+    axes, low = indices.shape[1], indices.min(0) - 1
+    table = np.full(indices.max(0) - low + 2, -np.inf)
+    table[tuple((indices - low).T)] = logs
+    around = sliding_window_view(table, (3,) * axes)
+    inner = table[(slice(1, -1),) * axes]
+    highest = np.isfinite(inner) & (inner >= around.max(tuple(range(-axes, 0))))
+    modes, near = np.argwhere(highest) + low + 1, around[highest].reshape(-1, 3**axes)
+    center, strides = 3**axes // 2, 3 ** np.arange(axes)[::-1]
+    sides = np.stack([near[:, center - strides], near[:, center + strides]])
+    sides = np.where(np.isfinite(sides), sides, sides[::-1])  # one side may be a jump
+    return modes, near[:, center], 2 * near[:, [center]] - sides.sum(0)
+
+
+def _inverse(densities: Array, levels: Array) -> Array:
+    """Places, in steps from the first point, below which densities have given probabilities.
+
+    The density between the points is its Fourier series, whose integral is tabulated on a finer
+    lattice and inverted there by cubic polynomials.
+
+    Args:
+        densities: values on a lattice, shape `(k, points)`, or `(1, points)` for all levels.
+        levels: probabilities, shape `(k,)`.
+    """
+    size = _FINER * densities.shape[1]
+    series = np.fft.rfft(densities / densities.sum(1, keepdims=True))
+    slope = np.fft.irfft(series, size) * _FINER
+    series[:, 1:] /= 2j * np.pi / densities.shape[1] * np.arange(1, series.shape[1])
+    series[:, 0] = 0.0
+    below = np.fft.irfft(series, size) * _FINER + np.arange(size) / size
+    below -= below[:, :1]
+    one = len(densities) == 1
+    right = np.searchsorted(below[0], levels) if one else (below < levels[:, None]).sum(1)
+    right, rows = right.clip(1, size - 1), np.arange(len(levels)) % len(densities)
+    low, high = below[rows, right - 1], below[rows, right]
+    rise = np.maximum(high - low, 1e-300)
+    t = np.clip((levels - low) / rise, 0.0, 1.0)
+    with np.errstate(divide="ignore"):
+        slopes = [rise * _FINER / slope[rows, right - side] for side in (1, 0)]
+    start, end = (np.clip(each, 0.0, 3.0) for each in slopes)  # which keeps it monotone
+    cubic = t**2 * (3 - 2 * t) + t * (1 - t) * (start * (1 - t) - end * t)
+    return (right - 1 + cubic) / _FINER
+
+
+def mixture_quantiles(weights: Array, means: Array, sds: Array, levels: Array) -> Array:
+    """Quantiles of mixtures of Gaussians, by Newton steps, and bisection where they leave.
+
+    Args:
+        weights: shares of the components, shape `(components,)`.
+        means: shape `(components, columns)`.
+        sds: shape `(components, columns)`.
+        levels: probabilities, shape `(levels,)`.
+
+    Returns:
+        Shape `(levels, columns)`.
+    """
+    # the quantile is center + width sinh(x): far out, where the tails may be heavy, steps are wide
+    center, width = means[weights.argmax()], sds[weights.argmax()]
+    ends = (means + sds * special.ndtri(levels)[:, None, None] - center) / width
+    low, high = np.arcsinh(ends.min(1)), np.arcsinh(ends.max(1))
+    x = (low + high) / 2
+    for _ in range(_MOST_ROUNDS):
+        away = (center + width * np.sinh(x)[:, None] - means) / sds
+        # in units of the level, so that small probabilities are as exact as others
+        excess = np.einsum("k,qkj->qj", weights, special.ndtr(away)) / levels[:, None] - 1
+        slope = np.einsum("k,qkj->qj", weights, np.exp(-(away**2) / 2) / sds) / levels[:, None]
+        low, high = np.where(excess < 0, x, low), np.where(excess < 0, high, x)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            step = x - excess * np.sqrt(2 * np.pi) / (slope * width * np.cosh(x))
+        inside = (step >= low) & (step <= high)
+        previous, x = x, np.where(inside, step, (low + high) / 2)
+        if np.all((np.abs(excess) < 1e-13) | (np.abs(x - previous) <= 4e-16 * np.abs(x))):
+            break
+    return center + width * np.sinh(x)
