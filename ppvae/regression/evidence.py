@@ -108,7 +108,7 @@ def evidence_maximum(
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
     problem = read_problem(X, y, weight, noise, 1.0, intercept=intercept)
     if maximize_noise:
-        best_noise = problem.decomposition.best_noise
+        best_noise = problem.gaussian.best_noise
         log_ratio = _highest(lambda ratios: best_noise(ratios)[1])
         log_noise = best_noise(np.array([log_ratio]))[0][0]
         log_scale = log_noise + log_ratio
@@ -124,12 +124,12 @@ def evidence_maximum(
 
 def _curve(problem: Problem, log_scales: Array) -> Array:
     """Log evidence at scales, the noise known or integrated over."""
-    noise, found = problem.noise, problem.decomposition
+    noise, gaussian = problem.noise, problem.gaussian
     if isinstance(noise, Unknown):
         problems = [problem._replace(scale=scale) for scale in np.exp(log_scales).tolist()]
         return np.array([each.integrate().log_total for each in problems])
     log_noise = np.full(len(log_scales), math.log(noise))
-    return found.log_evidence(log_noise, log_scales) + found.log_constant
+    return gaussian.log_evidence(log_noise, log_scales) + gaussian.log_constant
 
 
 def _highest(function: Callable[[Array], Array]) -> float:
@@ -140,8 +140,8 @@ def _highest(function: Callable[[Array], Array]) -> float:
     values = function(grid)
     best = int(np.argmax(values))
     inside = values[best] - max(values[0], values[-1]) > 1e-9
-    where = "at zero" if values[0] > values[-1] else "as the scale grows without bound"
-    expect(inside, "weight", "evidence with a maximum at a positive, finite scale", where)
+    got = "the maximum at zero" if values[0] > values[-1] else "growth without bound"
+    expect(inside, "weight", "evidence with a maximum at a positive, finite scale", got)
     ends, options = (grid[best - 1], grid[best + 1]), {"xatol": 1e-10}
 
     def negative(x: float) -> float:

@@ -108,9 +108,8 @@ class ExactPosterior:
     @property
     def names(self) -> list[str]:
         """Names of the results, in their order."""
-        intercept = ["intercept"] * self.intercept
         weights = (f"weight[{j}]" for j in range(self.problem.factor.columns - self.intercept))
-        return [*intercept, *weights, *self.problem.unknown]
+        return [*["intercept"] * self.intercept, *weights, *self.problem.unknown]
 
     @property
     def log_normalizer(self) -> float:
@@ -150,13 +149,13 @@ class ExactPosterior:
 
     @property
     def _loc(self) -> Array:
-        return np.append(self.problem.decomposition.loc, np.zeros(len(self.problem.unknown)))
+        return np.append(self.problem.gaussian.loc, np.zeros(len(self.problem.unknown)))
 
     @cached_property
     def _basis(self) -> Array:
         """Takes the coordinates of the weights, and noise and scale, to the results."""
         unknown = np.eye(len(self.problem.unknown))
-        return linalg.block_diag(self.problem.decomposition.basis, unknown)
+        return linalg.block_diag(self.problem.gaussian.basis, unknown)
 
     @cached_property
     def _mixture(self) -> tuple[Array, Array]:
@@ -164,7 +163,7 @@ class ExactPosterior:
 
     def _components(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
         """Means and variances of the results, given noise and scale, before `_basis` turns them."""
-        means, variances = self.problem.decomposition.coordinates(log_noise, log_scale)
+        means, variances = self.problem.gaussian.coordinates(log_noise, log_scale)
         logs = {"noise": log_noise, "scale": log_scale}
         known = [np.exp(logs[name]) for name in self.problem.unknown]
         zeros = np.zeros((len(means), len(known)))
@@ -172,12 +171,12 @@ class ExactPosterior:
 
     def _without_moment(self, order: int) -> Array:
         """Which results have tails so heavy that their moment of this order does not exist."""
-        found, along = self.problem.decomposition, np.abs(self._basis)
+        gaussian, along = self.problem.gaussian, np.abs(self._basis)
         lacks = {name: not self.problem.has_moment(name, order) for name in self.problem.unknown}
-        heavy = np.append(np.zeros(len(found.loc), dtype=bool), list(lacks.values()))
+        heavy = np.append(np.zeros(len(gaussian.loc), dtype=bool), list(lacks.values()))
         # the flat weights spread with the noise, and those that no data see with the scale
-        heavy[: found.flat] = lacks.get("noise", False)
-        heavy[found.rank : len(found.loc)] = lacks.get("scale", False)
+        heavy[: gaussian.flat] = lacks.get("noise", False)
+        heavy[gaussian.rank : len(gaussian.loc)] = lacks.get("scale", False)
         return along[:, heavy > 0].sum(1) > 1e-12 * along.sum(1)
 
     def quantile(self, q: ArrayLike) -> Array:

@@ -9,8 +9,9 @@ of the Fourier series between the points.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -70,7 +71,8 @@ class HyperPosterior(NamedTuple):
             for _ in range(3):  # Newton steps on the series itself
                 away = place[:, None] - np.arange(len(shares))
                 below = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
-                place = place - (below - levels) / (np.sinc(away) @ shares)
+                step = (below - levels) / (np.sinc(away) @ shares)
+                place = place - np.clip(step, -1 / _FINER, 1 / _FINER)
             columns[:, axis] = np.exp(unknown.on_line((first[axis] + place) * self.steps[axis])[0])
         return columns
 
@@ -170,6 +172,11 @@ def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
         rough = missed > max(_TOLERANCE, rounding)
         finer = np.where(rough, np.maximum(finer, np.clip(needed, 1.2, 3)), finer)
         if (finer < 1.2).all() or len(values) > _MOST_POINTS:
+            if missed.max() > 1e-6:
+                words = (
+                    f"the posterior is known to about {missed.max():.0e} only: its density jumps"
+                )
+                warnings.warn(words, RuntimeWarning, stacklevel=2)
             return indices[counts], steps, logs[counts, 0]
         finer = np.where(finer < 1.2, 1, np.minimum(finer, 8))
         seeds = np.concatenate([indices[counts], modes[open_modes]]) * finer
@@ -186,7 +193,7 @@ def _fill(log_integrands: Logs, seeds: Array, steps: Array) -> tuple[Array, Arra
     around = np.array(list(itertools.product((-1, 0, 1), repeat=axes)))
     new = set(map(tuple, (seeds // _BLOCK[axes]).tolist()))
     done: set[tuple[int, ...]] = set()
-    tops: Any = -np.inf
+    tops = np.array(-np.inf)
     indices, logs = [], []
     while new:
         done |= new

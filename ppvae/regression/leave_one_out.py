@@ -57,16 +57,16 @@ def leave_one_out(problem: Problem, hyper: HyperPosterior) -> LeaveOneOut:
         Vehtari et al., *Bayesian leave-one-out cross-validation approximations for Gaussian latent
         variable models*, 2016.
     """
-    factor, found = problem.factor, problem.decomposition
+    factor, gaussian = problem.factor, problem.gaussian
     if factor.design is None or factor.target is None:
         raise ValueError("loo: the data came in blocks and are not held; give X and y as arrays")
     proper = "noise" not in problem.unknown or problem.has_moment("noise", 1)
-    expect(proper, "loo", "a row more", "an improper posterior without a datum: flat priors")
-    rows, away = factor.design @ found.basis, factor.target - factor.design @ found.loc
+    expect(proper, "loo", "more rows", "an improper posterior where one of them is left out")
+    rows, away = factor.design @ gaussian.basis, factor.target - factor.design @ gaussian.loc
     pointwise, exact = np.empty(factor.rows), np.empty(factor.rows, dtype=bool)
     for part in pieces(factor.rows, len(hyper.shares)):
         pointwise[part], exact[part] = _by_points(problem, hyper, rows[part], away[part])
-    if "noise" in problem.unknown and factor.rows - 1 <= found.rank:
+    if "noise" in problem.unknown and factor.rows - 1 <= gaussian.rank:
         # without a datum the others can be fitted exactly, and the noise may go to zero, where the
         # difference of densities is lost in their rounding
         exact[:] = False
@@ -89,11 +89,11 @@ def _by_points(
     Args:
         problem: the regression.
         hyper: its posterior of noise and scale.
-        rows: rows of X in the coordinates of the decomposition, shape `(k, weights)`.
+        rows: rows of X in the coordinates of the posterior, shape `(k, weights)`.
         away: y less what the prior means predict, shape `(k,)`.
     """
     log_noise, log_scale = hyper.log_numbers
-    means, variances = problem.decomposition.coordinates(log_noise, log_scale)
+    means, variances = problem.gaussian.coordinates(log_noise, log_scale)
     residual = away[:, None] - rows @ means.T
     share = 1 - rows**2 @ (variances * np.exp(-2 * log_noise)[:, None]).T
     center = share @ hyper.shares

@@ -122,7 +122,7 @@ def _fold(waiting: list[Array]) -> Array:
     return triangle
 
 
-class Decomposition(NamedTuple):
+class GaussianPosterior(NamedTuple):
     r"""The Gaussian posterior of the weights for any noise sd `s` and prior scale `t`.
 
     The weights are `w = loc + basis z`. Given s and t the coordinates z are independent in the
@@ -215,7 +215,7 @@ class Decomposition(NamedTuple):
         return np.hstack(means), np.hstack(variances)
 
 
-def decompose(factor: Factor, prior: NormalPrior) -> Decomposition:
+def decompose(factor: Factor, prior: NormalPrior) -> GaussianPosterior:
     r"""Finds the coordinates in which the posterior of the weights is independent.
 
     With the triangular factor `[R11, R12; 0, R22]` of the columns, those of the flat prior first,
@@ -236,12 +236,14 @@ def decompose(factor: Factor, prior: NormalPrior) -> Decomposition:
     loc = np.append(np.zeros(flat), prior[0])
     triangle, spare = factor.triangle[:size, :size], factor.triangle[size:, size]
     target = factor.triangle[:size, size] - triangle @ loc
-    rank = _pivoted(triangle[:, :flat], 0, rows)[-1]
+    rounding = 10 * _EPSILON * math.sqrt(max(rows, size))
+    lengths = np.maximum(np.linalg.norm(triangle, axis=0), 1e-300)
+    rank = np.linalg.matrix_rank(triangle[:, :flat] / lengths[:flat], rounding)
     expected = f"a Normal prior, or {flat} independent columns (an intercept counts as one)"
     got = f"an improper posterior: only {rank} in {rows} rows (constants repeat an intercept)"
     expect(rank == flat, "weight", expected, got)
     inverse = linalg.solve_triangular(triangle[:flat, :flat], np.eye(flat))
-    left, singular, right = _singular(triangle[:, flat:] * sds, flat, rows)
+    left, singular, right = _singular(triangle[flat:, flat:] * sds, lengths[flat:] * sds * rounding)
     right *= sds[:, None]
     across = -inverse @ (triangle[:flat, flat:] @ right)
     along = left.T @ target[flat:]
@@ -251,7 +253,7 @@ def decompose(factor: Factor, prior: NormalPrior) -> Decomposition:
     # of the order of the residuals, and not below what is rounding
     most = length / max(rows, 1)
     variance = max(residual / free, 1e-16 * most) if free else most
-    return Decomposition(
+    return GaussianPosterior(
         basis=np.block([[inverse, across], [np.zeros((size - flat, flat)), right]]),
         loc=loc,
         flat=flat,
@@ -265,29 +267,17 @@ def decompose(factor: Factor, prior: NormalPrior) -> Decomposition:
     )
 
 
-def _singular(columns: Array, first: int, rows: int) -> tuple[Array, Array, Array]:
-    """The singular values of `columns[first:]` that are not rounding, with their left vectors.
+def _singular(columns: Array, rounding: Array) -> tuple[Array, Array, Array]:
+    """The singular values that are not rounding, and the left vectors of these.
 
+    As many are as there are columns of which more than their rounding is independent of others.
     The right vectors are all there are, those of the singular values first.
     """
-    left, root, order, count = _pivoted(columns, first, rows)
+    if not columns.size:
+        return np.zeros((len(columns), 0)), np.zeros(0), np.eye(columns.shape[1])
+    left, root, order = linalg.qr(columns, mode="economic", pivoting=True)
+    count = int((np.abs(np.diag(root)) > rounding[order[: len(root)]]).sum())
     vectors, singular, turn = np.linalg.svd(root.T)
     right = np.empty_like(vectors)
     right[order] = vectors
     return left @ turn[:count].T, singular[:count], right
-
-
-def _pivoted(columns: Array, first: int, rows: int) -> tuple[Array, Array, Array, int]:
-    """A QR with pivoting of `columns[first:]`, and the number of independent columns there.
-
-    A column of which less is left than the rounding of its whole depends on the others.
-    """
-    block = columns[first:]
-    count = block.shape[1]
-    if not block.size:
-        return np.zeros((len(block), 0)), np.zeros((0, count)), np.arange(count), 0
-    left, root, order = linalg.qr(block, mode="economic", pivoting=True)
-    left_over = np.abs(np.diag(root))
-    whole = np.linalg.norm(columns, axis=0)[order[: len(left_over)]]
-    least = 10 * _EPSILON * np.sqrt(max(rows, columns.shape[1]))
-    return left, root, order, int((left_over > least * whole).sum())

@@ -90,9 +90,9 @@ class LinearRegression(Named):
         self.columns = check_count("columns", columns)
         known = read_positive(noise, "noise")
         self.noise_prior = known if isinstance(known, float) else noise
-        kinds = "a distribution, a Horseshoe or None"
         fits = weight is None or isinstance(weight, Horseshoe | Distribution)
-        expect(fits, "weight", kinds, type(weight).__name__, TypeError)
+        kind = type(weight).__name__
+        expect(fits, "weight", "a distribution, a Horseshoe or None", kind, TypeError)
         is_distribution = isinstance(weight, Distribution)
         self.weight_prior = _elementwise(weight, self.columns) if is_distribution else weight
         self.likelihood = likelihood

@@ -15,7 +15,7 @@ from ppvae._checks import expect
 
 Array = np.ndarray
 # Logs of positive numbers are kept within this, so that their squares are floats.
-LIMIT = 300.0
+_LIMIT = 300.0
 
 
 class Unknown(NamedTuple):
@@ -52,7 +52,7 @@ class Unknown(NamedTuple):
         Mori, *Double exponential formulas for numerical integration*, 1974).
         """
         x = self.center + 2 * np.sinh(place / 2)
-        within = np.abs(x) < LIMIT
+        within = np.abs(x) < _LIMIT
         x = np.where(within, x, 0.0)
         log_part, log_slope = x, x + np.log(np.cosh(place / 2))
         if np.isfinite(self.upper):
@@ -99,7 +99,7 @@ def read_positive(value: Any, name: str) -> Number:
     positive = not prior.support.is_discrete and not _reaches_below_zero(prior)
     expect(positive, name, "a density on the positive reals", _words(value))
     lower, upper = _ends(prior)
-    far = np.array([40.0, 50.0]) - LIMIT
+    far = np.array([40.0, 50.0]) - _LIMIT
     with np.errstate(invalid="ignore"):
         rise, fall = (np.diff(_log_prob(prior, np.exp(u)) + u)[0] / 10 for u in (far, -far[::-1]))
     rise, fall = rise if np.isfinite(rise) else np.inf, fall if np.isfinite(fall) else -np.inf
@@ -120,9 +120,8 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
     loc, scale = (_double(t).numpy() for t in (weight.loc, weight.scale))
     expected = f"a Normal with one loc and scale, or one for each of the {columns} columns"
     expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")
-    finite = np.isfinite(loc).all() and np.isfinite(scale).all() and (scale > 0).all()
-    expected = "a finite loc and a positive, finite scale"
-    expect(finite, "weight", expected, f"{loc} and {scale}")
+    fits = np.isfinite(loc).all() and (np.isfinite(scale) & (scale > 0)).all()
+    expect(fits, "weight", "a finite loc and a positive, finite scale", f"{loc} and {scale}")
     return np.broadcast_to(loc, columns).copy(), np.broadcast_to(scale, columns).copy()
 
 
@@ -133,10 +132,9 @@ def base_of(distribution: Any) -> Any:
     return distribution
 
 
-def _reaches_below_zero(prior: Distribution) -> bool:
+def _reaches_below_zero(prior: Any) -> bool:
     points = np.array([-1.0, -1e-6])
-    support: Any = prior.support
-    inside = support.check(torch.from_numpy(points).reshape(-1, 1)).numpy().reshape(-1)
+    inside = prior.support.check(torch.from_numpy(points).reshape(-1, 1)).numpy().reshape(-1)
     return bool((inside & np.isfinite(_log_prob(prior, points))).any())
 
 

@@ -9,29 +9,29 @@ import numpy as np
 
 from ppvae._checks import expect
 from ppvae.regression.hyper import HyperPosterior, hyper_posterior
-from ppvae.regression.linear_algebra import Decomposition, Factor, decompose, factorize
+from ppvae.regression.linear_algebra import GaussianPosterior, Factor, decompose, factorize
 from ppvae.regression.priors import Array, NormalPrior, Number, Unknown, read_positive, weight_prior
 
-# The reference of the decomposition is moved where the posterior is further away than this (log).
+# The reference noise is moved where the posterior is further away than this, in logs.
 _FAR = 7.0
 
 
 class Problem(NamedTuple):
-    """Data, priors, and the decomposition that they share.
+    """Data, priors, and the posterior of the weights for any noise and scale.
 
     Attributes:
         factor: the data.
         weight: location and sd of the weights that have a prior; those that have none come first.
         noise: the noise sd, or its prior.
         scale: the factor of the prior sds, or its prior.
-        decomposition: of the data and the prior of the weights.
+        gaussian: the posterior of the weights for any noise and scale.
     """
 
     factor: Factor
     weight: NormalPrior
     noise: Number
     scale: Number
-    decomposition: Decomposition
+    gaussian: GaussianPosterior
 
     @property
     def unknown(self) -> dict[str, Unknown]:
@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     @property
     def proper(self) -> bool:
         """Whether all priors have an integral, so that there is a log evidence."""
-        return self.decomposition.flat == 0 and all(u.distribution for u in self.unknown.values())
+        return self.gaussian.flat == 0 and all(u.distribution for u in self.unknown.values())
 
     def has_moment(self, name: str, order: int) -> bool:
         """Whether the posterior of the noise or of the scale has a moment of this order.
@@ -50,24 +50,24 @@ class Problem(NamedTuple):
         Far up, the density of its log falls by a power: its prior's, and one for each row that is
         not used up by flat weights, or for each weight that the data see.
         """
-        found = self.decomposition
-        seen = found.rank if name == "scale" else found.rows
-        return self.unknown[name].falls - (seen - found.flat) + order < -1e-9
+        gaussian = self.gaussian
+        seen = gaussian.rank if name == "scale" else gaussian.rows
+        return self.unknown[name].falls - (seen - gaussian.flat) + order < -1e-9
 
     def integrate(self) -> HyperPosterior:
         """The posterior of the noise and the scale; their moments are exact, where they exist."""
-        found = self.decomposition
+        gaussian = self.gaussian
         # the highest of the first two moments that exist
         orders = {n: sum(self.has_moment(n, order) for order in (1, 2)) for n in self.unknown}
 
         def log_functions(log_noise: Array, log_scale: Array) -> Array:
             logs = {"noise": log_noise, "scale": log_scale}
-            likelihood = found.log_evidence(log_noise, log_scale)
+            likelihood = gaussian.log_evidence(log_noise, log_scale)
             moments = (likelihood + order * logs[name] for name, order in orders.items())
             return np.column_stack([likelihood, *moments])
 
         while True:
-            start = found.log_reference
+            start = gaussian.log_reference
             noise, scale = (
                 number.around(first) if isinstance(number, Unknown) else number
                 for number, first in ((self.noise, math.exp(start)), (self.scale, 1.0))
@@ -75,8 +75,8 @@ class Problem(NamedTuple):
             hyper = hyper_posterior(noise, scale, log_functions)
             center = float(hyper.shares @ hyper.log_numbers[0])
             if not abs(center - start) > _FAR:
-                return hyper._replace(log_total=hyper.log_total + found.log_constant)
-            found = found._replace(log_reference=center)
+                return hyper._replace(log_total=hyper.log_total + gaussian.log_constant)
+            gaussian = gaussian._replace(log_reference=center)
 
 
 def read_problem(
@@ -102,17 +102,18 @@ def make_problem(factor: Factor, weight: NormalPrior, noise: Number, scale: Numb
     Raises:
         ValueError: the posterior is improper.
     """
-    found = decompose(factor, weight)
+    gaussian = decompose(factor, weight)
     if not isinstance(noise, Unknown):
-        found = found._replace(log_reference=math.log(noise))
-        return Problem(factor, weight, noise, scale, found)
-    problem = Problem(factor, weight, noise, scale, found)
-    got = "residuals out of 1e-108..1e108"
-    expect(abs(found.log_reference) < 250, "y", "values of ordinary size", got)
-    few = f"an improper posterior: {found.rows} rows and {found.flat} weights with a flat prior"
-    more = f"a prior that falls faster, or more rows: at least {found.flat + 2} where it is flat"
+        gaussian = gaussian._replace(log_reference=math.log(noise))
+        return Problem(factor, weight, noise, scale, gaussian)
+    problem = Problem(factor, weight, noise, scale, gaussian)
+    size = math.exp(gaussian.log_reference)
+    expect(1e-108 < size < 1e108, "y", "residuals of a size in 1e-108..1e108", size)
+    rows, flat = gaussian.rows, gaussian.flat
+    few = f"an improper posterior: {rows} rows and {flat} weights with a flat prior"
+    more = f"a prior that falls faster, or more rows: at least {flat + 2} where it is flat"
     expect(problem.has_moment("noise", 0), "noise", more, few)
-    bounded = not found.exact_fit or noise.rises > found.rows - found.rank + 1e-9
+    bounded = not gaussian.exact_fit or noise.rises > rows - gaussian.rank + 1e-9
     away = "a known one, or a prior that keeps away from zero (an inverse gamma on the variance)"
     fit = "an improper posterior: y is an exact linear function of the columns of X"
     expect(bounded, "noise", away, fit)
