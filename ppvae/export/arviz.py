@@ -127,7 +127,7 @@ def _dims(runs: Runs, events: Mapping[str, int], *, local: bool) -> Dims:
         name, plates = node["name"], sorted(plates_of(node).values(), key=lambda frame: frame.dim)
         inside = is_inside(node, runs.plate)
         dims[name] = ["datum"] * inside
-        dims[name] += [f.name for f in plates if not inside or f.name != runs.plate.name]
+        dims[name] += [f.name for f in plates if runs.plate is None or f.name != runs.plate.name]
         if events[name] == 1 and len(latents) == 1 and node is latents[0]:
             dims[name].append("latent")
         else:

@@ -46,6 +46,9 @@ def test_every_measure_is_that_of_the_closed_form(family):
     assert close(found.mean_variance_se, away.std(0, correction=0) / math.sqrt(20), 1e-10)
     assert close(found.objective, -(found.rate + found.distortion), 1e-12)
     assert found.elbo.equals(found.objective) and found.active.all()
+    assert found.family == family and found.channels == {"mean_only": "loc"}.get(
+        family, "loc, scale"
+    )
     # the distortion's variance over draws of the guide: quadratic plus linear part
     G = linear.P - torch.eye(2)
     variance = 0.5 * (G @ S @ G @ S).trace() + (S @ G @ G).trace() * m2.sum(-1).max()
@@ -164,6 +167,7 @@ def test_a_channel_that_is_not_used_tells_nothing(family):
     for name in ("mutual_information", "aggregate_kl", "mutual_information_se"):
         assert abs(float(found[name])) < 1e-9
     assert not found.active.any()
+    assert found.channels == {"noise_only": "none"}.get(family, "loc")
 
 
 def test_vectorized_runs_and_single_ones_tell_the_same():

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import cases
-from linear import Linear, close
+from linear import Linear, close, local
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
@@ -113,14 +113,9 @@ def test_draws_that_are_not_matched_show_no_optimism():
     The best ELBO is log p(x) itself. A measure on the draws of the search would lie above it.
     """
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Gamma(2.0, 1.0))
-            pyro.sample("x", dist.Poisson(z).expand(z.shape), obs=x[:, 0])
-
-    x = torch.arange(40.0)[:, None] % 8
-    log_p = dist.GammaPoisson(2.0, 1.0).log_prob(x[:, 0])
-    guide = FamilyGuide(model, Family(dist.Gamma), nn.Identity()).setup(x)
+    model, x = local(dist.Gamma(2.0, 1.0), dist.Poisson), torch.arange(40.0) % 8
+    log_p = dist.GammaPoisson(2.0, 1.0).log_prob(x)
+    guide = FamilyGuide(model, Family(dist.Gamma), nn.Unflatten(0, (-1, 1))).setup(x)
     for argument, bias in ((guide.heads["z"].concentration, 1.0), (guide.heads["z"].rate, 0.5)):
         argument.linear.weight.data.fill_(0.2)
         argument.linear.bias.data.fill_(bias)

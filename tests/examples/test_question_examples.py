@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ppvae import VAE, FamilyGuide, data, families, fit, likelihoods, objectives
+from ppvae import VAE, FamilyGuide, closed_form, data, families, fit, likelihoods, objectives
 from ppvae.nn import mlp
 
 EXACT = ["mean_only", "shared_scale", "mean_scale", "full_rank"]
@@ -25,76 +25,27 @@ def noise_help(example):
     return example("when_does_noise_help.py")
 
 
-def terms_of(weight, encoder, covariance, values, noise):
-    """Rate and distortion of a linear encoder and decoder, written out from second moments."""
-    data_covariance = torch.diag(torch.as_tensor(values.copy()))
-    second = encoder @ data_covariance @ encoder.T
-    rate = (covariance.trace() + second.trace() - len(second) - covariance.logdet()) / 2
-    away = torch.eye(len(values)) - weight @ encoder
-    error = (away @ data_covariance @ away.T).trace() + (weight @ covariance @ weight.T).trace()
-    return rate, len(values) / 2 * math.log(2 * math.pi * noise**2) + error / (2 * noise**2)
-
-
-def minimum(family, latent, beta, noise):
-    """Distortion + beta * rate at its minimum, found by L-BFGS from several starts."""
-    best = (math.inf, None)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        weight = torch.randn(len(VALUES), latent).mul(0.3).requires_grad_()
-        encoder = torch.randn(latent, len(VALUES)).mul(0.3).requires_grad_()
-        raw = torch.zeros({"shared_scale": (1,), "mean_only": (0,)}.get(family, (latent,) * 2))
-        raw = raw.requires_grad_()
-
-        def terms(weight=weight, encoder=encoder, raw=raw):
-            one = torch.eye(latent)
-            if family == "full_rank":
-                root = raw.tril(-1) + torch.diag(raw.diagonal().exp())
-                covariance = root @ root.T
-            elif family == "mean_scale":
-                covariance = torch.diag((2 * raw.diagonal()).exp())
-            else:
-                covariance = one * (2 * raw).exp() if family == "shared_scale" else one
-            return terms_of(weight, encoder, covariance, VALUES, noise)
-
-        leaves = [weight, encoder, *([raw] if raw.numel() else [])]
-        solver = torch.optim.LBFGS(leaves, max_iter=500, line_search_fn="strong_wolfe",
-                                   tolerance_grad=1e-10, tolerance_change=1e-14)  # fmt: skip
-
-        def closure(solver=solver, terms=terms):
-            solver.zero_grad()
-            rate, distortion = terms()
-            loss = distortion + beta * rate
-            loss.backward()
-            return loss
-
-        solver.step(closure)
-        found = tuple(value.item() for value in terms())
-        best = min(best, (found[1] + beta * found[0], found))
-    return best[1]
-
-
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("beta", [0.6, 6.4, 9.0, 40.0])
-def test_optimum_is_the_minimum(rate_distortion, name, beta):
-    """Levels of 0.03, 0.32, 0.45 and 2: three latents are kept, or two, or none.
+def test_optimum(rate_distortion, name):
+    """Where the level is the best noise variance, it is that of probabilistic PCA and its kin.
 
-    At 0.32 the third is below the level, and only `shared_scale` keeps it.
+    From there it is found by the slope: d distortion / d rate = -beta along the optima, of three,
+    four or two latents that are not idle, or of three where `shared_scale` alone keeps the third.
     """
-    noise = rate_distortion["NOISE"]
-    rate, distortion = rate_distortion["optimum"](VALUES, 3, name, beta)
-    found = minimum(name, 3, beta, noise)
-    assert math.isclose(distortion + beta * rate, found[1] + beta * found[0], abs_tol=1e-7)
-    assert math.isclose(rate, found[0], abs_tol=1e-3)
-    assert math.isclose(distortion, found[1], abs_tol=1e-3 * beta)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_slope_of_the_optimum_is_minus_beta(rate_distortion, name):
-    """d distortion / d rate = -beta along the optima, also where latents are idle."""
-    for beta in (0.5, 1.0, 4.5, 7.0):
-        ends = [rate_distortion["optimum"](VALUES, 4, name, beta * s) for s in (0.9999, 1.0001)]
+    optimum, noise = rate_distortion["optimum"], rate_distortion["NOISE"]
+    axes = torch.diag(torch.as_tensor(6 * VALUES).sqrt())
+    best = closed_form.learned_decoder(torch.cat([axes, -axes]), 3, families.LADDER[name])
+    level = best.noise**2
+    rate, distortion = optimum(VALUES, 3, name, level / noise**2)
+    error = (distortion - 3 * math.log(2 * math.pi * noise**2)) * 2 * noise**2
+    expected = -rate - 3 * math.log(2 * math.pi * level) - error / (2 * level)
+    assert math.isclose(rate, best.rate, abs_tol=1e-9)
+    assert math.isclose(expected, best.objective, abs_tol=1e-9)
+    for latent, beta in ((4, 0.5), (4, 1.0), (4, 4.5), (4, 7.0), (3, 0.6), (3, 6.4), (3, 9.0)):
+        ends = [optimum(VALUES, latent, name, beta * s) for s in (0.9999, 1.0001)]
         (rate, distortion) = np.diff(ends, axis=0)[0]
         assert math.isclose(distortion / rate, -beta, rel_tol=1e-6)
+    assert optimum(VALUES, 3, name, 40.0)[0] == 0.0
 
 
 def test_bound_is_reverse_water_filling(rate_distortion):

@@ -99,9 +99,18 @@ PAIRS = [(family, name) for family in KINDS for name in MODELS]
 PAIRS += [(family, name) for family in set(FAMILIES) - {*KINDS} for name in MODELS[::4]]
 
 
-@pytest.mark.parametrize(("family", "case"), sorted(PAIRS))
-def test_every_family_and_model(family, case):
-    case = cases()[case]
+DIMS = {
+    ("right of steps", "z"): ("datum", "steps", "latent"),
+    ("steps inside", "z"): ("datum", "steps"),
+    ("positive", "a"): ("datum", "a_dim_0"),
+    ("hierarchy", "theta"): ("groups",),
+    ("regression", "w"): ("w_dim_0",),
+}
+
+
+@pytest.mark.parametrize(("family", "model"), sorted(PAIRS))
+def test_every_family_and_model(family, model):
+    case = cases()[model]
     guide = FamilyGuide(case.model, FAMILIES[family], case.encoder)
     tree = from_pyro_svi(case.model, guide, *case.args, num_samples=2, batch_size=4)
     for name, shape in case.latents.items():
@@ -109,6 +118,7 @@ def test_every_family_and_model(family, case):
         data = tree.posterior[name]
         assert sorted(data.shape) == sorted((1, 2, *kept))
         assert tree.prior[name].dims == data.dims
+        assert data.dims[2:] == DIMS.get((model, name), data.dims[2:])
     assert ("log_q" in tree.sample_stats) == (family not in ("deterministic", "zero"))
     local = case.encoder is not None
     assert tree.sample_stats.log_p.dims == (*SAMPLE, *(["datum"] if local else []))

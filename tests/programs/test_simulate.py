@@ -4,20 +4,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, N, cases
+from cases import CASES, cases
+from linear import ARGUMENTS, local
 from pyro import poutine
 
 from ppvae import VAE, likelihoods, simulate
 from ppvae.regression import LinearRegression
-
-# from the drawn values to the arguments, where the observed data are no argument
-PAD = torch.zeros(N, 2)
-ARGUMENTS = {
-    "right of steps": lambda seen: (torch.cat([seen["x"].T, PAD[:, :1]], -1),),
-    "told rows": lambda seen: (torch.cat([seen["x"][:, None], PAD], -1), torch.arange(N)),
-    "own rows": lambda seen: (seen["x"],),
-    "hierarchy": lambda seen: (torch.cat([seen["x"][:, None], PAD], -1),),
-}
 
 
 def test_moments_are_those_of_the_model():
@@ -88,10 +80,7 @@ def test_a_decoder_in_training_mode_is_run_in_evaluation_mode():
     ],
 )
 def test_the_dtype_of_the_data_is_kept_where_nothing_is_lost(fn, given, returned):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", fn, obs=x)
-
+    model = local(dist.Normal(0.0, 1.0), lambda z: fn)
     assert simulate(model, torch.zeros(4, dtype=given)).args[0].dtype == returned
 
 
