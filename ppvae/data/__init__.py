@@ -1,4 +1,4 @@
-r"""Small data sets that need no download, and files of the user's."""
+"""Data: from whatever the user has to finite tensors, and small data sets without a download."""
 
 from ppvae.data.sets import NAMES, load, split
 

@@ -153,13 +153,15 @@ def test_the_same_seed_gives_the_same_fit_and_leaves_the_stream_alone():
 
 
 def test_modes_come_back_and_training_mode_is_on_inside():
-    modes = []
+    """Validation data are looked at in evaluation mode, in minibatches of no other size."""
+    seen = []
     model, guide = build()
-    model.decoder.register_forward_hook(lambda m, *_: modes.append(m.training))
+    model.decoder.register_forward_hook(lambda m, _, out: seen.append((m.training, len(out))))
     model.eval()
     guide.encoder.eval()
-    quiet(model, guide, data(6), num_epochs=2)
-    assert modes[-1] and not model.training and not guide.encoder.training and guide.training
+    quiet(model, guide, data(6), num_epochs=1, batch_size=3, validation=data(7))
+    assert seen[-5:] == [(True, 3), (True, 3), (False, 3), (False, 3), (False, 1)]
+    assert not model.training and not guide.encoder.training and guide.training
 
 
 def test_history_is_a_table_and_progress_shows_the_label_and_the_losses(capsys):
