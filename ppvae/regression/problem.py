@@ -9,7 +9,7 @@ import numpy as np
 
 from ppvae._checks import expect
 from ppvae.regression.hyper import HyperPosterior, hyper_posterior
-from ppvae.regression.linear_algebra import GaussianPosterior, Factor, decompose, factorize
+from ppvae.regression.linear_algebra import Factor, GaussianPosterior, decompose, factorize
 from ppvae.regression.priors import Array, NormalPrior, Number, Unknown, read_positive, weight_prior
 
 # The reference noise is moved where the posterior is further away than this, in logs.
