@@ -78,9 +78,9 @@ class HyperPosterior(NamedTuple):
 
     def sample(self, size: int, generator: np.random.Generator) -> tuple[Array, Array]:
         """Independent draws of the logs of noise and scale, by inverse distribution functions."""
-        uniforms = generator.random((2, size))
         places = np.zeros((size, len(self.steps)))
         if len(self.steps):
+            uniforms = generator.random((2, size))
             first, table = self._table()
             shares = table.sum(0) if table.ndim == 2 else table
             places[:, -1] = _inverse(shares[None], uniforms[0])

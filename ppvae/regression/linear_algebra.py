@@ -18,7 +18,7 @@ from ppvae._checks import expect
 from ppvae.regression.priors import Array, NormalPrior
 
 _EPSILON = float(np.finfo(float).eps)
-_LOG_TWO_PI = np.log(2 * np.pi)
+_LOG_TWO_PI = math.log(2 * math.pi)
 # Rows that are factorized at a time: enough to keep the cores busy, and little memory.
 _ROWS = 8192
 # Numbers in the largest array of a computation that can be cut into pieces.
@@ -71,12 +71,13 @@ def factorize(X: Any, y: Any, *, intercept: bool = False) -> Factor:
     expected = "the target values, or X to be an iterable of pairs (X, y) of blocks"
     expect(pairs, "y", expected, type(X).__name__, TypeError)
     waiting: list[Array] = []  # the triangle of all rows so far, and the rows that follow
-    rows = 0
+    rows = count = 0
     for block in _blocks(X, y, intercept=intercept):
         for start in range(0, len(block) or 1, _ROWS):
             waiting.append(block[start : start + _ROWS])
-            if sum(map(len, waiting)) >= max(_ROWS, 16 * block.shape[1]):
-                waiting = [_fold(waiting)]
+            count += len(waiting[-1])
+            if count >= max(_ROWS, 16 * block.shape[1]):
+                waiting, count = [_fold(waiting)], block.shape[1]
         rows += len(block)
     expect(waiting, "X", "at least one block", "none")
     held = (None, None) if y is None else (block[:, :-1], block[:, -1])

@@ -42,8 +42,7 @@ class Horseshoe:
             like: zeros of shape `(columns,)`.
         """
         tau = pyro.sample("global_scale", dist.HalfCauchy(like.new_tensor(self.scale)))
-        ones = torch.ones_like(like)
-        lam = pyro.sample("local_scale", dist.HalfCauchy(ones).to_event(1))
+        lam = pyro.sample("local_scale", dist.HalfCauchy(torch.ones_like(like)).to_event(1))
         # inside a plate of draws tau has its dim and lambda one event dim more
         return dist.Normal(like, (tau[..., None] if tau.dim() else tau) * lam).to_event(1)
 
@@ -153,10 +152,9 @@ def _elementwise(prior: Any, columns: int) -> Any:
     shape = tuple(prior.shape())
     fits = not prior.event_shape and shape in ((), (1,), (columns,))
     expect(fits, "weight", f"a univariate prior of shape () or ({columns},)", shape)
-    scale = getattr(prior, "scale", None)
-    if scale is not None:
-        positive = (torch.isfinite(scale) & (scale > 0)).all()
-        expect(positive, "weight", "a positive, finite scale", scale)
+    scale = torch.as_tensor(getattr(prior, "scale", 1.0))
+    positive = (torch.isfinite(scale) & (scale > 0)).all()
+    expect(positive, "weight", "a positive, finite scale", scale)
     return prior
 
 

@@ -150,18 +150,17 @@ PRIORS = {
     "flat": None,
 }
 NOISES = {"known": 0.7, "half normal": dist.HalfNormal(1.0), "flat": None}
-ERRORS = {"normal": dist.Normal, "student": functools.partial(dist.StudentT, 4.0)}
+LIKELIHOODS = {"normal": dist.Normal, "student": functools.partial(dist.StudentT, 4.0)}
 
 
 @pytest.mark.parametrize("noise", list(NOISES))
 @pytest.mark.parametrize("prior", list(PRIORS))
-@pytest.mark.parametrize("errors", list(ERRORS))
-def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, errors):
+@pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
+def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, likelihood):
     """The trap of `weight @ X.T`: densities of a vectorized run against a loop over its draws."""
     X, y = torch.randn(7, 3), torch.randn(7)
-    model = LinearRegression(
-        3, weight=PRIORS[prior], noise=NOISES[noise], likelihood=ERRORS[errors]
-    )
+    priors = {"weight": PRIORS[prior], "noise": NOISES[noise]}
+    model = LinearRegression(3, **priors, likelihood=LIKELIHOODS[likelihood])
     guide = FamilyGuide(model, families.mean_scale).setup(X, y)
     with private_modules():
         model_trace, _ = trace_pair(model, guide, X, y, draws=draws_plate(model, X, y, draws=4))
@@ -179,15 +178,23 @@ def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, errors):
                 assert torch.allclose(many.reshape(-1), single.nodes[name]["log_prob"].reshape(-1))
 
 
-def test_joint_density_written_out():
+@pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
+def test_joint_density_written_out(likelihood):
     X, y = torch.randn(7, 3), torch.randn(7)
-    model = LinearRegression(3, weight=dist.Normal(1.0, 2.0), noise=dist.HalfNormal(0.5))
+    priors = {"weight": dist.Normal(1.0, 2.0), "noise": dist.HalfNormal(0.5)}
+    model = LinearRegression(3, **priors, likelihood=LIKELIHOODS[likelihood])
     with private_modules():
         trace = poutine.trace(model).get_trace(X, y)
     w, s = trace.nodes["weight"]["value"], trace.nodes["noise"]["value"]
-    expected = dist.Normal(1.0, 2.0).log_prob(w).sum() + dist.HalfNormal(0.5).log_prob(s)
-    expected = expected + dist.Normal(X @ w, s).log_prob(y).sum()
+    expected = priors["weight"].log_prob(w).sum() + priors["noise"].log_prob(s)
+    expected = expected + LIKELIHOODS[likelihood](X @ w, s).log_prob(y).sum()
     assert torch.allclose(trace.log_prob_sum(), expected)
+
+
+def test_the_former_name_of_the_likelihood():
+    with pytest.warns(DeprecationWarning, match="likelihood"):
+        model = LinearRegression(3, errors=dist.Laplace)
+    assert model.likelihood is dist.Laplace
 
 
 def test_works_in_plain_pyro(plain_pyro):
@@ -242,74 +249,90 @@ def test_band_is_the_quantile_of_the_mixture():
 
 
 def test_pictures_hold_what_they_were_given():
-    rows = {"a": (np.zeros(3), -np.ones(3), np.ones(3)), "b": (np.ones(3), np.zeros(3), np.ones(3))}
-    figure = plots.forest(rows, ["x", "y", "z"])
-    assert [panel.get_title() for panel in figure.axes] == ["x", "y", "z"]
-    k = np.logspace(0, 2, 5)
-    figure = plots.paths((k, np.eye(5)[:, :2]), (k, np.eye(5)[:, :2]), -k, (2.0, -2.0), ["x", "y"])
-    assert np.array_equal(figure.axes[0].lines[0].get_ydata(), np.eye(5)[:, 0])
+    rows = {"a": (np.zeros(7), -np.ones(7), np.ones(7)), "b": (np.ones(7), np.zeros(7), np.ones(7))}
+    panels = plots.forest(rows, list("tuvwxyz")).axes
+    assert [panel.get_title() for panel in panels[:7]] == list("tuvwxyz")
+    assert np.array_equal(panels[3].lines[0].get_xydata(), [[0, 1], [1, 0]])  # the first on top
+    assert np.array_equal(panels[3].collections[0].get_segments()[0], [[-1, 1], [1, 1]])
+    assert panels[6].axison and not panels[7].axison and panels[0].get_xlim() == (-1.45, 1.45)
+    k, weights = np.logspace(0, 2, 5), np.eye(5)[:, :2]
+    figure = plots.paths((k, weights), (k, 2 * weights), -k, (2.0, -2.0), ["x", "y"])
+    ridge, lasso, evidence = (
+        next(p for p in figure.axes if p.get_title() == title) for title in ("ridge", "lasso", "")
+    )
+    assert np.array_equal(ridge.lines[1].get_ydata(), weights[:, 1])
+    assert np.array_equal(lasso.lines[1].get_ydata(), 2 * weights[:, 1])
+    assert [line.get_label() for line in ridge.lines[:2]] == ["x", "y"]
+    assert np.array_equal(evidence.lines[0].get_ydata(), -k)
+    low, high = np.quantile(-k, [0.25, 1.0])
+    assert np.allclose(evidence.get_ylim(), (low, high + 0.08 * (high - low)))
     curve = (np.zeros(5), -np.ones(5), np.ones(5))
-    assert len(plots.bands(k, {"a": curve, "b": curve}, (k, k), "x").axes) == 2
-    (axes,) = plots.overconfidence({"a": (np.zeros(2), np.diag([4.0, 1.0]))}, ("x", "y")).axes
+    panels = plots.bands(k, {"a": curve, "b": curve}, (k, k), "x").axes
+    assert [panel.get_title() for panel in panels] == ["a", "b"] and panels[0].get_ylim() == (
+        2,
+        200,
+    )
+    mean, covariance = np.array([1.0, 2.0]), np.array([[4.0, 1.0], [1.0, 1.0]])
+    (axes,) = plots.overconfidence({"a": (mean, covariance)}, ("x", "y")).axes
+    away = axes.lines[0].get_xydata() - mean
     # a 90 % region of two dims reaches sqrt(-2 log 0.1) sds
-    size = sorted([axes.patches[0].get_width(), axes.patches[0].get_height()])
-    assert np.allclose(size, 2 * np.sqrt(-2 * np.log(0.1)) * np.array([1, 2]))
+    distance = np.einsum("ki,ij,kj->k", away, np.linalg.inv(covariance), away)
+    assert np.allclose(distance, -2 * np.log(0.1)) and np.allclose(away[:-1].mean(0), 0)
 
 
 X3, Y3 = np.zeros((4, 3)), np.zeros(4)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: LinearRegression(0), "columns: expected at least 1, got 0"),
-        (
-            lambda: LinearRegression(2, noise=-1.0),
-            "noise: expected a positive, finite number, got -1.0",
-        ),
-        (
-            lambda: LinearRegression(2, noise=0.0),
-            "noise: expected a positive, finite number, got 0.0",
-        ),
-        (lambda: Horseshoe(0.0), "scale: expected a positive number, got 0.0"),
-        (
-            lambda: LinearRegression(2, weight=dist.Normal(torch.zeros(3), 1.0)),
-            r"weight: expected a univariate prior of shape \(\) or \(2,\), got \(3,\)",
-        ),
-        (
-            lambda: LinearRegression(2, noise=dist.HalfNormal(torch.ones(2))),
-            "noise: expected a univariate distribution",
-        ),
-        (
-            lambda: LinearRegression(2)(torch.zeros(4, 3)),
-            r"X: expected shape \(rows, 2\), got \(4, 3\)",
-        ),
-        (
-            lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5)),
-            r"y: expected shape \(4,\), as X has rows; got \(5,\)",
-        ),
-        (lambda: predictive_scores(X3, Y3, np.zeros((1, 2)), 1.0), r"weight: .* got \(1, 2\)"),
-        (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 1.0, level=1.0), "level: .* got 1.0"),
-    ],
-)
-def test_bad_input(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+BAD = {
+    "columns: expected a whole number of at least 1, got 0": lambda: LinearRegression(0),
+    "columns: expected a whole number of at least 1, got 2.5": lambda: LinearRegression(2.5),
+    "noise: expected a positive, finite number, got -1.0": lambda: LinearRegression(2, noise=-1.0),
+    "noise: expected a positive, finite number, got 0.0": lambda: LinearRegression(2, noise=0.0),
+    "noise: expected a positive, finite number, got inf": lambda: LinearRegression(2, noise=np.inf),
+    "noise: expected a positive, finite number, got tensor": (
+        lambda: LinearRegression(2, noise=torch.tensor(-1.0))
+    ),
+    "noise: .*on the positive reals": lambda: LinearRegression(2, noise=dist.Normal(0.0, 1.0)),
+    "noise: expected a univariate distribution": (
+        lambda: LinearRegression(2, noise=dist.HalfNormal(torch.ones(2)))
+    ),
+    "noise: expected a positive number, a distribution": lambda: LinearRegression(2, noise="a"),
+    "scale: expected a finite positive number, got 0.0": lambda: Horseshoe(0.0),
+    "weight: expected a distribution, a Horseshoe or None": lambda: LinearRegression(2, weight="a"),
+    r"weight: expected a univariate prior of shape \(\) or \(2,\), got \(3,\)": (
+        lambda: LinearRegression(2, weight=dist.Normal(torch.zeros(3), 1.0))
+    ),
+    "weight: expected a univariate prior": (
+        lambda: LinearRegression(2, weight=dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    ),
+    "weight: expected a positive, finite scale": (
+        lambda: LinearRegression(2, weight=dist.Normal(0.0, 0.0, validate_args=False))
+    ),
+    r"X: expected shape \(rows, 2\), got \(4, 3\)": lambda: LinearRegression(2)(torch.zeros(4, 3)),
+    r"y: expected shape \(4,\), one for each row of X, got \(5,\)": (
+        lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5))
+    ),
+    r"weight: .* got \(1, 2\)": lambda: predictive_scores(X3, Y3, np.zeros((1, 2)), 1.0),
+    "level: .* got 1.0": lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 1.0, level=1.0),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        BAD[message]()
 
 
 @pytest.mark.parametrize("name", ["diabetes", "unequal columns"])
-@pytest.mark.parametrize(
-    "family", [n for n in families.LADDER if n not in ("deterministic", "zero")]
-)
+@pytest.mark.parametrize("family", [n for n in families.LADDER if n not in (*POINTS, *FAMILIES)])
 def test_no_objective_lies_above_the_evidence(name, family):
     """A bound is a bound: also where densities lose digits (tails at their Gaussian end)."""
     known = problem(name)
     guide = FamilyGuide(known.model, families.LADDER[family])
-    fit(known.model, guide, (known.X, known.y), num_epochs=100, seed=0, progress=False)
+    fit(known.model, guide, (known.X, known.y), num_epochs=40, seed=0, progress=False)
     value = objective(known.model, guide, known.X, known.y, num_samples=4000, seed=1)
-    # Gaussian families are averaged exactly; for the others log p - log q has a sd of a few nats
-    slack = 1e-6 if family in FAMILIES else 0.3
-    assert value < known.evidence + slack
+    # log p - log q has a sd of a few nats, or of many far from the optimum, below the evidence
+    assert value < known.evidence + 0.3
 
 
 def test_a_flat_prior_needs_the_rank_of_the_columns():
@@ -317,43 +340,10 @@ def test_a_flat_prior_needs_the_rank_of_the_columns():
     for bad in (X[:2], X * torch.tensor([1.0, 1.0, 0.0])):
         model = LinearRegression(3, weight=None, noise=0.7)
         guide = FamilyGuide(model, families.full_rank)
-        with pytest.raises(
-            ValueError, match="weight: .* the posterior is improper; got a flat one"
-        ):
+        with pytest.raises(ValueError, match="weight: .* rank 2 and 3 columns, got a flat one"):
             fit(model, guide, (bad, y[: len(bad)]), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"noise": torch.tensor(-1.0)}, ValueError, "noise: expected a positive, finite number"),
-        ({"noise": float("inf")}, ValueError, "noise: expected a positive, finite number, got inf"),
-        ({"noise": "a"}, TypeError, "noise: expected a positive number, a distribution"),
-        ({"noise": dist.Normal(0.0, 1.0)}, ValueError, "noise: .*on the positive reals"),
-        ({"weight": "a"}, TypeError, "weight: expected a distribution, a Horseshoe or None"),
-        (
-            {"weight": dist.Normal(0.0, 0.0, validate_args=False)},
-            ValueError,
-            "weight: expected a positive, finite scale",
-        ),
-        (
-            {"weight": dist.MultivariateNormal(torch.zeros(3), torch.eye(3))},
-            ValueError,
-            "weight: expected a univariate prior",
-        ),
-    ],
-)
-def test_priors_that_make_no_model(arguments, error, message):
-    with pytest.raises(error, match=message):
-        LinearRegression(3, **arguments)
 
 
 def test_a_known_noise_in_any_form():
     for noise in (0.7, torch.tensor(0.7, dtype=torch.float32), np.float32(0.7)):
         assert LinearRegression(3, noise=noise).noise_prior == 0.7
-
-
-def test_the_likelihood_goes_by_its_old_name_for_a_version():
-    with pytest.warns(DeprecationWarning, match="errors: is now called likelihood"):
-        old = LinearRegression(2, errors=dist.Laplace)
-    assert old.likelihood is LinearRegression(2, likelihood=dist.Laplace).likelihood
