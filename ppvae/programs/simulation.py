@@ -123,7 +123,7 @@ def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any], count: int) ->
     taken: dict[int, str] = {}
     for name, node in observed.items():
         indices = [i for i, arg in enumerate(args[:count]) if arg is node["infer"]["obs"]]
-        lost = f"{wanted} the data of {[name]} are none of them"
+        lost = f"{wanted} the data of {name!r} are none of them"
         expect(indices, "arguments", lost, None)
         for index in indices:
             both = f"{wanted} {taken.get(index)!r} and {name!r} observe the same one"

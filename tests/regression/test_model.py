@@ -289,8 +289,8 @@ BAD = {
     "noise: expected a positive, finite number, got -1.0": lambda: LinearRegression(2, noise=-1.0),
     "noise: expected a positive, finite number, got 0.0": lambda: LinearRegression(2, noise=0.0),
     "noise: expected a positive, finite number, got inf": lambda: LinearRegression(2, noise=np.inf),
-    "noise: expected a positive, finite number, got tensor": (
-        lambda: LinearRegression(2, noise=torch.tensor(-1.0))
+    "noise: expected a positive, finite number, got -2.0": (
+        lambda: LinearRegression(2, noise=torch.tensor(-2.0))
     ),
     "noise: .*on the positive reals": lambda: LinearRegression(2, noise=dist.Normal(0.0, 1.0)),
     "noise: expected a univariate distribution": (
