@@ -42,7 +42,7 @@ def evaluate(
     -(distortion + rate); `elbo`, the same where it is a bound; `log_likelihood` log p(x), from
     below, as the log of the mean importance weight over all draws; `ess`, the effective number of
     those draws; `khat`, the Pareto shape of the weights' tail: above 0.7 neither `log_likelihood`
-    nor `ess` can be trusted (0 where all weights are equal; NaN with fewer than 25 draws). `terms`
+    nor `ess` can be trusted (0 where all weights are equal; NaN with fewer than 30 draws). `terms`
     (dims `datum`, `site`) splits the objective: log p(x|z) of an observed site, -KL of a latent
     one; where a joint draw gives several latents, log p(z) of each, and `guide` is -log q of all.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 TRUSTED = 0.7  # k-hat above it: the mean of the weights converges too slowly to be of use
-_FEWEST = 25  # draws, below which the tail has too few for a Pareto fit
+_FEWEST = 30  # draws: a tail of six, the fewest that every version of ArviZ fits
 
 
 def log_mean_weight(log_weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def khat(log_weight: Tensor) -> Tensor:
     """Pareto shape of the upper tail of the weights, `(draws, *)` to `(*)`, in float64.
 
     Above 0.7 neither `log_mean_weight` nor the effective sample size can be trusted. It is 0 where
-    the weights are equal up to rounding, and NaN with fewer than 25 draws.
+    the weights are equal up to rounding, and NaN with fewer than 30 draws.
 
     Vehtari et al., Pareto smoothed importance sampling, 2024.
     """
