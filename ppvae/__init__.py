@@ -20,14 +20,7 @@ from ppvae.training import Diverged, Fit, fit, fit_replicates
 if TYPE_CHECKING:
     from ppvae import plots, regression
     from ppvae.comparison import compare_families
-    from ppvae.evaluation import (
-        annealed_importance,
-        calibration,
-        evaluate,
-        gaps,
-        reading,
-        summary,
-    )
+    from ppvae.evaluation import annealed_importance, calibration, evaluate, gaps, reading, summary
     from ppvae.export import concat_chains, from_pyro_svi
 
 __version__ = "0.1.0"
@@ -60,29 +53,22 @@ __all__ = [
     "summary",
 ]
 
+#: Where the names are that are imported when they are first used; the last two are modules.
 _AT_FIRST_USE = {
-    "annealed_importance": "evaluation",
-    "calibration": "evaluation",
-    "evaluate": "evaluation",
-    "gaps": "evaluation",
-    "reading": "evaluation",
-    "summary": "evaluation",
-    "compare_families": "comparison",
-    "concat_chains": "export",
-    "from_pyro_svi": "export",
-    "plots": "",
-    "regression": "",
+    "comparison": ["compare_families"],
+    "evaluation": ["annealed_importance", "calibration", "evaluate", "gaps", "reading", "summary"],
+    "export": ["concat_chains", "from_pyro_svi"],
+    "plots": ["plots"],
+    "regression": ["regression"],
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _AT_FIRST_USE:
+    rooms = [room for room, names in _AT_FIRST_USE.items() if name in names]
+    if not rooms:
         raise AttributeError(f"module 'ppvae' has no attribute {name!r}")
-    room = _AT_FIRST_USE[name]
-    value = (
-        getattr(import_module(f"ppvae.{room}"), name) if room else import_module(f"ppvae.{name}")
-    )
-    globals()[name] = value
+    module = import_module(f"ppvae.{rooms[0]}")
+    globals()[name] = value = module if name == rooms[0] else getattr(module, name)
     return value
 
 

@@ -21,7 +21,7 @@ def unique_name(module: nn.Module) -> str:
     return f"{type(module).__name__}_{next(_numbers)}"
 
 
-class Named(PyroModule):
+class UniquelyNamed(PyroModule):
     """A module with a name of its own in Pyro's param store, and so has every copy of it."""
 
     def __init__(self) -> None:

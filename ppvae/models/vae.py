@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
-from ppvae._scopes import Named, eval_mode, random_state
+from ppvae._scopes import UniquelyNamed, eval_mode, random_state
 from ppvae.priors import as_prior, distribution_of, moved
 
 
-class VAE(Named):
+class VAE(UniquelyNamed):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
 
     Its sites are `z` and `x`, in the plate `data`. What is usually called the encoder is no part of

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_count, check_number, expect
-from ppvae._scopes import Named
+from ppvae._scopes import UniquelyNamed
 from ppvae.regression.priors import base_of, read_positive
 
 
@@ -47,7 +47,7 @@ class Horseshoe:
         return dist.Normal(like, (tau[..., None] if tau.dim() else tau) * lam).to_event(1)
 
 
-class LinearRegression(Named):
+class LinearRegression(UniquelyNamed):
     r"""The model `y ~ Normal(X w, noise)` with priors on `w` and, where it is unknown, the noise.
 
     Sites `weight` (shape `(columns,)`), `noise` (where it is unknown) and `y`, in the plate `data`.
