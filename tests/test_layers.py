@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ppvae"
 FLOORS = [
-    ["_checks", "_scopes", "families"],
+    ["_checks", "_scopes"],
+    ["families"],
     ["closed_form", "data", "likelihoods", "nn", "priors"],
     ["models", "programs"],
     ["objectives"],

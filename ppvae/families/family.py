@@ -12,6 +12,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae._checks import expect
 from ppvae.families.base import GuideFamily
 from ppvae.families.heads import Head
 from ppvae.families.rules import Channel, comparable, constraints_of, rules_of, shared
@@ -48,11 +49,10 @@ class Family(GuideFamily):
     def __init__(self, distribution: Any, **arguments: Any) -> None:
         base = dist.torch_distribution.TorchDistributionMixin
         known = inspect.isclass(distribution) and issubclass(distribution, base)
-        if not known or isinstance(distribution.arg_constraints, property):
-            raise TypeError(
-                "distribution: expected a class of pyro.distributions whose arguments have "
-                f"constraints that do not depend on one another, got {distribution!r}"
-            )
+        known = known and not isinstance(distribution.arg_constraints, property)
+        wanted = "a class of pyro.distributions whose arguments have constraints that do not "
+        wanted += "depend on one another"
+        expect(known, "distribution", wanted, repr(distribution), TypeError)
         self.distribution, self.arguments = distribution, arguments
         self.rules = rules_of(distribution, arguments)
         self.channels = tuple(n for n, rule in self.rules.items() if isinstance(rule, Channel))

@@ -12,6 +12,7 @@ from pyro.distributions import constraints, transforms
 from pyro.nn import ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 
+from ppvae._checks import check_count, expect
 from ppvae.families.base import GuideFamily
 from ppvae.families.heads import Argument
 
@@ -45,11 +46,9 @@ class Flow(GuideFamily):
     support = constraints.real
 
     def __post_init__(self) -> None:
-        if self.layers < 0 or self.layers % 2:
-            raise ValueError(f"layers: expected an even number of at least 0, got {self.layers}")
-        for name, least in {"hidden": 1, "bins": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, least in {"layers": 0, "hidden": 1, "bins": 2}.items():
+            check_count(name, getattr(self, name), least)
+        expect(self.layers % 2 == 0, "layers", "an even number", self.layers)
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
         """Builds the flow's module; arguments and result as those of `Family.head`."""

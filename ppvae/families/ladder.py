@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 from pyro.distributions import constraints
 
+from ppvae._checks import expect
 from ppvae.families.base import NAMES
 from ppvae.families.family import Family
 from ppvae.families.flows import Flow
@@ -52,8 +53,6 @@ def as_family(value: Any, argument: str = "family") -> Any:
     """
     family = LADDER.get(value) if isinstance(value, str) else value
     asked = ("channels", "joint", "name", "head")
-    if inspect.isclass(family) or not all(hasattr(family, name) for name in asked):
-        raise TypeError(
-            f"{argument}: expected a guide family or one of {list(LADDER)}, got {value!r}"
-        )
+    known = not inspect.isclass(family) and all(hasattr(family, name) for name in asked)
+    expect(known, argument, f"a guide family or one of {list(LADDER)}", repr(value), TypeError)
     return family

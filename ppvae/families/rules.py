@@ -12,6 +12,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
+from ppvae._checks import expect
+
 Constraint = constraints.Constraint
 
 #: Where arguments of these names start if their rule does not say: with tails like those of a
@@ -82,10 +84,8 @@ def rules_of(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
     signature = inspect.signature(distribution.__init__).parameters
     names = [name for name in signature if name in own]
     for name in given:
-        if name not in names:
-            raise ValueError(
-                f"{name}: {distribution.__name__} has no such argument; it has {', '.join(names)}"
-            )
+        theirs = f"an argument of {distribution.__name__}; it has {', '.join(names)}"
+        expect(name in names, "arguments", theirs, name)
     # of alternatives, such as probs and logits, the named ones count, and else the last
     alternatives = [name for name in names if signature[name].default is None]
     chosen = [name for name in alternatives if name in given] or alternatives[-1:]
@@ -103,15 +103,11 @@ def _rule(name: str, rule: Any, own: Constraint) -> Any:
         _check_value(name, rule, own)
         return rule if isinstance(rule, Tensor) else float(rule)
     rule = Channel(rule) if isinstance(rule, Constraint) else rule
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            f"{name}: expected a number, a tensor, a constraint, `Channel` or `shared`, got "
-            f"{type(rule).__name__}"
-        )
-    if own.is_discrete:
-        raise ValueError(f"{name}: expected a fixed number, since it is discrete; got {rule}")
-    if rule.constraint is not None and not _is_inside(rule.constraint, own):
-        raise ValueError(f"{name}: expected a constraint inside {own}, got {rule.constraint}")
+    kinds = "a number, a tensor, a constraint, `Channel` or `shared`"
+    expect(isinstance(rule, Rule), name, kinds, type(rule).__name__, TypeError)
+    expect(not own.is_discrete, name, "a fixed number, since it is discrete", rule)
+    inside = rule.constraint is None or _is_inside(rule.constraint, own)
+    expect(inside, name, f"a constraint inside {own}", rule.constraint)
     if rule.start is not None:
         _check_value(name, rule.start, rule.constraint or own)
     return rule
@@ -119,8 +115,8 @@ def _rule(name: str, rule: Any, own: Constraint) -> Any:
 
 def _check_value(name: str, value: Any, constraint: Any) -> None:
     tensor = fixed(value, constraint.event_dim, torch.Size([1]))
-    if not (torch.isfinite(tensor).all() and constraint.check(tensor).all()):
-        raise ValueError(f"{name}: expected a finite value in {constraint}, got {value}")
+    ok = torch.isfinite(tensor).all() and constraint.check(tensor).all()
+    expect(ok, name, f"a finite value in {constraint}", value)
 
 
 def _is_inside(inner: Constraint, outer: Constraint) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ppvae._checks import expect
+
 
 def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) -> Tensor:
     """The features of the data.
@@ -29,9 +31,6 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
     shape = tuple(getattr(features, "shape", ()))
     lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
     fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)
-    if not fits:
-        raise ValueError(
-            f"encoder: expected features of shape (batch, {width or 'features'}), with the batch "
-            f"of the arguments {came}; got {shape or type(features).__name__}"
-        )
+    wanted = f"features of shape (batch, {width or 'features'}), with the batch of the arguments"
+    expect(fits, "encoder", f"{wanted} {came}", shape or type(features).__name__)
     return features

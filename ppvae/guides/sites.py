@@ -91,12 +91,9 @@ def encoder_plate(trace: Any, length: int, plate: str | None) -> Any:
     stacks = {node["name"]: plates_of(node) for node in nodes}
     inside = next(iter(stacks.values()))
     shared = {n: f for n, f in inside.items() if all(n in stack for stack in stacks.values())}
-    if not shared:
-        where = ", ".join(f"{name!r} in {list(stack)}" for name, stack in stacks.items())
-        raise ValueError(
-            f"encoder: expected all latent sites in one plate, got {where}; give global latents "
-            "a guide without encoder and combine the two by AutoGuideList"
-        )
+    where = ", ".join(f"{name!r} in {list(stack)}" for name, stack in stacks.items())
+    advice = "; give global latents a guide without encoder and combine the two by AutoGuideList"
+    expect(shared, "encoder", "all latent sites in one plate", where + advice)
     # The rule asks for the plates around data. But the model may be the part of another that holds
     # these latents and no data: here the plates that they share count, and the encoder's batch.
     seen = poutine.Trace()

@@ -113,10 +113,10 @@ class VAE(UniquelyNamed):
             z = pyro.sample("z", self._prior())
             fn = self.likelihood(self.decode(z))
             fn = fn.to_event(self.event_dim - fn.event_dim)
-            if x is not None and fn.shape()[-x.dim() :] != x.shape:
-                raise ValueError(
-                    f"decoder: expected output of shape {tuple(x.shape)}, as x; got "
-                    f"{tuple(fn.shape())}"
+            if x is not None:
+                fits = fn.shape()[-x.dim() :] == x.shape
+                expect(
+                    fits, "decoder", f"output of shape {tuple(x.shape)}, as x", tuple(fn.shape())
                 )
             return pyro.sample("x", fn, obs=x)
 

@@ -455,7 +455,7 @@ FEATURES = r"encoder: expected features of shape \(batch, features\).*"
 BAD = {
     r"encoder: .*\(6, 3\)": (ONE, "mean_scale", mlp(7, 4)),
     FEATURES + r"\(18,\)": (ONE, "mean_scale", FLAT),
-    FEATURES + r"\(6, 3\)\]; got \(9, 2\)": (ONE, "mean_scale", NINE),
+    FEATURES + r"\(6, 3\)\], got \(9, 2\)": (ONE, "mean_scale", NINE),
     r"one plate, got 'w' in \[\], 'z' in \['data'\]": (_local_global, "mean_scale", mlp(3, 4)),
     "full_rank cannot .* 'z'": (_model(dist.Categorical(torch.ones(3))), "full_rank", mlp(3, 4)),
     "cannot represent .* 'z'": (ONE, Family(dist.Gamma), mlp(3, 4)),
