@@ -57,6 +57,53 @@ LIKELIHOODS = {
 }
 
 
+class Learned(nn.Module):
+    """A prior that is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor([0.5, -0.5]))
+
+    def forward(self):
+        return dist.Normal(self.loc, 0.8).to_event(1)
+
+
+def _mixture(kind):
+    parts = kind(torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), 0.7).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([1.0, 3.0])), parts)
+
+
+def _of_parts(z):
+    """Log density of the mixture of Normals in `_mixture`."""
+    away = (z[..., None, :] - torch.tensor([[-1.0, 0.5], [1.0, 0.0]])) / 0.7
+    parts = -0.5 * away.square().sum(-1) - math.log(2 * math.pi * 0.49)
+    return (parts + torch.tensor([0.25, 0.75]).log()).logsumexp(-1)
+
+
+def _affine():
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    return dist.TransformedDistribution(base, [dist.transforms.AffineTransform(1.0, 2.0)])
+
+
+#: name -> how to make a prior of two latents, and its log density written out
+PRIORS: dict[str, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "standard": (lambda: None, lambda z: -0.5 * z.square().sum(-1) - math.log(2 * math.pi)),
+    "module": (
+        Learned,
+        lambda z: (
+            -0.5 * ((z - torch.tensor([0.5, -0.5])) / 0.8).square().sum(-1)
+            - math.log(2 * math.pi * 0.64)
+        ),
+    ),
+    "flow": (_affine, lambda z: -((z - 1).square()).sum(-1) / 8 - math.log(8 * math.pi)),
+    "mixture": (lambda: _mixture(dist.Normal), _of_parts),
+    "positive mixture": (
+        lambda: _mixture(dist.LogNormal),
+        lambda z: _of_parts(z.log()) - z.log().sum(-1),
+    ),
+}
+
+
 class Case(NamedTuple):
     model: Any
     args: tuple[Any, ...]

@@ -382,46 +382,6 @@ def test_families_over_another_support(plain_pyro):
     steps(model, guide, x, number=1)
 
 
-class _Learned(nn.Module):
-    """A prior that is a module."""
-
-    def __init__(self):
-        super().__init__()
-        self.loc = nn.Parameter(torch.tensor([10.0, -10.0]))
-
-    def forward(self):
-        return dist.Normal(self.loc, 0.01).to_event(1)
-
-
-def test_a_learned_prior_is_followed_by_noise_only():
-    model = VAE(mlp(2, out=5), 2, likelihoods.Bernoulli(), prior=_Learned())
-    guide = FamilyGuide(model, families.noise_only, mlp(5, 4))
-    with private_modules():
-        z = guide(torch.zeros(7, 5))["z"]
-    assert z.shape == (7, 2) and (z[:, 0] > 9).all() and (z[:, 1] < -9).all()
-
-
-@pytest.mark.parametrize("family", ["mean_scale", "full_rank", "flow", "deterministic"])
-@pytest.mark.parametrize("kind", [dist.Normal, dist.LogNormal])
-def test_a_mixture_is_a_prior_like_any_other(family, kind):
-    """The way from the reals is that of the components: exp for a mixture of LogNormals."""
-    parts = kind(torch.randn(3, 2), 1.0).to_event(1)
-    prior = dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), parts)
-    model = VAE(mlp(2, out=5), 2, likelihoods.Bernoulli(), prior=prior)
-    encoder, x = mlp(5, 4), torch.randn(7, 5)
-    guide = FamilyGuide(model, family, encoder)
-    model_trace, guide_trace = traces(model, guide, x.sigmoid().round())
-    z = guide_trace.nodes["z"]["value"]
-    assert torch.isfinite(model_trace.log_prob_sum()) and (z > 0).all() or kind is dist.Normal
-    if family == "deterministic":
-        return
-    u = z.log() if kind is dist.LogNormal else z
-    fn = guide.heads["z"](encoder(x.sigmoid().round()))
-    density = fn.log_prob(u).reshape(7, -1).sum(-1)
-    density = density - (u.sum(-1) if kind is dist.LogNormal else 0.0)
-    assert torch.allclose(guide_trace.log_prob_sum(), density.sum())
-
-
 def test_student_t_trains_on_positive_latents(plain_pyro):
     def model(x):
         with pyro.plate("data", len(x)):

@@ -5,8 +5,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import LIKELIHOODS
-from pyro import poutine
+from cases import DENSITIES, FAMILIES, LIKELIHOODS, PRIORS
 from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, fit, likelihoods
@@ -14,25 +13,41 @@ from ppvae._scopes import private_modules
 from ppvae.models.protocol import check_data_of, example_of
 from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.priors import as_prior
+from ppvae.programs.runs import trace_pair
 
 
-@pytest.mark.parametrize("name", list(LIKELIHOODS))
-def test_joint_density_written_out_and_trained(name):
-    likelihood = LIKELIHOODS[name]
-    model, x = VAE(mlp(2, 8, out=4), 2, likelihood.make()), likelihood.draw(12, 4)
-    with private_modules():
-        trace = poutine.trace(model).get_trace(x)
-    z = trace.nodes["z"]["value"]
-    trace.compute_log_prob()
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("prior", list(PRIORS))
+@pytest.mark.parametrize("kind", list(LIKELIHOODS))
+def test_every_likelihood_with_every_prior_and_every_family(kind, prior, family):
+    """The densities are those written out, draws lie in the support, and a fit moves what it may.
+
+    In the space of the reals, the density of the guide is that of its head.
+    """
+    likelihood, (make_prior, log_prior) = LIKELIHOODS[kind], PRIORS[prior]
+    model = VAE(mlp(2, 8, out=4), 2, likelihood.make(), prior=make_prior())
+    guide, x = FamilyGuide(model, FAMILIES[family], mlp(4, 8)), likelihood.draw(12, 4)
+    with private_modules(), torch.no_grad():
+        model_trace, guide_trace = trace_pair(model, guide, x)
+    for trace in (model_trace, guide_trace):
+        trace.compute_log_prob()
+    z, positive = model_trace.nodes["z"]["value"], prior == "positive mixture"
     expected = likelihood.log_prob(model.decoder(z), x).sum(-1)
-    assert torch.allclose(trace.nodes["x"]["log_prob"], expected)
-    prior = -0.5 * (z**2).sum(-1) - math.log(2 * math.pi)
-    assert torch.allclose(trace.nodes["z"]["log_prob"], prior)
-    guide = FamilyGuide(model, families.mean_scale, mlp(4, 8))
-    result = fit(model, guide, x, num_epochs=3, progress=False)
+    torch.testing.assert_close(model_trace.nodes["x"]["log_prob"], expected)
+    torch.testing.assert_close(model_trace.nodes["z"]["log_prob"], log_prior(z))
+    assert (z > 0).all() or not positive
+    if family in DENSITIES and family != "noise_only":
+        u = z.log() if positive else z
+        density = guide.heads["z"](guide.encoder(x)).log_prob(u).reshape(12, -1).sum(-1)
+        density = density - u.sum(-1) if positive else density
+        torch.testing.assert_close(guide_trace.nodes["z"]["log_prob"], density)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    result = fit(model, guide, x, num_epochs=2, progress=False)
     assert all(map(math.isfinite, result.losses))
-    learned = [n for n, _ in model.named_parameters() if "likelihood" in n]
-    assert bool(learned) == (name in ("learned", "per feature"))
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+    assert all(moved[1:]) and moved[0] == (family != "zero" or positive)  # weights of z = 0
+    learned = [kind in ("learned", "per feature"), prior == "module"]
+    assert len(moved) == 4 + sum(learned)
 
 
 def test_learned_scale_reaches_the_maximum_likelihood():
@@ -83,28 +98,18 @@ def test_building_a_model_leaves_buffers_and_random_numbers_alone():
     assert all(torch.equal(v, decoder.state_dict()[k]) for k, v in before.items())
 
 
-def _flow(dtype):
-    base = dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1)
-    return dist.TransformedDistribution(base, [dist.transforms.AffineTransform(base.mean + 1, 2.0)])
-
-
-def _mixture(dtype):
-    parts = dist.Normal(torch.zeros(3, 2, dtype=dtype), 1.0).to_event(1)
-    return dist.MixtureSameFamily(dist.Categorical(torch.ones(3, dtype=dtype)), parts)
-
-
-@pytest.mark.parametrize("make", [_flow, _mixture])
-def test_a_fixed_prior_moves_with_its_model(make):
+@pytest.mark.parametrize("name", ["flow", "mixture", "positive mixture"])
+def test_a_fixed_prior_moves_with_its_model(name):
     """And stays the same distribution; the one that was given is left as it was."""
-    given = make(torch.float32)
+    given = PRIORS[name][0]()
     model = VAE(mlp(2, out=3), 2, likelihoods.Bernoulli(), prior=given)
     assert model.prior is given and as_prior(given, 2) is given
-    model.double()
-    z = torch.randn(5, 2)
-    assert torch.equal(model.prior.log_prob(z), make(torch.float64).log_prob(z))
-    assert given.sample().dtype == torch.float32 and model.draw_prior(4).shape == (4, 2)
+    model.float()
+    z = model.draw_prior(5)
+    assert z.dtype == torch.float32 and given.sample().dtype == torch.float64
+    torch.testing.assert_close(model.prior.log_prob(z), PRIORS[name][1](z.double()).float())
     with private_modules():
-        assert model(size=2).dtype == torch.float64
+        assert model(size=2).dtype == torch.float32
 
 
 def test_what_models_say_of_themselves():
