@@ -1,6 +1,7 @@
 """The house has floors: a folder imports from floors below its own, and keeps what is private."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,6 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def _room(parts):
-    return parts[0].removesuffix(".py")
 
 
 def _imports(path):
@@ -43,7 +40,7 @@ def _imports(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_imports_only_from_its_own_folder_or_from_floors_below(path):
-    room = _room(path.relative_to(PACKAGE).parts)
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if room == "__init__":
         return
     for other, whole in _imports(path):
@@ -54,58 +51,29 @@ def test_a_file_imports_only_from_its_own_folder_or_from_floors_below(path):
             assert not private, f"{room} imports what is private: {'.'.join(whole)}"
 
 
-def _modules():
-    """Module -> the modules of the package that it imports when it is imported."""
+def test_no_file_imports_itself_by_way_of_others():
     names = {}
     for path in FILES:
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    found = {}
+    graph = TopologicalSorter()
     for name, path in names.items():
-        found[name] = set()
-        for _, whole in _imports(path):
-            module = ".".join(["ppvae", *whole])
-            module = module if module in names else module.rpartition(".")[0]
-            found[name].add(module)
-    return found
+        modules = [".".join(["ppvae", *whole]) for _, whole in _imports(path)]
+        graph.add(name, *(m if m in names else m.rpartition(".")[0] for m in modules))
+    graph.prepare()  # raises a CycleError that names the circle
 
 
-def test_no_file_imports_itself_by_way_of_others():
-    imports = _modules()
-    state = {}
-
-    def visit(name, path):
-        assert state.get(name) != "open", f"a circle: {' -> '.join([*path, name])}"
-        if state.get(name) is None:
-            state[name] = "open"
-            for other in imports.get(name, ()):
-                visit(other, [*path, name])
-            state[name] = "done"
-
-    for name in imports:
-        visit(name, [])
-
-
-def test_every_folder_opens_with_its_contract_and_says_what_is_public():
+def test_every_folder_opens_with_its_contract_and_no_public_name_hides_a_module():
     faces = [path for path in FILES if path.name == "__init__.py"]
     assert len(faces) > 5
     for path in faces:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
-        assert any(
-            isinstance(node, ast.Assign) and node.targets[0].id == "__all__" for node in tree.body
-        ), path
-
-
-def test_no_public_name_hides_a_module_of_its_folder():
-    for path in FILES:
-        if path.name == "__init__.py":
-            exported = next(
-                ast.literal_eval(node.value)
-                for node in ast.parse(path.read_text()).body
-                if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
-            )
-            modules = {other.stem for other in path.parent.glob("*.py")}
-            own = modules & set(exported)
-            reexported = {"closed_form", "likelihoods", "nn", "plots", "regression"}
-            assert own <= reexported, f"{path.parent.name}: {own} are modules and something else"
+        public = next(
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        )
+        own = {other.stem for other in path.parent.glob("*.py")} & set(public)
+        reexported = {"closed_form", "likelihoods", "nn", "plots", "regression"}
+        assert own <= reexported, f"{path.parent.name}: {own} are modules and something else"

@@ -44,6 +44,13 @@ class Family(GuideFamily):
         Family(Normal, scale=0.5)
         >>> Family(dist.Normal, scale=1.0).name
         'mean_only'
+        >>> Family(dist.Bernoulli).channels, Family(dist.Bernoulli, probs=Channel()).channels
+        (('logits',), ('probs',))
+        >>> Family(dist.MultivariateNormal, covariance_matrix=1.0).channels
+        ('loc',)
+        >>> fn = Family(dist.Normal, scale=shared).head(features=4, shape=[3])(torch.randn(5, 4))
+        >>> fn.batch_shape, len(fn.scale.unique())
+        (torch.Size([5, 3]), 1)
     """
 
     def __init__(self, distribution: Any, **arguments: Any) -> None:

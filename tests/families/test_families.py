@@ -69,7 +69,6 @@ def test_families_are_equal_by_their_members_and_not_by_how_they_were_written():
 
 
 def test_repr_is_the_expression():
-    assert repr(Family(dist.Normal, scale=0.5)) == "Family(Normal, scale=0.5)"
     assert repr(families.shared_scale) == "Family(Normal, scale=shared)"
     widths = torch.tensor([0.1, 2.0])
     assert repr(Family(dist.Normal, scale=widths)) == "Family(Normal, scale=[0.1, 2. ])"
@@ -96,23 +95,11 @@ def test_the_support_is_that_of_the_distribution_if_its_class_has_one():
     assert Family(dist.GeneralizedPareto).support is None  # it depends on the arguments
 
 
-def test_alternatives_take_the_last_unless_one_is_named():
-    assert Family(dist.Bernoulli).channels == ("logits",)
-    assert Family(dist.Bernoulli, probs=families.Channel()).channels == ("probs",)
-    assert Family(dist.MultivariateNormal, covariance_matrix=1.0).channels == ("loc",)
-    assert Family(dist.Delta).channels == ("v",)  # and never the density of a point
-
-
 def test_bounded_mean_is_a_tanh():
     head = families.mean_only_bounded.head(4, THREE)
     features = torch.randn(5, 4)
     raw = head.loc.linear(features)
     assert torch.allclose(head(features).loc, torch.tanh(raw / 2), atol=1e-12)
-
-
-def test_shared_scale_is_one_number_for_all_data_and_coordinates():
-    fn = families.shared_scale.head(4, THREE)(torch.randn(5, 4))
-    assert fn.batch_shape == (5, 3) and len(fn.scale.unique()) == 1
 
 
 def test_a_number_fills_a_vector_or_a_diagonal():
