@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +15,7 @@ from ppvae._scopes import matmul_precision, private_modules, random_state, train
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import with_keywords
 from ppvae.training.loop import Fit, progress_bar, train
-from ppvae.training.quasi_newton import draws_needed, minimise
+from ppvae.training.optimum import is_free, is_global, optimise
 from ppvae.training.single import how_to_run, single
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 from ppvae.training.task import (
@@ -27,6 +26,9 @@ from ppvae.training.task import (
     task_of,
     training_batches,
 )
+from ppvae.training.verdict import judge
+
+_STEPS, _EPOCHS = 1000, 100  # where the user does not say
 
 
 def fit(
@@ -34,7 +36,7 @@ def fit(
     guide: Callable[..., Any],
     data: Any,
     *,
-    num_epochs: int = 100,
+    num_epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
@@ -114,8 +116,10 @@ def fit(
     """
     given = model
     model, guide, extra = with_keywords(model, guide, (), kwargs)
-    batches = training_batches(given, data, batch_size, extra)
+    whole = batch_size is None and is_free(guide)
+    batches = training_batches(given, data, batch_size, extra, whole=whole)
     held_out = None if validation is None else _held_out(validation, batches)
+    asked, num_epochs = num_epochs, _EPOCHS if num_epochs is None else num_epochs
     num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
     check_objective(objective)
     if patience is not None:
@@ -130,9 +134,10 @@ def fit(
             task.check_support(*filter(None, (batches, held_out)))
         if held_out is not None:
             task.held_out_loss(held_out)  # fails before anything is trained, if it does
-        draws = draws_needed(task) if optimizer is None and held_out is None else 0
-        if draws:
-            return _fit_at_once(task, draws, seed or 0, bar)
+        if optimizer is None and held_out is None and is_global(task):
+            result = _fit_at_once(task, _STEPS if asked is None else num_epochs, seed or 0, bar)
+            if result is not None:
+                return result
         engine = single(task, how)
         moves = partial(optimizer or adam, lr=learning_rate)
         validate = None if held_out is None else partial(task.held_out_loss, held_out)
@@ -148,15 +153,25 @@ def _held_out(validation: Any, batches: Batches) -> Batches:
     return batches_of("validation", validation, size, training=False, extra=batches.extra)
 
 
-def _fit_at_once(task: Task, draws: int, seed: int, bar: Any) -> Fit:
+def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
+    """Fits global latents to the optimum; None if they have to be fitted in steps."""
     start, before = time.perf_counter(), Snapshot(task.parameters, [task.program])
     with undone_by_errors(task.parameters, [task.program]):
-        losses = minimise(task, steps=bar.total, draws=draws, seed=seed)
-    if not math.isfinite(losses[-1]):
-        before.put_back()
-        raise Diverged(f"the loss is {losses[-1]} from the start; the parameters were left alone")
-    bar.update(len(losses))
+        optimum = optimise(task, steps=steps, seed=seed)
+        if optimum is None:
+            return None
+        if not all(torch.isfinite(value).all() for value in optimum.values):
+            before.put_back()
+            raise Diverged("the optimum is not finite; the parameters were left alone")
+        with torch.no_grad():
+            for parameter, value in zip(task.parameters, optimum.values, strict=True):
+                parameter.copy_(value.reshape(parameter.shape))
+        verdict = judge(task, optimum, seed)
+    losses, number = optimum.losses, len(optimum.losses)
+    bar.update(bar.total or number)
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()
-    seconds, steps = time.perf_counter() - start, len(losses)
-    return Fit(losses, [], seconds, steps, steps - 1, "L-BFGS", task.program.objective, "eager")
+    verdict.warn(stacklevel=2)
+    seconds, objective = time.perf_counter() - start, task.program.objective
+    end = seconds, number, number - 1, "L-BFGS", objective, "eager"
+    return Fit(losses, [], *end, verdict.converged, verdict.words)

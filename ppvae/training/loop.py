@@ -32,6 +32,8 @@ class Fit(NamedTuple):
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
         objective: what was minimised, such as `objectives.ELBO()`.
         execution: "eager", "staged" or "compiled".
+        converged: whether it ended at the optimum of its objective; None if that cannot be judged.
+        verdict: the same in one sentence, with numbers.
     """
 
     losses: list[float]
@@ -42,6 +44,14 @@ class Fit(NamedTuple):
     method: str
     objective: Callable[..., Tensor]
     execution: str
+    converged: bool | None = None
+    verdict: str = ""
+
+    def __repr__(self) -> str:
+        how = f"{self.method} ({self.execution})"
+        course = f"Fit by {how}: {self.num_steps} steps, {self.seconds:.3g} s"
+        loss = f"loss {self.losses[-1]:.6g} nats per datum"
+        return "\n".join([course, loss, self.verdict or "not judged"])
 
     @property
     def history(self) -> dict[str, list[Any]]:

@@ -24,7 +24,7 @@ from ppvae.programs.keywords import with_keywords
 from ppvae.staging.staged import NotStageable, one_line
 from ppvae.training.fitting import fit
 from ppvae.training.loop import Fit, progress_bar, train
-from ppvae.training.quasi_newton import draws_needed
+from ppvae.training.optimum import is_global
 from ppvae.training.single import how_to_run
 from ppvae.training.stacked import stacked
 from ppvae.training.task import adam, check_objective, check_options, task_of, training_batches
@@ -109,7 +109,7 @@ def fit_replicates(
             with private_modules(), random_state(seed):
                 tasks.append(task_of(model, guide, goal, batches, plate))
         _check_parameters([list(task.program.parameters()) for task in tasks])
-        at_once = optimizer is None and any(draws_needed(task) for task in tasks)
+        at_once = optimizer is None and any(is_global(task) for task in tasks)
         if tasks[0].parameters and len(tasks) > 1 and not at_once:
             try:
                 engine = stacked(tasks, seeds, compiled=how == "compiled")

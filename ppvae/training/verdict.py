@@ -1,0 +1,141 @@
+"""Whether a fit is where it should be, in words with numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppvae._scopes import double_precision, private_modules, unchecked
+from ppvae.objectives.elbo import ELBO
+from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
+from ppvae.programs.layout import Layout
+from ppvae.staging.program import program_of
+from ppvae.training.average import average_of
+from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap, labels_of
+from ppvae.training.task import Task
+
+_TOO_NARROW = "converged, but the family is too narrow"
+_STEP = 0.01  # posterior sds: a Newton step that is as good as none
+_FEW = 50  # effective draws, below which reweighted moments say nothing
+_NEAR = 5.0  # nats: a mode that is no further above is worth a word
+_NARROW = 0.25  # posterior sds, or the share of one, by which a family may be off
+
+
+class NotConverged(UserWarning):
+    """A fit ended before it was at the optimum of its objective."""
+
+
+class NarrowFamily(UserWarning):
+    """A fit is at its optimum, but the posterior is far from every member of the family."""
+
+
+class Verdict(NamedTuple):
+    """What is to be said of a fit.
+
+    Attributes:
+        words: one sentence, with numbers.
+        converged: whether it is at the optimum of its objective; None if that cannot be judged.
+        narrow: whether it is, and the family is too narrow for the posterior.
+    """
+
+    words: str
+    converged: bool | None
+    narrow: bool = False
+
+    def warn(self, stacklevel: int) -> None:
+        """Warns once, if there is a reason to."""
+        kind = NotConverged if self.converged is False else NarrowFamily
+        if self.converged is False or self.narrow:
+            warnings.warn(f"fit: {self.words}", kind, stacklevel=stacklevel + 1)
+
+
+def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
+    """Holds what a task has come to against what an optimum must be.
+
+    Args:
+        task: a task, whose parameters are those of the optimum, as they are stored.
+        optimum: where its minimisation ended.
+        seed: chooses fresh draws.
+    """
+    at = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
+    others = sorted({round(mode, 3) for mode in optimum.modes if math.isfinite(mode)})
+    modes = ""
+    if len(others) > 1 and others[1] - others[0] < _NEAR:
+        modes = f"; another mode is {others[1] - others[0]:.2g} nats above the one that was taken"
+    limit = _STEP if optimum.draws else 5 * _STEP
+    if not optimum.step < limit:
+        words = f"stopped before the optimum: {at}; give it more steps{modes}"
+        return Verdict(words, converged=False)
+    if optimum.draws == 1:
+        return Verdict(f"at the optimum: {at}{modes}", converged=True)
+    if optimum.draws == 0:
+        losses, states = _fresh(task, optimum.layout, seed)
+        words, narrow = _narrowness(losses, states, labels_of(optimum.layout))
+        words = (
+            f"converged, but the family is too narrow: {words}"
+            if narrow
+            else f"at the optimum: {at}; {words}"
+        )
+        return Verdict(words + modes, converged=True, narrow=narrow)
+    error = f"{optimum.draws} draws held fixed, with an error of {optimum.error:.2f} sd in a mean"
+    if not optimum.error < ERROR:
+        words = f"{error}, which should be below {ERROR}; {at}{modes}"
+        return Verdict(words, converged=False)
+    losses, states = _fresh(task, optimum.layout, seed)
+    labels = labels_of(optimum.layout)
+    gap = losses.mean().item() - optimum.losses[-1] * task.batches.size
+    se = losses.std().item() / math.sqrt(len(losses))
+    if not gap < allowed_gap(len(labels)) + 3 * se:  # not finite, too
+        lower = f"the ELBO of fresh draws is {gap:.3g} nats lower than that of those held fixed"
+        return Verdict(f"{lower} (standard error {se:.2g}); {at}{modes}", converged=False)
+    words, narrow = _narrowness(losses, states, labels)
+    if narrow:
+        words = f"{_TOO_NARROW}: {words}{modes}"
+        return Verdict(words, converged=True, narrow=True)
+    return Verdict(f"at the optimum: {at}; {error}; {words}{modes}", converged=True)
+
+
+def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
+    """Minus log weights of fresh draws of the guide as it is stored, and the latents."""
+    (batch,) = task.batches
+    was, sampled = task.program, ELBO(kl="sampled")
+    size, plate = task.batches.size, was.plate_name
+    program = program_of(was.model, was.guide, sampled, batch, size=size, plate=plate)
+    with double_precision(), private_modules(), unchecked(), torch.no_grad():
+        average = average_of(replace(task, program=program))
+        values = [parameter.detach().double() for parameter in average.task.parameters]
+        generator = torch.Generator().manual_seed(seed + 1)
+        normals = torch.randn(FRESH, average.normals, generator=generator)
+        chunks = [
+            average.draws(values, c, layout, n) for n, c in enumerate(average.chunks(normals))
+        ]
+    losses, states = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return losses, states
+
+
+def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str, bool]:
+    """What importance weights say of a family, and whether it is too narrow for the posterior."""
+    shape = khat(-losses).item()
+    if not shape <= TRUSTED:
+        return f"k-hat {shape:.2f} (trusted up to {TRUSTED})", True
+    ess = effective_sample_size(-losses).item()
+    if ess < _FEW:
+        return f"importance weights rest on {ess:.1f} of {len(losses)} draws", True
+    weights = torch.softmax(-losses, 0)
+    mean, sd = states.mean(0), states.std(0)
+    true = weights @ states
+    spread = (weights @ (states - true).square()).sqrt()
+    off = (mean - true).abs() / spread - 2 / math.sqrt(ess)
+    ratio = (sd / spread).log().abs() - 2 / math.sqrt(2 * ess)
+    at, widest = int(off.argmax()), int(ratio.argmax())
+    if off[at] > _NARROW:
+        return f"the mean of {labels[at]} is {off[at]:.2f} sd from the reweighted one", True
+    if ratio[widest] > math.log(1 + _NARROW):
+        share = (sd / spread)[widest].item()
+        return f"the sd of {labels[widest]} is {share:.2f} of the reweighted one", True
+    return f"k-hat {shape:.2f}", False
