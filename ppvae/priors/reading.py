@@ -41,18 +41,24 @@ def as_prior(prior: Any, latent: int) -> Any:
     return prior
 
 
-def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a distribution whose tensors have gone through a function.
+def moved(part: Any, move: Callable[[Tensor], Tensor], **attributes: Any) -> Any:
+    """Copies a distribution and applies a function to all its tensors, at any depth.
 
     Args:
-        part: a distribution, or what one holds.
-        move: such as `lambda tensor: tensor.to("cuda")`.
+        part: a distribution; the recursion also passes the values of its attributes.
+        move: the function, such as `lambda tensor: tensor.to("cuda")`.
+        **attributes: attributes to set on the copies of all distributions and transforms, such as
+            `_validate_args=False`.
+
+    Returns:
+        The copy; what is neither a tensor nor holds one is shared with the original.
     """
     if isinstance(part, Tensor):
         return move(part)
     if isinstance(part, (list, tuple)):
-        return type(part)(moved(each, move) for each in part)
+        return type(part)(moved(each, move, **attributes) for each in part)
     if isinstance(part, (torch.distributions.Distribution, Transform)):
+        held = {name: moved(value, move, **attributes) for name, value in vars(part).items()}
         part = copy.copy(part)
-        part.__dict__ = {name: moved(held, move) for name, held in vars(part).items()}
+        part.__dict__ = held | attributes
     return part

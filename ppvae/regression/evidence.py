@@ -142,9 +142,8 @@ def _highest(function: Callable[[Array], Array]) -> float:
     inside = values[best] - max(values[0], values[-1]) > 1e-9
     got = "the maximum at zero" if values[0] > values[-1] else "growth without bound"
     expect(inside, "weight", "evidence with a maximum at a positive, finite scale", got)
-    ends, options = (grid[best - 1], grid[best + 1]), {"xatol": 1e-10}
-
-    def negative(x: float) -> float:
-        return -function(np.array([x]))[0]
-
-    return float(optimize.minimize_scalar(negative, bounds=ends, options=options).x)
+    bounds = grid[best - 1], grid[best + 1]
+    top = optimize.minimize_scalar(
+        lambda place: -function(np.array([place]))[0], bounds=bounds, options={"xatol": 1e-10}
+    )
+    return float(top.x)

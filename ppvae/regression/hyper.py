@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy import special
+from scipy import ndimage, special
 
 from ppvae.regression.linear_algebra import pieces
-from ppvae.regression.priors import Array, Number, Unknown
+from ppvae.regression.priors import Array, Integers, Numbers, Unknown
 
 # Logs of functions `(k, functions)` at places `(k, axes)`.
 Logs = Callable[[Array], Array]
@@ -40,18 +39,16 @@ class HyperPosterior(NamedTuple):
     r"""A posterior of noise and scale as weighted points, which makes the rest a finite mixture.
 
     Attributes:
-        noise: the noise, or its prior.
-        scale: the prior scale, or its prior.
-        indices: the points in steps of the lattice, shape `(points, axes)`; an axis for the noise
-            and one for the scale, where they are unknown.
+        numbers: the noise and the prior scale, each a known number or a prior.
+        indices: the points in steps of the lattice, shape `(points, axes)`, with one axis for each
+            unknown number.
         steps: spacing of the lattice, shape `(axes,)`.
         shares: probabilities of the points, shape `(points,)`.
         log_total: log integral of the likelihood times the priors.
     """
 
-    noise: Number
-    scale: Number
-    indices: Array
+    numbers: Numbers
+    indices: Integers
     steps: Array
     shares: Array
     log_total: float
@@ -59,12 +56,12 @@ class HyperPosterior(NamedTuple):
     @property
     def log_numbers(self) -> tuple[Array, Array]:
         """Logs of the noise and of the scale at the points, each of shape `(points,)`."""
-        return _on_lines(self.noise, self.scale, self.indices * self.steps)[:2]
+        return _on_lines(self.numbers, self.indices * self.steps)[:2]
 
     def quantiles(self, levels: Array) -> Array:
-        """Quantiles of the unknown ones of noise and scale, shape `(levels, axes)`."""
+        """Quantiles of each unknown number, shape `(levels, axes)`."""
         columns = np.empty((len(levels), len(self.steps)))
-        for axis, unknown in enumerate(_unknown(self.noise, self.scale)):
+        for axis, unknown in enumerate(_unknown(self.numbers)):
             first, table = self._table()
             shares = table.sum(1 - axis) if table.ndim == 2 else table
             place = _inverse(shares[None], levels)
@@ -89,9 +86,9 @@ class HyperPosterior(NamedTuple):
                 across = np.sinc(places[part, 1:] - np.arange(len(shares)))
                 places[part, 0] = _inverse(across @ table.T, uniforms[1, part])
             places = (first + places) * self.steps
-        return _on_lines(self.noise, self.scale, places)[:2]
+        return _on_lines(self.numbers, places)[:2]
 
-    def _table(self) -> tuple[Array, Array]:
+    def _table(self) -> tuple[Integers, Array]:
         """The index of the first point along each axis, and the probabilities as an array."""
         first = self.indices.min(0)
         table = np.zeros(self.indices.max(0) - first + 1)
@@ -99,14 +96,11 @@ class HyperPosterior(NamedTuple):
         return first, table
 
 
-def hyper_posterior(
-    noise: Number, scale: Number, log_functions: Callable[[Array, Array], Array]
-) -> HyperPosterior:
+def hyper_posterior(numbers: Numbers, log_functions: Callable[..., Array]) -> HyperPosterior:
     r"""Integrates over the noise, the prior scale, or both, or neither.
 
     Args:
-        noise: the noise, or its prior.
-        scale: the prior scale, or its prior.
+        numbers: the noise and the prior scale, each a known number or a prior.
         log_functions: maps logs of noises and of scales, each `(k,)`, to logs `(k, functions)`; the
             first is the likelihood, the others only have to be resolved as well.
 
@@ -115,23 +109,23 @@ def hyper_posterior(
     """
 
     def log_integrands(places: Array) -> Array:
-        *numbers, log_prior = _on_lines(noise, scale, places)
-        return log_functions(*numbers) + log_prior[:, None]
+        log_noise, log_scale, log_prior = _on_lines(numbers, places)
+        return log_functions(log_noise, log_scale) + log_prior[:, None]
 
-    indices, steps, logs = _integrate(log_integrands, len(_unknown(noise, scale)))
+    indices, steps, logs = _integrate(log_integrands, len(_unknown(numbers)))
     values = np.exp(logs - logs.max())
     log_total = float(logs.max() + np.log(values.sum()) + np.log(steps).sum())
-    return HyperPosterior(noise, scale, indices, steps, values / values.sum(), log_total)
+    return HyperPosterior(numbers, indices, steps, values / values.sum(), log_total)
 
 
-def _unknown(noise: Number, scale: Number) -> list[Unknown]:
-    return [number for number in (noise, scale) if isinstance(number, Unknown)]
+def _unknown(numbers: Numbers) -> list[Unknown]:
+    return [number for number in numbers if isinstance(number, Unknown)]
 
 
-def _on_lines(noise: Number, scale: Number, places: Array) -> tuple[Array, Array, Array]:
+def _on_lines(numbers: Numbers, places: Array) -> tuple[Array, Array, Array]:
     """Logs of noise and scale at places `(k, axes)`, and the log prior density of the places."""
     logs, log_prior, axes = [], np.zeros(len(places)), iter(places.T)
-    for number in (noise, scale):
+    for number in numbers:
         if isinstance(number, Unknown):
             log_number, log_density = number.on_line(next(axes))
             log_prior = log_prior + log_density
@@ -141,7 +135,7 @@ def _on_lines(noise: Number, scale: Number, places: Array) -> tuple[Array, Array
     return logs[0], logs[1], log_prior
 
 
-def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
+def _integrate(log_integrands: Logs, axes: int) -> tuple[Integers, Array, Array]:
     """A lattice on which the sums of all functions have converged.
 
     Along each axis the spacing is refined until it resolves the modes of the first function and
@@ -173,9 +167,7 @@ def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
         finer = np.where(rough, np.maximum(finer, np.clip(needed, 1.2, 3)), finer)
         if (finer < 1.2).all() or len(values) > _MOST_POINTS:
             if missed.max() > 1e-6:
-                words = (
-                    f"the posterior is known to about {missed.max():.0e} only: its density jumps"
-                )
+                words = f"the posterior is known to {missed.max():.0e} only: its density jumps"
                 warnings.warn(words, RuntimeWarning, stacklevel=2)
             return indices[counts], steps, logs[counts, 0]
         finer = np.where(finer < 1.2, 1, np.minimum(finer, 8))
@@ -183,7 +175,7 @@ def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
         steps = steps / finer
 
 
-def _fill(log_integrands: Logs, seeds: Array, steps: Array) -> tuple[Array, Array]:
+def _fill(log_integrands: Logs, seeds: Integers, steps: Array) -> tuple[Integers, Array]:
     """Evaluates a lattice from the seeds outwards, block by block, to where nothing counts.
 
     Returns the points, `(k, axes)`, and the logs there, `(k, functions)`.
@@ -206,23 +198,20 @@ def _fill(log_integrands: Logs, seeds: Array, steps: Array) -> tuple[Array, Arra
     return np.concatenate(indices), np.concatenate(logs)
 
 
-def _modes(indices: Array, logs: Array) -> tuple[Array, Array, Array]:
+def _modes(indices: Integers, logs: Array) -> tuple[Integers, Array, Array]:
     """Points that are as high as all their neighbours, their heights, and the falls beside them.
 
     The falls, `(modes, axes)`, are minus the second differences: the spacing over the sd of a
     Gaussian of that curvature, squared.
     """
-    axes, low = indices.shape[1], indices.min(0) - 1
+    low = indices.min(0) - 1
     table = np.full(indices.max(0) - low + 2, -np.inf)
     table[tuple((indices - low).T)] = logs
-    around = sliding_window_view(table, (3,) * axes)
-    inner = table[(slice(1, -1),) * axes]
-    highest = np.isfinite(inner) & (inner >= around.max(tuple(range(-axes, 0))))
-    modes, near = np.argwhere(highest) + low + 1, around[highest].reshape(-1, 3**axes)
-    center, strides = 3**axes // 2, 3 ** np.arange(axes)[::-1]
-    sides = np.stack([near[:, center - strides], near[:, center + strides]])
-    sides = np.where(np.isfinite(sides), sides, sides[::-1])  # one side may be a jump
-    return modes, near[:, center], 2 * near[:, [center]] - sides.sum(0)
+    modes = np.argwhere(np.isfinite(table) & (table >= ndimage.maximum_filter(table, 3)))
+    heights, units = table[tuple(modes.T)], np.eye(table.ndim, dtype=int)
+    sides = np.array([[table[tuple((modes + e).T)] for e in (-unit, unit)] for unit in units])
+    sides = np.where(np.isfinite(sides), sides, sides[:, ::-1])  # one side may be a jump
+    return modes + low, heights, 2 * heights[:, None] - sides.sum(1).T
 
 
 def _inverse(densities: Array, levels: Array) -> Array:

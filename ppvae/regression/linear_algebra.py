@@ -89,12 +89,10 @@ def _blocks(X: Any, y: Any, *, intercept: bool) -> Iterator[Array]:
     columns = 0
     for number, pair in enumerate(X if y is None else [(X, y)]):
         name = f"X, y of block {number}" if y is None else "X, y"
-        try:
-            left, right = pair
-        except (TypeError, ValueError):
-            got = f"{type(pair).__name__} as block {number}"
-            raise TypeError(f"X: expected pairs (X, y) of blocks, got {got}") from None
-        design, target = _array(left, name), _array(right, name)
+        arrays = tuple(pair) if isinstance(pair, Iterable) else ()
+        got = f"{type(pair).__name__} as block {number}"
+        expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
+        design, target = (_array(values, name) for values in arrays)
         fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
         shapes = f"{design.shape} and {target.shape}"
         expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)

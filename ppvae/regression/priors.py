@@ -1,19 +1,20 @@
-r"""What the exact posterior reads off the priors: numbers and densities in float64."""
+r"""Reads the priors of an exact posterior: numbers and log densities, all in float64."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
-from torch.distributions.transforms import Transform
 
-from ppvae._checks import expect
+from ppvae._checks import check_number, expect
+from ppvae.priors import moved
 
-Array = np.ndarray
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 # Logs of positive numbers are kept within this, so that their squares are floats.
 _LIMIT = 300.0
 
@@ -68,6 +69,8 @@ class Unknown(NamedTuple):
 
 
 Number = float | Unknown
+# the noise sd and the factor of the prior sds, each known or with a prior
+Numbers = tuple[Number, Number]
 NormalPrior = tuple[Array, Array]
 
 
@@ -85,15 +88,12 @@ def read_positive(value: Any, name: str) -> Number:
     """
     if value is None:
         return Unknown(None)
-    numbers = int | float | np.number | np.ndarray | Tensor
-    if isinstance(value, numbers) and not isinstance(value, bool):
-        array = _double(torch.as_tensor(value)).numpy()
-        ok = array.size == 1 and np.isfinite(array).all() and (array > 0).all()
-        expect(ok, name, "a positive, finite number", value)
-        return float(array.item())
+    if isinstance(value, int | float | np.number | np.ndarray | Tensor):
+        number = _double(torch.as_tensor(value)).squeeze().tolist()
+        return check_number(name, number, positive=True)
     kinds = "a positive number, a distribution on the positive reals or None"
     expect(isinstance(value, Distribution), name, kinds, _words(value), TypeError)
-    prior = _double(value)
+    prior = moved(value, _double, _validate_args=False)
     univariate = prior.batch_shape.numel() * prior.event_shape.numel() == 1
     expect(univariate, name, "a univariate distribution", _words(value))
     positive = not prior.support.is_discrete and not _reaches_below_zero(prior)
@@ -158,26 +158,16 @@ def _log_prob(prior: Distribution, values: Array) -> Array:
     return np.where(np.isnan(logs) | np.isposinf(logs), -np.inf, logs)
 
 
-def _double(value: Any) -> Any:
-    """A copy of a distribution or transform that computes in float64 and checks no arguments.
+def _double(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in float64; whole numbers stay as they are.
 
-    A float32 argument is read as the shortest decimal that it stands for: `Normal(0.0, 0.1)` means
+    A float32 number is read as the shortest decimal that it stands for: `Normal(0.0, 0.1)` means
     0.1, and not 0.1 rounded to eight digits.
     """
-    if isinstance(value, Tensor):
-        if value.dtype != torch.float32:
-            return value.detach().cpu().double().clone() if value.is_floating_point() else value
-        digits = value.detach().cpu().numpy().astype(str).astype(np.float64)
-        return torch.from_numpy(np.asarray(digits))
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)(_double(v) for v in value)
-    if isinstance(value, Distribution | Transform):
-        value = copy.copy(value)
-        for key, attribute in list(vars(value).items()):
-            value.__dict__[key] = _double(attribute)
-        if isinstance(value, Distribution):
-            value._validate_args = False
-    return value
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.float32:
+        return torch.from_numpy(np.asarray(tensor.numpy().astype(str).astype(np.float64)))
+    return tensor.double().clone() if tensor.is_floating_point() else tensor
 
 
 def _words(value: Any) -> str:

@@ -72,7 +72,7 @@ class Problem(NamedTuple):
                 number.around(first) if isinstance(number, Unknown) else number
                 for number, first in ((self.noise, math.exp(start)), (self.scale, 1.0))
             )
-            hyper = hyper_posterior(noise, scale, log_functions)
+            hyper = hyper_posterior((noise, scale), log_functions)
             center = float(hyper.shares @ hyper.log_numbers[0])
             if not abs(center - start) > _FAR:
                 return hyper._replace(log_total=hyper.log_total + gaussian.log_constant)
@@ -109,11 +109,10 @@ def make_problem(factor: Factor, weight: NormalPrior, noise: Number, scale: Numb
     problem = Problem(factor, weight, noise, scale, gaussian)
     size = math.exp(gaussian.log_reference)
     expect(1e-108 < size < 1e108, "y", "residuals of a size in 1e-108..1e108", size)
-    rows, flat = gaussian.rows, gaussian.flat
-    few = f"an improper posterior: {rows} rows and {flat} weights with a flat prior"
-    more = f"a prior that falls faster, or more rows: at least {flat + 2} where it is flat"
-    expect(problem.has_moment("noise", 0), "noise", more, few)
-    bounded = not gaussian.exact_fit or noise.rises > rows - gaussian.rank + 1e-9
+    improper = f"an improper posterior: {gaussian.rows} rows, {gaussian.flat} flat weights"
+    more = f"a steeper prior, or at least {gaussian.flat + 2} rows where it is flat"
+    expect(problem.has_moment("noise", 0), "noise", more, improper)
+    bounded = not gaussian.exact_fit or noise.rises > gaussian.rows - gaussian.rank + 1e-9
     away = "a known one, or a prior that keeps away from zero (an inverse gamma on the variance)"
     fit = "an improper posterior: y is an exact linear function of the columns of X"
     expect(bounded, "noise", away, fit)

@@ -286,10 +286,10 @@ X3, Y3 = np.zeros((4, 3)), np.zeros(4)
 BAD = {
     "columns: expected a whole number of at least 1, got 0": lambda: LinearRegression(0),
     "columns: expected a whole number of at least 1, got 2.5": lambda: LinearRegression(2.5),
-    "noise: expected a positive, finite number, got -1.0": lambda: LinearRegression(2, noise=-1.0),
-    "noise: expected a positive, finite number, got 0.0": lambda: LinearRegression(2, noise=0.0),
-    "noise: expected a positive, finite number, got inf": lambda: LinearRegression(2, noise=np.inf),
-    "noise: expected a positive, finite number, got -2.0": (
+    "noise: expected a finite positive number, got -1.0": lambda: LinearRegression(2, noise=-1.0),
+    "noise: expected a finite positive number, got 0.0": lambda: LinearRegression(2, noise=0.0),
+    "noise: expected a finite positive number, got inf": lambda: LinearRegression(2, noise=np.inf),
+    "noise: expected a finite positive number, got -2.0": (
         lambda: LinearRegression(2, noise=torch.tensor(-2.0))
     ),
     "noise: .*on the positive reals": lambda: LinearRegression(2, noise=dist.Normal(0.0, 1.0)),
