@@ -8,24 +8,22 @@ moment, quantile and the evidence without Monte Carlo error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyro.distributions as dist
 from numpy.typing import ArrayLike
 from scipy import linalg
-from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_count, expect
-from ppvae.regression.hyper import HyperPosterior, mixture_quantiles
+from ppvae.regression.hyper import HyperPosterior, Problem, mixture_quantiles, read_problem
 from ppvae.regression.leave_one_out import LeaveOneOut, leave_one_out
-from ppvae.regression.linear_algebra import pieces
+from ppvae.regression.linear_algebra import Data, Values, factorize, pieces
 from ppvae.regression.priors import Array
-from ppvae.regression.problem import Problem, read_problem
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,8 +35,8 @@ _NOISE = dist.HalfNormal(10.0)
 
 
 def exact_posterior(
-    X: ArrayLike | Tensor | Iterable[tuple[Any, Any]],
-    y: ArrayLike | Tensor | None = None,
+    X: Data,
+    y: Values | None = None,
     *,
     weight: Distribution | None = _WEIGHT,
     noise: float | Distribution | None = _NOISE,
@@ -84,8 +82,9 @@ def exact_posterior(
         >>> posterior.mean.round(6), posterior.sd.round(6)
         (array([1.4]), array([0.447214]))
     """
-    problem = read_problem(X, y, weight, noise, scale, intercept=intercept)
-    return ExactPosterior(problem, problem.integrate(), intercept=intercept)
+    factor = factorize(X, y, intercept=intercept)
+    problem = read_problem(factor, weight, noise, scale)
+    return ExactPosterior(problem, problem.integrate())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,18 +97,17 @@ class ExactPosterior:
     Args:
         problem: the data and the priors.
         hyper: the posterior of noise and scale.
-        intercept: whether the first weight is an intercept.
     """
 
     problem: Problem
     hyper: HyperPosterior
-    intercept: bool
 
     @property
     def names(self) -> list[str]:
         """Names of the results, in their order."""
-        weights = (f"weight[{j}]" for j in range(self.problem.factor.columns - self.intercept))
-        return [*["intercept"] * self.intercept, *weights, *self.problem.unknown]
+        factor = self.problem.factor
+        weights = (f"weight[{j}]" for j in range(factor.columns - factor.intercept))
+        return [*["intercept"] * factor.intercept, *weights, *self.problem.unknown]
 
     @property
     def log_normalizer(self) -> float:
@@ -159,12 +157,11 @@ class ExactPosterior:
 
     @cached_property
     def _mixture(self) -> tuple[Array, Array]:
-        return self._components(*self.hyper.log_numbers)
+        return self._components(self.hyper.log_numbers)
 
-    def _components(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
+    def _components(self, logs: dict[str, Array]) -> tuple[Array, Array]:
         """Means and variances of the results, given noise and scale, before `_basis` turns them."""
-        means, variances = self.problem.gaussian.coordinates(log_noise, log_scale)
-        logs = {"noise": log_noise, "scale": log_scale}
+        means, variances = self.problem.gaussian.coordinates(logs["noise"], logs["scale"])
         known = [np.exp(logs[name]) for name in self.problem.unknown]
         zeros = np.zeros((len(means), len(known)))
         return np.column_stack([means, *known]), np.hstack([variances, zeros])
@@ -221,7 +218,7 @@ class ExactPosterior:
             num_samples = n
         size = check_count("num_samples", num_samples, 0)
         generator = np.random.default_rng(seed)
-        means, variances = self._components(*self.hyper.sample(size, generator))
+        means, variances = self._components(self.hyper.sample(size, generator))
         drawn = means + np.sqrt(variances) * generator.standard_normal(means.shape)
         return self._loc + drawn @ self._basis.T
 
@@ -252,19 +249,20 @@ class ExactPosterior:
         """
         import arviz_base
 
-        factor, first = self.problem.factor, int(self.intercept)
+        factor, first = self.problem.factor, int(self.problem.factor.intercept)
         draws = self.sample(check_count("num_samples", num_samples), seed)[None]
         count = factor.columns - first
-        if features is not None:
-            expect(len(features) == count, "features", f"{count} names", len(features))
+        fits = features is None or len(features) == count
+        expect(fits, "features", f"{count} names", features)
         weights = range(first, factor.columns)
         posterior = {n: draws[..., i] for i, n in enumerate(self.names) if i not in weights}
-        noise = np.asarray(posterior.get("noise", self.problem.noise))[..., None]
+        noise = np.asarray(posterior.get("noise", self.problem.numbers["noise"]))[..., None]
         groups = {"posterior": {"weight": draws[..., weights], **posterior}}
-        if factor.design is not None and factor.target is not None:
-            away = (factor.target - draws[..., : factor.columns] @ factor.design.T) / noise
+        if factor.data is not None:
+            X, y = factor.data
+            away = (y - draws[..., : factor.columns] @ X.T) / noise
             logs = -(away**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
-            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": factor.target}}
+            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": y}}
         return arviz_base.from_dict(
             groups,
             coords={} if features is None else {"feature": list(features)},

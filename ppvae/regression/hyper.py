@@ -1,6 +1,6 @@
-r"""The posterior of the noise and of the prior scale, on which that of the weights depends.
+r"""A regression with its priors, and the posterior of its noise and prior scale.
 
-Integrals over the logs of the two are sums over the points of a lattice: for an analytic density
+Integrals over the logs of these two are sums over the points of a lattice: for an analytic density
 that dies out at both ends the error of this trapezoidal rule falls exponentially as the spacing
 does (Trefethen, Weideman, *The exponentially convergent trapezoidal rule*, 2014), and so does that
 of the Fourier series between the points.
@@ -9,15 +9,27 @@ of the Fourier series between the points.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage, special
+from torch.distributions import Distribution
 
-from ppvae.regression.linear_algebra import pieces
-from ppvae.regression.priors import Array, Integers, Numbers, Unknown
+from ppvae._checks import expect
+from ppvae.regression.linear_algebra import Factor, GaussianPosterior, decompose, pieces
+from ppvae.regression.priors import (
+    Array,
+    Given,
+    Integers,
+    NormalPrior,
+    Numbers,
+    Unknown,
+    read_positive,
+    weight_prior,
+)
 
 # Logs of functions `(k, functions)` at places `(k, axes)`.
 Logs = Callable[[Array], Array]
@@ -33,13 +45,81 @@ _COARSE, _REACH = 0.25, range(-56, 56, 8)
 _BLOCK = {1: 64, 2: 8}
 # Points of a tabulated Fourier series for each point of its lattice.
 _FINER = 8
+# The reference noise is moved where the posterior is further away than this, in logs.
+_FAR = 7.0
+
+
+class Problem(NamedTuple):
+    """Data, priors, and the posterior of the weights for any noise and scale.
+
+    Attributes:
+        factor: the data.
+        weight: location and sd of the weights that have a prior; those that have none come first.
+        numbers: `noise`, the sd, and `scale`, the factor of the prior sds; each known or a prior.
+        gaussian: the posterior of the weights for any noise and scale.
+    """
+
+    factor: Factor
+    weight: NormalPrior
+    numbers: Numbers
+    gaussian: GaussianPosterior
+
+    @property
+    def unknown(self) -> dict[str, Unknown]:
+        """The priors of the noise and of the scale, where they are unknown."""
+        return {name: u for name, u in self.numbers.items() if isinstance(u, Unknown)}
+
+    @property
+    def proper(self) -> bool:
+        """Whether all priors have an integral, so that there is a log evidence."""
+        return self.gaussian.flat == 0 and all(u.distribution for u in self.unknown.values())
+
+    def has_moment(self, name: str, order: int) -> bool:
+        """Whether the posterior of the noise or of the scale has a moment of this order.
+
+        The density of the log of the number falls as a power far up. The exponent is the sum of
+        that of its prior and one for each row (of the noise) or each coordinate that the data see
+        (of the scale), less one for each flat weight.
+        """
+        gaussian = self.gaussian
+        seen = gaussian.rank if name == "scale" else gaussian.rows
+        return self.unknown[name].falls - (seen - gaussian.flat) + order < -1e-9
+
+    def integrate(self) -> HyperPosterior:
+        """Computes the posterior of the noise and of the scale; their moments are exact too.
+
+        Raises:
+            ValueError: the density is zero wherever it was computed.
+        """
+        gaussian, start = self.gaussian, self.gaussian.log_reference
+        # the highest of the first two moments that exist
+        orders = {n: sum(self.has_moment(n, order) for order in (1, 2)) for n in self.unknown}
+        centers = {"noise": math.exp(start), "scale": 1.0}
+        around = {name: u.around(centers[name]) for name, u in self.unknown.items()}
+        numbers: Numbers = {**self.numbers, **around}
+
+        def log_integrands(places: Array) -> Array:
+            logs, log_joint = _on_lines(numbers, places)
+            log_joint = log_joint + gaussian.log_evidence(logs["noise"], logs["scale"])
+            moments = (log_joint + order * logs[name] for name, order in orders.items())
+            return np.column_stack([log_joint, *moments])
+
+        indices, steps, logs = _integrate(log_integrands, len(around))
+        values = np.exp(logs - logs.max())
+        log_total = float(logs.max() + np.log(values.sum()) + np.log(steps).sum())
+        log_total, shares = log_total + gaussian.log_constant, values / values.sum()
+        hyper = HyperPosterior(numbers, indices, steps, shares, log_total)
+        center = float(shares @ hyper.log_numbers["noise"])
+        if abs(center - start) > _FAR:
+            return self._replace(gaussian=gaussian._replace(log_reference=center)).integrate()
+        return hyper
 
 
 class HyperPosterior(NamedTuple):
     r"""A posterior of noise and scale as weighted points, which makes the rest a finite mixture.
 
     Attributes:
-        numbers: the noise and the prior scale, each a known number or a prior.
+        numbers: the noise and the scale, each known or a prior.
         indices: the points in steps of the lattice, shape `(points, axes)`, with one axis for each
             unknown number.
         steps: spacing of the lattice, shape `(axes,)`.
@@ -54,14 +134,15 @@ class HyperPosterior(NamedTuple):
     log_total: float
 
     @property
-    def log_numbers(self) -> tuple[Array, Array]:
+    def log_numbers(self) -> dict[str, Array]:
         """Logs of the noise and of the scale at the points, each of shape `(points,)`."""
-        return _on_lines(self.numbers, self.indices * self.steps)[:2]
+        return _on_lines(self.numbers, self.indices * self.steps)[0]
 
     def quantiles(self, levels: Array) -> Array:
         """Quantiles of each unknown number, shape `(levels, axes)`."""
         columns = np.empty((len(levels), len(self.steps)))
-        for axis, unknown in enumerate(_unknown(self.numbers)):
+        unknown = [number for number in self.numbers.values() if isinstance(number, Unknown)]
+        for axis, number in enumerate(unknown):
             first, table = self._table()
             shares = table.sum(1 - axis) if table.ndim == 2 else table
             place = _inverse(shares[None], levels)
@@ -70,11 +151,11 @@ class HyperPosterior(NamedTuple):
                 below = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
                 step = (below - levels) / (np.sinc(away) @ shares)
                 place = place - np.clip(step, -1 / _FINER, 1 / _FINER)
-            columns[:, axis] = np.exp(unknown.on_line((first[axis] + place) * self.steps[axis])[0])
+            columns[:, axis] = np.exp(number.on_line((first[axis] + place) * self.steps[axis])[0])
         return columns
 
-    def sample(self, size: int, generator: np.random.Generator) -> tuple[Array, Array]:
-        """Independent draws of the logs of noise and scale, by inverse distribution functions."""
+    def sample(self, size: int, generator: np.random.Generator) -> dict[str, Array]:
+        """Draws logs of noise and scale independently, by inverse distribution functions."""
         places = np.zeros((size, len(self.steps)))
         if len(self.steps):
             uniforms = generator.random((2, size))
@@ -86,7 +167,7 @@ class HyperPosterior(NamedTuple):
                 across = np.sinc(places[part, 1:] - np.arange(len(shares)))
                 places[part, 0] = _inverse(across @ table.T, uniforms[1, part])
             places = (first + places) * self.steps
-        return _on_lines(self.numbers, places)[:2]
+        return _on_lines(self.numbers, places)[0]
 
     def _table(self) -> tuple[Integers, Array]:
         """The index of the first point along each axis, and the probabilities as an array."""
@@ -96,43 +177,61 @@ class HyperPosterior(NamedTuple):
         return first, table
 
 
-def hyper_posterior(numbers: Numbers, log_functions: Callable[..., Array]) -> HyperPosterior:
-    r"""Integrates over the noise, the prior scale, or both, or neither.
+def read_problem(
+    factor: Factor, weight: Distribution | None, noise: Given, scale: Given
+) -> Problem:
+    """Reads the priors of a regression and checks them against the data.
 
     Args:
-        numbers: the noise and the prior scale, each a known number or a prior.
-        log_functions: maps logs of noises and of scales, each `(k,)`, to logs `(k, functions)`; the
-            first is the likelihood, the others only have to be resolved as well.
+        factor: the data.
+        weight: see `exact_posterior`.
+        noise: see `exact_posterior`.
+        scale: see `exact_posterior`.
 
     Raises:
-        ValueError: a function is nowhere positive.
+        TypeError: a prior is of a wrong kind.
+        ValueError: a value is out of its range, shapes do not fit, or the posterior is improper.
     """
-
-    def log_integrands(places: Array) -> Array:
-        log_noise, log_scale, log_prior = _on_lines(numbers, places)
-        return log_functions(log_noise, log_scale) + log_prior[:, None]
-
-    indices, steps, logs = _integrate(log_integrands, len(_unknown(numbers)))
-    values = np.exp(logs - logs.max())
-    log_total = float(logs.max() + np.log(values.sum()) + np.log(steps).sum())
-    return HyperPosterior(numbers, indices, steps, values / values.sum(), log_total)
+    given = {"noise": noise, "scale": 1.0 if scale is None else scale}
+    numbers = {name: read_positive(value, name) for name, value in given.items()}
+    expect(weight is not None or scale is None, "scale", "None with weight=None (flat)", scale)
+    prior = weight_prior(weight, factor.columns - factor.intercept)
+    return make_problem(factor, prior, numbers)
 
 
-def _unknown(numbers: Numbers) -> list[Unknown]:
-    return [number for number in numbers if isinstance(number, Unknown)]
+def make_problem(factor: Factor, weight: NormalPrior, numbers: Numbers) -> Problem:
+    """Decomposes the data.
+
+    Raises:
+        ValueError: the posterior is improper.
+    """
+    gaussian, noise = decompose(factor, weight), numbers["noise"]
+    if not isinstance(noise, Unknown):
+        gaussian = gaussian._replace(log_reference=math.log(noise))
+        return Problem(factor, weight, numbers, gaussian)
+    problem = Problem(factor, weight, numbers, gaussian)
+    size = math.exp(gaussian.log_reference)
+    expect(1e-108 < size < 1e108, "y", "residuals of a size in 1e-108..1e108", size)
+    improper = f"an improper posterior: {gaussian.rows} rows, {gaussian.flat} flat weights"
+    more = f"a steeper prior, or at least {gaussian.flat + 2} rows where it is flat"
+    expect(problem.has_moment("noise", 0), "noise", more, improper)
+    bounded = not gaussian.exact_fit or noise.rises > gaussian.rows - gaussian.rank + 1e-9
+    away = "a known one, or a prior that keeps away from zero (an inverse gamma on the variance)"
+    fit = "an improper posterior: y is an exact linear function of the columns of X"
+    expect(bounded, "noise", away, fit)
+    return problem
 
 
-def _on_lines(numbers: Numbers, places: Array) -> tuple[Array, Array, Array]:
+def _on_lines(numbers: Numbers, places: Array) -> tuple[dict[str, Array], Array]:
     """Logs of noise and scale at places `(k, axes)`, and the log prior density of the places."""
-    logs, log_prior, axes = [], np.zeros(len(places)), iter(places.T)
-    for number in numbers:
+    logs, log_prior, axes = {}, np.zeros(len(places)), iter(places.T)
+    for name, number in numbers.items():
         if isinstance(number, Unknown):
-            log_number, log_density = number.on_line(next(axes))
+            logs[name], log_density = number.on_line(next(axes))
             log_prior = log_prior + log_density
         else:
-            log_number = np.full(len(places), np.log(number))
-        logs.append(log_number)
-    return logs[0], logs[1], log_prior
+            logs[name] = np.full(len(places), np.log(number))
+    return logs, log_prior
 
 
 def _integrate(log_integrands: Logs, axes: int) -> tuple[Integers, Array, Array]:

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ppvae._checks import expect
-from ppvae.regression.hyper import HyperPosterior
+from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.linear_algebra import factorize, pieces
 from ppvae.regression.priors import Array
-from ppvae.regression.problem import Problem, make_problem
 
 # Below this share of a datum's own variance the closed form loses digits.
 _LEAST_SHARE = 1e-6
@@ -58,11 +57,12 @@ def leave_one_out(problem: Problem, hyper: HyperPosterior) -> LeaveOneOut:
         variable models*, 2016.
     """
     factor, gaussian = problem.factor, problem.gaussian
-    if factor.design is None or factor.target is None:
-        raise ValueError("loo: the data came in blocks and are not held; give X and y as arrays")
+    if factor.data is None:
+        raise ValueError("loo: expected X and y as arrays, got blocks, which are not kept")
+    X, y = factor.data
     proper = "noise" not in problem.unknown or problem.has_moment("noise", 1)
     expect(proper, "loo", "more rows", "an improper posterior where one of them is left out")
-    rows, away = factor.design @ gaussian.basis, factor.target - factor.design @ gaussian.loc
+    rows, away = X @ gaussian.basis, y - X @ gaussian.loc
     pointwise, exact = np.empty(factor.rows), np.empty(factor.rows, dtype=bool)
     for part in pieces(factor.rows, len(hyper.shares)):
         pointwise[part], exact[part] = _by_points(problem, hyper, rows[part], away[part])
@@ -71,9 +71,9 @@ def leave_one_out(problem: Problem, hyper: HyperPosterior) -> LeaveOneOut:
         # difference of densities is lost in their rounding
         exact[:] = False
     for i in np.flatnonzero(~exact):
-        others = factorize(np.delete(factor.design, i, 0), np.delete(factor.target, i))
+        others = factorize(np.delete(X, i, 0), np.delete(y, i))
         try:
-            rest = make_problem(others, problem.weight, problem.noise, problem.scale)
+            rest = make_problem(others, problem.weight, problem.numbers)
             pointwise[i] = hyper.log_total - rest.integrate().log_total
         except ValueError:  # the posterior without the datum is improper
             pointwise[i] = np.nan
@@ -92,7 +92,7 @@ def _by_points(
         rows: rows of X in the coordinates of the posterior, shape `(k, weights)`.
         away: y less what the prior means predict, shape `(k,)`.
     """
-    log_noise, log_scale = hyper.log_numbers
+    log_noise, log_scale = hyper.log_numbers.values()
     means, variances = problem.gaussian.coordinates(log_noise, log_scale)
     residual = away[:, None] - rows @ means.T
     share = 1 - rows**2 @ (variances * np.exp(-2 * log_noise)[:, None]).T

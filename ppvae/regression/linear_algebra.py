@@ -12,10 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import linalg
+from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.regression.priors import Array, NormalPrior
+
+Values = ArrayLike | Tensor
+# an array of rows, or pairs (X, y) of blocks of rows
+Data = Values | Iterable[tuple[Values, Values]]
 
 _EPSILON = float(np.finfo(float).eps)
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -37,22 +43,22 @@ class Factor(NamedTuple):
     Attributes:
         triangle: R, shape `(min(rows, columns + 1), columns + 1)`; the last column is y's.
         rows: number of rows of X.
-        design: a copy of X, after a column of ones if there is an intercept; None for blocks.
-        target: a copy of y; None for blocks.
+        intercept: whether the first column is one of ones.
+        data: copies of X (with the column of ones) and of y; None if they came in blocks.
     """
 
     triangle: Array
     rows: int
-    design: Array | None
-    target: Array | None
+    intercept: bool
+    data: tuple[Array, Array] | None
 
     @property
     def columns(self) -> int:
-        """The number of columns of X, a column of ones among them."""
+        """The number of columns of X, including the column of ones of an intercept."""
         return self.triangle.shape[1] - 1
 
 
-def factorize(X: Any, y: Any, *, intercept: bool = False) -> Factor:
+def factorize(X: Data, y: Values | None, *, intercept: bool = False) -> Factor:
     r"""Reduces data to their triangular factor, in float64, by Householder QR.
 
     Blocks are combined as `QR([R; block])`, which is as stable as one QR of all rows and never
@@ -80,11 +86,11 @@ def factorize(X: Any, y: Any, *, intercept: bool = False) -> Factor:
                 waiting, count = [_fold(waiting)], block.shape[1]
         rows += len(block)
     expect(waiting, "X", "at least one block", "none")
-    held = (None, None) if y is None else (block[:, :-1], block[:, -1])
-    return Factor(_fold(waiting), rows, *held)
+    data = None if y is None else (block[:, :-1], block[:, -1])
+    return Factor(_fold(waiting), rows, intercept, data)
 
 
-def _blocks(X: Any, y: Any, *, intercept: bool) -> Iterator[Array]:
+def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[Array]:
     """New arrays of the columns of X and of y, after a column of ones for an intercept."""
     columns = 0
     for number, pair in enumerate(X if y is None else [(X, y)]):
@@ -103,7 +109,7 @@ def _blocks(X: Any, y: Any, *, intercept: bool) -> Iterator[Array]:
         yield np.column_stack([*[np.ones(len(target))] * intercept, design, target])
 
 
-def _array(values: Any, name: str) -> Array:
+def _array(values: Values, name: str) -> Array:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     try:

@@ -68,9 +68,11 @@ class Unknown(NamedTuple):
         return log_number, np.where(within, log_slope, -np.inf)
 
 
+# what a user gives for a positive number: its value, its prior, or None for the flat prior
+Given = float | Distribution | None
 Number = float | Unknown
-# the noise sd and the factor of the prior sds, each known or with a prior
-Numbers = tuple[Number, Number]
+# `noise`, the sd, and `scale`, the factor of the prior sds
+Numbers = dict[str, Number]
 NormalPrior = tuple[Array, Array]
 
 
