@@ -11,12 +11,11 @@ import pyro.distributions as dist
 from torch.distributions import Distribution
 
 from ppvae._checks import expect
-from ppvae.regression.exact import ExactPosterior
-from ppvae.regression.hyper import Problem, read_problem
+from ppvae.regression.exact import ExactPosterior, problem_of
+from ppvae.regression.hyper import Problem
 from ppvae.regression.linear_algebra import Data, Values, factorize
 from ppvae.regression.priors import Array, Unknown
 
-_WEIGHT = dist.Normal(0.0, 1.0)
 # The maximum is searched where the log of the scale, or of scale over noise, is within this.
 _RANGE = 35.0
 
@@ -42,7 +41,7 @@ def log_evidence_curve(
     y: Values | None = None,
     *,
     scales: Values,
-    weight: Distribution = _WEIGHT,
+    weight: Distribution = dist.Normal(0.0, 1.0),  # noqa: B008 (immutable)
     noise: float | Distribution | None,
     intercept: bool = False,
 ) -> Array:
@@ -66,7 +65,7 @@ def log_evidence_curve(
     grid = np.atleast_1d(np.asarray(scales, dtype=float))
     positive = grid.ndim == 1 and (np.isfinite(grid) & (grid > 0)).all()
     expect(positive, "scales", "positive, finite numbers", repr(scales))
-    problem = read_problem(factorize(X, y, intercept=intercept), weight, noise, 1.0)
+    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
     return _curve(problem, np.log(grid))
 
 
@@ -74,7 +73,7 @@ def evidence_maximum(
     X: Data,
     y: Values | None = None,
     *,
-    weight: Distribution = _WEIGHT,
+    weight: Distribution = dist.Normal(0.0, 1.0),  # noqa: B008 (immutable)
     noise: float | Distribution | None = None,
     maximize_noise: bool = False,
     intercept: bool = False,
@@ -103,7 +102,7 @@ def evidence_maximum(
     """
     expect(not maximize_noise or noise is None, "noise", "nothing with maximize_noise=True", noise)
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
-    problem = read_problem(factorize(X, y, intercept=intercept), weight, noise, 1.0)
+    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
     noise_sd, best_noise = problem.numbers["noise"], problem.gaussian.best_noise
     if maximize_noise:
         ratio = _highest(lambda log_ratios: best_noise(log_ratios)[1])

@@ -16,20 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage, special
-from torch.distributions import Distribution
 
 from ppvae._checks import expect
 from ppvae.regression.linear_algebra import Factor, GaussianPosterior, decompose, pieces
-from ppvae.regression.priors import (
-    Array,
-    Given,
-    Integers,
-    NormalPrior,
-    Numbers,
-    Unknown,
-    read_positive,
-    weight_prior,
-)
+from ppvae.regression.priors import Array, Integers, NormalPrior, Numbers, Unknown
 
 # Logs of functions `(k, functions)` at places `(k, axes)`.
 Logs = Callable[[Array], Array]
@@ -175,28 +165,6 @@ class HyperPosterior(NamedTuple):
         table = np.zeros(self.indices.max(0) - first + 1)
         table[tuple((self.indices - first).T)] = self.shares
         return first, table
-
-
-def read_problem(
-    factor: Factor, weight: Distribution | None, noise: Given, scale: Given
-) -> Problem:
-    """Reads the priors of a regression and checks them against the data.
-
-    Args:
-        factor: the data.
-        weight: see `exact_posterior`.
-        noise: see `exact_posterior`.
-        scale: see `exact_posterior`.
-
-    Raises:
-        TypeError: a prior is of a wrong kind.
-        ValueError: a value is out of its range, shapes do not fit, or the posterior is improper.
-    """
-    given = {"noise": noise, "scale": 1.0 if scale is None else scale}
-    numbers = {name: read_positive(value, name) for name, value in given.items()}
-    expect(weight is not None or scale is None, "scale", "None with weight=None (flat)", scale)
-    prior = weight_prior(weight, factor.columns - factor.intercept)
-    return make_problem(factor, prior, numbers)
 
 
 def make_problem(factor: Factor, weight: NormalPrior, numbers: Numbers) -> Problem:

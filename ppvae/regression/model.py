@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ppvae._checks import check_count, check_number, expect
@@ -102,8 +102,7 @@ class LinearRegression(Named):
             ValueError: the prior of the weights is flat and X has not the rank of its columns.
         """
         if self.weight_prior is None and X.dim() == 2:
-            lengths = torch.linalg.vector_norm(X, dim=0)
-            rank = int(torch.linalg.matrix_rank(X / lengths.clamp_min(1e-300)))
+            rank = int(torch.linalg.matrix_rank(nn.functional.normalize(X, dim=0, eps=1e-300)))
             expected = f"a proper prior where X has rank {rank} and {X.shape[1]} columns"
             got = "a flat one: the posterior is improper"
             expect(rank == X.shape[1], "weight", expected, got)

@@ -94,12 +94,11 @@ def read_positive(value: Any, name: str) -> Number:
         number = _double(torch.as_tensor(value)).squeeze().tolist()
         return check_number(name, number, positive=True)
     kinds = "a positive number, a distribution on the positive reals or None"
-    expect(isinstance(value, Distribution), name, kinds, _words(value), TypeError)
+    expect(isinstance(value, Distribution), name, kinds, repr(value), TypeError)
     prior = moved(value, _double, _validate_args=False)
     univariate = prior.batch_shape.numel() * prior.event_shape.numel() == 1
-    expect(univariate, name, "a univariate distribution", _words(value))
-    positive = not prior.support.is_discrete and not _reaches_below_zero(prior)
-    expect(positive, name, "a density on the positive reals", _words(value))
+    fits = univariate and not prior.support.is_discrete and not _reaches_below_zero(prior)
+    expect(fits, name, "a univariate density on the positive reals", repr(value))
     lower, upper = _ends(prior)
     far = np.array([40.0, 50.0]) - _LIMIT
     with np.errstate(invalid="ignore"):
@@ -118,7 +117,7 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
     if weight is None:
         return np.zeros(0), np.zeros(0)
     weight = base_of(weight)
-    expect(isinstance(weight, Normal), "weight", "a Normal or None", _words(weight), TypeError)
+    expect(isinstance(weight, Normal), "weight", "a Normal or None", repr(weight), TypeError)
     loc, scale = (_double(t).numpy() for t in (weight.loc, weight.scale))
     expected = f"a Normal with one loc and scale, or one for each of the {columns} columns"
     expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")
@@ -170,7 +169,3 @@ def _double(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float32:
         return torch.from_numpy(np.asarray(tensor.numpy().astype(str).astype(np.float64)))
     return tensor.double().clone() if tensor.is_floating_point() else tensor
-
-
-def _words(value: Any) -> str:
-    return f"{type(value).__name__} ({value!r:.60})"

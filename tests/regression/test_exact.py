@@ -578,7 +578,7 @@ BAD = {
     "noise on the line": (dict(noise=dist.Normal(0.0, 1.0)), ValueError, "^noise: "),
     "counted noise": (dict(noise=dist.Poisson(1.0)), ValueError, "^noise: "),
     "two noises": (dict(noise=dist.Gamma(torch.ones(2), 1.0)), ValueError, "^noise: "),
-    "noise kind": (dict(noise="small"), TypeError, "^noise: .*str"),
+    "noise kind": (dict(noise="small"), TypeError, "^noise: .*None, got 'small'"),
     "weight kind": (dict(weight=dist.Laplace(0.0, 1.0)), TypeError, "^weight: .*Laplace"),
     "weight shape": (dict(weight=dist.Normal(torch.zeros(2), 1.0)), ValueError, "^weight"),
     **{

@@ -293,7 +293,7 @@ BAD = {
         lambda: LinearRegression(2, noise=torch.tensor(-2.0))
     ),
     "noise: .*on the positive reals": lambda: LinearRegression(2, noise=dist.Normal(0.0, 1.0)),
-    "noise: expected a univariate distribution": (
+    "noise: expected a univariate density on the positive reals, got HalfNormal": (
         lambda: LinearRegression(2, noise=dist.HalfNormal(torch.ones(2)))
     ),
     "noise: expected a positive number, a distribution": lambda: LinearRegression(2, noise="a"),
