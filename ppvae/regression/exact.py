@@ -270,7 +270,7 @@ class ExactPosterior:
             Vehtari et al., *Bayesian leave-one-out cross-validation approximations for Gaussian
             latent variable models*, 2016.
         """
-        return _leave_one_out(self.problem, self.hyper)
+        return _leave_one_out(self)
 
     def to_datatree(
         self, num_samples: int = 1000, seed: Seed = None, *, features: Sequence[str] | None = None
@@ -313,7 +313,9 @@ class ExactPosterior:
         )
 
 
-def _leave_one_out(problem: Problem, hyper: HyperPosterior) -> LeaveOneOut:
+def _leave_one_out(posterior: ExactPosterior) -> LeaveOneOut:
+    """Predicts by the points of the lattice where these are exact, and else by fitting anew."""
+    problem, hyper = posterior.problem, posterior.hyper
     factor, gaussian = problem.factor, problem.gaussian
     if factor.data is None:
         raise ValueError("loo: expected X and y as arrays, got blocks, which are not kept")
@@ -323,7 +325,7 @@ def _leave_one_out(problem: Problem, hyper: HyperPosterior) -> LeaveOneOut:
     rows, away = X @ gaussian.basis, y - X @ gaussian.loc
     pointwise, exact = np.empty(factor.rows), np.empty(factor.rows, dtype=bool)
     for part in pieces(factor.rows, len(hyper.shares)):
-        pointwise[part], exact[part] = _by_points(problem, hyper, rows[part], away[part])
+        pointwise[part], exact[part] = _by_points(posterior, rows[part], away[part])
     if "noise" in problem.unknown and factor.rows - 1 <= gaussian.rank:
         # without a datum the others can be fitted exactly, and the noise may go to zero, where the
         # difference of densities is lost in their rounding
@@ -339,19 +341,17 @@ def _leave_one_out(problem: Problem, hyper: HyperPosterior) -> LeaveOneOut:
     return LeaveOneOut(pointwise, float(pointwise.sum()), spread)
 
 
-def _by_points(
-    problem: Problem, hyper: HyperPosterior, rows: Array, away: Array
-) -> tuple[Array, Array]:
+def _by_points(posterior: ExactPosterior, rows: Array, away: Array) -> tuple[Array, Array]:
     """Log predictive densities of data, and whether these have kept their digits.
 
     Args:
-        problem: the regression.
-        hyper: its posterior of noise and scale.
+        posterior: of all data.
         rows: rows of X in the coordinates of the posterior, shape `(k, weights)`.
         away: y less what the prior means predict, shape `(k,)`.
     """
+    hyper, gaussian = posterior.hyper, posterior.problem.gaussian
     log_noise, log_scale = hyper.log_numbers.values()
-    means, variances = problem.gaussian.coordinates(log_noise, log_scale)
+    means, variances = gaussian.coordinates(log_noise, log_scale)
     residual = away[:, None] - rows @ means.T
     share = 1 - rows**2 @ (variances * np.exp(-2 * log_noise)[:, None]).T
     center = share @ hyper.shares
