@@ -44,9 +44,6 @@ def dense(X, y, loc, sd, noise):
     return mean, covariance, -(np.log(2 * np.pi * variance) + misfit).sum() / 2
 
 
-# --- known noise ----------------------------------------------------------------------------------
-
-
 CONSTANT = simulated(30, 4)
 CONSTANT[0][:, 2:] = [3.0, 0.0]
 SHAPES = [(50, 4), (4, 9), (1, 1), (7, 7), (0, 3)]
@@ -95,18 +92,13 @@ def test_constant_columns_beside_an_intercept():
 
 def exact_fractions(X, y, sd, noise):
     """Mean and sds of a two-column regression in rational arithmetic."""
-    a, b, target = ([Fraction(v) for v in column] for column in (*X.T, y))
-    prior = [Fraction(0) if sd is None else 1 / Fraction(sd) ** 2] * 2
-
-    def dot(a, b):
-        return sum(p * q for p, q in zip(a, b, strict=True)) / Fraction(noise) ** 2
-
-    aa, ab, bb = dot(a, a) + prior[0], dot(a, b), dot(b, b) + prior[1]
-    determinant = aa * bb - ab * ab
-    u, v = dot(a, target), dot(b, target)
-    mean = [(bb * u - ab * v) / determinant, (aa * v - ab * u) / determinant]
-    sds = [float(bb / determinant), float(aa / determinant)]
-    return np.array([float(m) for m in mean]), np.sqrt(sds)
+    X, y = (np.vectorize(Fraction, otypes=[object])(array) for array in (X, y))
+    precision = X.T @ X / Fraction(noise) ** 2
+    precision = precision + np.eye(2, dtype=int) * (0 if sd is None else 1 / Fraction(sd) ** 2)
+    (a, b), (_, d) = precision
+    covariance = np.array([[d, -b], [-b, a]]) / (a * d - b * b)
+    mean = covariance @ (X.T @ y) / Fraction(noise) ** 2
+    return mean.astype(float), np.sqrt(np.diag(covariance).astype(float))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-6, 1e6, 1e12])
@@ -141,9 +133,6 @@ def test_badly_scaled_columns_in_any_order():
     two = exact_posterior((X * scales)[:, ::-1], y, weight=dist.Normal(0.0, 1.0), noise=0.5)
     np.testing.assert_allclose((one.mean - two.mean[::-1]) / one.sd, 0, atol=1e-7)
     np.testing.assert_allclose(one.sd / two.sd[::-1], 1, atol=1e-7)
-
-
-# --- one unknown number ---------------------------------------------------------------------------
 
 
 def by_rule(X, y, loc, sd, noise, log_prior, *ends):
@@ -299,9 +288,6 @@ def test_zero_rows_give_the_prior():
     np.testing.assert_allclose(light.sd, [10, 10, np.inf])
 
 
-# --- both unknown, and the evidence of the scale --------------------------------------------------
-
-
 def hold_draws(post, draws):
     """Moments and quantiles to five standard errors; one of a correlation of skewed draws is 2."""
     unit, sds = 1 / np.sqrt(len(draws)), np.outer(post.sd, post.sd)
@@ -368,9 +354,6 @@ def test_evidence_maximum_over_both_is_bayesian_ridge(unit):
     np.testing.assert_allclose(best.log_evidence, exact - 442 * np.log(unit), rtol=1e-10)
 
 
-# --- draws, trees, values -------------------------------------------------------------------------
-
-
 def test_draws_have_the_moments_and_touch_no_global_state():
     X, y = diabetes(rows=30, columns=3)
     post = exact_posterior(X, y, weight=dist.Normal(0.0, 1.0), noise=dist.HalfNormal(1.0))
@@ -425,9 +408,6 @@ def test_a_posterior_is_a_value():
         assert each.log_evidence == post.log_evidence
 
 
-# --- data in pieces -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sizes", [[442], [1, 200, 0, 241], [100] * 4 + [42], [9000, 11_000]])
 @pytest.mark.parametrize("intercept", [False, True])
 def test_blocks_equal_the_whole(sizes, intercept):
@@ -435,24 +415,19 @@ def test_blocks_equal_the_whole(sizes, intercept):
     X, y = simulated(sum(sizes), 3)
     ends = np.cumsum([0, *sizes])
     blocks = ((X[a:b], y[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))
-    post, whole = (
-        exact_posterior(*data, weight=None, noise=0.7, intercept=intercept)
-        for data in ([blocks], (X, y))
-    )
+    options = {"weight": None, "noise": 0.7, "intercept": intercept}
+    post, whole = exact_posterior(blocks, **options), exact_posterior(X, y, **options)
     ones = np.column_stack([*[np.ones(len(X))] * intercept, X])
     for each in (post, whole):
         np.testing.assert_allclose(each.mean, np.linalg.lstsq(ones, y)[0], atol=1e-12)
         np.testing.assert_allclose(each.covariance, 0.49 * np.linalg.inv(ones.T @ ones), rtol=1e-9)
         assert np.isnan(each.log_evidence)
-        names = ["intercept", "weight[0]", "weight[1]", "weight[2]"]
-        assert each.names == names[not intercept :]
+        assert each.names == [*["intercept"] * intercept, "weight[0]", "weight[1]", "weight[2]"]
     np.testing.assert_allclose(post.log_normalizer, whole.log_normalizer, rtol=1e-12)
     assert "log_likelihood" not in post.to_datatree(5, seed=0).children
     with pytest.raises(ValueError, match="blocks"):
         post.loo()
 
-
-# --- leave one out --------------------------------------------------------------------------------
 
 NORMAL, HALF = dist.Normal(0.0, 1.0), dist.HalfNormal(1.0)
 SMALL, PLAIN = simulated(9, 2, seed=2), simulated(12, 3)
@@ -497,9 +472,6 @@ def test_leave_one_out_of_the_only_datum_of_a_column():
     assert vague.pointwise[0] == pytest.approx(stats.norm(4.0, spread).logpdf(0.0), abs=1e-9)
 
 
-# --- bad input ------------------------------------------------------------------------------------
-
-
 def _with_sd(sd):
     return dist.Normal(0.0, torch.tensor(sd), validate_args=False)
 
@@ -530,6 +502,8 @@ BAD_VALUES = [
     (dict(noise=-1.0), "^noise: .*positive.*-1"),
     (dict(noise=0.0), "^noise: "),
     (dict(noise=float("nan")), "^noise: "),
+    (dict(noise=np.inf), "^noise: .*got inf"),
+    (dict(noise=torch.tensor(-2.0)), "^noise: .*got -2.0"),
     (dict(noise=dist.Normal(0.0, 1.0)), "^noise: "),
     (dict(noise=dist.Poisson(1.0)), "^noise: "),
     (dict(noise=dist.Gamma(torch.ones(2), 1.0)), "^noise: "),

@@ -216,9 +216,8 @@ def test_pictures_hold_what_they_were_given():
     assert panels[6].axison and not panels[7].axison and panels[0].get_xlim() == (-1.45, 1.45)
     k, weights = np.logspace(0, 2, 5), np.eye(5)[:, :2]
     figure = plots.paths((k, weights), (k, 2 * weights), -k, (2.0, -2.0), ["x", "y"])
-    ridge, lasso, evidence = (
-        next(p for p in figure.axes if p.get_title() == title) for title in ("ridge", "lasso", "")
-    )
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    ridge, lasso, evidence = (panels[title] for title in ("ridge", "lasso", ""))
     assert np.array_equal(ridge.lines[1].get_ydata(), weights[:, 1])
     assert np.array_equal(lasso.lines[1].get_ydata(), 2 * weights[:, 1])
     assert [line.get_label() for line in ridge.lines[:2]] == ["x", "y"]
@@ -227,10 +226,8 @@ def test_pictures_hold_what_they_were_given():
     assert np.allclose(evidence.get_ylim(), (low, high + 0.08 * (high - low)))
     curve = (np.zeros(5), -np.ones(5), np.ones(5))
     panels = plots.bands(k, {"a": curve, "b": curve}, (k, k), "x").axes
-    assert [panel.get_title() for panel in panels] == ["a", "b"] and panels[0].get_ylim() == (
-        2,
-        200,
-    )
+    assert [panel.get_title() for panel in panels] == ["a", "b"]
+    assert panels[0].get_ylim() == (2, 200)
     mean, covariance = np.array([1.0, 2.0]), np.array([[4.0, 1.0], [1.0, 1.0]])
     (axes,) = plots.overconfidence({"a": (mean, covariance)}, ("x", "y")).axes
     away = axes.lines[0].get_xydata() - mean
@@ -250,22 +247,13 @@ MATRIX = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
 BAD = [
     (lambda: LinearRegression(0), "columns: expected a whole number of at least 1, got 0"),
     (lambda: LinearRegression(2.5), "columns: expected a whole number of at least 1, got 2.5"),
-    *(
-        (regression(noise=noise), f"noise: expected a finite positive number, got {float(noise)}")
-        for noise in (-1.0, 0.0, np.inf, torch.tensor(-2.0))
-    ),
-    (regression(noise=dist.Normal(0.0, 1.0)), "noise: .*on the positive reals, got Normal"),
-    (regression(noise=dist.HalfNormal(torch.ones(2))), "noise: .*univariate density .*HalfNormal"),
-    (regression(noise="a"), "noise: expected a positive number, a distribution"),
+    (regression(noise=-1.0), "noise: expected a finite positive number, got -1.0"),
     (lambda: Horseshoe(0.0), "scale: expected a finite positive number, got 0.0"),
     (regression(weight="a"), "weight: expected a distribution, a Horseshoe or None, got str"),
     (regression(weight=dist.Normal(torch.zeros(3), 1.0)), r"weight: .* \(\) or \(2,\), got \(3,\)"),
     (regression(weight=MATRIX), "weight: expected a univariate prior"),
     (regression(weight=dist.Normal(0.0, 0.0, validate_args=False)), "weight: .* finite scale"),
-    (
-        lambda: LinearRegression(2)(torch.zeros(4, 3)),
-        r"X: expected shape \(rows, 2\), got \(4, 3\)",
-    ),
+    (lambda: LinearRegression(2)(torch.zeros(4, 3)), r"X: .* \(rows, 2\), got \(4, 3\)"),
     (lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5)), r"y: .*\(4,\), .* got \(5,\)"),
     (lambda: predictive_scores(X3, Y3, np.zeros((1, 2)), 1.0), r"weight: .* got \(1, 2\)"),
     (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 1.0, level=1.0), "level: .* got 1.0"),
