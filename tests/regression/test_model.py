@@ -126,10 +126,7 @@ def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, likelihood)
         model_trace.compute_log_prob()
         latents = [n for n, node in model_trace.nodes.items() if n in guide.heads]
         for draw in range(4):
-            values = {}
-            for name in latents:
-                value = model_trace.nodes[name]["value"][draw]
-                values[name] = value.reshape(value.shape[1:])
+            values = {name: model_trace.nodes[name]["value"][draw, 0] for name in latents}
             single = poutine.trace(poutine.condition(model, values)).get_trace(X, y)
             single.compute_log_prob()
             for name in [*latents, "y"]:
@@ -148,12 +145,6 @@ def test_joint_density_written_out(likelihood):
     expected = priors["weight"].log_prob(w).sum() + priors["noise"].log_prob(s)
     expected = expected + LIKELIHOODS[likelihood](X @ w, s).log_prob(y).sum()
     assert torch.allclose(trace.log_prob_sum(), expected)
-
-
-def test_the_former_name_of_the_likelihood():
-    with pytest.warns(DeprecationWarning, match="likelihood"):
-        model = LinearRegression(3, errors=dist.Laplace)
-    assert model.likelihood is dist.Laplace
 
 
 def test_works_in_plain_pyro(plain_pyro):
@@ -201,12 +192,6 @@ def test_predictive_scores_of_a_point_and_of_a_gaussian():
     assert many.log_density == pytest.approx(wide.mean().item(), abs=5 * error)
 
 
-def test_band_is_the_quantile_of_the_mixture():
-    middle, low, high = plots.band(np.array([[0.0], [2.0]]), 0.5)
-    assert np.allclose(middle, [0, 2]) and np.allclose(high - middle, 1.6448536 * 0.5, atol=1e-7)
-    assert np.allclose(low, 2 * middle - high)
-
-
 def test_pictures_hold_what_they_were_given():
     rows = {"a": (np.zeros(7), -np.ones(7), np.ones(7)), "b": (np.ones(7), np.zeros(7), np.ones(7))}
     panels = plots.forest(rows, list("tuvwxyz")).axes
@@ -224,8 +209,10 @@ def test_pictures_hold_what_they_were_given():
     assert np.array_equal(evidence.lines[0].get_ydata(), -k)
     low, high = np.quantile(-k, [0.25, 1.0])
     assert np.allclose(evidence.get_ylim(), (low, high + 0.08 * (high - low)))
-    curve = (np.zeros(5), -np.ones(5), np.ones(5))
-    panels = plots.bands(k, {"a": curve, "b": curve}, (k, k), "x").axes
+    middle, low, high = curve = plots.band(np.array([[0.0], [2.0]]), 0.5)
+    assert np.allclose(middle, [0, 2]) and np.allclose(high - middle, 1.6448536 * 0.5, atol=1e-7)
+    assert np.allclose(low, 2 * middle - high)
+    panels = plots.bands([1, 2], {"a": curve, "b": curve}, (k, k), "x").axes
     assert [panel.get_title() for panel in panels] == ["a", "b"]
     assert panels[0].get_ylim() == (2, 200)
     mean, covariance = np.array([1.0, 2.0]), np.array([[4.0, 1.0], [1.0, 1.0]])
@@ -237,22 +224,17 @@ def test_pictures_hold_what_they_were_given():
 
 
 X3, Y3 = np.zeros((4, 3)), np.zeros(4)
-
-
-def regression(**priors):
-    return functools.partial(LinearRegression, 2, **priors)
-
-
+WIDE, ZERO = dist.Normal(torch.zeros(3), 1.0), dist.Normal(0.0, 0.0, validate_args=False)
 MATRIX = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
 BAD = [
     (lambda: LinearRegression(0), "columns: expected a whole number of at least 1, got 0"),
     (lambda: LinearRegression(2.5), "columns: expected a whole number of at least 1, got 2.5"),
-    (regression(noise=-1.0), "noise: expected a finite positive number, got -1.0"),
+    (lambda: LinearRegression(2, noise=-1.0), "noise: expected a finite positive number, got -1.0"),
     (lambda: Horseshoe(0.0), "scale: expected a finite positive number, got 0.0"),
-    (regression(weight="a"), "weight: expected a distribution, a Horseshoe or None, got str"),
-    (regression(weight=dist.Normal(torch.zeros(3), 1.0)), r"weight: .* \(\) or \(2,\), got \(3,\)"),
-    (regression(weight=MATRIX), "weight: expected a univariate prior"),
-    (regression(weight=dist.Normal(0.0, 0.0, validate_args=False)), "weight: .* finite scale"),
+    (lambda: LinearRegression(2, weight="a"), "weight: .* a Horseshoe or None, got str"),
+    (lambda: LinearRegression(2, weight=WIDE), r"weight: .* \(\) or \(2,\), got \(3,\)"),
+    (lambda: LinearRegression(2, weight=MATRIX), "weight: expected a univariate prior"),
+    (lambda: LinearRegression(2, weight=ZERO), "weight: .* finite scale"),
     (lambda: LinearRegression(2)(torch.zeros(4, 3)), r"X: .* \(rows, 2\), got \(4, 3\)"),
     (lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5)), r"y: .*\(4,\), .* got \(5,\)"),
     (lambda: predictive_scores(X3, Y3, np.zeros((1, 2)), 1.0), r"weight: .* got \(1, 2\)"),
@@ -287,6 +269,8 @@ def test_a_flat_prior_needs_the_rank_of_the_columns():
             fit(model, guide, (bad, y[: len(bad)]), progress=False)
 
 
-def test_a_known_noise_in_any_form():
+def test_a_known_noise_in_any_form_and_the_former_name_of_the_likelihood():
     for noise in (0.7, torch.tensor([0.7], dtype=torch.float32), np.float32(0.7)):
         assert LinearRegression(3, noise=noise).noise_prior == 0.7
+    with pytest.warns(DeprecationWarning, match="likelihood"):
+        assert LinearRegression(3, errors=dist.Laplace).likelihood is dist.Laplace
