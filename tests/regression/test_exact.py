@@ -289,7 +289,7 @@ def test_zero_rows_give_the_prior():
 
 
 def hold_draws(post, draws):
-    """Moments and quantiles to five standard errors; one of a correlation of skewed draws is 2."""
+    """Moments and quantiles to five standard errors, at most 2 / sqrt(n) of a scaled covariance."""
     unit, sds = 1 / np.sqrt(len(draws)), np.outer(post.sd, post.sd)
     assert np.abs((draws.mean(0) - post.mean) / post.sd).max() < 5 * unit
     assert np.abs((np.cov(draws.T) - post.covariance) / sds).max() < 10 * unit
