@@ -184,7 +184,7 @@ def _optimum(x: Tensor, W: Tensor, noise: float, scale: float, family: GuideFami
 
 
 def _member(family: GuideFamily, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance of the best member, and the bounds of its mean, which are equal if it is fixed."""
+    """Computes the best member's covariance, and the bounds of its mean (equal if it is fixed)."""
     one, rules = torch.eye(len(P)).to(P), getattr(family, "rules", {})
     where, scale = rules.get("loc", rules.get("v", 0.0)), rules.get("scale")
     kind = None if isinstance(where, families.Shared) else getattr(family, "distribution", None)
@@ -211,7 +211,7 @@ def _member(family: GuideFamily, P: Tensor, prior: float) -> tuple[Tensor, Tenso
 
 
 def _closest(P: Tensor, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The point of a box with the smallest `(m - target)' P (m - target)`, for each row of target.
+    """Finds the point m of a box that minimises `(m - target)' P (m - target)`, for each row.
 
     The active-set method (Nocedal and Wright, Numerical Optimization, 2006, section 16.5): minimise
     over the coordinates not held on a bound; if that leads out of the box, hold the one that is
@@ -294,7 +294,7 @@ def learned_decoder(x: Tensor, latent: int, family: GuideFamily) -> LearnedDecod
 
 
 def _kept(values: Tensor, kept: int, family: GuideFamily) -> tuple[int, float]:
-    """How many directions are kept, and the best standard deviation of the likelihood."""
+    """Finds how many directions to keep, and the best standard deviation of the likelihood."""
     D = len(values)
     while family == families.mean_only and kept:
         roots, rest = values[:kept].sqrt().sum().item(), values[kept:].sum().item()

@@ -16,12 +16,12 @@ from ppvae._scopes import eval_mode, random_state
 
 
 def distribution_of(prior: Any) -> Any:
-    """The distribution over one latent that a prior stands for now."""
+    """Returns the prior's distribution over one latent, with its present parameters."""
     return prior() if isinstance(prior, nn.Module) else prior
 
 
 def as_prior(prior: Any, latent: int) -> Any:
-    """The prior, if it is one of a latent of this length.
+    """Checks that a prior is one of a latent of this length, and returns it.
 
     Args:
         prior: a module without arguments whose forward returns a Pyro distribution, or one itself.

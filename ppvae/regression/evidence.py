@@ -117,7 +117,7 @@ def evidence_maximum(
 
 
 def _curve(problem: Problem, log_scales: Array) -> Array:
-    """Log evidence at scales, the noise known or integrated over."""
+    """Computes the log evidence at scales, with the noise known or integrated over."""
     noise, gaussian = problem.numbers["noise"], problem.gaussian
     if not isinstance(noise, Unknown):
         log_noise = np.full(len(log_scales), math.log(noise))
@@ -127,7 +127,7 @@ def _curve(problem: Problem, log_scales: Array) -> Array:
 
 
 def _highest(function: Callable[[Array], Array]) -> float:
-    """Where a smooth function of a log is highest; it must not be at the ends of the range."""
+    """Finds where a smooth function of a log is highest, which must be inside the range."""
     from scipy import optimize
 
     grid = np.linspace(-_RANGE, _RANGE, 71)

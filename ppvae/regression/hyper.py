@@ -95,18 +95,18 @@ class Problem(NamedTuple):
             return np.column_stack([log_joint, *moments])
 
         indices, steps, logs = _integrate(log_integrands, len(around))
-        values = np.exp(logs - logs.max())
-        log_total = float(logs.max() + np.log(values.sum()) + np.log(steps).sum())
-        log_total, shares = log_total + gaussian.log_constant, values / values.sum()
-        hyper = HyperPosterior(numbers, indices, steps, shares, log_total)
-        center = float(shares @ hyper.log_numbers["noise"])
-        if abs(center - start) > _FAR:
+        top = logs.max()
+        values = np.exp(logs - top)
+        log_total = top + np.log(values.sum()) + np.log(steps).sum() + gaussian.log_constant
+        hyper = HyperPosterior(numbers, indices, steps, values / values.sum(), float(log_total))
+        center = float(hyper.shares @ hyper.log_numbers["noise"])
+        if abs(center - start) > _FAR:  # near its reference the density keeps its digits
             return self._replace(gaussian=gaussian._replace(log_reference=center)).integrate()
         return hyper
 
 
 class HyperPosterior(NamedTuple):
-    r"""A posterior of noise and scale as weighted points, which makes the rest a finite mixture.
+    r"""The posterior of noise and scale as weighted points; that of the weights is then a mixture.
 
     Attributes:
         numbers: the noise and the scale, each known or a prior.
@@ -145,7 +145,7 @@ class HyperPosterior(NamedTuple):
         return columns
 
     def sample(self, size: int, generator: np.random.Generator) -> dict[str, Array]:
-        """Draws logs of noise and scale independently, by inverse distribution functions."""
+        """Draws the logs of noise and scale by inverting their distribution functions."""
         places = np.zeros((size, len(self.steps)))
         if len(self.steps):
             uniforms = generator.random((2, size))
@@ -168,7 +168,7 @@ class HyperPosterior(NamedTuple):
 
 
 def make_problem(factor: Factor, weight: NormalPrior, numbers: Numbers) -> Problem:
-    """Decomposes the data.
+    """Decomposes the data and checks that the posterior is proper.
 
     Raises:
         ValueError: the posterior is improper.
@@ -203,7 +203,7 @@ def _on_lines(numbers: Numbers, places: Array) -> tuple[dict[str, Array], Array]
 
 
 def _integrate(log_integrands: Logs, axes: int) -> tuple[Integers, Array, Array]:
-    """A lattice on which the sums of all functions have converged.
+    """Builds a lattice on which the sums of all functions have converged.
 
     Along each axis the spacing is refined until it resolves the modes of the first function and
     half of the points give the same sums.
@@ -266,10 +266,10 @@ def _fill(log_integrands: Logs, seeds: Integers, steps: Array) -> tuple[Integers
 
 
 def _modes(indices: Integers, logs: Array) -> tuple[Integers, Array, Array]:
-    """Points that are as high as all their neighbours, their heights, and the falls beside them.
+    """Finds the points that are as high as all their neighbours.
 
-    The falls, `(modes, axes)`, are minus the second differences: the spacing over the sd of a
-    Gaussian of that curvature, squared.
+    Returns them, their heights, and the falls beside them, `(modes, axes)`. These are minus the
+    second differences: the squared ratio of the spacing to the sd of a Gaussian so curved.
     """
     low = indices.min(0) - 1
     table = np.full(indices.max(0) - low + 2, -np.inf)
@@ -282,7 +282,7 @@ def _modes(indices: Integers, logs: Array) -> tuple[Integers, Array, Array]:
 
 
 def _inverse(densities: Array, levels: Array) -> Array:
-    """Places, in steps from the first point, below which densities have given probabilities.
+    """Finds the places below which densities have given probabilities, in steps of the lattice.
 
     The density between the points is its Fourier series, whose integral is tabulated on a finer
     lattice and inverted there by cubic polynomials.
@@ -312,7 +312,7 @@ def _inverse(densities: Array, levels: Array) -> Array:
 
 
 def mixture_quantiles(weights: Array, means: Array, sds: Array, levels: Array) -> Array:
-    """Quantiles of mixtures of Gaussians, by Newton steps, and bisection where they leave.
+    """Computes quantiles of Gaussian mixtures, by Newton steps inside a bracket that is bisected.
 
     Args:
         weights: shares of the components, shape `(components,)`.

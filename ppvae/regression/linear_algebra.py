@@ -91,7 +91,7 @@ def factorize(X: Data, y: Values | None, *, intercept: bool = False) -> Factor:
 
 
 def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[Array]:
-    """New arrays of the columns of X and of y, after a column of ones for an intercept."""
+    """Checks the data and yields new arrays with the columns (ones), X, y, block by block."""
     columns = 0
     for number, pair in enumerate(X if y is None else [(X, y)]):
         name = f"X, y of block {number}" if y is None else "X, y"
@@ -119,7 +119,7 @@ def _array(values: Values, name: str) -> Array:
 
 
 def _fold(waiting: list[Array]) -> Array:
-    """The triangle of all the rows that wait."""
+    """Computes the triangular factor of all the rows that wait."""
     triangle = torch.linalg.qr(torch.from_numpy(np.vstack(waiting)), mode="r")[1].numpy()
     finite = np.isfinite(triangle).all(0)  # a NaN or infinity in a row comes through
     name = "y" if finite[:-1].all() else "X"
@@ -167,12 +167,12 @@ class GaussianPosterior(NamedTuple):
 
     @property
     def log_constant(self) -> float:
-        """What `log_evidence` leaves out."""
+        """The constant that `log_evidence` leaves out, in nats."""
         size = (self.flat - self.rows) * (_LOG_TWO_PI / 2 + self.log_reference)
         return size - self.log_volume - self.residual * math.exp(-2 * self.log_reference) / 2
 
     def log_evidence(self, log_noise: Array, log_scale: Array) -> Array:
-        r"""Log of p(y | s, t) in nats, flat densities counting as one, less `log_constant`.
+        r"""Computes log p(y | s, t) less `log_constant`, in nats; a flat density counts as one.
 
         .. math:: -(N - F) \log s - \tfrac12 \sum_j \log(1 + S_j^2 t^2 / s^2)
             - \tfrac1{2 s^2} \Big(r^2 + \sum_j \frac{c_j^2}{1 + S_j^2 t^2 / s^2}\Big)
@@ -195,9 +195,9 @@ class GaussianPosterior(NamedTuple):
         return total
 
     def best_noise(self, log_ratio: Array) -> tuple[Array, Array]:
-        """Logs of the noise that makes y most probable, for logs of `t / s`, and `log_evidence`.
+        """Finds the noise that makes y most probable, for given logs of `t / s`.
 
-        With the ratio fixed, log p(y) is `-(N - F) log s - q / (2 s^2)`: highest at
+        Returns its logs and the values of `log_evidence`. With the ratio fixed, log p(y) is `-(N - F) log s - q / (2 s^2)`: highest at
         `s^2 = q / (N - F)`.
         """
         misfit = self._of_ratio(log_ratio)[1] + self.residual
@@ -205,12 +205,12 @@ class GaussianPosterior(NamedTuple):
         return log_noise, self.log_evidence(log_noise, log_noise + log_ratio)
 
     def _of_ratio(self, log_ratio: Array) -> tuple[Array, Array]:
-        """The two sums of `log_evidence`."""
+        """Computes the two sums over j of `log_evidence`."""
         shrink = np.logaddexp(0, 2 * (self.log_singular + log_ratio[:, None]))
         return shrink.sum(-1) / 2, np.exp(-shrink) @ self.target[self.flat :] ** 2
 
     def coordinates(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
-        """Posterior means and variances of the coordinates, each of shape `(k, weights)`."""
+        """Computes posterior means and variances of the coordinates, each `(k, weights)`."""
         u, v = log_noise[:, None], log_scale[:, None]
         flat, unseen = np.ones(self.flat), np.ones(len(self.loc) - self.rank)
         shrink = np.logaddexp(0, 2 * (self.log_singular + v - u))
@@ -273,10 +273,10 @@ def decompose(factor: Factor, prior: NormalPrior) -> GaussianPosterior:
 
 
 def _singular(columns: Array, rounding: Array) -> tuple[Array, Array, Array]:
-    """The singular values that are not rounding, and the left vectors of these.
+    """Computes the singular values that are not rounding, with their left vectors.
 
-    As many are as there are columns of which more than their rounding is independent of others.
-    The right vectors are all there are, those of the singular values first.
+    Their number is that of the columns whose part independent of the others exceeds their rounding.
+    All right vectors are returned, those of these singular values first.
     """
     if not columns.size:
         return np.zeros((len(columns), 0)), np.zeros(0), np.eye(columns.shape[1])

@@ -39,14 +39,14 @@ class Unknown(NamedTuple):
     center: float = 0.0
 
     def around(self, number: float) -> Unknown:
-        """The same with a line that is finest at a number, if that is inside the support."""
+        """Moves the finest part of the line to a number, if that is inside the support."""
         if not self.lower < number < self.upper:
             return self
         above = np.log(self.upper - number) if np.isfinite(self.upper) else 0.0
         return self._replace(center=np.log(number - self.lower) - above)
 
     def on_line(self, place: Array) -> tuple[Array, Array]:
-        """Log of the number at places on the line, and log prior density of the places.
+        """Maps places on the line to logs of the number, and to log prior densities of the places.
 
         With `x = center + 2 sinh(place / 2)`, which makes exponential tails short, the number is
         `lower + exp(x)`, or `lower + (upper - lower) sigmoid(x)` where it is bounded (Takahasi,
@@ -108,7 +108,7 @@ def read_positive(value: Any, name: str) -> Number:
 
 
 def weight_prior(weight: Any, columns: int) -> NormalPrior:
-    """Location and scale of a Normal prior, by column; no columns for a flat one.
+    """Reads the location and scale of a Normal prior, by column; none for a flat prior.
 
     Raises:
         TypeError: the prior is neither None nor a Normal.
@@ -127,7 +127,7 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
 
 
 def base_of(distribution: Any) -> Any:
-    """The distribution without its reinterpreted event dims."""
+    """Removes the event dims that `to_event` has added to a distribution."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     return distribution
@@ -140,7 +140,7 @@ def _reaches_below_zero(prior: Any) -> bool:
 
 
 def _ends(prior: Any) -> tuple[float, float]:
-    """The ends of the support, of a one-to-one function of a variable as far as it goes."""
+    """Computes the ends of the support, through one-to-one transforms if there are any."""
     prior = base_of(prior)
     low = float(getattr(prior.support, "lower_bound", -np.inf))
     high = float(getattr(prior.support, "upper_bound", np.inf))
