@@ -197,8 +197,8 @@ class GaussianPosterior(NamedTuple):
     def best_noise(self, log_ratio: Array) -> tuple[Array, Array]:
         """Finds the noise that makes y most probable, for given logs of `t / s`.
 
-        Returns its logs and the values of `log_evidence`. With the ratio fixed, log p(y) is `-(N - F) log s - q / (2 s^2)`: highest at
-        `s^2 = q / (N - F)`.
+        Returns its logs and the values of `log_evidence`. With the ratio fixed, log p(y) is
+        `-(N - F) log s - q / (2 s^2)`: highest at `s^2 = q / (N - F)`.
         """
         misfit = self._of_ratio(log_ratio)[1] + self.residual
         log_noise = np.log(misfit / (self.rows - self.flat)) / 2
