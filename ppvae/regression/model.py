@@ -102,7 +102,8 @@ class LinearRegression(Named):
             ValueError: the prior of the weights is flat and X has not the rank of its columns.
         """
         if self.weight_prior is None and X.dim() == 2:
-            rank = int(torch.linalg.matrix_rank(nn.functional.normalize(X, dim=0, eps=1e-300)))
+            unit = nn.functional.normalize(X, dim=0, eps=torch.finfo(X.dtype).tiny)
+            rank = int(torch.linalg.matrix_rank(unit))
             expected = f"a proper prior where X has rank {rank} and {X.shape[1]} columns"
             got = "a flat one: the posterior is improper"
             expect(rank == X.shape[1], "weight", expected, got)

@@ -90,15 +90,16 @@ def read_positive(value: Any, name: str) -> Number:
     """
     if value is None:
         return Unknown(None)
-    if isinstance(value, int | float | np.number | np.ndarray | Tensor):
-        number = _double(torch.as_tensor(value)).squeeze().tolist()
-        return check_number(name, number, positive=True)
+    if isinstance(value, np.floating | np.ndarray | Tensor) and not isinstance(value, float):
+        value = _double(torch.as_tensor(value)).squeeze().tolist()
+    if isinstance(value, int | float | np.integer | list):
+        return check_number(name, value, positive=True)
     kinds = "a positive number, a distribution on the positive reals or None"
-    expect(isinstance(value, Distribution), name, kinds, repr(value), TypeError)
+    expect(isinstance(value, Distribution), name, kinds, f"{value!r:.60}", TypeError)
     prior = moved(value, _double, _validate_args=False)
     univariate = prior.batch_shape.numel() * prior.event_shape.numel() == 1
     fits = univariate and not prior.support.is_discrete and not _reaches_below_zero(prior)
-    expect(fits, name, "a univariate density on the positive reals", repr(value))
+    expect(fits, name, "a univariate density on the positive reals", f"{value!r:.60}")
     lower, upper = _ends(prior)
     far = np.array([40.0, 50.0]) - _LIMIT
     with np.errstate(invalid="ignore"):
@@ -117,7 +118,7 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
     if weight is None:
         return np.zeros(0), np.zeros(0)
     weight = base_of(weight)
-    expect(isinstance(weight, Normal), "weight", "a Normal or None", repr(weight), TypeError)
+    expect(isinstance(weight, Normal), "weight", "a Normal or None", f"{weight!r:.60}", TypeError)
     loc, scale = (_double(t).numpy() for t in (weight.loc, weight.scale))
     expected = f"a Normal with one loc and scale, or one for each of the {columns} columns"
     expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")

@@ -256,15 +256,19 @@ def test_no_objective_lies_above_the_evidence(name, family):
 
 def test_a_flat_prior_needs_the_rank_of_the_columns():
     X, y = torch.randn(20, 3), torch.randn(20)
-    for bad in (X[:2], X * torch.tensor([1.0, 1.0, 0.0])):
+    none = X * torch.tensor([1.0, 1.0, 0.0])
+    for bad in (X[:2], none, none.float()):
         model = LinearRegression(3, weight=None, noise=0.7)
         guide = FamilyGuide(model, families.full_rank)
         with pytest.raises(ValueError, match="weight: .* rank 2 and 3 columns, got a flat one"):
-            fit(model, guide, (bad, y[: len(bad)]), progress=False)
+            fit(model, guide, (bad, y[: len(bad)].to(bad)), progress=False)
 
 
 def test_a_known_noise_in_any_form_and_the_former_name_of_the_likelihood():
     for noise in (0.7, torch.tensor([0.7], dtype=torch.float32), np.float32(0.7)):
         assert LinearRegression(3, noise=noise).noise_prior == 0.7
+    torch.set_default_dtype(torch.float32)
+    assert LinearRegression(3, noise=1 / 3).noise_prior == 1 / 3
+    torch.set_default_dtype(torch.float64)
     with pytest.warns(DeprecationWarning, match="likelihood"):
         assert LinearRegression(3, errors=dist.Laplace).likelihood is dist.Laplace
