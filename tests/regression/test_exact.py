@@ -472,14 +472,11 @@ def test_leave_one_out_of_the_only_datum_of_a_column():
     assert vague.pointwise[0] == pytest.approx(stats.norm(4.0, spread).logpdf(0.0), abs=1e-9)
 
 
-def _with_sd(sd):
-    return dist.Normal(0.0, torch.tensor(sd), validate_args=False)
-
-
 X3, Y3 = simulated(6, 3)
 NAN = np.where(np.arange(18).reshape(6, 3) == 4, np.nan, X3)
 ONES = np.column_stack([X3, np.full(6, 0.1)])
 FLAT = dict(weight=None, noise=1.0)
+BAD_SDS = [dist.Normal(0.0, sd, validate_args=False) for sd in (0.0, -1.0, np.inf)]
 #: arguments beside X3 and Y3, and the words of the refusal
 BAD_KINDS = [
     (dict(X=[["a"]], y=[1.0]), "X, y: expected numbers"),
@@ -508,7 +505,7 @@ BAD_VALUES = [
     (dict(noise=dist.Poisson(1.0)), "^noise: "),
     (dict(noise=dist.Gamma(torch.ones(2), 1.0)), "^noise: "),
     (dict(weight=dist.Normal(torch.zeros(2), 1.0)), "^weight"),
-    *((dict(weight=_with_sd(sd)), "^weight: .*positive") for sd in (0.0, -1.0, np.inf)),
+    *((dict(weight=weight), "^weight: .*positive") for weight in BAD_SDS),
     (dict(scale=0.0), "^scale: "),
     (dict(weight=None, scale=2.0), "^scale: "),
     (dict(X=X3[:2], y=Y3[:2], **FLAT), "^weight: .*improper"),
