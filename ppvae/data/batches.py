@@ -36,7 +36,7 @@ class Batches:
     size: int
     batch_size: int | None
     tensors: tuple[Tensor, ...] = ()
-    loader: DataLoader | None = None
+    loader: DataLoader[Any] | None = None
     extra: tuple[Any, ...] = ()
     cut: tuple[bool, ...] = ()
     shuffle: bool = False
