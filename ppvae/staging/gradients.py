@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ class Gradients:
     def __init__(self, staged: Staged, *, compiled: bool, replicated: bool = False) -> None:
         self.staged, self.trained, self.replicated = staged, staged.trained(), replicated
         self.execution = "compiled" if compiled else "staged"
-        self._plain: Any = _value_and_slopes(staged, self.trained)
+        self._plain: Any = self._value_and_slopes
         if replicated:
             self._plain = torch.vmap(self._plain, randomness="different")
         self._function: Any = None  # the graph of both passes, or that graph compiled
@@ -55,12 +53,25 @@ class Gradients:
                 self._make(leaves, state, data)
             if self._shapes is None or self._shapes == _shapes(data):
                 return self._function(leaves, state, data)
-            with _quiet_vmap():
+            with without_warnings():  # of `torch.vmap`, that an operation goes one by one
                 return self._plain(leaves, state, data)
+
+    def _value_and_slopes(self, leaves: Any, state: Any, data: Any) -> tuple[Tensor, Any]:
+        """The loss, and its slopes at the leaves, which stand for the `trained` of the state."""
+
+        def loss(leaves: list[Tensor], state: list[Tensor]) -> Tensor:
+            arguments = list(state)
+            for at, leaf in zip(self.trained, leaves, strict=True):
+                arguments[at] = leaf
+            # without the call of a module, which prints the graph if there is an error in it
+            return self.staged.rest.forward(*arguments, *data)[0]
+
+        slopes, value = torch.func.grad_and_value(loss)(leaves, state)
+        return value, slopes
 
     def _make(self, leaves: list[Tensor], state: list[Tensor], data: list[Tensor]) -> None:
         """Makes the graph: for data of any size, or, where that fails, of the size at hand."""
-        with random_state(None, keep=True), unchecked(), _quiet_vmap():
+        with random_state(None, keep=True), unchecked(), without_warnings():
             try:
                 graph = self._traced(leaves, state, self._of_odd_size(state, data))
                 right = self._agree(graph, self._plain, leaves, state, data)
@@ -123,35 +134,5 @@ class Gradients:
         raise NotStageable("the graph is for batches of one size only")
 
 
-def _value_and_slopes(staged: Staged, trained: list[int]) -> Any:
-    """A function of leaves, state and data, which gives the loss and its slopes at the leaves."""
-
-    def call(
-        leaves: list[Tensor], state: list[Tensor], data: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        def loss(leaves: list[Tensor], state: list[Tensor]) -> Tensor:
-            given = list(state)
-            for at, leaf in zip(trained, leaves, strict=True):
-                given[at] = leaf
-            # without the call of a module, which prints the graph if there is an error in it
-            return staged.rest.forward(*given, *data)[0]
-
-        slopes, value = torch.func.grad_and_value(loss)(leaves, state)
-        return value, slopes
-
-    return call
-
-
 def _shapes(data: list[Tensor]) -> list[torch.Size]:
     return [value.shape for value in data]
-
-
-@contextmanager
-def _quiet_vmap() -> Iterator[None]:
-    """Without the warnings of `torch.vmap` that an operation goes replicate by replicate."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    functorch._set_vmap_fallback_warning_enabled(False)  # noqa: FBT003
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_warning_enabled(True)  # noqa: FBT003
