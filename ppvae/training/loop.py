@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import expect
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
+from ppvae.training.task import adam
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
 
@@ -46,10 +47,7 @@ class Fit(NamedTuple):
     @property
     def history(self) -> dict[str, list[Any]]:
         """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
-        columns: dict[str, list[Any]] = {
-            "epoch": list(range(len(self.losses))),
-            "loss": self.losses,
-        }
+        columns: dict[str, list[Any]] = {"epoch": [*range(len(self.losses))], "loss": self.losses}
         if self.validation_losses:
             columns["validation_loss"] = self.validation_losses
         return columns
@@ -161,7 +159,8 @@ def progress_bar(num_epochs: int, progress: Any) -> Any:
 
 def train(
     engine: Engine,
-    make_optimizer: Callable[..., Any],
+    optimizer: Callable[..., torch.optim.Optimizer] | None,
+    learning_rate: float,
     epochs: Any,
     *,
     validate: Callable[[], float] | None = None,
@@ -174,7 +173,9 @@ def train(
 
     Args:
         engine: what computes losses and gradients.
-        make_optimizer: makes what moves the parameters, if there are any.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`, if there are any parameters;
+            None is Adam.
+        learning_rate: step size.
         epochs: a progress bar over the epochs.
         validate: returns a loss, and is asked after each epoch.
         patience: after how many epochs without a lower one to stop and go back to the best.
@@ -183,10 +184,10 @@ def train(
         The course of the training of each replicate, and its share of the time.
     """
     start, parameters = time.perf_counter(), engine.parameters
-    optimizer = make_optimizer(parameters) if parameters else None
-    moves = not parameters or hasattr(optimizer, "step")
-    expect(moves, "optimizer", "a function that returns an optimizer", optimizer, TypeError)
-    steps = Steps(engine, optimizer)
+    made: Any = (optimizer or adam)(parameters, lr=learning_rate) if parameters else None
+    moves = not parameters or hasattr(made, "step")
+    expect(moves, "optimizer", "a function that returns an optimizer", made, TypeError)
+    steps = Steps(engine, made)
     with undone_by_errors(parameters, engine.modules):
         losses, validation, best_epoch = _epochs(steps, epochs, validate, patience)
     engine.write_back()
@@ -203,19 +204,18 @@ def _epochs(
 ) -> tuple[list[list[float]], list[float], int]:
     """The losses of each replicate, the validation losses, and the epoch that was kept."""
     engine, count = steps.engine, len(steps.engine.objectives)
-    history: list[list[float]] = [[] for _ in range(count)]
+    history: list[list[float]] = []
     validation: list[float] = []
     best: Snapshot | None = None
     lowest, kept = math.inf, -1
     for epoch in epochs:
         totals, size = [0.0] * count, 0
         for minibatch in engine.minibatches():
-            losses, rows = steps.take(minibatch)
-            totals = [total + loss * rows for total, loss in zip(totals, losses, strict=True)]
+            values, rows = steps.take(minibatch)
+            totals = [total + value * rows for total, value in zip(totals, values, strict=True)]
             size += rows
         steps.check()
-        for own, total in zip(history, totals, strict=True):
-            own.append(total / size)
+        history.append([total / size for total in totals])
         shown = {"loss": f"{sum(totals) / size / count:.4g}"}
         if validate is not None:
             validation.append(validate())
@@ -229,4 +229,5 @@ def _epochs(
     epochs.close()
     if best is not None:
         best.put_back()
-    return history, validation, epoch if best is None else kept
+    losses = [list(own) for own in zip(*history, strict=True)]
+    return losses, validation, epoch if best is None else kept

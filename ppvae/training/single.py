@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae._scopes import unchecked
+from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
 from ppvae.training.loop import Engine
@@ -83,7 +84,9 @@ class Single(Engine):
                 loss.backward()
         loss = loss.detach()
         if step == 0 and math.isfinite(loss):
-            self.task.check_loss(data)
+            program = self.task.program  # once with the checks of Pyro and PyTorch, if they are on
+            with random_state(None, keep=True), torch.no_grad(), kept_buffers(program):
+                program.loss(data, 0)
         return loss
 
     def blame(self, data: tuple[Any, ...]) -> str:

@@ -53,11 +53,11 @@ class Snapshot:
 
 
 @contextmanager
-def undone_by_errors(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
+def undone_by_errors(parameters: list[Tensor], modules: list[nn.Module]) -> Iterator[Snapshot]:
     """Puts parameters and buffers back if an error ends the training, unless it is `Diverged`."""
     before = Snapshot(parameters, modules)
     try:
-        yield
+        yield before
     except Diverged:
         raise
     except Exception:

@@ -102,8 +102,8 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
         program.moving = moving
     staged = record(programs[0], example)
     states = [staged.state(program) for program in programs]
-    for number, (program, state) in enumerate(zip(programs, states, strict=True)):
-        _check(number, staged, program, state, example)
+    for number, program in enumerate(programs):
+        _check(number, staged, program, example)
     gradients = Gradients(staged, compiled=compiled, replicated=True)
     if not gradients.trained:
         raise NotStageable("pairs: the loss depends on no parameter")
@@ -115,14 +115,13 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
     return engine
 
 
-def _check(
-    number: int, staged: Staged, program: Program, state: list[Tensor], example: tuple[Any, ...]
-) -> None:
+def _check(number: int, staged: Staged, program: Program, example: tuple[Any, ...]) -> None:
     """Raises unless the one graph gives the loss of a pair."""
     settings = program.settings(0)
     with torch.no_grad(), kept_buffers(program):
         with random_state(0), unchecked():
-            (by_graph,) = staged.rest.forward(*state, *staged.data(example, settings))
+            data = staged.data(example, settings)
+            (by_graph,) = staged.rest.forward(*staged.state(program), *data)
         if not by_graph.isfinite():  # training will say so
             return
         with random_state(0):  # with the caller's checks
