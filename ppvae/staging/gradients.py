@@ -34,7 +34,7 @@ class Gradients:
     def __init__(self, staged: Staged, *, compiled: bool, replicated: bool = False) -> None:
         self.staged, self.trained, self.replicated = staged, staged.trained(), replicated
         self.execution = "compiled" if compiled else "staged"
-        self._plain: Any = self._value_and_slopes
+        self._plain: Any = _value_and_slopes(staged, self.trained)
         if replicated:
             self._plain = torch.vmap(self._plain, randomness="different")
         self._function: Any = None  # the graph of both passes, or that graph compiled
@@ -55,19 +55,6 @@ class Gradients:
                 return self._function(leaves, state, data)
             with without_warnings():  # of `torch.vmap`, that an operation goes one by one
                 return self._plain(leaves, state, data)
-
-    def _value_and_slopes(self, leaves: Any, state: Any, data: Any) -> tuple[Tensor, Any]:
-        """The loss, and its slopes at the leaves, which stand for the `trained` of the state."""
-
-        def loss(leaves: list[Tensor], state: list[Tensor]) -> Tensor:
-            arguments = list(state)
-            for at, leaf in zip(self.trained, leaves, strict=True):
-                arguments[at] = leaf
-            # without the call of a module, which prints the graph if there is an error in it
-            return self.staged.rest.forward(*arguments, *data)[0]
-
-        slopes, value = torch.func.grad_and_value(loss)(leaves, state)
-        return value, slopes
 
     def _make(self, leaves: list[Tensor], state: list[Tensor], data: list[Tensor]) -> None:
         """Makes the graph: for data of any size, or, where that fails, of the size at hand."""
@@ -132,6 +119,23 @@ class Gradients:
                     torch.stack(v) if self.replicated else v[0] for v in zip(*resized, strict=True)
                 ]
         raise NotStageable("the graph is for batches of one size only")
+
+
+def _value_and_slopes(staged: Staged, trained: list[int]) -> Any:
+    """A function of leaves, state and data, which gives the loss and its slopes at the leaves."""
+
+    def call(leaves: Any, state: Any, data: Any) -> tuple[Tensor, list[Tensor]]:
+        def loss(leaves: list[Tensor], state: list[Tensor]) -> Tensor:
+            arguments = list(state)
+            for at, leaf in zip(trained, leaves, strict=True):
+                arguments[at] = leaf
+            # without the call of a module, which prints the graph if there is an error in it
+            return staged.rest.forward(*arguments, *data)[0]
+
+        slopes, value = torch.func.grad_and_value(loss)(leaves, state)
+        return value, slopes
+
+    return call
 
 
 def _shapes(data: list[Tensor]) -> list[torch.Size]:
