@@ -76,7 +76,7 @@ class Gradients:
                 self.execution = "staged"
 
     def _compiled(self, graph: Any, leaves: Any, state: Any, data: list[Tensor]) -> Any:
-        """The graph compiled, for data of any size, and held against what was compiled."""
+        """The graph compiled for data of any size, which must give what the graph gives."""
         if self._shapes is not None:
             raise NotStageable("the graph is for batches of one size only")
         for value in data:
@@ -101,8 +101,8 @@ class Gradients:
         outcomes: list[list[Tensor]] = []
         for function in (one, other):
             with random_state(0):
-                kept = [v if isinstance(v, nn.Parameter) else v.clone() for v in state]
-                loss, slopes = function(leaves, kept, data)
+                copies = [v if isinstance(v, nn.Parameter) else v.clone() for v in state]
+                loss, slopes = function(leaves, copies, data)
                 outcomes.append([loss, *slopes])
         return alike(*outcomes)
 

@@ -39,9 +39,9 @@ def clean(module: fx.GraphModule) -> None:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Erases what nothing uses, but no draw of random numbers: the next ones would be others."""
-    kept = ("placeholder", "output")
-    graph.eliminate_dead_code(lambda n: n.op in kept or _writes_outside(n) or _is_random(n))
+    """Erases nodes that nothing uses, except random draws: without one the next would change."""
+    ends = ("placeholder", "output")
+    graph.eliminate_dead_code(lambda n: n.op in ends or _writes_outside(n) or _is_random(n))
 
 
 def spell_sizes(graph: fx.Graph) -> None:
@@ -82,7 +82,7 @@ def _rewrite(graph: fx.Graph, node: Any) -> None:
 
 
 def _is_blank(node: Any) -> bool:
-    """Whether a node makes a tensor without numbers, for one other that fills it."""
+    """Whether a node makes an empty tensor that a single other node fills."""
     return node.target in (_NEW_EMPTY, _EMPTY) and len(node.users) == 1
 
 

@@ -90,8 +90,8 @@ def fit(
             for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
             The result is the same up to rounding. What cannot be staged runs eagerly, and a warning
             says why.
-        precision: that of products of float32 matrices, "highest", "high" or "medium", as in
-            `torch.set_float32_matmul_precision`; None leaves it as it is.
+        precision: the precision of products of float32 matrices, "highest", "high" or "medium", as
+            in `torch.set_float32_matmul_precision`; None leaves it as it is.
         progress: show a progress bar; a string is its label.
         plate: name of the data plate; by default `data`, or else the one whose length is that of
             the data (see `data_plate`).

@@ -29,7 +29,7 @@ def how_to_run(compile: Any, steps: int, rows: int) -> str:
     Args:
         compile: as `fit` takes it.
         steps: how many steps there will be.
-        rows: number of data in a minibatch; of one datum no graph can tell a batch.
+        rows: number of data in a minibatch; a minibatch of one datum always runs eagerly.
 
     Raises:
         ValueError: `compile` is none of its values.
@@ -95,7 +95,7 @@ class Single(Engine):
 
 
 def single(task: Task, how: str) -> Single:
-    """Makes an engine that runs a task as it is said, or else eagerly, with one line that says why.
+    """Makes an engine for a task; where there is no graph it runs eagerly, and a warning says why.
 
     Args:
         task: what is trained.

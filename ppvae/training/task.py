@@ -1,4 +1,4 @@
-"""What is to be trained: a model, its guide, an objective and data, looked at once before."""
+"""What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Task:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that want a gradient; of plain `pyro.param` statements with the same memory."""
+        """The parameters that are trained.
+
+        Those of plain `pyro.param` statements share their memory with Pyro's param store.
+        """
         return [p for p in self.program.parameters() if p.requires_grad]
 
     def held_out_loss(self, held_out: Batches) -> float:
@@ -50,7 +53,7 @@ class Task:
         return total / count
 
     def blame(self, batch: tuple[Any, ...]) -> str:
-        """Names the terms of the objective that are not finite."""
+        """Names the terms of the objective that are not finite on a minibatch."""
         with torch.no_grad(), unchecked():
             parts = self.terms(batch)
         kinds = ("log_likelihood", "kl", "log_prior", "log_guide")
@@ -59,7 +62,7 @@ class Task:
         return ", ".join(bad) or "their sum"
 
     def terms(self, batch: tuple[Any, ...]) -> Terms:
-        """The terms of the objective of one draw."""
+        """The terms of the objective on a minibatch, for one draw of the guide."""
         pair = trace_pair(self.program.model, self.program.guide, *batch)
         return terms(*pair, self.program.plate_name)
 
@@ -78,7 +81,7 @@ class Task:
 
 
 def training_batches(model: Any, data: Any, batch_size: int | None, extra: Any) -> Batches:
-    """Minibatches to train on; a model that has a `check_data` looks at data that are tensors."""
+    """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
     batches = batches_of("data", data, batch_size, training=True, extra=extra)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
@@ -88,7 +91,7 @@ def training_batches(model: Any, data: Any, batch_size: int | None, extra: Any) 
 def task_of(
     model: Any, guide: Any, objective: Any, batches: Batches, plate: str | None = None
 ) -> Task:
-    """Makes a task, by calls that leave nothing behind but parameters that are made late.
+    """Makes a task. It calls model and guide, which make the parameters that they make late.
 
     Args:
         model: a Pyro model.

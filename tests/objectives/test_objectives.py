@@ -1,4 +1,4 @@
-"""Objectives beyond the ELBO: identities, closed forms, and themselves on half batches.
+"""Terms and objectives: Pyro's, identities, closed forms, and themselves on half batches.
 
 Stochastic tests allow 5 standard errors of the mean over independent calls.
 """
@@ -11,8 +11,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, DENSITIES, cases
+from cases import CASES, DENSITIES, FAMILIES, cases
 from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +22,7 @@ from ppvae import VAE, FamilyGuide, families, fit, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO, IWAE, at_step, negative_elbo, terms, trace_pair, warm_up
+from ppvae.objectives.divergence import closed_kl
 from ppvae.regression import LinearRegression
 
 KINDS = ["pathwise", "doubly_reparametrized"]
@@ -73,6 +76,97 @@ def gradient(loss, wrt):
 def seeded(call, *args, seed=0, **options):
     torch.manual_seed(seed)
     return call(*args, **options)
+
+
+# --- the terms -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_terms_sum_to_the_elbo_of_pyro(family, case):
+    """Sampled terms with the same seed are Pyro's Trace_ELBO, up to rounding."""
+    case = cases()[case]
+    guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
+    with torch.no_grad():
+        expected = -seeded(Trace_ELBO().loss, case.model, guide, *case.args)
+        parts = terms(*seeded(trace_pair, case.model, guide, *case.args))
+    scale = 1.0 if parts.plate is None else parts.plate.full_size / parts.plate.size
+    total = 0.0
+    for sign, values in ((1, parts.log_likelihood), (1, parts.log_prior), (-1, parts.log_guide)):
+        for name, value in values.items():
+            factor = scale if name in parts.local else 1.0
+            total += sign * factor * float(value.sum())
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "family", ["mean_scale", "full_rank", "low_rank", "student_t", "shared_scale"]
+)
+def test_closed_kl_is_the_mean_of_the_sampled_one(family):
+    """5 standard errors of 200,000 draws; where torch knows the pair, exactly."""
+    fn = FAMILIES[family].head(3, torch.Size([4]))(torch.randn(1, 3))
+    fn = fn if FAMILIES[family].joint else fn.to_event(1)
+    prior = dist.Normal(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 1.5]))
+    exact = closed_kl(fn, prior.to_event(1))
+    with torch.no_grad():
+        z = fn.sample((200_000,))
+        sampled = fn.log_prob(z) - prior.to_event(1).log_prob(z)
+    error = 5 * sampled.std() / len(z) ** 0.5
+    assert (sampled.mean() - exact).abs() < error
+    if family in ("full_rank", "low_rank"):
+        twin = dist.MultivariateNormal(prior.loc, scale_tril=torch.diag(prior.scale))
+        dense = dist.MultivariateNormal(fn.mean, fn.covariance_matrix)
+        assert torch.allclose(exact, torch.distributions.kl_divergence(dense, twin), atol=1e-10)
+
+
+def test_a_point_has_no_divergence():
+    assert closed_kl(dist.Delta(torch.zeros(2), event_dim=1), dist.Normal(0, 1).expand([2])) is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_of_a_point_is_pyros_per_datum_at_every_batch_size(name):
+    """Nothing but rows is random, so the mean over halves is the whole, where a model takes these.
+
+    Global latents count once, whatever the batch, and a subsample stands for all the data.
+    """
+    model, args, encoder, _ = cases()[name]
+    guide = FamilyGuide(model, families.deterministic, encoder).setup(*args)
+    with torch.no_grad():
+        whole = float(seeded(negative_elbo, model, guide, *args))
+        pyros = seeded(Trace_ELBO().loss, model, guide, *args)
+        assert whole == pytest.approx(pyros / (24 if name == "told rows" else 6), rel=1e-12)
+        if name != "own rows":
+            parts = ([arg[rows] for arg in args] for rows in (slice(3), slice(3, None)))
+            halves = [float(negative_elbo(model, guide, *part, size=6)) for part in parts]
+            assert whole == pytest.approx(sum(halves) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_the_log_determinants_of_pyros_autoguides_count(kind, plain_pyro):
+    """They stand in the `log_density` of a `Delta` on each constrained site."""
+
+    def model(x):
+        w = pyro.sample("w", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w.sum(), s), obs=x)
+
+    x = torch.randn(5)
+    guide = kind(model)
+    guide(x)
+    model_trace, guide_trace = trace_pair(model, guide, x)
+    parts = terms(model_trace, guide_trace)
+    assert sum(v.sum() for v in parts.log_guide.values()).item() == pytest.approx(
+        guide_trace.log_prob_sum().item(), rel=1e-12
+    )
+
+
+def test_a_guide_without_an_encoder_has_parameters_for_each_datum(plain_pyro):
+    model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(1.0))
+    x = torch.randn(5, 3)
+    guide = FamilyGuide(model, families.mean_scale)
+    assert guide(x)["z"].shape == (5, 2)
+    assert guide.heads["z"].loc.raw.numel() == 10
 
 
 # --- the ELBO -------------------------------------------------------------------------------------
@@ -144,9 +238,6 @@ def test_looking_at_the_plates_moves_no_buffer():
     model.decoder = nn.Sequential(model.decoder, nn.BatchNorm1d(3))
     ELBO(num_samples=4)(model, guide, x)
     assert int(model.decoder[1].num_batches_tracked) == 1 and model.training
-
-
-# --- subsampling and scales -----------------------------------------------------------------------
 
 
 def with_global(x, rows):
@@ -346,9 +437,6 @@ def test_global_latents_have_one_weight_for_all_the_data(vectorized):
         IWAE()(model, guide, X, y, size=18)
 
 
-# --- doubly reparametrized gradients --------------------------------------------------------------
-
-
 def test_dreg_follows_draws_that_follow_from_others():
     """By hand, exactly: with the explicit parameters of log q held fixed, and squared weights.
 
@@ -398,17 +486,12 @@ def test_dreg_runs_a_guide_with_dropout_once():
 # --- free bits ------------------------------------------------------------------------------------
 
 
-def rates(guide, x):
-    """KL of a mean_scale guide from the standard normal, shape `(batch, latent)`."""
-    fn = trace_pair(lambda x: guide(x), guide, x)[1].nodes["z"]["fn"].base_dist
-    return (fn.loc**2 + fn.scale**2 - 1) / 2 - fn.scale.log()
-
-
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_free_bits_lift_each_coordinate_to_the_floor(beta):
     """The maximum is of the mean over the batch; below it the guide's coordinate feels no rate."""
     model, guide, x = build()
-    rate = rates(guide, x).mean(0)
+    fn = poutine.trace(guide).get_trace(x).nodes["z"]["fn"].base_dist
+    rate = ((fn.loc**2 + fn.scale**2 - 1) / 2 - fn.scale.log()).mean(0)
     floor = rate.detach().mean().item()
     assert rate.min() < floor - 0.01 < floor + 0.01 < rate.max()
     loss = [seeded(ELBO(beta=b, free_bits=f), model, guide, x) for b, f in ((0, 0), (beta, floor))]

@@ -208,9 +208,6 @@ def test_stretches_without_gradients_have_none_in_the_graph():
     assert model.weight.grad[0] == 0 != model.weight.grad[1]
 
 
-# ------------------------------------------------------------------------------------ scales
-
-
 def test_a_subsample_is_weighted_as_in_the_program():
     def regression(x):
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -245,9 +242,6 @@ def test_scales_and_masks_of_a_model():
     staged = hold(model, guide, (data(), keep), (data()[:4], keep[:4]))
     losses = [outcome(staged, [], data(), mask)[0] for mask in (keep, ~keep)]
     assert losses[0] != losses[1]  # the mask is data, and no constant
-
-
-# --------------------------------------------------------------------- parameters of functions
 
 
 @pytest.mark.parametrize("early", [True, False])

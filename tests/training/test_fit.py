@@ -39,9 +39,6 @@ def held_out(model, guide, x):
         return negative_elbo(model, guide, x).item()
 
 
-# ------------------------------------------------------------------------------- known optima
-
-
 def test_noise_only_reaches_the_independent_bernoulli_floor():
     """The best decoder of noise is the vector of frequencies, and its loss is their entropy."""
     x = (torch.rand(200, 4) < torch.tensor([0.1, 0.4, 0.7, 0.95])).double()
@@ -56,9 +53,6 @@ def test_noise_only_reaches_the_independent_bernoulli_floor():
     # the noise for 200 data moves the loss by w/sqrt(200): together below 2e-3
     assert model.decoder.weight.abs().max() < 0.02
     assert abs(result.losses[-1] - floor) < 2e-3
-
-
-# ------------------------------------------------------------------------- data of every kind
 
 
 class Items(Dataset):
@@ -119,9 +113,6 @@ def test_the_number_of_data_is_that_of_the_sampler():
         (DataLoader(ten, batch_sampler=[[0, 1], [2]]), 10),
     ]:
         assert batches_of("data", loader, training=True).size == size
-
-
-# ----------------------------------------------------------------------- numbers and bookkeeping
 
 
 def test_losses_are_nats_per_datum_and_weigh_a_smaller_last_batch_right():
@@ -308,9 +299,6 @@ def test_noise_of_every_kind_is_trained_with_and_differs_between_replicates(buil
         one, two = run(fit_replicates, pairs, data(), num_epochs=3, learning_rate=0.01)
     assert one.execution == two.execution == "staged"
     assert all(abs(a - b) > 1e-3 for a, b in zip(one.losses, two.losses, strict=True))
-
-
-# ------------------------------------------------------------------- plates and keyword arguments
 
 
 def rows_in_steps(x):
