@@ -8,6 +8,7 @@ would wander.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae._scopes import random_state, unchecked
+from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.matched import average_loss
 from ppvae.programs.runs import is_vectorized
+from ppvae.training.loop import Fit
+from ppvae.training.snapshots import Diverged, undone_by_errors
 from ppvae.training.task import Task
 
 _MOST = 500  # parameters: one more evaluation of the slope for each, to find the units
@@ -35,16 +38,41 @@ def draws_needed(task: Task) -> int:
     """
     size = sum(p.numel() for p in task.parameters)
     program = task.program
-    plain = isinstance(program.objective, ELBO) and program.objective == ELBO()
+    plain = program.objective == ELBO()
     if not (plain and task.batches.whole and is_vectorized(program.model) and 0 < size <= _MOST):
         return 0
     (batch,) = task.batches
-    with torch.no_grad(), random_state(None, keep=True), unchecked():
+    with torch.no_grad(), random_state(None, keep=True), unchecked(), kept_buffers(program):
         terms = task.terms(batch)
     if {*terms.log_prior, *terms.log_guide} & terms.local:
         return 0
     draws = max(256, 2 * size) if terms.log_guide else 1
     return draws if draws == 1 or draws * len(batch[0]) <= _LARGEST else 0
+
+
+def fit_at_once(task: Task, draws: int, seed: int, bar: Any) -> Fit:
+    """Trains on all the data at once, for at most as many steps as the progress bar has.
+
+    Args:
+        task: a vectorized model with global latents, its guide, and all the data in one batch.
+        draws: how many draws are held fixed, as `draws_needed` says.
+        seed: chooses the draws.
+        bar: a progress bar.
+
+    Raises:
+        Diverged: no step leads to a finite loss; the parameters are as they were before.
+    """
+    start = time.perf_counter()
+    with undone_by_errors(task.parameters, [task.program]) as before:
+        losses = minimise(task, steps=bar.total, draws=draws, seed=seed)
+        if not math.isfinite(losses[-1]):
+            before.put_back()
+            raise Diverged(f"the loss is {losses[-1]} from the start; the parameters are unchanged")
+    bar.update(len(losses))
+    bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
+    bar.close()
+    seconds, steps = time.perf_counter() - start, len(losses)
+    return Fit(losses, [], seconds, steps, steps - 1, "L-BFGS", task.program.objective, "eager")
 
 
 def minimise(task: Task, *, steps: int, draws: int, seed: int) -> list[float]:
@@ -66,18 +94,16 @@ def minimise(task: Task, *, steps: int, draws: int, seed: int) -> list[float]:
     for _ in range(_ROUNDS):
         place, result, still = _descend(surface, place, free, steps, history)
         flat = np.abs(result.jac).max() < 1e-5
-        if flat and free.all():
+        if (flat and free.all()) or (draws > 1 and still):
             break
-        if draws > 1:  # an average over draws has no kinks: once more, with units that fit here
-            if still:
+        # once more, with units that fit here. An average over draws has no kinks; but a single draw
+        # has (a Laplace prior has one at zero), which stop the method short: put the parameters
+        # that belong on one there, and go on with the others
+        if draws == 1:
+            before = place
+            place, free = _on_kinks(surface, place)
+            if flat and torch.allclose(before, place, rtol=0.0, atol=1e-10):
                 break
-            continue
-        # a kink (a Laplace prior has one at zero) stops the method short: put the parameters that
-        # belong on one there, and go on with the others
-        before = place
-        place, free = _on_kinks(surface.slope, place)
-        if flat and torch.allclose(before, place, rtol=0.0, atol=1e-10):
-            break
     surface.move(place)
     return history or [float(result.fun) / surface.size]
 
@@ -102,14 +128,8 @@ class _Surface:
             value = self.loss()
         except torch.linalg.LinAlgError:  # a step too far
             return math.nan, torch.full_like(place, math.nan)
-        slopes = torch.autograd.grad(
-            value, self.parameters, allow_unused=True, materialize_grads=True
-        )
+        slopes = torch.autograd.grad(value, self.parameters, materialize_grads=True)
         return value.item(), torch.cat([slope.reshape(-1) for slope in slopes]).double()
-
-    def slope(self, place: Tensor) -> Tensor:
-        """The slope per datum."""
-        return self.at(place)[1]
 
 
 def _descend(
@@ -123,7 +143,7 @@ def _descend(
         The place where it ends, the result of SciPy, and whether the loss has hardly fallen.
     """
     size = surface.size
-    unit = _units(surface.slope, start) * free
+    unit = _units(surface, start) * free
     top = surface.at(start)[0] * size + 1
 
     def scaled(move: np.ndarray) -> tuple[float, np.ndarray]:
@@ -146,7 +166,7 @@ def _descend(
     return place, result, bool(top - 1 - result.fun <= 1e-12 * abs(result.fun))
 
 
-def _on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
+def _on_kinks(surface: _Surface, start: Tensor) -> tuple[Tensor, Tensor]:
     """Moves each parameter whose best place, the others held, is a kink nearby onto that kink.
 
     Returns:
@@ -158,7 +178,7 @@ def _on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor,
         def at(place: float, index: int = index) -> float:
             moved = start.clone()
             moved[index] = place
-            return slope(moved)[index].item()
+            return surface.at(moved)[1][index].item()
 
         middle = start[index].item()
         low, high = middle - 0.05, middle + 0.05
@@ -173,13 +193,10 @@ def _on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor,
     return start, free
 
 
-def _units(slope: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+def _units(surface: _Surface, start: Tensor) -> Tensor:
     """Lengths in which the curvature of each parameter is one, by differences of the slope."""
-    step, base = 1e-4, slope(start)
-    curvature = torch.empty_like(start)
-    for index in range(len(start)):
-        moved = start.clone()
-        moved[index] += step
-        curvature[index] = ((slope(moved)[index] - base[index]) / step).abs()
-    curvature = curvature.nan_to_num(1.0, 1.0, 1.0)
+    step, base = 1e-4, surface.at(start)[1]
+    moves = step * torch.eye(len(start)).to(start)
+    slopes = [surface.at(start + move)[1][index] for index, move in enumerate(moves)]
+    curvature = ((torch.stack(slopes) - base) / step).abs().nan_to_num(1.0, 1.0, 1.0)
     return curvature.clamp_min(1e-8 * curvature.max().item() + 1e-300).rsqrt()
