@@ -9,22 +9,22 @@ in the mean, so every family with a free mean takes `m`, and what is left choose
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ppvae import families
 from ppvae._checks import check_count, check_number, expect
+from ppvae.families import GuideFamily
 
 __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "regression"]
 
-
 _LOG_2PI = math.log(2 * math.pi)
-
-
+_KNOWN = "one with a closed form here"
 # The families for which the optimum over decoder and guide together is known.
 _LEARNED = "deterministic zero noise_only mean_only shared_scale mean_scale full_rank".split()
 
@@ -98,7 +98,9 @@ class LearnedDecoder(NamedTuple):
         return self.log_likelihood - self.objective
 
 
-def fixed_decoder(x: Tensor, weight: Tensor, bias: Tensor, noise: float, family: Any) -> Optimum:
+def fixed_decoder(
+    x: Tensor, weight: Tensor, bias: Tensor, noise: float, family: GuideFamily
+) -> Optimum:
     r"""The optimum for `z ~ N(0, I)`, `x | z ~ N(W z + b, noise^2 I)` with a fixed decoder.
 
     Args:
@@ -122,11 +124,12 @@ def fixed_decoder(x: Tensor, weight: Tensor, bias: Tensor, noise: float, family:
     x, weight, bias = _array("x", x, 2), _array("weight", weight, 2), _array("bias", bias, 1)
     for name, rows in {"weight": len(weight), "bias": len(bias)}.items():
         expect(rows == x.shape[1], name, f"{x.shape[1]} rows, one for each column of x", rows)
-    noise = check_number("noise", noise, positive=True)
     return _optimum(x.double() - bias.double(), weight, noise, 1.0, family)
 
 
-def regression(X: Tensor, y: Tensor, noise: float, prior_scale: float, family: Any) -> Optimum:
+def regression(
+    X: Tensor, y: Tensor, noise: float, prior_scale: float, family: GuideFamily
+) -> Optimum:
     r"""The optimum for `w ~ N(0, t^2 I)`, `y | w ~ N(X w, noise^2 I)`, in nats in total.
 
     Args:
@@ -142,13 +145,11 @@ def regression(X: Tensor, y: Tensor, noise: float, prior_scale: float, family: A
     """
     X, y = _array("X", X, 2), _array("y", y, 1)
     expect(len(X) == len(y), "y", f"{len(X)} rows, as X", len(y))
-    noise = check_number("noise", noise, positive=True)
-    prior_scale = check_number("prior_scale", prior_scale, positive=True)
     optimum = _optimum(y.double()[None], X, noise, prior_scale, family)
     return optimum._replace(**{name: getattr(optimum, name)[0] for name in Optimum._fields[:5]})
 
 
-def _array(name: str, value: Any, dims: int) -> Tensor:
+def _array(name: str, value: ArrayLike | Tensor, dims: int) -> Tensor:
     """An argument as a tensor of its own dtype."""
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     shape = tuple(tensor.shape)
@@ -158,9 +159,10 @@ def _array(name: str, value: Any, dims: int) -> Tensor:
     return tensor
 
 
-def _optimum(x: Tensor, W: Tensor, noise: float, prior_scale: float, family: Any) -> Optimum:
+def _optimum(x: Tensor, W: Tensor, noise: float, scale: float, family: GuideFamily) -> Optimum:
     """The optimum for data `x` less their bias and a prior of mean zero and this scale."""
-    W, size, variance, prior = W.double(), W.shape[1], noise**2, prior_scale**2
+    variance = check_number("noise", noise, positive=True) ** 2
+    W, size, prior = W.double(), W.shape[1], check_number("prior_scale", scale, positive=True) ** 2
     G = W.T @ W / variance
     P = G + torch.eye(size).to(G) / prior
     mode = torch.linalg.solve(P, W.T @ x.T / variance).T
@@ -181,17 +183,15 @@ def _optimum(x: Tensor, W: Tensor, noise: float, prior_scale: float, family: Any
     return Optimum(-rate - distortion, rate, distortion, log_likelihood, mean, S, information)
 
 
-def _member(family: Any, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance of the best member, and the bounds of its mean, which are equal if it is fixed."""
-    size, kind = len(P), getattr(family, "distribution", None)
-    one, rules = torch.eye(size).to(P), getattr(family, "rules", {})
+def _member(family: GuideFamily, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the best member's covariance, and the bounds of its mean (equal if it is fixed)."""
+    one, rules = torch.eye(len(P)).to(P), getattr(family, "rules", {})
     where, scale = rules.get("loc", rules.get("v", 0.0)), rules.get("scale")
+    kind = None if isinstance(where, families.Shared) else getattr(family, "distribution", None)
     low = high = where
     if isinstance(where, families.Channel):  # inside an interval or a half-line, or free
         low = getattr(where.constraint, "lower_bound", -math.inf)
         high = getattr(where.constraint, "upper_bound", math.inf)
-    if isinstance(where, families.Shared):
-        raise _no_closed_form(family)
     if family == families.noise_only:
         S = one * prior
     elif kind is dist.Delta:
@@ -201,22 +201,17 @@ def _member(family: Any, P: Tensor, prior: float) -> tuple[Tensor, Tensor, Tenso
     elif kind is dist.Normal and isinstance(scale, (float, Tensor)):
         S = one * torch.as_tensor(scale).to(P) ** 2
     elif kind is dist.Normal and scale == families.shared:
-        S = one * size / P.trace()
+        S = one * len(P) / P.trace()
     elif kind is dist.Normal and scale == families.Channel():
         S = one / P.diagonal()
     else:
-        raise _no_closed_form(family)
-    low, high = (torch.as_tensor(end).to(P).expand(size) for end in (low, high))
+        raise ValueError(f"family: expected {_KNOWN}, got {getattr(family, 'name', family)}")
+    low, high = (torch.as_tensor(end).to(P).expand(len(P)) for end in (low, high))
     return S, low, high
 
 
-def _no_closed_form(family: Any) -> ValueError:
-    name = getattr(family, "name", family)
-    return ValueError(f"family: expected one with a closed form here, got {name}")
-
-
 def _closest(P: Tensor, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The point of a box with the smallest `(m - target)' P (m - target)`, for each row of target.
+    """Finds the point m of a box that minimises `(m - target)' P (m - target)`, for each row.
 
     The active-set method (Nocedal and Wright, Numerical Optimization, 2006, section 16.5): minimise
     over the coordinates not held on a bound; if that leads out of the box, hold the one that is
@@ -243,7 +238,7 @@ def _closest(P: Tensor, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return mean
 
 
-def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
+def learned_decoder(x: Tensor, latent: int, family: GuideFamily) -> LearnedDecoder:
     r"""The optimum over a linear decoder, its bias and noise, and a linear guide of a family.
 
     With `l` the eigenvalues of the data's covariance (divided by N), `r_i = sqrt(l_i) / noise` and
@@ -271,17 +266,15 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
     """
     x, latent = _array("x", x, 2), check_count("latent", latent)
     D, silent = x.shape[1], family in (families.noise_only, families.zero)
-    if family not in [families.LADDER[name] for name in _LEARNED]:
-        raise _no_closed_form(family)
+    learned = family in [families.LADDER[name] for name in _LEARNED]
+    expect(learned, "family", _KNOWN, getattr(family, "name", family))
     possible = latent <= D or family != families.shared_scale
     expect(possible, "latent", f"at most {D} for this family", latent)
     bias, values, axes = _principal(x)
     kept, noise = _kept(values, 0 if silent else min(latent, D), family)
-    roots, squares = values[:kept].sqrt(), values[:kept] - noise**2
-    if family == families.mean_only:
-        squares = noise * (roots - noise)
-    elif family == families.shared_scale:
-        squares = roots * roots.mean() - noise**2
+    roots = values[:kept].sqrt()
+    gains = {families.mean_only: roots * noise, families.shared_scale: roots * roots.mean()}
+    squares = gains.get(family, values[:kept]) - noise**2
     used, weight = int((squares > 1e-9 * noise**2).sum()), axes.new_zeros(D, latent)
     weight[:, :kept] = axes[:, :kept] * squares.clamp(min=0.0).sqrt()
     attained = noise > 0 and family != families.deterministic
@@ -300,8 +293,8 @@ def learned_decoder(x: Tensor, latent: int, family: Any) -> LearnedDecoder:
     return LearnedDecoder(best, rate, noise, used, attained, *terms, weight, bias)
 
 
-def _kept(values: Tensor, kept: int, family: Any) -> tuple[int, float]:
-    """How many directions are kept, and the best standard deviation of the likelihood."""
+def _kept(values: Tensor, kept: int, family: GuideFamily) -> tuple[int, float]:
+    """Finds how many directions to keep, and the best standard deviation of the likelihood."""
     D = len(values)
     while family == families.mean_only and kept:
         roots, rest = values[:kept].sqrt().sum().item(), values[kept:].sum().item()

@@ -18,7 +18,7 @@ __all__ = ["Bernoulli", "Normal", "Poisson"]
 
 
 class Bernoulli(nn.Module):
-    """Binary data; the decoder puts out logits."""
+    """The likelihood of binary data; the decoder's output is the logits."""
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One Bernoulli distribution per element."""
@@ -26,7 +26,7 @@ class Bernoulli(nn.Module):
 
 
 class Poisson(nn.Module):
-    """Counts; the decoder puts out log-rates."""
+    """The likelihood of counts; the decoder's output is the log rates."""
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One Poisson distribution per element."""
@@ -34,7 +34,7 @@ class Poisson(nn.Module):
 
 
 class Normal(nn.Module):
-    """Real data; the decoder puts out means, and the scale is the same for all data.
+    """The likelihood of real data; the decoder's output is the means, the scale that of all data.
 
     `Normal(0.1)` has a fixed scale, `Normal(1.0, learned=True)` one learned scale that starts at 1,
     and `Normal(torch.ones(64), learned=True)` a learned scale per feature.

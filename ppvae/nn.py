@@ -12,10 +12,7 @@ __all__ = ["conv_decoder", "conv_encoder", "mlp"]
 
 
 def mlp(
-    inputs: int,
-    *hidden: int,
-    out: int | None = None,
-    activation: Callable[[], nn.Module] = nn.ReLU,
+    inputs: int, *hidden: int, out: int | None = None, activation: Callable[[], nn.Module] = nn.ReLU
 ) -> nn.Sequential:
     """Linear layers of the given widths, each followed by the activation.
 

@@ -10,6 +10,15 @@ from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
 from ppvae.nn import mlp
 
 
+def diabetes(rows=442, columns=10):
+    """The first rows and columns of the diabetes data, standardized over all rows, as arrays."""
+    from sklearn.datasets import load_diabetes
+
+    X, y = load_diabetes(return_X_y=True)
+    X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    return X[:rows, :columns], y[:rows]
+
+
 class Linear:
     """x = W z + b + noise, data drawn from it, and guides that can be set to anything.
 

@@ -12,7 +12,7 @@ from ppvae._checks import expect
 
 
 def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
-    """One tensor or array, or several with equal first dimensions, as a tuple of tensors.
+    """Turns one tensor or array, or several with equal first dimensions, into a tuple of tensors.
 
     Args:
         name: of the argument, for the messages.
@@ -34,21 +34,18 @@ def _as_tensor(name: str, item: Any) -> Tensor:
     if isinstance(item, np.ndarray) and item.dtype.kind in "bifu":
         item = torch.from_numpy(np.ascontiguousarray(item))
         item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
-    if not isinstance(item, Tensor):
-        kind = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
-        raise TypeError(
-            f"{name}: expected tensors, arrays of numbers, a Dataset or a DataLoader, got {kind}"
-        )
-    if item.is_floating_point() and not torch.isfinite(item).all():
-        bad = int((~torch.isfinite(item)).sum())
-        raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite")
+    kinds = "tensors, arrays of numbers, a Dataset or a DataLoader"
+    got = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
+    expect(isinstance(item, Tensor), name, kinds, got, TypeError)
+    bad = int((~torch.isfinite(item)).sum()) if item.is_floating_point() else 0
+    expect(not bad, name, "finite numbers", f"{bad} that are NaN or infinite")
     return item
 
 
 def prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a call, of which arrays and tensors become finite tensors with some rows.
+    """Turns the arrays and tensors among the arguments of a call into finite, non-empty tensors.
 
-    What is neither passes as it is.
+    Arguments of other kinds are returned as they are.
 
     Raises:
         ValueError: a number is not finite, or a first dimension is zero.

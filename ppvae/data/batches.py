@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from ppvae._checks import check_count, expect
 from ppvae._scopes import random_state
@@ -42,7 +36,7 @@ class Batches:
     size: int
     batch_size: int | None
     tensors: tuple[Tensor, ...] = ()
-    loader: DataLoader | None = None
+    loader: DataLoader[Any] | None = None
     extra: tuple[Any, ...] = ()
     cut: tuple[bool, ...] = ()
     shuffle: bool = False
@@ -140,8 +134,8 @@ def batches_of(
 def _length(data: Any) -> int:
     """The number of data that pass through training: those of the sampler of a loader."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset):
-        raise TypeError("data: expected a Dataset with a length, got an IterableDataset")
+    endless = isinstance(dataset, IterableDataset)
+    expect(not endless, "data", "a Dataset with a length", "an IterableDataset", TypeError)
     if not isinstance(data, DataLoader):
         return len(dataset)
     batches = data.batch_sampler

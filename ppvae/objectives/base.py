@@ -1,6 +1,7 @@
-"""What an objective is, and all that training and staging ask of one.
+"""What an objective is, the draws that it averages over, and what training asks of one.
 
-They ask it of any callable, by the functions below, and so know no objective by its class.
+Training and staging ask it of any callable, by the functions below: they know no objective by its
+class.
 """
 
 from __future__ import annotations
@@ -8,13 +9,70 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from pyro import poutine
 from torch import Tensor
 
-from ppvae.objectives.draws import Run, runs_of
+from ppvae._checks import expect
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_trace
+
+
+class Run(NamedTuple):
+    """One run of a model and its guide: of many draws, if the model is vectorized, else of one."""
+
+    terms: Terms
+    model_trace: Any
+    guide_trace: Any
+
+
+def runs_of(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    plate: str | None,
+    num_samples: int,
+    around_guide: AbstractContextManager[Any] | None = None,
+) -> list[Run]:
+    """Runs model and guide for some draws: once, if the model is vectorized, else for each draw.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        args: their arguments.
+        plate: name of the data plate, see `data_plate`.
+        num_samples: number of draws; all are for the same data, if a plate subsamples.
+        around_guide: a handler that every run of the guide goes through.
+
+    Raises:
+        ValueError: the sites of model and guide do not match, or the guide has parameters that no
+            gradient reaches, since its draws are not reparametrized.
+    """
+    draws, count = None, num_samples
+    if num_samples > 1 and is_vectorized(model):
+        draws, count = draws_plate(model, *args, draws=num_samples), 1
+    runs: list[Run] = []
+    for _ in range(count):
+        # every run is on the rows that the plates of the first one drew
+        program = given(guide, runs[0].guide_trace, {}) if runs else guide
+        with around_guide or nullcontext():  # outside the trace, which records what it makes
+            guide_trace = run_trace(program, args, draws)
+        model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
+        check_sites(model_trace, guide_trace)
+        run = Run(terms(model_trace, guide_trace, plate), model_trace, guide_trace)
+        for name, value in run.terms.log_guide.items():
+            fn = guide_trace.nodes[name]["fn"]
+            if value.requires_grad and not fn.has_rsample:
+                raise ValueError(
+                    f"guide: expected reparametrized draws; {name!r} is drawn from {fn}, for which "
+                    "pyro.infer.SVI with TraceGraph_ELBO can train this guide"
+                )
+        runs.append(run)
+    return runs
 
 
 class Objective(ABC):
@@ -24,9 +82,9 @@ class Objective(ABC):
     `trace_pair` runs the two programs, and `terms` reads the traces. Or derive a frozen dataclass
     from this class and write its `loss`. Any other callable may have these attributes as well:
 
-    - `scheduled` names the fields that may be functions of the step, and in which objectives that
-      are trained side by side may differ. In a graph such a field is an input, a tensor; else it is
-      a number. `at_step` replaces the functions by their values.
+    - `scheduled` names the fields that may be functions of the step. Objectives that are trained
+      side by side may differ in these fields only. In a graph such a field is an input, a tensor;
+      else it is a number. `at_step` replaces the functions by their values.
     - `unstageable` says in a few words why a graph cannot hold the loss; it is empty if one can.
 
     Example:
@@ -93,8 +151,8 @@ def at_step(objective: Any, step: Any) -> Any:
         objective: any objective; one without such functions is returned as it is.
         step: number of steps of the optimizer so far.
     """
-    names = [name for name in _scheduled(objective) if callable(getattr(objective, name))]
-    values = {name: getattr(objective, name)(step) for name in names}
+    fields = _scheduled(objective)
+    values = {name: field(step) for name, field in fields.items() if callable(field)}
     return replace(objective, **values) if values else objective
 
 
@@ -104,27 +162,27 @@ def moving_fields(objectives: Sequence[Any]) -> tuple[str, ...]:
     Raises:
         ValueError: the objectives differ in anything else.
     """
-    first, *others = objectives
-    names = _scheduled(first)
-    for other in others:
-        if other is not first and other != first:
-            shared = {name: getattr(first, name) for name in names}
-            alike = names and type(other) is type(first) and replace(other, **shared) == first
-            if not alike:
-                raise ValueError("objective: they differ in more than their scheduled fields")
-    values = {name: [getattr(objective, name) for objective in objectives] for name in names}
-    return tuple(
-        name
-        for name, (value, *rest) in values.items()
-        if callable(value) or any(other is not value and other != value for other in rest)
-    )
+    first = objectives[0]
+    shared = _scheduled(first)
+    for other in objectives:
+        same = other is first or other == first
+        if not same and shared and type(other) is type(first):
+            same = replace(other, **shared) == first
+        expect(same, "objective", "those that differ in their scheduled fields only", "others")
+
+    def moves(name: str) -> bool:
+        values = [getattr(objective, name) for objective in objectives]
+        return callable(values[0]) or values.count(values[0]) < len(values)
+
+    return tuple(filter(moves, shared))
 
 
 def takes_plate(objective: Any) -> bool:
-    """Whether an objective can be told the name of the data plate, which a function need not."""
+    """Whether an objective has an argument `plate`, which a plain function need not have."""
     kinds = inspect.signature(objective).parameters
     return "plate" in kinds or any(kind.kind is kind.VAR_KEYWORD for kind in kinds.values())
 
 
-def _scheduled(objective: Any) -> tuple[str, ...]:
-    return tuple(getattr(objective, "scheduled", ()))
+def _scheduled(objective: Any) -> dict[str, Any]:
+    """The scheduled fields of an objective, which a plain function has none of, by name."""
+    return {name: getattr(objective, name) for name in getattr(objective, "scheduled", ())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,10 +29,8 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     """
     if is_point(guide):
         return None
-    try:
+    with suppress(NotImplementedError):
         return kl_divergence(guide, prior)
-    except NotImplementedError:
-        pass
     normal = _base_of(prior)
     if not isinstance(normal, Normal):
         return None

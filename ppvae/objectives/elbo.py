@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import check_choice, check_count, check_number, expect
-from ppvae.objectives.base import Objective
+from ppvae.objectives.base import Objective, Run
 from ppvae.objectives.divergence import by_coordinate, closed_kl
-from ppvae.objectives.draws import Run
 from ppvae.objectives.trace_terms import Terms, data_size
 from ppvae.programs.nodes import DRAWS, is_point
 
@@ -206,9 +205,8 @@ def _coordinates(name: str, run: Run) -> Tensor:
     terms, node, prior = run.terms, run.guide_trace.nodes[name], run.model_trace.nodes[name]
     pair = by_coordinate(node["fn"], prior["fn"])
     if pair is None:  # no sum over coordinates
-        whole = (
-            terms.kl[name] if name in terms.kl else terms.log_guide[name] - terms.log_prior[name]
-        )
+        whole = terms.kl.get(name)
+        whole = terms.log_guide[name] - terms.log_prior[name] if whole is None else whole
         return (whole * terms.scales[name]).mean()
     q, p = pair
     depth = len(node["fn"].event_shape)

@@ -13,8 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._checks import check_choice, check_count, expect
-from ppvae.objectives.base import Objective
-from ppvae.objectives.draws import Run
+from ppvae.objectives.base import Objective, Run
 from ppvae.objectives.trace_terms import Terms, common_scale, data_size
 from ppvae.programs.nodes import is_point
 
@@ -150,12 +149,10 @@ class _Cut(Messenger):
 
     def path(self, value: Tensor) -> Tensor:
         """A scalar with the gradient that `value` has by way of the draws, and no other."""
-        total = torch.zeros(())
         leaves = [leaf for run in self.runs for _, leaf in run]
         slopes = iter(_slopes(value, leaves) if leaves else ())
-        for run in self.runs:
-            total = total + _path(run, [next(slopes) for _ in run])
-        return total
+        paths = [_path(run, [next(slopes) for _ in run]) for run in self.runs]
+        return sum(paths, start=torch.zeros(()))
 
 
 def _path(draws: list[tuple[Tensor, Tensor]], slopes: list[Tensor]) -> Tensor:
@@ -169,6 +166,4 @@ def _path(draws: list[tuple[Tensor, Tensor]], slopes: list[Tensor]) -> Tensor:
 
 
 def _slopes(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    return torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)

@@ -39,11 +39,11 @@ def average_loss(
         seed: chooses them.
         plate: name of the data plate, see `data_plate`.
     """
-    draws_frame = draws_plate(model, *batch, draws=draws)
+    plate_of_draws = draws_plate(model, *batch, draws=draws)
 
     def loss() -> Tensor:
         with random_state(seed), MatchedNormals(draws), unchecked():
-            pair = trace_pair(model, guide, *batch, draws=draws_frame)
+            pair = trace_pair(model, guide, *batch, draws=plate_of_draws)
             return loss_of(terms(*pair, plate), len(batch[0]))
 
     return loss

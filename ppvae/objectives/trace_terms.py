@@ -15,12 +15,14 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae.objectives.divergence import closed_kl
 from ppvae.programs.nodes import (
-    counts,
+    Node,
     data_plate,
     has_density,
     is_inside,
+    latent_nodes,
     log_prob,
     masked,
+    observed_nodes,
     per_datum,
 )
 
@@ -92,18 +94,13 @@ class Terms(NamedTuple):
     def check_local(self) -> None:
         """Raises a ValueError unless all sites are in the data plate."""
         expect(self.plate is not None, "model", "a plate over the data", "none")
-        outside = (set(self.log_prior) | set(self.log_likelihood)) - self.local
+        plate = f"the plate {self.plate.name!r}"
+        outside = sorted({*self.log_prior, *self.log_likelihood} - self.local)
         if outside:
-            raise ValueError(
-                f"model: expected all sites in the plate {self.plate.name!r}; outside: "
-                f"{sorted(outside)}"
-            )
-        joint = set(self.log_guide) - self.local
-        if joint:
-            raise ValueError(
-                f"guide: expected draws per datum, in the plate {self.plate.name!r}; "
-                f"{sorted(joint)} are of all data at once (a joint family without an encoder?)"
-            )
+            raise ValueError(f"model: expected all sites in {plate}; outside: {outside}")
+        joint = sorted(self.log_guide.keys() - self.local)
+        got = f"{joint} of all data at once (a joint family without an encoder?)"
+        expect(not joint, "guide", f"draws per datum, in {plate}", got)
 
 
 def _sum(values: dict[str, Tensor]) -> Tensor:
@@ -119,38 +116,41 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
         plate: name of the data plate, see `data_plate`.
     """
     frame = data_plate(model_trace, plate)
-    log_likelihood, log_prior, log_guide, kl = {}, {}, {}, {}
+    log_prior, log_guide, kl = {}, {}, {}
     scales: dict[str, Any] = {}
     local = set()
 
-    def read(name: str, node: dict[str, Any], value: Tensor) -> Tensor:
+    def read(node: Node, value: Tensor) -> Tensor:
         inside = is_inside(node, frame)
         if inside:
-            local.add(name)
+            local.add(node["name"])
         thinned = frame.full_size / frame.size if inside and frame.full_size else 1.0
-        scales.setdefault(name, node["scale"] / thinned)
+        scales.setdefault(node["name"], node["scale"] / thinned)
         return per_datum(value, node, frame if inside else None)
 
-    for name, node in model_trace.nodes.items():
-        if node["type"] != "sample" or not counts(node):
-            continue
-        if node["is_observed"]:
-            log_likelihood[name] = read(name, node, log_prob(node))
-            continue
-        log_prior[name] = read(name, node, log_prob(node))
+    for node in latent_nodes(model_trace):
+        name = node["name"]
+        log_prior[name] = read(node, log_prob(node))
         exact = closed_kl(guide_trace.nodes[name]["fn"], node["fn"])
         if exact is not None:
-            kl[name] = read(name, node, masked(exact, node))
-    for name, node in guide_trace.nodes.items():
-        if node["type"] == "sample" and counts(node) and has_density(node, guide_trace):
-            own = name in log_prior  # and not auxiliary: what the model masks counts nothing here
-            value = log_prob(node)
-            value = masked(value, model_trace.nodes[name]) if own else value
-            log_guide[name] = read(name, node, value)
+            kl[name] = read(node, masked(exact, node))
+    observed = observed_nodes(model_trace)
+    log_likelihood = {node["name"]: read(node, log_prob(node)) for node in observed}
+    for node in _dense_nodes(guide_trace):
+        name, value = node["name"], log_prob(node)
+        if name in log_prior:  # it is not auxiliary: what the model masks counts nothing here
+            value = masked(value, model_trace.nodes[name])
+        log_guide[name] = read(node, value)
     pieces = common_scale([scales[name] for name in log_prior if name not in log_guide])
     if pieces is not None:
         scales |= {name: pieces for name in log_guide if name not in log_prior}
     return Terms(log_likelihood, log_prior, log_guide, kl, frame, frozenset(local), scales)
+
+
+def _dense_nodes(trace: Any) -> list[Node]:
+    """The sample statements of a guide's trace that have a density."""
+    nodes = [*latent_nodes(trace), *observed_nodes(trace)]
+    return [node for node in nodes if has_density(node, trace)]
 
 
 def common_scale(scales: list[Any]) -> Any:
@@ -164,16 +164,18 @@ def common_scale(scales: list[Any]) -> Any:
     return scales[0] if scales and all(same(scales[0], other) for other in scales[1:]) else None
 
 
-def data_size(parts: Terms, size: int | None) -> int:
-    """Number of data in all: as told, or by the data plate."""
-    return size or (1 if parts.plate is None else parts.plate.full_size or parts.plate.size)
+def data_size(terms: Terms, size: int | None) -> int:
+    """Number of data in all: `size`, or where that is None the size of the data plate."""
+    return size or (1 if terms.plate is None else terms.plate.full_size or terms.plate.size)
 
 
 def log_density(trace: Any, frame: Any) -> Tensor:
-    """Log q of all latents of a guide's trace, in nats, per datum (and draw) where `frame` says."""
+    """Log q of all latents of a guide's trace, in nats, as one number per datum and draw.
+
+    What lies outside of the plate `frame`, or all if that is None, is one number per draw.
+    """
     total = torch.zeros(())
-    for node in trace.nodes.values():
-        if node["type"] == "sample" and counts(node) and has_density(node, trace):
-            inside = is_inside(node, frame)
-            total = total + per_datum(log_prob(node), node, frame if inside else None)
+    for node in _dense_nodes(trace):
+        plate = frame if is_inside(node, frame) else None
+        total = total + per_datum(log_prob(node), node, plate)
     return total

@@ -6,11 +6,12 @@ All take log weights log p(x, z) - log q(z) with the draws in front, `(draws, *)
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ppvae._scopes import without_warnings
 
 TRUSTED = 0.7  # k-hat above it: the mean of the weights converges too slowly to be of use
 _FEWEST = 30  # draws: a tail of six, the fewest that every version of ArviZ fits
@@ -58,16 +59,13 @@ def khat(log_weight: Tensor) -> Tensor:
 
     rows = log_weight.double().reshape(len(log_weight), -1).T.cpu().numpy()
     result = np.full(len(rows), math.nan)
-    finite = np.isfinite(rows).all(1)
-    spread = np.where(finite, np.ptp(np.where(finite[:, None], rows, 0.0), axis=1), 1.0)
-    equal = finite & (spread < 1e-5 * (1 + abs(rows[:, 0])))
-    result[equal] = 0.0
-    if rows.shape[1] >= _FEWEST:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            for row in np.flatnonzero(finite & ~equal):
-                try:
-                    result[row] = array_stats.psislw(-rows[row])[1]
-                except ValueError:  # all values in the tail are the same
-                    result[row] = 0.0
+    with without_warnings(), np.errstate(all="ignore"):
+        equal = np.ptp(rows, axis=1) < 1e-5 * (1 + abs(rows[:, 0]))  # never, if one is infinite
+        result[equal] = 0.0
+        fitted = np.isfinite(rows).all(1) & ~equal & (rows.shape[1] >= _FEWEST)
+        for row in np.flatnonzero(fitted):
+            try:
+                result[row] = array_stats.psislw(-rows[row])[1]
+            except ValueError:  # all values in the tail are the same
+                result[row] = 0.0
     return torch.from_numpy(result).reshape(log_weight.shape[1:])

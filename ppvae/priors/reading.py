@@ -16,12 +16,12 @@ from ppvae._scopes import eval_mode, random_state
 
 
 def distribution_of(prior: Any) -> Any:
-    """The distribution over one latent that a prior stands for now."""
+    """Returns the prior's distribution over one latent, with its present parameters."""
     return prior() if isinstance(prior, nn.Module) else prior
 
 
 def as_prior(prior: Any, latent: int) -> Any:
-    """The prior, if it is one of a latent of this length.
+    """Checks that a prior is one of a latent of this length, and returns it.
 
     Args:
         prior: a module without arguments whose forward returns a Pyro distribution, or one itself.
@@ -41,18 +41,24 @@ def as_prior(prior: Any, latent: int) -> Any:
     return prior
 
 
-def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a distribution whose tensors have gone through a function.
+def moved(part: Any, move: Callable[[Tensor], Tensor], **attributes: Any) -> Any:
+    """Copies a distribution and applies a function to all its tensors, at any depth.
 
     Args:
-        part: a distribution, or what one holds.
-        move: such as `lambda tensor: tensor.to("cuda")`.
+        part: a distribution; the recursion also passes the values of its attributes.
+        move: the function, such as `lambda tensor: tensor.to("cuda")`.
+        **attributes: attributes to set on the copies of all distributions and transforms, such as
+            `_validate_args=False`.
+
+    Returns:
+        The copy; what is neither a tensor nor holds one is shared with the original.
     """
     if isinstance(part, Tensor):
         return move(part)
     if isinstance(part, (list, tuple)):
-        return type(part)(moved(each, move) for each in part)
+        return type(part)(moved(each, move, **attributes) for each in part)
     if isinstance(part, (torch.distributions.Distribution, Transform)):
+        held = {name: moved(value, move, **attributes) for name, value in vars(part).items()}
         part = copy.copy(part)
-        part.__dict__ = {name: moved(held, move) for name, held in vars(part).items()}
+        part.__dict__ = held | attributes
     return part

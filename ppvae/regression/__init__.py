@@ -2,8 +2,7 @@
 
 from ppvae.regression import plots
 from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
-from ppvae.regression.exact import ExactPosterior, exact_posterior
-from ppvae.regression.leave_one_out import LeaveOneOut
+from ppvae.regression.exact import ExactPosterior, LeaveOneOut, exact_posterior
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.scores import PredictiveScores, objective, predictive_scores
 

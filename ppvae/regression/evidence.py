@@ -3,25 +3,21 @@ r"""The evidence as a function of the prior scale, and its maximum (empirical Ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
-from numpy.typing import ArrayLike
-from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import expect
-from ppvae.regression.exact import ExactPosterior
+from ppvae.regression.exact import ExactPosterior, problem_of
+from ppvae.regression.hyper import Problem
+from ppvae.regression.linear_algebra import Data, Values, factorize
 from ppvae.regression.priors import Array, Unknown
-from ppvae.regression.problem import Problem, read_problem
 
-_WEIGHT = dist.Normal(0.0, 1.0)
-# Natural logs of the scale, or of scale over noise, between which the maximum is looked for.
+# The maximum is searched where the log of the scale, or of scale over noise, is within this.
 _RANGE = 35.0
-
-Data = ArrayLike | Tensor | Iterable[tuple[Any, Any]]
 
 
 class EvidenceMaximum(NamedTuple):
@@ -42,10 +38,10 @@ class EvidenceMaximum(NamedTuple):
 
 def log_evidence_curve(
     X: Data,
-    y: ArrayLike | Tensor | None = None,
+    y: Values | None = None,
     *,
-    scales: ArrayLike,
-    weight: Distribution = _WEIGHT,
+    scales: Values,
+    weight: Distribution = dist.Normal(0.0, 1.0),  # noqa: B008 (immutable)
     noise: float | Distribution | None,
     intercept: bool = False,
 ) -> Array:
@@ -69,15 +65,15 @@ def log_evidence_curve(
     grid = np.atleast_1d(np.asarray(scales, dtype=float))
     positive = grid.ndim == 1 and (np.isfinite(grid) & (grid > 0)).all()
     expect(positive, "scales", "positive, finite numbers", repr(scales))
-    problem = read_problem(X, y, weight, noise, 1.0, intercept=intercept)
+    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
     return _curve(problem, np.log(grid))
 
 
 def evidence_maximum(
     X: Data,
-    y: ArrayLike | Tensor | None = None,
+    y: Values | None = None,
     *,
-    weight: Distribution = _WEIGHT,
+    weight: Distribution = dist.Normal(0.0, 1.0),  # noqa: B008 (immutable)
     noise: float | Distribution | None = None,
     maximize_noise: bool = False,
     intercept: bool = False,
@@ -106,34 +102,32 @@ def evidence_maximum(
     """
     expect(not maximize_noise or noise is None, "noise", "nothing with maximize_noise=True", noise)
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
-    problem = read_problem(X, y, weight, noise, 1.0, intercept=intercept)
+    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
+    noise_sd, best_noise = problem.numbers["noise"], problem.gaussian.best_noise
     if maximize_noise:
-        best_noise = problem.gaussian.best_noise
-        log_ratio = _highest(lambda ratios: best_noise(ratios)[1])
-        log_noise = best_noise(np.array([log_ratio]))[0][0]
-        log_scale = log_noise + log_ratio
-        problem = problem._replace(noise=math.exp(log_noise))
+        ratio = _highest(lambda log_ratios: best_noise(log_ratios)[1])
+        noise_sd = math.exp(best_noise(np.array([ratio]))[0][0])
+        scale = math.exp(ratio) * noise_sd
     else:
-        log_scale = _highest(lambda log_scales: _curve(problem, log_scales))
-    scale = math.exp(log_scale)
-    problem = problem._replace(scale=scale)
-    posterior = ExactPosterior(problem, problem.integrate(), intercept=intercept)
-    known_noise = np.nan if isinstance(problem.noise, Unknown) else problem.noise
+        scale = math.exp(_highest(lambda log_scales: _curve(problem, log_scales)))
+    problem = problem._replace(numbers={"noise": noise_sd, "scale": scale})
+    posterior = ExactPosterior(problem, problem.integrate())
+    known_noise = np.nan if isinstance(noise_sd, Unknown) else noise_sd
     return EvidenceMaximum(scale, known_noise, posterior.log_normalizer, posterior)
 
 
 def _curve(problem: Problem, log_scales: Array) -> Array:
-    """Log evidence at scales, the noise known or integrated over."""
-    noise, gaussian = problem.noise, problem.gaussian
-    if isinstance(noise, Unknown):
-        problems = [problem._replace(scale=scale) for scale in np.exp(log_scales).tolist()]
-        return np.array([each.integrate().log_total for each in problems])
-    log_noise = np.full(len(log_scales), math.log(noise))
-    return gaussian.log_evidence(log_noise, log_scales) + gaussian.log_constant
+    """Computes the log evidence at scales, with the noise known or integrated over."""
+    noise, gaussian = problem.numbers["noise"], problem.gaussian
+    if not isinstance(noise, Unknown):
+        log_noise = np.full(len(log_scales), math.log(noise))
+        return gaussian.log_evidence(log_noise, log_scales) + gaussian.log_constant
+    numbers = ({"noise": noise, "scale": scale} for scale in np.exp(log_scales).tolist())
+    return np.array([problem._replace(numbers=each).integrate().log_total for each in numbers])
 
 
 def _highest(function: Callable[[Array], Array]) -> float:
-    """Where a smooth function of a log is highest; it must not be at the ends of the range."""
+    """Finds where a smooth function of a log is highest, which must be inside the range."""
     from scipy import optimize
 
     grid = np.linspace(-_RANGE, _RANGE, 71)
@@ -142,9 +136,8 @@ def _highest(function: Callable[[Array], Array]) -> float:
     inside = values[best] - max(values[0], values[-1]) > 1e-9
     got = "the maximum at zero" if values[0] > values[-1] else "growth without bound"
     expect(inside, "weight", "evidence with a maximum at a positive, finite scale", got)
-    ends, options = (grid[best - 1], grid[best + 1]), {"xatol": 1e-10}
-
-    def negative(x: float) -> float:
-        return -function(np.array([x]))[0]
-
-    return float(optimize.minimize_scalar(negative, bounds=ends, options=options).x)
+    bounds = grid[best - 1], grid[best + 1]
+    top = optimize.minimize_scalar(
+        lambda place: -function(np.array([place]))[0], bounds=bounds, options={"xatol": 1e-10}
+    )
+    return float(top.x)

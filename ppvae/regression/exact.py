@@ -8,40 +8,39 @@ moment, quantile and the evidence without Monte Carlo error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
 from numpy.typing import ArrayLike
 from scipy import linalg
-from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_count, expect
-from ppvae.regression.hyper import HyperPosterior, mixture_quantiles
-from ppvae.regression.leave_one_out import LeaveOneOut, leave_one_out
-from ppvae.regression.linear_algebra import pieces
-from ppvae.regression.priors import Array
-from ppvae.regression.problem import Problem, read_problem
+from ppvae.regression.hyper import HyperPosterior, Problem, make_problem, mixture_quantiles
+from ppvae.regression.linear_algebra import Data, Factor, Values, factorize, pieces
+from ppvae.regression.priors import Array, Given, read_positive, weight_prior
 
 if TYPE_CHECKING:
     import xarray as xr
 
 Seed = int | np.random.Generator | None
 
-_WEIGHT = dist.Normal(0.0, 10.0)
-_NOISE = dist.HalfNormal(10.0)
+# Below this share of a datum's own variance its closed-form leave-one-out density loses digits.
+_LEAST_SHARE = 1e-6
+# Share of the mass of a posterior without a datum that the points of the lattice may miss.
+_TOLERANCE = 1e-9
 
 
 def exact_posterior(
-    X: ArrayLike | Tensor | Iterable[tuple[Any, Any]],
-    y: ArrayLike | Tensor | None = None,
+    X: Data,
+    y: Values | None = None,
     *,
-    weight: Distribution | None = _WEIGHT,
-    noise: float | Distribution | None = _NOISE,
+    weight: Distribution | None = dist.Normal(0.0, 10.0),  # noqa: B008 (immutable)
+    noise: float | Distribution | None = dist.HalfNormal(10.0),  # noqa: B008
     scale: float | Distribution | None = None,
     intercept: bool = False,
 ) -> ExactPosterior:
@@ -84,8 +83,36 @@ def exact_posterior(
         >>> posterior.mean.round(6), posterior.sd.round(6)
         (array([1.4]), array([0.447214]))
     """
-    problem = read_problem(X, y, weight, noise, scale, intercept=intercept)
-    return ExactPosterior(problem, problem.integrate(), intercept=intercept)
+    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, scale)
+    return ExactPosterior(problem, problem.integrate())
+
+
+def problem_of(factor: Factor, weight: Distribution | None, noise: Given, scale: Given) -> Problem:
+    """Reads the priors of `exact_posterior` and checks them against the data.
+
+    Raises:
+        TypeError: a prior is of a wrong kind.
+        ValueError: a value is out of its range, shapes do not fit, or the posterior is improper.
+    """
+    expect(weight is not None or scale is None, "scale", "None with weight=None (flat)", scale)
+    given = {"noise": noise, "scale": 1.0 if scale is None else scale}
+    numbers = {name: read_positive(value, name) for name, value in given.items()}
+    return make_problem(factor, weight_prior(weight, factor.columns - factor.intercept), numbers)
+
+
+class LeaveOneOut(NamedTuple):
+    """Leave-one-out log predictive densities, in nats.
+
+    Attributes:
+        pointwise: log p(y_i | all other data), shape `(rows,)`; nan where the posterior without
+            datum i is improper.
+        total: their sum, the expected log predictive density of ArviZ's `elpd_loo`.
+        standard_error: of the total as an estimate, `sqrt(rows) * sd(pointwise)`.
+    """
+
+    pointwise: Array
+    total: float
+    standard_error: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,18 +125,17 @@ class ExactPosterior:
     Args:
         problem: the data and the priors.
         hyper: the posterior of noise and scale.
-        intercept: whether the first weight is an intercept.
     """
 
     problem: Problem
     hyper: HyperPosterior
-    intercept: bool
 
     @property
     def names(self) -> list[str]:
         """Names of the results, in their order."""
-        weights = (f"weight[{j}]" for j in range(self.problem.factor.columns - self.intercept))
-        return [*["intercept"] * self.intercept, *weights, *self.problem.unknown]
+        factor = self.problem.factor
+        weights = (f"weight[{j}]" for j in range(factor.columns - factor.intercept))
+        return [*["intercept"] * factor.intercept, *weights, *self.problem.unknown]
 
     @property
     def log_normalizer(self) -> float:
@@ -159,12 +185,11 @@ class ExactPosterior:
 
     @cached_property
     def _mixture(self) -> tuple[Array, Array]:
-        return self._components(*self.hyper.log_numbers)
+        return self._components(self.hyper.log_numbers)
 
-    def _components(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
+    def _components(self, logs: dict[str, Array]) -> tuple[Array, Array]:
         """Means and variances of the results, given noise and scale, before `_basis` turns them."""
-        means, variances = self.problem.gaussian.coordinates(log_noise, log_scale)
-        logs = {"noise": log_noise, "scale": log_scale}
+        means, variances = self.problem.gaussian.coordinates(logs["noise"], logs["scale"])
         known = [np.exp(logs[name]) for name in self.problem.unknown]
         zeros = np.zeros((len(means), len(known)))
         return np.column_stack([means, *known]), np.hstack([variances, zeros])
@@ -221,17 +246,31 @@ class ExactPosterior:
             num_samples = n
         size = check_count("num_samples", num_samples, 0)
         generator = np.random.default_rng(seed)
-        means, variances = self._components(*self.hyper.sample(size, generator))
+        means, variances = self._components(self.hyper.sample(size, generator))
         drawn = means + np.sqrt(variances) * generator.standard_normal(means.shape)
         return self._loc + drawn @ self._basis.T
 
     def loo(self) -> LeaveOneOut:
-        """Exact leave-one-out log predictive densities; see `leave_one_out`.
+        r"""Predicts each datum from all others, exactly and without refitting.
+
+        Given noise s and scale, with residual e and leverage h of a datum,
+
+        .. math:: p(y_i | y_{-i}, s) = N(e_i; 0, s^2 / (1 - h_i)) (1 - h_i)^{-1},
+
+        as a density of e_i / (1 - h_i); with unknown noise or scale, over the posterior of both,
+
+        .. math:: p(y_i | y_{-i}) = 1 / E[1 / p(y_i | y_{-i}, s)],
+
+        by a sum over its points. Where that has lost digits, the others are fitted anew.
 
         Raises:
             ValueError: the data came in blocks, or too few remain for a proper posterior.
+
+        Reference:
+            Vehtari et al., *Bayesian leave-one-out cross-validation approximations for Gaussian
+            latent variable models*, 2016.
         """
-        return leave_one_out(self.problem, self.hyper)
+        return _leave_one_out(self)
 
     def to_datatree(
         self, num_samples: int = 1000, seed: Seed = None, *, features: Sequence[str] | None = None
@@ -252,22 +291,80 @@ class ExactPosterior:
         """
         import arviz_base
 
-        factor, first = self.problem.factor, int(self.intercept)
+        factor, first = self.problem.factor, int(self.problem.factor.intercept)
         draws = self.sample(check_count("num_samples", num_samples), seed)[None]
         count = factor.columns - first
-        if features is not None:
-            expect(len(features) == count, "features", f"{count} names", len(features))
+        fits = features is None or len(features) == count
+        expect(fits, "features", f"{count} names", features)
         weights = range(first, factor.columns)
         posterior = {n: draws[..., i] for i, n in enumerate(self.names) if i not in weights}
-        noise = np.asarray(posterior.get("noise", self.problem.noise))[..., None]
+        noise = np.asarray(posterior.get("noise", self.problem.numbers["noise"]))[..., None]
         groups = {"posterior": {"weight": draws[..., weights], **posterior}}
-        if factor.design is not None and factor.target is not None:
-            away = (factor.target - draws[..., : factor.columns] @ factor.design.T) / noise
+        if factor.data is not None:
+            X, y = factor.data
+            away = (y - draws[..., : factor.columns] @ X.T) / noise
             logs = -(away**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
-            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": factor.target}}
+            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": y}}
         return arviz_base.from_dict(
             groups,
             coords={} if features is None else {"feature": list(features)},
             dims={"weight": ["feature"], "y": ["datum"]},
             attrs={"/": {"inference_library": "ppvae", "sampling": "independent, exact"}},
         )
+
+
+def _leave_one_out(posterior: ExactPosterior) -> LeaveOneOut:
+    """Predicts by the points of the lattice where these are exact, and else by fitting anew."""
+    problem, hyper = posterior.problem, posterior.hyper
+    factor, gaussian = problem.factor, problem.gaussian
+    if factor.data is None:
+        raise ValueError("loo: expected X and y as arrays, got blocks, which are not kept")
+    X, y = factor.data
+    proper = "noise" not in problem.unknown or problem.has_moment("noise", 1)
+    expect(proper, "loo", "more rows", "an improper posterior where one of them is left out")
+    rows, away = X @ gaussian.basis, y - X @ gaussian.loc
+    pointwise, exact = np.empty(factor.rows), np.empty(factor.rows, dtype=bool)
+    for part in pieces(factor.rows, len(hyper.shares)):
+        pointwise[part], exact[part] = _by_points(posterior, rows[part], away[part])
+    if "noise" in problem.unknown and factor.rows - 1 <= gaussian.rank:
+        # without a datum the others can be fitted exactly, and the noise may go to zero, where the
+        # difference of densities is lost in their rounding
+        exact[:] = False
+    for i in np.flatnonzero(~exact):
+        others = factorize(np.delete(X, i, 0), np.delete(y, i))
+        try:
+            rest = make_problem(others, problem.weight, problem.numbers)
+            pointwise[i] = hyper.log_total - rest.integrate().log_total
+        except ValueError:  # the posterior without the datum is improper
+            pointwise[i] = np.nan
+    spread = float(np.sqrt(factor.rows) * pointwise.std()) if factor.rows else 0.0
+    return LeaveOneOut(pointwise, float(pointwise.sum()), spread)
+
+
+def _by_points(posterior: ExactPosterior, rows: Array, away: Array) -> tuple[Array, Array]:
+    """Log predictive densities of data, and whether these have kept their digits.
+
+    Args:
+        posterior: of all data.
+        rows: rows of X in the coordinates of the posterior, shape `(k, weights)`.
+        away: y less what the prior means predict, shape `(k,)`.
+    """
+    hyper, gaussian = posterior.hyper, posterior.problem.gaussian
+    log_noise, log_scale = hyper.log_numbers.values()
+    means, variances = gaussian.coordinates(log_noise, log_scale)
+    residual = away[:, None] - rows @ means.T
+    share = 1 - rows**2 @ (variances * np.exp(-2 * log_noise)[:, None]).T
+    center = share @ hyper.shares
+    share = np.maximum(share, 1e-300)
+    with np.errstate(over="ignore", divide="ignore"):
+        misfit = (residual * np.exp(-log_noise)) ** 2 / share
+        logs = (np.log(share) - np.log(2 * np.pi) - misfit) / 2 - log_noise
+        inverse = np.log(hyper.shares) - logs
+    top = inverse.max(1)
+    # the posterior without the datum must have died out where the other is small, and half of the
+    # points must give the same sum
+    far, signs = hyper.shares < 1e-16 * hyper.shares.max(), 1 - 2 * (hyper.indices % 2)
+    weights = np.column_stack([np.ones(len(far)), far, signs])
+    sums = np.exp(inverse - top[:, None]) @ weights
+    error = np.abs(sums[:, 1:]).max(1) / sums[:, 0]
+    return -top - np.log(sums[:, 0]), (error < _TOLERANCE) & (center > _LEAST_SHARE)

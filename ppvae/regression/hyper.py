@@ -1,6 +1,6 @@
-r"""The posterior of the noise and of the prior scale, on which that of the weights depends.
+r"""A regression with its priors, and the posterior of its noise and prior scale.
 
-Integrals over the logs of the two are sums over the points of a lattice: for an analytic density
+Integrals over the logs of these two are sums over the points of a lattice: for an analytic density
 that dies out at both ends the error of this trapezoidal rule falls exponentially as the spacing
 does (Trefethen, Weideman, *The exponentially convergent trapezoidal rule*, 2014), and so does that
 of the Fourier series between the points.
@@ -9,16 +9,17 @@ of the Fourier series between the points.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy import special
+from scipy import ndimage, special
 
-from ppvae.regression.linear_algebra import pieces
-from ppvae.regression.priors import Array, Number, Unknown
+from ppvae._checks import expect
+from ppvae.regression.linear_algebra import Factor, GaussianPosterior, decompose, pieces
+from ppvae.regression.priors import Array, Integers, NormalPrior, Numbers, Unknown
 
 # Logs of functions `(k, functions)` at places `(k, axes)`.
 Logs = Callable[[Array], Array]
@@ -34,37 +35,104 @@ _COARSE, _REACH = 0.25, range(-56, 56, 8)
 _BLOCK = {1: 64, 2: 8}
 # Points of a tabulated Fourier series for each point of its lattice.
 _FINER = 8
+# The reference noise is moved where the posterior is further away than this, in logs.
+_FAR = 7.0
+
+
+class Problem(NamedTuple):
+    """Data, priors, and the posterior of the weights for any noise and scale.
+
+    Attributes:
+        factor: the data.
+        weight: location and sd of the weights that have a prior; those that have none come first.
+        numbers: `noise`, the sd, and `scale`, the factor of the prior sds; each known or a prior.
+        gaussian: the posterior of the weights for any noise and scale.
+    """
+
+    factor: Factor
+    weight: NormalPrior
+    numbers: Numbers
+    gaussian: GaussianPosterior
+
+    @property
+    def unknown(self) -> dict[str, Unknown]:
+        """The priors of the noise and of the scale, where they are unknown."""
+        return {name: u for name, u in self.numbers.items() if isinstance(u, Unknown)}
+
+    @property
+    def proper(self) -> bool:
+        """Whether all priors have an integral, so that there is a log evidence."""
+        return self.gaussian.flat == 0 and all(u.distribution for u in self.unknown.values())
+
+    def has_moment(self, name: str, order: int) -> bool:
+        """Whether the posterior of the noise or of the scale has a moment of this order.
+
+        The density of the log of the number falls as a power far up. The exponent is the sum of
+        that of its prior and one for each row (of the noise) or each coordinate that the data see
+        (of the scale), less one for each flat weight.
+        """
+        gaussian = self.gaussian
+        seen = gaussian.rank if name == "scale" else gaussian.rows
+        return self.unknown[name].falls - (seen - gaussian.flat) + order < -1e-9
+
+    def integrate(self) -> HyperPosterior:
+        """Computes the posterior of the noise and of the scale; their moments are exact too.
+
+        Raises:
+            ValueError: the density is zero wherever it was computed.
+        """
+        gaussian, start = self.gaussian, self.gaussian.log_reference
+        # the highest of the first two moments that exist
+        orders = {n: sum(self.has_moment(n, order) for order in (1, 2)) for n in self.unknown}
+        centers = {"noise": math.exp(start), "scale": 1.0}
+        around = {name: u.around(centers[name]) for name, u in self.unknown.items()}
+        numbers: Numbers = {**self.numbers, **around}
+
+        def log_integrands(places: Array) -> Array:
+            logs, log_joint = _on_lines(numbers, places)
+            log_joint = log_joint + gaussian.log_evidence(logs["noise"], logs["scale"])
+            moments = (log_joint + order * logs[name] for name, order in orders.items())
+            return np.column_stack([log_joint, *moments])
+
+        indices, steps, logs = _integrate(log_integrands, len(around))
+        top = logs.max()
+        values = np.exp(logs - top)
+        log_total = top + np.log(values.sum()) + np.log(steps).sum() + gaussian.log_constant
+        hyper = HyperPosterior(numbers, indices, steps, values / values.sum(), float(log_total))
+        center = float(hyper.shares @ hyper.log_numbers["noise"])
+        if abs(center - start) > _FAR:  # near its reference the density keeps its digits
+            return self._replace(gaussian=gaussian._replace(log_reference=center)).integrate()
+        return hyper
 
 
 class HyperPosterior(NamedTuple):
-    r"""A posterior of noise and scale as weighted points, which makes the rest a finite mixture.
+    r"""The posterior of noise and scale as weighted points; that of the weights is then a mixture.
 
     Attributes:
-        noise: the noise, or its prior.
-        scale: the prior scale, or its prior.
-        indices: the points in steps of the lattice, shape `(points, axes)`; an axis for the noise
-            and one for the scale, where they are unknown.
+        numbers: the noise and the scale, each known or a prior.
+        indices: the points in steps of the lattice, shape `(points, axes)`, with one axis for each
+            unknown number.
         steps: spacing of the lattice, shape `(axes,)`.
         shares: probabilities of the points, shape `(points,)`.
         log_total: log integral of the likelihood times the priors.
     """
 
-    noise: Number
-    scale: Number
-    indices: Array
+    numbers: Numbers
+    indices: Integers
     steps: Array
     shares: Array
     log_total: float
 
     @property
-    def log_numbers(self) -> tuple[Array, Array]:
+    def log_numbers(self) -> dict[str, Array]:
         """Logs of the noise and of the scale at the points, each of shape `(points,)`."""
-        return _on_lines(self.noise, self.scale, self.indices * self.steps)[:2]
+        return _on_lines(self.numbers, self.indices * self.steps)[0]
 
     def quantiles(self, levels: Array) -> Array:
-        """Quantiles of the unknown ones of noise and scale, shape `(levels, axes)`."""
+        """Quantiles of each unknown number, shape `(levels, axes)`."""
         columns = np.empty((len(levels), len(self.steps)))
-        for axis, unknown in enumerate(_unknown(self.noise, self.scale)):
+        unknown = [number for number in self.numbers.values() if isinstance(number, Unknown)]
+        for axis, number in enumerate(unknown):
             first, table = self._table()
             shares = table.sum(1 - axis) if table.ndim == 2 else table
             place = _inverse(shares[None], levels)
@@ -73,11 +141,11 @@ class HyperPosterior(NamedTuple):
                 below = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
                 step = (below - levels) / (np.sinc(away) @ shares)
                 place = place - np.clip(step, -1 / _FINER, 1 / _FINER)
-            columns[:, axis] = np.exp(unknown.on_line((first[axis] + place) * self.steps[axis])[0])
+            columns[:, axis] = np.exp(number.on_line((first[axis] + place) * self.steps[axis])[0])
         return columns
 
-    def sample(self, size: int, generator: np.random.Generator) -> tuple[Array, Array]:
-        """Independent draws of the logs of noise and scale, by inverse distribution functions."""
+    def sample(self, size: int, generator: np.random.Generator) -> dict[str, Array]:
+        """Draws the logs of noise and scale by inverting their distribution functions."""
         places = np.zeros((size, len(self.steps)))
         if len(self.steps):
             uniforms = generator.random((2, size))
@@ -89,9 +157,9 @@ class HyperPosterior(NamedTuple):
                 across = np.sinc(places[part, 1:] - np.arange(len(shares)))
                 places[part, 0] = _inverse(across @ table.T, uniforms[1, part])
             places = (first + places) * self.steps
-        return _on_lines(self.noise, self.scale, places)[:2]
+        return _on_lines(self.numbers, places)[0]
 
-    def _table(self) -> tuple[Array, Array]:
+    def _table(self) -> tuple[Integers, Array]:
         """The index of the first point along each axis, and the probabilities as an array."""
         first = self.indices.min(0)
         table = np.zeros(self.indices.max(0) - first + 1)
@@ -99,50 +167,43 @@ class HyperPosterior(NamedTuple):
         return first, table
 
 
-def hyper_posterior(
-    noise: Number, scale: Number, log_functions: Callable[[Array, Array], Array]
-) -> HyperPosterior:
-    r"""Integrates over the noise, the prior scale, or both, or neither.
-
-    Args:
-        noise: the noise, or its prior.
-        scale: the prior scale, or its prior.
-        log_functions: maps logs of noises and of scales, each `(k,)`, to logs `(k, functions)`; the
-            first is the likelihood, the others only have to be resolved as well.
+def make_problem(factor: Factor, weight: NormalPrior, numbers: Numbers) -> Problem:
+    """Decomposes the data and checks that the posterior is proper.
 
     Raises:
-        ValueError: a function is nowhere positive.
+        ValueError: the posterior is improper.
     """
+    gaussian, noise = decompose(factor, weight), numbers["noise"]
+    if not isinstance(noise, Unknown):
+        gaussian = gaussian._replace(log_reference=math.log(noise))
+        return Problem(factor, weight, numbers, gaussian)
+    problem = Problem(factor, weight, numbers, gaussian)
+    size = math.exp(gaussian.log_reference)
+    expect(1e-108 < size < 1e108, "y", "residuals of a size in 1e-108..1e108", size)
+    improper = f"an improper posterior: {gaussian.rows} rows, {gaussian.flat} flat weights"
+    more = f"a steeper prior, or at least {gaussian.flat + 2} rows where it is flat"
+    expect(problem.has_moment("noise", 0), "noise", more, improper)
+    bounded = not gaussian.exact_fit or noise.rises > gaussian.rows - gaussian.rank + 1e-9
+    away = "a known one, or a prior that keeps away from zero (an inverse gamma on the variance)"
+    fit = "an improper posterior: y is an exact linear function of the columns of X"
+    expect(bounded, "noise", away, fit)
+    return problem
 
-    def log_integrands(places: Array) -> Array:
-        *numbers, log_prior = _on_lines(noise, scale, places)
-        return log_functions(*numbers) + log_prior[:, None]
 
-    indices, steps, logs = _integrate(log_integrands, len(_unknown(noise, scale)))
-    values = np.exp(logs - logs.max())
-    log_total = float(logs.max() + np.log(values.sum()) + np.log(steps).sum())
-    return HyperPosterior(noise, scale, indices, steps, values / values.sum(), log_total)
-
-
-def _unknown(noise: Number, scale: Number) -> list[Unknown]:
-    return [number for number in (noise, scale) if isinstance(number, Unknown)]
-
-
-def _on_lines(noise: Number, scale: Number, places: Array) -> tuple[Array, Array, Array]:
+def _on_lines(numbers: Numbers, places: Array) -> tuple[dict[str, Array], Array]:
     """Logs of noise and scale at places `(k, axes)`, and the log prior density of the places."""
-    logs, log_prior, axes = [], np.zeros(len(places)), iter(places.T)
-    for number in (noise, scale):
+    logs, log_prior, axes = {}, np.zeros(len(places)), iter(places.T)
+    for name, number in numbers.items():
         if isinstance(number, Unknown):
-            log_number, log_density = number.on_line(next(axes))
+            logs[name], log_density = number.on_line(next(axes))
             log_prior = log_prior + log_density
         else:
-            log_number = np.full(len(places), np.log(number))
-        logs.append(log_number)
-    return logs[0], logs[1], log_prior
+            logs[name] = np.full(len(places), np.log(number))
+    return logs, log_prior
 
 
-def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
-    """A lattice on which the sums of all functions have converged.
+def _integrate(log_integrands: Logs, axes: int) -> tuple[Integers, Array, Array]:
+    """Builds a lattice on which the sums of all functions have converged.
 
     Along each axis the spacing is refined until it resolves the modes of the first function and
     half of the points give the same sums.
@@ -173,9 +234,7 @@ def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
         finer = np.where(rough, np.maximum(finer, np.clip(needed, 1.2, 3)), finer)
         if (finer < 1.2).all() or len(values) > _MOST_POINTS:
             if missed.max() > 1e-6:
-                words = (
-                    f"the posterior is known to about {missed.max():.0e} only: its density jumps"
-                )
+                words = f"the posterior is known to {missed.max():.0e} only: its density jumps"
                 warnings.warn(words, RuntimeWarning, stacklevel=2)
             return indices[counts], steps, logs[counts, 0]
         finer = np.where(finer < 1.2, 1, np.minimum(finer, 8))
@@ -183,7 +242,7 @@ def _integrate(log_integrands: Logs, axes: int) -> tuple[Array, Array, Array]:
         steps = steps / finer
 
 
-def _fill(log_integrands: Logs, seeds: Array, steps: Array) -> tuple[Array, Array]:
+def _fill(log_integrands: Logs, seeds: Integers, steps: Array) -> tuple[Integers, Array]:
     """Evaluates a lattice from the seeds outwards, block by block, to where nothing counts.
 
     Returns the points, `(k, axes)`, and the logs there, `(k, functions)`.
@@ -206,27 +265,24 @@ def _fill(log_integrands: Logs, seeds: Array, steps: Array) -> tuple[Array, Arra
     return np.concatenate(indices), np.concatenate(logs)
 
 
-def _modes(indices: Array, logs: Array) -> tuple[Array, Array, Array]:
-    """Points that are as high as all their neighbours, their heights, and the falls beside them.
+def _modes(indices: Integers, logs: Array) -> tuple[Integers, Array, Array]:
+    """Finds the points that are as high as all their neighbours.
 
-    The falls, `(modes, axes)`, are minus the second differences: the spacing over the sd of a
-    Gaussian of that curvature, squared.
+    Returns them, their heights, and the falls beside them, `(modes, axes)`. These are minus the
+    second differences: the squared ratio of the spacing to the sd of a Gaussian so curved.
     """
-    axes, low = indices.shape[1], indices.min(0) - 1
+    low = indices.min(0) - 1
     table = np.full(indices.max(0) - low + 2, -np.inf)
     table[tuple((indices - low).T)] = logs
-    around = sliding_window_view(table, (3,) * axes)
-    inner = table[(slice(1, -1),) * axes]
-    highest = np.isfinite(inner) & (inner >= around.max(tuple(range(-axes, 0))))
-    modes, near = np.argwhere(highest) + low + 1, around[highest].reshape(-1, 3**axes)
-    center, strides = 3**axes // 2, 3 ** np.arange(axes)[::-1]
-    sides = np.stack([near[:, center - strides], near[:, center + strides]])
-    sides = np.where(np.isfinite(sides), sides, sides[::-1])  # one side may be a jump
-    return modes, near[:, center], 2 * near[:, [center]] - sides.sum(0)
+    modes = np.argwhere(np.isfinite(table) & (table >= ndimage.maximum_filter(table, 3)))
+    heights, units = table[tuple(modes.T)], np.eye(table.ndim, dtype=int)
+    sides = np.array([[table[tuple((modes + e).T)] for e in (-unit, unit)] for unit in units])
+    sides = np.where(np.isfinite(sides), sides, sides[:, ::-1])  # one side may be a jump
+    return modes + low, heights, 2 * heights[:, None] - sides.sum(1).T
 
 
 def _inverse(densities: Array, levels: Array) -> Array:
-    """Places, in steps from the first point, below which densities have given probabilities.
+    """Finds the places below which densities have given probabilities, in steps of the lattice.
 
     The density between the points is its Fourier series, whose integral is tabulated on a finer
     lattice and inverted there by cubic polynomials.
@@ -256,7 +312,7 @@ def _inverse(densities: Array, levels: Array) -> Array:
 
 
 def mixture_quantiles(weights: Array, means: Array, sds: Array, levels: Array) -> Array:
-    """Quantiles of mixtures of Gaussians, by Newton steps, and bisection where they leave.
+    """Computes quantiles of Gaussian mixtures, by Newton steps inside a bracket that is bisected.
 
     Args:
         weights: shares of the components, shape `(components,)`.

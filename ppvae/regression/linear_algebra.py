@@ -12,10 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import linalg
+from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.regression.priors import Array, NormalPrior
+
+Values = ArrayLike | Tensor
+# an array of rows, or pairs (X, y) of blocks of rows
+Data = Values | Iterable[tuple[Values, Values]]
 
 _EPSILON = float(np.finfo(float).eps)
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -37,22 +43,22 @@ class Factor(NamedTuple):
     Attributes:
         triangle: R, shape `(min(rows, columns + 1), columns + 1)`; the last column is y's.
         rows: number of rows of X.
-        design: a copy of X, after a column of ones if there is an intercept; None for blocks.
-        target: a copy of y; None for blocks.
+        intercept: whether the first column is one of ones.
+        data: copies of X (with the column of ones) and of y; None if they came in blocks.
     """
 
     triangle: Array
     rows: int
-    design: Array | None
-    target: Array | None
+    intercept: bool
+    data: tuple[Array, Array] | None
 
     @property
     def columns(self) -> int:
-        """The number of columns of X, a column of ones among them."""
+        """The number of columns of X, including the column of ones of an intercept."""
         return self.triangle.shape[1] - 1
 
 
-def factorize(X: Any, y: Any, *, intercept: bool = False) -> Factor:
+def factorize(X: Data, y: Values | None, *, intercept: bool = False) -> Factor:
     r"""Reduces data to their triangular factor, in float64, by Householder QR.
 
     Blocks are combined as `QR([R; block])`, which is as stable as one QR of all rows and never
@@ -80,21 +86,19 @@ def factorize(X: Any, y: Any, *, intercept: bool = False) -> Factor:
                 waiting, count = [_fold(waiting)], block.shape[1]
         rows += len(block)
     expect(waiting, "X", "at least one block", "none")
-    held = (None, None) if y is None else (block[:, :-1], block[:, -1])
-    return Factor(_fold(waiting), rows, *held)
+    data = None if y is None else (block[:, :-1], block[:, -1])
+    return Factor(_fold(waiting), rows, intercept, data)
 
 
-def _blocks(X: Any, y: Any, *, intercept: bool) -> Iterator[Array]:
-    """New arrays of the columns of X and of y, after a column of ones for an intercept."""
+def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[Array]:
+    """Checks the data and yields new arrays with the columns (ones), X, y, block by block."""
     columns = 0
     for number, pair in enumerate(X if y is None else [(X, y)]):
         name = f"X, y of block {number}" if y is None else "X, y"
-        try:
-            left, right = pair
-        except (TypeError, ValueError):
-            got = f"{type(pair).__name__} as block {number}"
-            raise TypeError(f"X: expected pairs (X, y) of blocks, got {got}") from None
-        design, target = _array(left, name), _array(right, name)
+        arrays = tuple(pair) if isinstance(pair, Iterable) else ()
+        got = f"{type(pair).__name__} as block {number}"
+        expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
+        design, target = (_array(values, name) for values in arrays)
         fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
         shapes = f"{design.shape} and {target.shape}"
         expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
@@ -105,7 +109,7 @@ def _blocks(X: Any, y: Any, *, intercept: bool) -> Iterator[Array]:
         yield np.column_stack([*[np.ones(len(target))] * intercept, design, target])
 
 
-def _array(values: Any, name: str) -> Array:
+def _array(values: Values, name: str) -> Array:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     try:
@@ -115,7 +119,7 @@ def _array(values: Any, name: str) -> Array:
 
 
 def _fold(waiting: list[Array]) -> Array:
-    """The triangle of all the rows that wait."""
+    """Computes the triangular factor of all the rows that wait."""
     triangle = torch.linalg.qr(torch.from_numpy(np.vstack(waiting)), mode="r")[1].numpy()
     finite = np.isfinite(triangle).all(0)  # a NaN or infinity in a row comes through
     name = "y" if finite[:-1].all() else "X"
@@ -163,12 +167,12 @@ class GaussianPosterior(NamedTuple):
 
     @property
     def log_constant(self) -> float:
-        """What `log_evidence` leaves out."""
+        """The constant that `log_evidence` leaves out, in nats."""
         size = (self.flat - self.rows) * (_LOG_TWO_PI / 2 + self.log_reference)
         return size - self.log_volume - self.residual * math.exp(-2 * self.log_reference) / 2
 
     def log_evidence(self, log_noise: Array, log_scale: Array) -> Array:
-        r"""Log of p(y | s, t) in nats, flat densities counting as one, less `log_constant`.
+        r"""Computes log p(y | s, t) less `log_constant`, in nats; a flat density counts as one.
 
         .. math:: -(N - F) \log s - \tfrac12 \sum_j \log(1 + S_j^2 t^2 / s^2)
             - \tfrac1{2 s^2} \Big(r^2 + \sum_j \frac{c_j^2}{1 + S_j^2 t^2 / s^2}\Big)
@@ -191,22 +195,22 @@ class GaussianPosterior(NamedTuple):
         return total
 
     def best_noise(self, log_ratio: Array) -> tuple[Array, Array]:
-        """Logs of the noise that makes y most probable, for logs of `t / s`, and `log_evidence`.
+        """Finds the noise that makes y most probable, for given logs of `t / s`.
 
-        With the ratio fixed, log p(y) is `-(N - F) log s - q / (2 s^2)`: highest at
-        `s^2 = q / (N - F)`.
+        Returns its logs and the values of `log_evidence`. With the ratio fixed, log p(y) is
+        `-(N - F) log s - q / (2 s^2)`: highest at `s^2 = q / (N - F)`.
         """
         misfit = self._of_ratio(log_ratio)[1] + self.residual
         log_noise = np.log(misfit / (self.rows - self.flat)) / 2
         return log_noise, self.log_evidence(log_noise, log_noise + log_ratio)
 
     def _of_ratio(self, log_ratio: Array) -> tuple[Array, Array]:
-        """The two sums of `log_evidence`."""
+        """Computes the two sums over j of `log_evidence`."""
         shrink = np.logaddexp(0, 2 * (self.log_singular + log_ratio[:, None]))
         return shrink.sum(-1) / 2, np.exp(-shrink) @ self.target[self.flat :] ** 2
 
     def coordinates(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
-        """Posterior means and variances of the coordinates, each of shape `(k, weights)`."""
+        """Computes posterior means and variances of the coordinates, each `(k, weights)`."""
         u, v = log_noise[:, None], log_scale[:, None]
         flat, unseen = np.ones(self.flat), np.ones(len(self.loc) - self.rank)
         shrink = np.logaddexp(0, 2 * (self.log_singular + v - u))
@@ -269,10 +273,10 @@ def decompose(factor: Factor, prior: NormalPrior) -> GaussianPosterior:
 
 
 def _singular(columns: Array, rounding: Array) -> tuple[Array, Array, Array]:
-    """The singular values that are not rounding, and the left vectors of these.
+    """Computes the singular values that are not rounding, with their left vectors.
 
-    As many are as there are columns of which more than their rounding is independent of others.
-    The right vectors are all there are, those of the singular values first.
+    Their number is that of the columns whose part independent of the others exceeds their rounding.
+    All right vectors are returned, those of these singular values first.
     """
     if not columns.size:
         return np.zeros((len(columns), 0)), np.zeros(0), np.eye(columns.shape[1])

@@ -10,11 +10,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ppvae._checks import check_count, check_number, expect
 from ppvae._scopes import UniquelyNamed
+from ppvae.priors import moved
 from ppvae.regression.priors import base_of, read_positive
 
 
@@ -35,8 +37,8 @@ class Horseshoe:
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = check_number("scale", scale, positive=True)
 
-    def __call__(self, like: Tensor) -> Any:
-        """Samples the scales and returns the distribution of the weights given them.
+    def __call__(self, like: Tensor) -> TorchDistributionMixin:
+        """Samples the two scales and returns the distribution of the weights given them.
 
         Args:
             like: zeros of shape `(columns,)`.
@@ -70,17 +72,17 @@ class LinearRegression(UniquelyNamed):
             has the wrong shape or support, or, in a call, X and y do not fit.
     """
 
-    #: every operation leaves leading dims alone, so that many draws can be made in one run
+    #: every operation keeps leading dims, so that many draws can be made in one run
     vectorized = True
 
     def __init__(
         self,
         columns: int,
         *,
-        weight: Any = dist.Normal(0.0, 1.0),  # noqa: B008 (distributions are immutable)
-        noise: Any = dist.HalfNormal(1.0),  # noqa: B008
-        likelihood: Callable[[Tensor, Tensor], Any] = dist.Normal,
-        errors: Callable[[Tensor, Tensor], Any] | None = None,
+        weight: Distribution | Horseshoe | None = dist.Normal(0.0, 1.0),  # noqa: B008 (immutable)
+        noise: float | Tensor | Distribution | None = dist.HalfNormal(1.0),  # noqa: B008
+        likelihood: Callable[..., TorchDistributionMixin] = dist.Normal,
+        errors: Callable[..., TorchDistributionMixin] | None = None,
     ) -> None:
         super().__init__()
         if errors is not None:
@@ -89,22 +91,19 @@ class LinearRegression(UniquelyNamed):
         self.columns = check_count("columns", columns)
         known = read_positive(noise, "noise")
         self.noise_prior = known if isinstance(known, float) else noise
-        fits = weight is None or isinstance(weight, Horseshoe | Distribution)
-        kind = type(weight).__name__
-        expect(fits, "weight", "a distribution, a Horseshoe or None", kind, TypeError)
-        is_distribution = isinstance(weight, Distribution)
-        self.weight_prior = _elementwise(weight, self.columns) if is_distribution else weight
+        as_it_is = weight is None or isinstance(weight, Horseshoe)
+        self.weight_prior = weight if as_it_is else _univariate(weight, self.columns)
         self.likelihood = likelihood
 
     def check_data(self, X: Tensor, y: Tensor | None = None) -> None:
-        """Looks whether all the data, and not just a batch, make the posterior proper.
+        """Checks that all the data together, not just one batch, make the posterior proper.
 
         Raises:
             ValueError: the prior of the weights is flat and X has not the rank of its columns.
         """
         if self.weight_prior is None and X.dim() == 2:
-            lengths = torch.linalg.vector_norm(X, dim=0)
-            rank = int(torch.linalg.matrix_rank(X / lengths.clamp_min(1e-300)))
+            unit = nn.functional.normalize(X, dim=0, eps=torch.finfo(X.dtype).tiny)
+            rank = int(torch.linalg.matrix_rank(unit))
             expected = f"a proper prior where X has rank {rank} and {X.shape[1]} columns"
             got = "a flat one: the posterior is improper"
             expect(rank == X.shape[1], "weight", expected, got)
@@ -126,16 +125,19 @@ class LinearRegression(UniquelyNamed):
             expect(fits, "y", f"shape ({len(X)},), one for each row of X", tuple(y.shape))
         weight = pyro.sample("weight", self._weight_prior(X.new_zeros(self.columns)))
         noise = self._noise(X)
+        # weights drawn in a plate of draws have the shape (draws, 1, columns)
+        loc = X @ weight if weight.dim() == 1 else weight.squeeze(-2) @ X.T
         with pyro.plate("data", len(X), dim=-1):
-            return pyro.sample("y", self.likelihood(predict(X, weight), noise), obs=y)
+            return pyro.sample("y", self.likelihood(loc, noise), obs=y)
 
-    def _weight_prior(self, like: Tensor) -> Any:
+    def _weight_prior(self, like: Tensor) -> TorchDistributionMixin:
         prior = self.weight_prior
         if isinstance(prior, Horseshoe):
             return prior(like)
         if prior is None:
             return dist.ImproperUniform(constraints.real_vector, (), like.shape)
-        return _like(prior, like).expand(like.shape).to_event(1)
+        prior = moved(prior, lambda tensor: tensor.to(like))
+        return prior.expand(like.shape).to_event(1)
 
     def _noise(self, X: Tensor) -> Tensor:
         prior = self.noise_prior
@@ -143,11 +145,13 @@ class LinearRegression(UniquelyNamed):
             return X.new_tensor(prior)
         if prior is None:
             return pyro.sample("noise", dist.ImproperUniform(constraints.positive, (), ()))
-        return pyro.sample("noise", _like(prior, X))
+        return pyro.sample("noise", moved(prior, lambda tensor: tensor.to(X)))
 
 
-def _elementwise(prior: Any, columns: int) -> Any:
-    """A prior of single weights, without event dims, its arguments checked."""
+def _univariate(prior: Any, columns: int) -> Distribution:
+    """Checks the prior of single weights, and returns it without event dims."""
+    kinds, kind = "a distribution, a Horseshoe or None", type(prior).__name__
+    expect(isinstance(prior, Distribution), "weight", kinds, kind, TypeError)
     prior = base_of(prior)
     shape = tuple(prior.shape())
     fits = not prior.event_shape and shape in ((), (1,), (columns,))
@@ -156,16 +160,3 @@ def _elementwise(prior: Any, columns: int) -> Any:
     positive = (torch.isfinite(scale) & (scale > 0)).all()
     expect(positive, "weight", "a positive, finite scale", scale)
     return prior
-
-
-def predict(X: Tensor, weight: Tensor) -> Tensor:
-    """`X w` of shape `(*, rows)`, for weights of shape `(columns,)` or `(*, 1, columns)`."""
-    if weight.dim() == 1:
-        return X @ weight
-    return weight.squeeze(-2) @ X.T
-
-
-def _like(prior: Any, like: Tensor) -> Any:
-    """The distribution with its arguments in the dtype and on the device of a tensor."""
-    values = {name: getattr(prior, name).to(like) for name in prior.arg_constraints}
-    return type(prior)(**values) if values else prior

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -60,24 +60,23 @@ def paths(
         labels: names of the columns.
     """
     figure = _figure(9.0, 5.6)
-    mosaic: Any = [["ridge", "lasso"], ["evidence", "lasso"]]
-    panels = figure.subplot_mosaic(mosaic, height_ratios=(2, 1))
-    for title, (penalty, weights) in (("ridge", ridge), ("lasso", lasso)):
-        panels[title].semilogx(penalty, weights, label=list(labels))
-        panels[title].axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        panels[title].set(title=title, ylabel="weight")
-    panels["lasso"].set_xlabel("penalty  noise^2 / b")
-    panels["lasso"].sharey(panels["ridge"])
-    panels["lasso"].legend(fontsize=7, ncols=2)
-    below = panels["evidence"]
-    below.sharex(panels["ridge"])
+    panels = figure.subplot_mosaic("rl;el", height_ratios=(2, 1))
+    left, right, below = (panels[key] for key in "rle")
+    for panel, title, (penalty, weights) in ((left, "ridge", ridge), (right, "lasso", lasso)):
+        panel.semilogx(penalty, weights, label=list(labels))
+        panel.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        panel.set(title=title, ylabel="weight")
+    right.set_xlabel("penalty  noise^2 / b")
+    right.sharey(left)
+    right.legend(fontsize=7, ncols=2)
+    below.sharex(left)
     below.semilogx(ridge[0], evidence, color="black")
     below.plot(*best, "o", color="C3", label=f"maximum at {best[0]:.3g}")
     below.legend(fontsize=8)
     low, high = np.quantile(np.asarray(evidence), [0.25, 1.0])
     below.set_ylim(low, high + 0.08 * (high - low))
     below.set(xlabel="penalty  noise^2 / prior variance", ylabel="log evidence [nats]")
-    for panel in (panels["ridge"], below):
+    for panel in (left, below):
         panel.axvline(best[0], color="C3", linestyle=":", linewidth=1)
     return figure
 

@@ -1,19 +1,20 @@
-r"""What the exact posterior reads off the priors: numbers and densities in float64."""
+r"""Reads the priors of an exact posterior: numbers and log densities, all in float64."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
-from torch.distributions.transforms import Transform
 
-from ppvae._checks import expect
+from ppvae._checks import check_number, expect
+from ppvae.priors import moved
 
-Array = np.ndarray
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 # Logs of positive numbers are kept within this, so that their squares are floats.
 _LIMIT = 300.0
 
@@ -38,14 +39,14 @@ class Unknown(NamedTuple):
     center: float = 0.0
 
     def around(self, number: float) -> Unknown:
-        """The same with a line that is finest at a number, if that is inside the support."""
+        """Moves the finest part of the line to a number, if that is inside the support."""
         if not self.lower < number < self.upper:
             return self
         above = np.log(self.upper - number) if np.isfinite(self.upper) else 0.0
         return self._replace(center=np.log(number - self.lower) - above)
 
     def on_line(self, place: Array) -> tuple[Array, Array]:
-        """Log of the number at places on the line, and log prior density of the places.
+        """Maps places on the line to logs of the number, and to log prior densities of the places.
 
         With `x = center + 2 sinh(place / 2)`, which makes exponential tails short, the number is
         `lower + exp(x)`, or `lower + (upper - lower) sigmoid(x)` where it is bounded (Takahasi,
@@ -67,7 +68,11 @@ class Unknown(NamedTuple):
         return log_number, np.where(within, log_slope, -np.inf)
 
 
+# what a user gives for a positive number: its value, its prior, or None for the flat prior
+Given = float | Distribution | None
 Number = float | Unknown
+# `noise`, the sd, and `scale`, the factor of the prior sds
+Numbers = dict[str, Number]
 NormalPrior = tuple[Array, Array]
 
 
@@ -85,19 +90,16 @@ def read_positive(value: Any, name: str) -> Number:
     """
     if value is None:
         return Unknown(None)
-    numbers = int | float | np.number | np.ndarray | Tensor
-    if isinstance(value, numbers) and not isinstance(value, bool):
-        array = _double(torch.as_tensor(value)).numpy()
-        ok = array.size == 1 and np.isfinite(array).all() and (array > 0).all()
-        expect(ok, name, "a positive, finite number", value)
-        return float(array.item())
+    if isinstance(value, np.floating | np.ndarray | Tensor) and not isinstance(value, float):
+        value = _double(torch.as_tensor(value)).squeeze().tolist()
+    if isinstance(value, int | float | np.integer | list):
+        return check_number(name, value, positive=True)
     kinds = "a positive number, a distribution on the positive reals or None"
-    expect(isinstance(value, Distribution), name, kinds, _words(value), TypeError)
-    prior = _double(value)
+    expect(isinstance(value, Distribution), name, kinds, f"{value!r:.60}", TypeError)
+    prior = moved(value, _double, _validate_args=False)
     univariate = prior.batch_shape.numel() * prior.event_shape.numel() == 1
-    expect(univariate, name, "a univariate distribution", _words(value))
-    positive = not prior.support.is_discrete and not _reaches_below_zero(prior)
-    expect(positive, name, "a density on the positive reals", _words(value))
+    fits = univariate and not prior.support.is_discrete and not _reaches_below_zero(prior)
+    expect(fits, name, "a univariate density on the positive reals", f"{value!r:.60}")
     lower, upper = _ends(prior)
     far = np.array([40.0, 50.0]) - _LIMIT
     with np.errstate(invalid="ignore"):
@@ -107,7 +109,7 @@ def read_positive(value: Any, name: str) -> Number:
 
 
 def weight_prior(weight: Any, columns: int) -> NormalPrior:
-    """Location and scale of a Normal prior, by column; no columns for a flat one.
+    """Reads the location and scale of a Normal prior, by column; none for a flat prior.
 
     Raises:
         TypeError: the prior is neither None nor a Normal.
@@ -116,7 +118,7 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
     if weight is None:
         return np.zeros(0), np.zeros(0)
     weight = base_of(weight)
-    expect(isinstance(weight, Normal), "weight", "a Normal or None", _words(weight), TypeError)
+    expect(isinstance(weight, Normal), "weight", "a Normal or None", f"{weight!r:.60}", TypeError)
     loc, scale = (_double(t).numpy() for t in (weight.loc, weight.scale))
     expected = f"a Normal with one loc and scale, or one for each of the {columns} columns"
     expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")
@@ -126,7 +128,7 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
 
 
 def base_of(distribution: Any) -> Any:
-    """The distribution without its reinterpreted event dims."""
+    """Removes the event dims that `to_event` has added to a distribution."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     return distribution
@@ -139,7 +141,7 @@ def _reaches_below_zero(prior: Any) -> bool:
 
 
 def _ends(prior: Any) -> tuple[float, float]:
-    """The ends of the support, of a one-to-one function of a variable as far as it goes."""
+    """Computes the ends of the support, through one-to-one transforms if there are any."""
     prior = base_of(prior)
     low = float(getattr(prior.support, "lower_bound", -np.inf))
     high = float(getattr(prior.support, "upper_bound", np.inf))
@@ -158,27 +160,13 @@ def _log_prob(prior: Distribution, values: Array) -> Array:
     return np.where(np.isnan(logs) | np.isposinf(logs), -np.inf, logs)
 
 
-def _double(value: Any) -> Any:
-    """A copy of a distribution or transform that computes in float64 and checks no arguments.
+def _double(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in float64; whole numbers stay as they are.
 
-    A float32 argument is read as the shortest decimal that it stands for: `Normal(0.0, 0.1)` means
+    A float32 number is read as the shortest decimal that it stands for: `Normal(0.0, 0.1)` means
     0.1, and not 0.1 rounded to eight digits.
     """
-    if isinstance(value, Tensor):
-        if value.dtype != torch.float32:
-            return value.detach().cpu().double().clone() if value.is_floating_point() else value
-        digits = value.detach().cpu().numpy().astype(str).astype(np.float64)
-        return torch.from_numpy(np.asarray(digits))
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)(_double(v) for v in value)
-    if isinstance(value, Distribution | Transform):
-        value = copy.copy(value)
-        for key, attribute in list(vars(value).items()):
-            value.__dict__[key] = _double(attribute)
-        if isinstance(value, Distribution):
-            value._validate_args = False
-    return value
-
-
-def _words(value: Any) -> str:
-    return f"{type(value).__name__} ({value!r:.60})"
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.float32:
+        return torch.from_numpy(np.asarray(tensor.numpy().astype(str).astype(np.float64)))
+    return tensor.double().clone() if tensor.is_floating_point() else tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 import builtins
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,17 @@ _ONE_AT_A_TIME = threading.RLock()  # what is replaced below is global
 
 def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The exported program of a call; the first dimension of tensors may vary where it can."""
-    shapes = tuple(
-        {0: torch.export.Dim.AUTO} if isinstance(arg, Tensor) and arg.dim() else None
-        for arg in args
-    )
+    free = {0: torch.export.Dim.AUTO}
+    shapes = {"args": tuple(free if isinstance(v, Tensor) and v.dim() else None for v in args)}
     _load()
-    with ExitStack() as stack:
-        stack.enter_context(_ONE_AT_A_TIME)
-        stack.callback(logging.disable, logging.root.manager.disable)
+    with _ONE_AT_A_TIME, param_store(), unchecked(), random_state(None, keep=True):
+        logged = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
-        for scope in (
-            param_store(),
-            unchecked(),
-            random_state(None, keep=True),
-            torch.enable_grad(),
-        ):
-            stack.enter_context(scope)
-        with _symbolic_lengths(), _unsampled():
-            return torch.export.export(program, args, dynamic_shapes={"args": shapes}, strict=False)
+        try:
+            with torch.enable_grad(), _symbolic_lengths(), _unsampled():
+                return torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
+        finally:
+            logging.disable(logged)
 
 
 # Operations of which PyTorch does not say the shape of the result, so that it cannot trace them.
@@ -62,16 +55,6 @@ def _load() -> None:
     torch.export.export(nn.Identity(), (torch.zeros(2),), strict=False)
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, new: Callable[..., Any]) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def _symbolic_lengths() -> Any:
     """Makes `len(x)` of a tensor that is traced its first size, as `x.shape[0]` is.
 
@@ -88,7 +71,7 @@ def _symbolic_lengths() -> Any:
         traced = isinstance(x, FakeTensor) and x.dim() and threading.get_ident() == here
         return x.shape[0] if traced else builtin(x)
 
-    return _replaced(builtins, "len", length)
+    return patch.object(builtins, "len", length)
 
 
 def _unsampled() -> Any:
@@ -103,4 +86,4 @@ def _unsampled() -> Any:
         if threading.get_ident() != here:
             check(self, value)
 
-    return _replaced(kind, "_validate_sample", look)
+    return patch.object(kind, "_validate_sample", look)

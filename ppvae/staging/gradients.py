@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,12 +53,12 @@ class Gradients:
                 self._make(leaves, state, data)
             if self._shapes is None or self._shapes == _shapes(data):
                 return self._function(leaves, state, data)
-            with _quiet_vmap():
+            with without_warnings():  # of `torch.vmap`, that an operation goes one by one
                 return self._plain(leaves, state, data)
 
     def _make(self, leaves: list[Tensor], state: list[Tensor], data: list[Tensor]) -> None:
         """Makes the graph: for data of any size, or, where that fails, of the size at hand."""
-        with random_state(None, keep=True), unchecked(), _quiet_vmap():
+        with random_state(None, keep=True), unchecked(), without_warnings():
             try:
                 graph = self._traced(leaves, state, self._of_odd_size(state, data))
                 right = self._agree(graph, self._plain, leaves, state, data)
@@ -78,7 +76,7 @@ class Gradients:
                 self.execution = "staged"
 
     def _compiled(self, graph: Any, leaves: Any, state: Any, data: list[Tensor]) -> Any:
-        """The graph compiled, for data of any size, and held against what was compiled."""
+        """The graph compiled for data of any size, which must give what the graph gives."""
         if self._shapes is not None:
             raise NotStageable("the graph is for batches of one size only")
         for value in data:
@@ -103,8 +101,8 @@ class Gradients:
         outcomes: list[list[Tensor]] = []
         for function in (one, other):
             with random_state(0):
-                kept = [v if isinstance(v, nn.Parameter) else v.clone() for v in state]
-                loss, slopes = function(leaves, kept, data)
+                copies = [v if isinstance(v, nn.Parameter) else v.clone() for v in state]
+                loss, slopes = function(leaves, copies, data)
                 outcomes.append([loss, *slopes])
         return alike(*outcomes)
 
@@ -126,15 +124,13 @@ class Gradients:
 def _value_and_slopes(staged: Staged, trained: list[int]) -> Any:
     """A function of leaves, state and data, which gives the loss and its slopes at the leaves."""
 
-    def call(
-        leaves: list[Tensor], state: list[Tensor], data: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def call(leaves: Any, state: Any, data: Any) -> tuple[Tensor, list[Tensor]]:
         def loss(leaves: list[Tensor], state: list[Tensor]) -> Tensor:
-            given = list(state)
+            arguments = list(state)
             for at, leaf in zip(trained, leaves, strict=True):
-                given[at] = leaf
+                arguments[at] = leaf
             # without the call of a module, which prints the graph if there is an error in it
-            return staged.rest.forward(*given, *data)[0]
+            return staged.rest.forward(*arguments, *data)[0]
 
         slopes, value = torch.func.grad_and_value(loss)(leaves, state)
         return value, slopes
@@ -144,14 +140,3 @@ def _value_and_slopes(staged: Staged, trained: list[int]) -> Any:
 
 def _shapes(data: list[Tensor]) -> list[torch.Size]:
     return [value.shape for value in data]
-
-
-@contextmanager
-def _quiet_vmap() -> Iterator[None]:
-    """Without the warnings of `torch.vmap` that an operation goes replicate by replicate."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    functorch._set_vmap_fallback_warning_enabled(False)  # noqa: FBT003
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_warning_enabled(True)  # noqa: FBT003

@@ -39,9 +39,9 @@ def clean(module: fx.GraphModule) -> None:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Erases what nothing uses, but no draw of random numbers: the next ones would be others."""
-    kept = ("placeholder", "output")
-    graph.eliminate_dead_code(lambda n: n.op in kept or _writes_outside(n) or _is_random(n))
+    """Erases nodes that nothing uses, except random draws: without one the next would change."""
+    ends = ("placeholder", "output")
+    graph.eliminate_dead_code(lambda n: n.op in ends or _writes_outside(n) or _is_random(n))
 
 
 def spell_sizes(graph: fx.Graph) -> None:
@@ -56,35 +56,33 @@ def spell_sizes(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
+def _rewrite(graph: fx.Graph, node: Any) -> None:
     """Writes a node in operations that can be vectorized, with the same numbers."""
     aten = torch.ops.aten
     with graph.inserting_before(node):
         if node.target is aten.lift_fresh_copy.default:  # of a constant; `vmap` has no rule for it
             _replace(node, graph.call_function(aten.clone.default, node.args))
-        elif node.target is aten.index_put_.default and _is_masked(node):
+        elif node.target is aten.index_put_.default and (source := _masked_source(node)):
             # x[mask] = y[mask], or a number: sizes must not depend on how many are selected
-            arguments: Any = node.args
-            into, (mask,), value = arguments
-            value = value.args[0] if value.target is aten.index.Tensor else value
-            chosen = graph.call_function(aten.where.self, (mask, value, into))
+            into, (mask,) = node.args[:2]
+            chosen = graph.call_function(aten.where.self, (mask, source, into))
             _replace(node, graph.call_function(aten.copy_.default, (into, chosen)))
         elif node.target in _DRAWS and len(node.args) == 1 and _is_blank(node.args[0]):
             like = node.meta["val"]
-            size = node.args[0].args[-1]  # type: ignore[union-attr]
+            size = node.args[0].args[-1]
             options = {"dtype": like.dtype, "device": like.device}
             _replace(node, graph.call_function(_DRAWS[node.target], (size,), options))
-        elif _is_mutable(node) and (not _is_random(node) or _is_blank(node.args[0])):
+        elif _is_mutable(node) and _is_alone(node.args[0]):
             # `x.add_(y)` on a new tensor that nothing else sees is `x.add(y)`
-            if _is_alone(node.args[0]):
-                packet, overload = str(node.target).removeprefix("aten.").split(".")
-                pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
-                if packet.endswith("_") and pure is not None:
-                    _replace(node, graph.call_function(pure, node.args, node.kwargs))
+            packet, overload = str(node.target).removeprefix("aten.").split(".")
+            pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+            filled = not _is_random(node) or _is_blank(node.args[0])
+            if packet.endswith("_") and pure is not None and filled:
+                _replace(node, graph.call_function(pure, node.args, node.kwargs))
 
 
 def _is_blank(node: Any) -> bool:
-    """Whether a node makes a tensor without numbers, for one other that fills it."""
+    """Whether a node makes an empty tensor that a single other node fills."""
     return node.target in (_NEW_EMPTY, _EMPTY) and len(node.users) == 1
 
 
@@ -94,19 +92,20 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _is_masked(node: fx.Node) -> bool:
-    """Whether elements are put where a mask of the same shape says, each in its own place."""
-    if len(node.args) > 3 or len(node.args[1]) != 1:  # type: ignore[arg-type]
-        return False
-    arguments: Any = node.args
-    into, (mask,), value = arguments
+def _masked_source(node: Any) -> Any:
+    """The `y` of `x[mask] = y[mask]`, or a number in its place; None, if a node is no such write.
+
+    The mask has the shape of `x` and of `y`, so that each element goes to its own place.
+    """
+    into, masks, value, *accumulate = node.args
     depth = into.meta["val"].dim()
-    if mask.meta["val"].dtype != torch.bool or mask.meta["val"].dim() != depth:
-        return False
+    mask = masks[0].meta["val"] if len(masks) == 1 else None
+    if accumulate or mask is None or mask.dtype != torch.bool or mask.dim() != depth:
+        return None
     if value.target is torch.ops.aten.index.Tensor:
         source, chosen = value.args
-        return list(chosen) == [mask] and source.meta["val"].dim() == depth
-    return value.meta["val"].dim() == 0
+        return source if list(chosen) == list(masks) and source.meta["val"].dim() == depth else None
+    return value if value.meta["val"].dim() == 0 else None
 
 
 def _is_alone(node: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppvae._checks import expect
-from ppvae._scopes import private_modules, random_state, unchecked
+from ppvae._scopes import kept_buffers, private_modules, random_state, unchecked
 from ppvae.objectives.base import at_step, moving_fields, takes_plate
 from ppvae.programs.nodes import data_plate, observed_nodes, plates_of
 from ppvae.programs.runs import trace_pair
@@ -107,11 +107,9 @@ def program_of(
         nodes: Any = capture.trace.nodes
         # inside, where Pyro's store still has the values that the statements refer to
         values = {name: node["value"].unconstrained() for name, node in nodes.items()}
-    known = set(program.modules())
     for module in called:
-        if module not in known:
+        if module not in set(program.modules()):
             program.called.append(module)
-            known |= set(module.modules())
     owned = {id(parameter) for parameter in program.parameters()}
     for name, value in values.items():
         if id(value) not in owned:
@@ -136,22 +134,15 @@ def _find_plate(program: Program, trace: Any, plate: str | None) -> None:
 def called_modules() -> Iterator[list[nn.Module]]:
     """Lists the modules that are called inside, and puts their buffers back at the end."""
     called: list[nn.Module] = []
-    buffers: dict[int, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as scopes:
 
-    def see(module: nn.Module, _: Any) -> None:
-        called.append(module)
-        for buffer in module.buffers(recurse=False):
-            buffers.setdefault(id(buffer), (buffer, buffer.clone()))
+        def see(module: nn.Module, _: Any) -> None:
+            if module not in called:
+                called.append(module)
+                scopes.enter_context(kept_buffers(module))
 
-    hook = register_module_forward_pre_hook(see)
-    try:
+        scopes.callback(register_module_forward_pre_hook(see).remove)
         yield called
-    finally:
-        hook.remove()
-        with torch.no_grad():
-            for buffer, value in buffers.values():
-                if not torch.equal(buffer, value):  # one that was expanded cannot be written to
-                    buffer.copy_(value)
 
 
 class _Params(Messenger):

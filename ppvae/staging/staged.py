@@ -123,14 +123,14 @@ class Staged(nn.Module):
         shapes: list[Any],
         guard: Callable[[Any], bool],
         paths: list[tuple[str, str]],
-        constants: Mapping[str, Tensor],
+        constants: list[Tensor],
         graphs: tuple[fx.GraphModule, fx.GraphModule],
     ) -> None:
         super().__init__()
         self.program, self.names, self.shapes = program, names, shapes
         self.noise, self.rest = graphs
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
+        for number, value in enumerate(constants):
+            self.register_buffer(f"constant_{number}", value, persistent=False)
         self._guard, self._paths = guard, paths
         self._state = self._homes(program)
 
@@ -195,46 +195,42 @@ class Staged(nn.Module):
 
     def trained(self) -> list[int]:
         """Which of `state` are parameters that the loss depends on and that want a gradient."""
-        places = [node for node in self.rest.graph.nodes if node.op == "placeholder"]
-        state = zip(self.state(), places, strict=False)
-        return [
-            at for at, (value, place) in enumerate(state) if value.requires_grad and place.users
-        ]
+        nodes = self.rest.graph.find_nodes(op="placeholder")
+        state = zip(self.state(), nodes, strict=False)
+        return [at for at, (value, node) in enumerate(state) if value.requires_grad and node.users]
 
     def _homes(self, program: Program) -> list[tuple[dict[str, Any], str]]:
         """Where a program has its values: dictionaries of modules, and the names in them."""
         homes: list[tuple[dict[str, Any], str]] = []
         for kind, target in self._paths:
             path, _, name = target.rpartition(".")
-            constant = kind == "constant"  # a tensor that the program closes over
-            home = self._buffers if constant else getattr(program.get_submodule(path), kind)
-            homes.append((home, name))
+            owner = program.get_submodule(path) if path else self  # which has the constants
+            homes.append((getattr(owner, kind), name))
         return homes
 
 
 def _taken_apart(program: Program, exported: Any, names: tuple[str, ...]) -> Staged:
     """Reads an exported program: what it needs, what noise it draws, and the rest."""
     graph = exported.graph_module.graph
-    places = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    places = {node.name: node for node in graph.find_nodes(op="placeholder")}
     kinds = torch.export.graph_signature.InputKind
     shapes: list[Any] = []
     paths: list[tuple[str, str]] = []  # which dictionary of a module has a value, and where
-    constants: dict[str, Tensor] = {}
+    constants: list[Tensor] = []  # tensors that the program closes over
     for spec in exported.graph_signature.input_specs:
         if spec.kind == kinds.USER_INPUT:
             shapes.append(_like(places[spec.arg.name].meta["val"]))
             if not isinstance(shapes[-1], Like):  # a part of the graph, and no input
                 graph.erase_node(places[spec.arg.name])
         elif spec.kind == kinds.CONSTANT_TENSOR:
-            name = f"constant_{len(constants)}"
-            constants[name] = exported.constants[spec.target]
-            paths.append(("constant", name))
+            paths.append(("_buffers", f"constant_{len(constants)}"))
+            constants.append(exported.constants[spec.target])
         else:
             kind = "_parameters" if spec.kind == kinds.PARAMETER else "_buffers"
             paths.append((kind, spec.target))
     guards = [f"({code})" for code in getattr(exported, "_guards_code", [])] or ["True"]
-    speak_of = {"torch": torch, "math": math}  # PyTorch's own conditions on sizes
-    guard = eval(f"lambda L: {' and '.join(guards)}", speak_of)
+    known = {"torch": torch, "math": math}  # the names in PyTorch's own conditions on sizes
+    guard = eval(f"lambda L: {' and '.join(guards)}", known)
     noise, rest = (
         fx.GraphModule(exported.graph_module, part) for part in split_noise(graph, len(paths))
     )
@@ -245,10 +241,7 @@ def _taken_apart(program: Program, exported: Any, names: tuple[str, ...]) -> Sta
 def _check(staged: Staged, args: tuple[Any, ...]) -> None:
     """Raises unless the graph gives the loss of the program, on these data and on one less."""
     rows = max((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim()), default=0)
-    fewer = tuple(
-        arg[: rows - 1] if isinstance(arg, Tensor) and arg.dim() and len(arg) == rows else arg
-        for arg in args
-    )
+    fewer = tuple(v[: rows - 1] if isinstance(v, Tensor) and v.dim() else v for v in args)
     settings = staged.program.settings(0)
     for batch in filter(lambda batch: staged.covers(*batch), [args, fewer]):
         try:
@@ -271,11 +264,10 @@ def _outcome(staged: Staged, call: Callable[..., Tensor], *args: Any) -> list[Te
     leaves = [parameter for parameter in staged.parameters() if parameter.requires_grad]
     with random_state(0), kept_buffers(staged), unchecked(), torch.enable_grad():
         loss = call(*args)
-        slopes: Any = [None] * len(leaves)
+        slopes = [torch.zeros_like(leaf) for leaf in leaves]
         if loss.requires_grad:
-            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-    zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
-    return [loss.detach(), *(zero if slope is None else slope for slope in slopes)]
+            slopes = [*torch.autograd.grad(loss, leaves, materialize_grads=True)]
+    return [loss.detach(), *slopes]
 
 
 class Like(NamedTuple):

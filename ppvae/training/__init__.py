@@ -1,7 +1,6 @@
 """Training: moves the parameters of a model and its guide, and leaves all else as it was."""
 
-from ppvae.training.fitting import Fit, fit
-from ppvae.training.replicates import fit_replicates
+from ppvae.training.fitting import Fit, fit, fit_replicates
 from ppvae.training.snapshots import Diverged, Snapshot
 
 __all__ = ["Diverged", "Fit", "Snapshot", "fit", "fit_replicates"]

@@ -1,9 +1,19 @@
-"""`fit` trains any model with any guide, and says how that went."""
+"""`fit` trains a model and its guide; `fit_replicates` trains several pairs of them side by side.
+
+    pairs = [build(seed) for seed in range(4)]          # four models and their guides
+    results = fit_replicates(pairs, x, seeds=range(4))  # each trained as `fit` would
+
+The parameters of replicates are stacked and one step moves them all, so that four replicates take
+about the time of two.
+"""
 
 from __future__ import annotations
 
+import operator
+import random
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,19 +24,16 @@ from ppvae._checks import check_count, expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import with_keywords
+from ppvae.staging.staged import NotStageable
 from ppvae.training.loop import Fit, progress_bar, train
 from ppvae.training.optimum import is_free, is_global, optimise
 from ppvae.training.single import how_to_run, single
-from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
-from ppvae.training.task import (
-    Task,
-    adam,
-    check_objective,
-    check_options,
-    task_of,
-    training_batches,
-)
+from ppvae.training.snapshots import Diverged, undone_by_errors
+from ppvae.training.stacked import stacked
+from ppvae.training.task import Task, check_options, task_of, training_batches
 from ppvae.training.verdict import judge
+
+Pair = tuple[Any, Any]  # a model and its guide
 
 _STEPS, _EPOCHS = 1000, 100  # where the user does not say
 
@@ -88,8 +95,8 @@ def fit(
             for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
             The result is the same up to rounding. What cannot be staged runs eagerly, and a warning
             says why.
-        precision: that of products of float32 matrices, "highest", "high" or "medium", as in
-            `torch.set_float32_matmul_precision`; None leaves it as it is.
+        precision: the precision of products of float32 matrices, "highest", "high" or "medium", as
+            in `torch.set_float32_matmul_precision`; None leaves it as it is.
         progress: show a progress bar; a string is its label.
         plate: name of the data plate; by default `data`, or else the one whose length is that of
             the data (see `data_plate`).
@@ -116,12 +123,12 @@ def fit(
     """
     given = model
     model, guide, extra = with_keywords(model, guide, (), kwargs)
-    whole = batch_size is None and is_free(guide)
-    batches = training_batches(given, data, batch_size, extra, whole=whole)
+    free = batch_size is None and is_free(guide)
+    batches = training_batches(given, data, batch_size, extra, whole=free)
     held_out = None if validation is None else _held_out(validation, batches)
-    asked, num_epochs = num_epochs, _EPOCHS if num_epochs is None else num_epochs
+    steps = _STEPS if num_epochs is None else num_epochs
+    num_epochs = _EPOCHS if num_epochs is None else num_epochs
     num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
-    check_objective(objective)
     if patience is not None:
         patience = check_count("patience", patience)
         expect(held_out is not None, "patience", "`validation` data beside it", "none")
@@ -135,14 +142,36 @@ def fit(
         if held_out is not None:
             task.held_out_loss(held_out)  # fails before anything is trained, if it does
         if optimizer is None and held_out is None and is_global(task):
-            result = _fit_at_once(task, _STEPS if asked is None else num_epochs, seed or 0, bar)
+            result = _fit_at_once(task, steps, seed or 0, bar)
             if result is not None:
                 return result
-        engine = single(task, how)
-        moves = partial(optimizer or adam, lr=learning_rate)
         validate = None if held_out is None else partial(task.held_out_loss, held_out)
-        (result,) = train(engine, moves, bar, validate=validate, patience=patience)
-        return result
+        engine = single(task, how)
+        return train(engine, optimizer, learning_rate, bar, validate=validate, patience=patience)[0]
+
+
+def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
+    """Fits global latents to the optimum; None if they have to be fitted in steps."""
+    start = time.perf_counter()
+    with undone_by_errors(task.parameters, [task.program]) as before:
+        optimum = optimise(task, steps=steps, seed=seed)
+        if optimum is None:
+            return None
+        if not all(torch.isfinite(value).all() for value in optimum.values):
+            before.put_back()
+            raise Diverged("the optimum is not finite; the parameters are unchanged")
+        with torch.no_grad():
+            for parameter, value in zip(task.parameters, optimum.values, strict=True):
+                parameter.copy_(value.reshape(parameter.shape))
+        verdict = judge(task, optimum, seed)
+    losses, number = optimum.losses, len(optimum.losses)
+    bar.update(bar.total)
+    bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
+    bar.close()
+    verdict.warn(stacklevel=3)
+    seconds, objective = time.perf_counter() - start, task.program.objective
+    end = seconds, number, number - 1, "L-BFGS", objective, "eager"
+    return Fit(losses, [], *end, verdict.converged, verdict.words)
 
 
 def _held_out(validation: Any, batches: Batches) -> Batches:
@@ -153,25 +182,135 @@ def _held_out(validation: Any, batches: Batches) -> Batches:
     return batches_of("validation", validation, size, training=False, extra=batches.extra)
 
 
-def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
-    """Fits global latents to the optimum; None if they have to be fitted in steps."""
-    start, before = time.perf_counter(), Snapshot(task.parameters, [task.program])
-    with undone_by_errors(task.parameters, [task.program]):
-        optimum = optimise(task, steps=steps, seed=seed)
-        if optimum is None:
-            return None
-        if not all(torch.isfinite(value).all() for value in optimum.values):
-            before.put_back()
-            raise Diverged("the optimum is not finite; the parameters were left alone")
-        with torch.no_grad():
-            for parameter, value in zip(task.parameters, optimum.values, strict=True):
-                parameter.copy_(value.reshape(parameter.shape))
-        verdict = judge(task, optimum, seed)
-    losses, number = optimum.losses, len(optimum.losses)
-    bar.update(bar.total or number)
-    bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
-    bar.close()
-    verdict.warn(stacklevel=2)
-    seconds, objective = time.perf_counter() - start, task.program.objective
-    end = seconds, number, number - 1, "L-BFGS", objective, "eager"
-    return Fit(losses, [], *end, verdict.converged, verdict.words)
+def fit_replicates(
+    pairs: Sequence[Pair],
+    data: Any,
+    *,
+    num_epochs: int = 100,
+    batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    objective: Any = None,
+    seeds: Sequence[int] | None = None,
+    compile: bool | str = "auto",
+    precision: str | None = None,
+    progress: bool | str = True,
+    plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[Fit]:
+    """Trains several models and guides of the same make at once, in one vectorized program.
+
+    Replicate k is trained as `fit(*pairs[k], data, seed=seeds[k], objective=objective[k], ...)`
+    would train it: with its own minibatches and its own noise, the same up to rounding. (The gammas
+    of `student_t` and the masks of dropout, whose noise is made from what was computed, are other
+    numbers of the same distribution.) Replicates do not influence each other, but one that diverges
+    ends them all. Convolutions, `student_t`, `low_rank`, `full_rank` and `flow` are
+    vectorized but, for now, not compiled: `torch.vmap` ties their graphs to one size of minibatch.
+
+    Pairs that cannot be trained in one program are trained one after the other, and a warning says
+    why.
+
+    Args:
+        pairs: models and their guides, equal but for the values of their parameters, of which none
+            is shared. Build each under its own seed, for results that are independent.
+        data: a tensor or array, or a tuple of them, as for `fit`.
+        num_epochs: passes through the data, at least 1.
+        batch_size: size of a minibatch, as for `fit`.
+        learning_rate: step size.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`, with parameters that have a
+            first dimension of replicates, so it must treat every number on its own, as Adam does;
+            by default Adam, fused.
+        objective: one objective for all, or one for each: those that differ in their scheduled
+            fields only, as `ELBO`s in `beta` and `free_bits`, are trained at once.
+        seeds: a seed for each; by default drawn from the caller's stream.
+        compile: as for `fit`.
+        precision: as for `fit`.
+        progress: show a progress bar; a string is its label.
+        plate: as for `fit`.
+        kwargs: as for `fit`; the same for all.
+
+    Returns:
+        The course of each training; `seconds` is its share of the time.
+
+    Raises:
+        TypeError: `pairs` or `seeds` is not what it should be.
+        ValueError: an argument is out of its range, the models differ or share a parameter.
+        Diverged: a loss became infinite or NaN. The message names the replicate.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, families, fit_replicates, likelihoods
+        >>> from ppvae.nn import mlp
+        >>> def build(seed):
+        ...     torch.manual_seed(seed)
+        ...     model = VAE(mlp(2, 16, out=5), latent=2, likelihood=likelihoods.Normal(0.1))
+        ...     return model, FamilyGuide(model, families.mean_scale, encoder=mlp(5, 16))
+        >>> pairs = [build(seed) for seed in range(4)]
+        >>> len(fit_replicates(pairs, torch.randn(20, 5), num_epochs=3, progress=False))
+        4
+    """
+    pairs, seeds, objectives = _checked(pairs, seeds, objective)
+    num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
+    named = [with_keywords(*pair, (), kwargs) for pair in pairs]
+    batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
+    how = how_to_run(compile, num_epochs * batches.count, 2)
+    programs = [program for pair in named for program in pair[:2]]
+    with private_modules(), train_mode(*programs), matmul_precision(precision):
+        tasks = []
+        for (model, guide, _), own, seed in zip(named, objectives, seeds, strict=True):
+            # parameters are made as `fit` would, and those of equal names stay apart
+            with private_modules(), random_state(seed):
+                tasks.append(task_of(model, guide, own, batches, plate))
+        _check_parameters([list(task.program.parameters()) for task in tasks])
+        at_once = optimizer is None and any(is_global(task) for task in tasks)
+        if tasks[0].parameters and len(tasks) > 1 and not at_once:
+            try:
+                engine = stacked(tasks, seeds, compiled=how == "compiled")
+            except NotStageable as error:
+                warnings.warn(f"fit_replicates: one after the other; {error}", stacklevel=2)
+            else:
+                bar = progress_bar(num_epochs, progress)
+                with random_state(random.Random(repr(seeds)).getrandbits(62)):
+                    return train(engine, optimizer, learning_rate, bar)
+    options: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size}
+    options |= {"learning_rate": learning_rate, "optimizer": optimizer, "compile": compile}
+    options |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
+    return [
+        fit(*pair, data, objective=own, seed=seed, **options)
+        for pair, own, seed in zip(pairs, objectives, seeds, strict=True)
+    ]
+
+
+def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[int], list[Any]]:
+    """The pairs, and a seed and an objective for each.
+
+    Raises:
+        TypeError: one of them is of a wrong kind.
+        ValueError: there are no pairs, or not as many of the others.
+    """
+    pairs = list(pairs)
+    expect(pairs, "pairs", "at least one model and its guide", "none")
+    paired = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    expect(paired, "pairs", "pairs of a model and its guide", "something else", TypeError)
+    objectives = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(pairs),)).tolist()
+    whole = all(hasattr(seed, "__index__") for seed in seeds)
+    expect(whole, "seeds", "whole numbers, one for each pair", repr(seeds), TypeError)
+    for name, values in {"objective": objectives, "seeds": seeds}.items():
+        wanted = f"{len(pairs)}, one for each pair"
+        expect(len(values) == len(pairs), name, wanted, len(values))
+    return pairs, [operator.index(seed) for seed in seeds], objectives
+
+
+def _check_parameters(parameters: Sequence[list[Tensor]]) -> None:
+    """Raises a ValueError if pairs share a parameter, or those of one have other shapes."""
+    seen: dict[int, int] = {}
+    kinds = [[(p.shape, p.requires_grad) for p in own] for own in parameters]
+    for number, own in enumerate(parameters):
+        got = f"other shapes, or other parameters frozen, in pair {number} than in pair 0"
+        expect(kinds[number] == kinds[0], "pairs", "models and guides of the same make", got)
+        for p in filter(lambda p: p.requires_grad, own):
+            other = seen.setdefault(id(p), number)
+            got = f"one of shape {tuple(p.shape)} that pair {number} shares with pair {other}"
+            expect(other == number, "pairs", "parameters of their own", got)

@@ -1,4 +1,4 @@
-"""The one loop of training: steps of an optimizer, with a way back from where they may lead."""
+"""The one loop of training: steps of an optimizer, which are taken back where they diverge."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import expect
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
+from ppvae.training.task import adam
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
 
@@ -56,10 +57,7 @@ class Fit(NamedTuple):
     @property
     def history(self) -> dict[str, list[Any]]:
         """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
-        columns: dict[str, list[Any]] = {
-            "epoch": list(range(len(self.losses))),
-            "loss": self.losses,
-        }
+        columns: dict[str, list[Any]] = {"epoch": [*range(len(self.losses))], "loss": self.losses}
         if self.validation_losses:
             columns["validation_loss"] = self.validation_losses
         return columns
@@ -94,7 +92,7 @@ class Engine(ABC):
         """The losses in nats per datum; leaves the gradients in the parameters."""
 
     def blame(self, data: Any) -> str:
-        """From what a loss is not finite, as ", from the term"; empty, if that is not known."""
+        """Why a loss is not finite, as ", from the term"; empty, if that is not known."""
         return ""
 
     def write_back(self) -> None:
@@ -107,7 +105,7 @@ class Steps:
 
     Attributes:
         number: how many were taken.
-        snapshot: what was before the steps, or one of the last ten.
+        snapshot: parameters and buffers of before the training, or of one of the last ten steps.
     """
 
     def __init__(self, engine: Engine, optimizer: Any) -> None:
@@ -171,7 +169,8 @@ def progress_bar(num_epochs: int, progress: Any) -> Any:
 
 def train(
     engine: Engine,
-    make_optimizer: Callable[..., Any],
+    optimizer: Callable[..., torch.optim.Optimizer] | None,
+    learning_rate: float,
     epochs: Any,
     *,
     validate: Callable[[], float] | None = None,
@@ -179,24 +178,27 @@ def train(
 ) -> list[Fit]:
     """Trains for some epochs, or until the validation loss has stopped falling.
 
-    After an error parameters and buffers are as they were before, but for `Diverged` as at most ten
-    steps before it.
+    An error puts parameters and buffers back to where they were before the training, but `Diverged`
+    to where they were at most ten steps before it.
 
     Args:
         engine: what computes losses and gradients.
-        make_optimizer: makes what moves the parameters, if there are any.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`, if there are any parameters;
+            None is Adam.
+        learning_rate: step size.
         epochs: a progress bar over the epochs.
-        validate: returns a loss, and is asked after each epoch.
-        patience: after how many epochs without a lower one to stop and go back to the best.
+        validate: returns the validation loss; it is called after each epoch.
+        patience: the training stops after so many epochs without a lower validation loss, and goes
+            back to the best epoch.
 
     Returns:
         The course of the training of each replicate, and its share of the time.
     """
     start, parameters = time.perf_counter(), engine.parameters
-    optimizer = make_optimizer(parameters) if parameters else None
-    moves = not parameters or hasattr(optimizer, "step")
-    expect(moves, "optimizer", "a function that returns an optimizer", optimizer, TypeError)
-    steps = Steps(engine, optimizer)
+    made: Any = (optimizer or adam)(parameters, lr=learning_rate) if parameters else None
+    moves = not parameters or hasattr(made, "step")
+    expect(moves, "optimizer", "a function that returns an optimizer", made, TypeError)
+    steps = Steps(engine, made)
     with undone_by_errors(parameters, engine.modules):
         losses, validation, best_epoch = _epochs(steps, epochs, validate, patience)
     engine.write_back()
@@ -211,32 +213,32 @@ def train(
 def _epochs(
     steps: Steps, epochs: Any, validate: Callable[[], float] | None, patience: int | None
 ) -> tuple[list[list[float]], list[float], int]:
-    """The losses of each replicate, the validation losses, and the epoch that was kept."""
+    """The losses of each replicate, the validation losses, and the epoch of the last parameters."""
     engine, count = steps.engine, len(steps.engine.objectives)
-    history: list[list[float]] = [[] for _ in range(count)]
+    history: list[list[float]] = []
     validation: list[float] = []
     best: Snapshot | None = None
-    lowest, kept = math.inf, -1
+    lowest, best_epoch = math.inf, -1
     for epoch in epochs:
         totals, size = [0.0] * count, 0
         for minibatch in engine.minibatches():
-            losses, rows = steps.take(minibatch)
-            totals = [total + loss * rows for total, loss in zip(totals, losses, strict=True)]
+            values, rows = steps.take(minibatch)
+            totals = [total + value * rows for total, value in zip(totals, values, strict=True)]
             size += rows
         steps.check()
-        for own, total in zip(history, totals, strict=True):
-            own.append(total / size)
+        history.append([total / size for total in totals])
         shown = {"loss": f"{sum(totals) / size / count:.4g}"}
         if validate is not None:
             validation.append(validate())
             shown["validation"] = f"{validation[-1]:.4g}"
             if validation[-1] < lowest:
-                lowest, kept = validation[-1], epoch
+                lowest, best_epoch = validation[-1], epoch
                 best = Snapshot(engine.parameters, engine.modules) if patience else None
         epochs.set_postfix(shown, refresh=False)
-        if (patience is not None and epoch - kept >= patience) or not engine.parameters:
+        if (patience is not None and epoch - best_epoch >= patience) or not engine.parameters:
             break  # without parameters, of a family without channels, it is only measured
     epochs.close()
     if best is not None:
         best.put_back()
-    return history, validation, epoch if best is None else kept
+    losses = [list(own) for own in zip(*history, strict=True)]
+    return losses, validation, epoch if best is None else best_epoch

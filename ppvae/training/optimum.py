@@ -18,7 +18,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ppvae._scopes import double_precision, private_modules, random_state, unchecked
+from ppvae._scopes import double_precision, kept_buffers, private_modules, random_state, unchecked
 from ppvae.guides import FamilyGuide
 from ppvae.guides.chart import Chart, pieces_of
 from ppvae.objectives.elbo import ELBO
@@ -50,7 +50,7 @@ def is_global(task: Task) -> bool:
         return False
     if not is_free(program.guide):
         (batch,) = task.batches
-        with torch.no_grad(), random_state(None, keep=True), unchecked():
+        with torch.no_grad(), random_state(None, keep=True), unchecked(), kept_buffers(program):
             terms = task.terms(batch)
         if {*terms.log_prior, *terms.log_guide} & terms.local:
             return False

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae._scopes import unchecked
+from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
 from ppvae.training.loop import Engine
@@ -28,7 +29,7 @@ def how_to_run(compile: Any, steps: int, rows: int) -> str:
     Args:
         compile: as `fit` takes it.
         steps: how many steps there will be.
-        rows: number of data in a minibatch; of one datum no graph can tell a batch.
+        rows: number of data in a minibatch; a minibatch of one datum always runs eagerly.
 
     Raises:
         ValueError: `compile` is none of its values.
@@ -83,7 +84,9 @@ class Single(Engine):
                 loss.backward()
         loss = loss.detach()
         if step == 0 and math.isfinite(loss):
-            self.task.check_loss(data)
+            program = self.task.program  # once with the checks of Pyro and PyTorch, if they are on
+            with random_state(None, keep=True), torch.no_grad(), kept_buffers(program):
+                program.loss(data, 0)
         return loss
 
     def blame(self, data: tuple[Any, ...]) -> str:
@@ -92,7 +95,7 @@ class Single(Engine):
 
 
 def single(task: Task, how: str) -> Single:
-    """Makes an engine that runs a task as it is said, or else eagerly, with one line that says why.
+    """Makes an engine for a task; where there is no graph it runs eagerly, and a warning says why.
 
     Args:
         task: what is trained.

@@ -1,4 +1,4 @@
-"""Copies of all that a training moves, to which it can go back."""
+"""Copies of the parameters and buffers that a training moves, to go back to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Diverged(ArithmeticError):
-    """The loss stopped being finite; what was trained is as at most ten steps before."""
+    """The loss stopped being finite; all that was trained is as at most ten steps before."""
 
 
 class Snapshot:
@@ -34,7 +34,7 @@ class Snapshot:
         self.values = [value.detach().clone() for value in self._now()]
 
     def take(self, step: int) -> None:
-        """Copies what there is now."""
+        """Copies the values of now."""
         self.step = step
         if self.values:
             with torch.no_grad():
@@ -53,11 +53,11 @@ class Snapshot:
 
 
 @contextmanager
-def undone_by_errors(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
+def undone_by_errors(parameters: list[Tensor], modules: list[nn.Module]) -> Iterator[Snapshot]:
     """Puts parameters and buffers back if an error ends the training, unless it is `Diverged`."""
     before = Snapshot(parameters, modules)
     try:
-        yield
+        yield before
     except Diverged:
         raise
     except Exception:

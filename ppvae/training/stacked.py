@@ -20,10 +20,10 @@ from ppvae.training.task import Task
 class Stacked(Engine):
     """The engine for replicates, whose parameters, buffers and data have a dimension in common.
 
-    The pairs keep their values until `write_back`. Made by `stacked`.
+    `stacked` makes it. The models and guides have their old values until `write_back`.
 
     Attributes:
-        programs: those of the replicates, of which the first was staged.
+        programs: the losses of the replicates; the first one was staged.
         gradients: the vectorized graph of losses and gradients.
         state: parameters and buffers of all, in the order of the graph's arguments.
     """
@@ -47,7 +47,7 @@ class Stacked(Engine):
         self.modules: list[nn.Module] = [held]
 
     def minibatches(self) -> Iterable[Any]:
-        """Goes once through the data; yields the passes of all replicates, for each step anew."""
+        """Yields, once for each step, the iterators of all replicates over their minibatches."""
         passes = [iter(self.batches) for _ in self.streams]
         return (passes for _ in range(self.batches.count))
 
@@ -102,8 +102,8 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
         program.moving = moving
     staged = record(programs[0], example)
     states = [staged.state(program) for program in programs]
-    for number, (program, state) in enumerate(zip(programs, states, strict=True)):
-        _check(number, staged, program, state, example)
+    for number, program in enumerate(programs):
+        _check(number, staged, program, example)
     gradients = Gradients(staged, compiled=compiled, replicated=True)
     if not gradients.trained:
         raise NotStageable("pairs: the loss depends on no parameter")
@@ -115,14 +115,13 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
     return engine
 
 
-def _check(
-    number: int, staged: Staged, program: Program, state: list[Tensor], example: tuple[Any, ...]
-) -> None:
+def _check(number: int, staged: Staged, program: Program, example: tuple[Any, ...]) -> None:
     """Raises unless the one graph gives the loss of a pair."""
     settings = program.settings(0)
     with torch.no_grad(), kept_buffers(program):
         with random_state(0), unchecked():
-            (by_graph,) = staged.rest.forward(*state, *staged.data(example, settings))
+            data = staged.data(example, settings)
+            (by_graph,) = staged.rest.forward(*staged.state(program), *data)
         if not by_graph.isfinite():  # training will say so
             return
         with random_state(0):  # with the caller's checks
@@ -148,7 +147,7 @@ def _try(engine: Stacked) -> None:
 
 
 class _Stream:
-    """The random numbers of one replicate: inside, those that `fit` would draw with its seed."""
+    """The random numbers of one replicate: inside the context they are those of `fit`."""
 
     def __init__(self, seed: int) -> None:
         with random_state(seed):
@@ -173,7 +172,7 @@ class _Stream:
 
 
 def _stacked(drawn: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Stacks the data of replicates; what is the same tensor for all takes no more memory."""
+    """Stacks the data of replicates; a tensor that all of them share takes no more memory."""
     whole = []
     for first, *others in zip(*drawn, strict=True):
         same = all(value is first for value in others)

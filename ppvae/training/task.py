@@ -1,4 +1,4 @@
-"""What is to be trained: a model, its guide, an objective and data, looked at once before."""
+"""What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae._checks import check_choice, check_count, check_number, expect
-from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
+from ppvae._scopes import eval_mode, random_state, unchecked
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.elbo import ELBO, negative_elbo
 from ppvae.objectives.trace_terms import Terms, terms
@@ -34,13 +34,11 @@ class Task:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that want a gradient; of plain `pyro.param` statements with the same memory."""
-        return [p for p in self.program.parameters() if p.requires_grad]
+        """The parameters that are trained.
 
-    def check_loss(self, batch: tuple[Any, ...]) -> None:
-        """Computes the loss with the caller's checks on, those of Pyro and PyTorch."""
-        with random_state(None, keep=True), torch.no_grad(), kept_buffers(self.program):
-            self.program.loss(batch, 0)
+        Those of plain `pyro.param` statements share their memory with Pyro's param store.
+        """
+        return [p for p in self.program.parameters() if p.requires_grad]
 
     def held_out_loss(self, held_out: Batches) -> float:
         """The negative ELBO of other data, with the same random numbers every time."""
@@ -55,19 +53,16 @@ class Task:
         return total / count
 
     def blame(self, batch: tuple[Any, ...]) -> str:
-        """Names the terms of the objective that are not finite."""
+        """Names the terms of the objective that are not finite on a minibatch."""
         with torch.no_grad(), unchecked():
-            terms_of_batch = self.terms(batch)
-        bad = [
-            f"{kind} of {site!r}"
-            for kind in ("log_likelihood", "kl", "log_prior", "log_guide")
-            for site, value in getattr(terms_of_batch, kind).items()
-            if not torch.isfinite(value).all()
-        ]
+            parts = self.terms(batch)
+        kinds = ("log_likelihood", "kl", "log_prior", "log_guide")
+        values = [(kind, *item) for kind in kinds for item in getattr(parts, kind).items()]
+        bad = [f"{kind} of {site!r}" for kind, site, v in values if not torch.isfinite(v).all()]
         return ", ".join(bad) or "their sum"
 
     def terms(self, batch: tuple[Any, ...]) -> Terms:
-        """The terms of the objective of one draw."""
+        """The terms of the objective on a minibatch, for one draw of the guide."""
         pair = trace_pair(self.program.model, self.program.guide, *batch)
         return terms(*pair, self.program.plate_name)
 
@@ -88,7 +83,7 @@ class Task:
 def training_batches(
     model: Any, data: Any, batch_size: int | None, extra: Any, *, whole: bool = False
 ) -> Batches:
-    """Minibatches to train on; a model that has a `check_data` looks at data that are tensors."""
+    """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
     batches = batches_of("data", data, batch_size, training=True, extra=extra, whole=whole)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
@@ -98,7 +93,7 @@ def training_batches(
 def task_of(
     model: Any, guide: Any, objective: Any, batches: Batches, plate: str | None = None
 ) -> Task:
-    """Makes a task, by calls that leave nothing behind but parameters that are made late.
+    """Makes a task. It calls model and guide, which make the parameters that they make late.
 
     Args:
         model: a Pyro model.
@@ -108,9 +103,12 @@ def task_of(
         plate: name of the data plate; by default the one that `data_plate` finds.
 
     Raises:
+        TypeError: the objective is no function, or returns no tensor.
         ValueError: model and guide do not fit, nothing is observed, or the data are of another
             dtype than the parameters, or not as many as the data plate has.
     """
+    fits = objective is None or (callable(objective) and not inspect.isclass(objective))
+    expect(fits, "objective", "a function, such as ELBO()", repr(objective), TypeError)
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
     near = next((p for module in modules for p in module.parameters()), None)
     if near is not None:
@@ -120,10 +118,10 @@ def task_of(
             expect(same, "data", f"{near.dtype}, as the parameters", tensor.dtype)
     batch = batches.example()
     program = program_of(model, guide, objective or ELBO(), batch, size=batches.size, plate=plate)
-    frame, rows = program.plate, len(batch[0])
-    if frame is not None:
-        wanted = f"{frame.size} rows, the size of the plate {frame.name!r} of the model"
-        expect(rows in (frame.size, frame.full_size), "data", wanted, rows)
+    if program.plate is not None:
+        sizes, rows = (program.plate.size, program.plate.full_size), len(batch[0])
+        wanted = f"{sizes[0]} rows, the size of the plate {program.plate.name!r} of the model"
+        expect(rows in sizes, "data", wanted, rows)
     return Task(program, batches)
 
 
@@ -141,12 +139,6 @@ def check_options(num_epochs: Any, learning_rate: Any, optimizer: Any, precision
     wanted = "a call outside of torch.inference_mode, in which nothing can be trained"
     expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
     return check_count("num_epochs", num_epochs)
-
-
-def check_objective(objective: Any) -> None:
-    """Raises a TypeError unless this is an objective, or None."""
-    fits = objective is None or (callable(objective) and not inspect.isclass(objective))
-    expect(fits, "objective", "a function, such as ELBO()", repr(objective), TypeError)
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:

@@ -6,9 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, FAMILIES, N, cases
-from pairs import KINDS, Normed, branch, build, latents_and_data, traceless, written
-from pairs import data as numbers
+from cases import CASES, FAMILIES, cases
+from pairs import KINDS, Normed, branch, build, data, latents_and_data, traceless, written
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
@@ -19,6 +18,8 @@ from ppvae import VAE, FamilyGuide, NotStageable, families, likelihoods, stage
 from ppvae._scopes import private_modules
 from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.objectives import ELBO, negative_elbo
+
+N = 10  # rows of `data()`
 
 
 def outcome(loss, parameters, *args, seed=3, **kwargs):
@@ -44,37 +45,31 @@ def same(some, others):
     )
 
 
-def eager(model, guide, objective=negative_elbo, **kwargs):
-    return lambda *args: objective(model, guide, *args, **kwargs)
-
-
 def parameters_of(*programs):
     return [
         p for program in programs if isinstance(program, nn.Module) for p in program.parameters()
     ]
 
 
-def hold(model, guide, *batches, **kwargs):
+def agree(staged, model, guide, *batch, twins=None, seed=3, objective=negative_elbo, **options):
+    """Whether the graph gives what the program does, which may be that of twins."""
+    programs = twins or (model, guide)
+    call = partial(objective, *programs, **options)
+    want = outcome(call, parameters_of(*programs), *batch, seed=seed)
+    return same(outcome(staged, parameters_of(model, guide), *batch, seed=seed), want)
+
+
+def hold(model, guide, *batches, **options):
     """Stages with the first batch, and holds the graph of all of them against the program."""
-    staged = stage(model, guide, *batches[0], **kwargs)
-    parameters = parameters_of(model, guide)
+    staged = stage(model, guide, *batches[0], **options)
     for batch in batches:
         assert staged.covers(*batch) == (len(batch[0]) > 1)
-        want = outcome(eager(model, guide, **kwargs), parameters, *batch)
-        assert same(outcome(staged, parameters, *batch), want)
+        assert agree(staged, model, guide, *batch, **options)
     return staged
 
 
-def guide_of(model, family, encoder, *args):
-    """A guide whose late parameters have been made."""
-    guide = FamilyGuide(model, family, encoder=encoder)
-    with private_modules(), torch.no_grad():
-        guide(*args)
-    return guide
-
-
-def data(rows=N, dtype=None):
-    return numbers(rows, dtype)
+def latent_guide(encoder=None, model=latents_and_data):
+    return FamilyGuide(model, families.mean_scale, encoder or mlp(3, 4)).setup(data())
 
 
 # ------------------------------------------------------------- models, families, likelihoods
@@ -91,7 +86,7 @@ def data(rows=N, dtype=None):
 )
 def test_every_model_gives_the_loss_and_the_gradients_of_the_program(name, family):
     case = cases()[name]
-    guide = guide_of(case.model, FAMILIES[family], case.encoder, *case.args)
+    guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
     hold(case.model, guide, case.args)
 
 
@@ -124,33 +119,55 @@ def test_an_autoencoder_with_every_family(family):
     hold(model, guide, (data(),), (data(3),), (data(1),))
 
 
-def test_float32_parameters_under_a_default_of_double():
+def single():
     model, guide = build()
     x = data(dtype=torch.float32)
-    hold(model.float(), guide.float(), (x,), (x[:3],), objective=ELBO(beta=2.0))
+    return model.float(), guide.float(), (x,), (x[:3],)
 
 
-def test_convolutions():
+def convolutions():
     shape = (1, 8, 8)
     model = VAE(conv_decoder(2, shape, 2, 3), 2, likelihoods.Bernoulli())
     guide = FamilyGuide(model, families.mean_scale, encoder=conv_encoder(shape, 2, 3))
     x = torch.rand(5, *shape).round()
-    hold(model, guide, (x,), (x[:3],), (x[:1],))
+    return model, guide, (x,), (x[:3],), (x[:1],)
 
 
-def test_a_prior_that_was_made_with_checks_outside_the_model():
+def checked():
     """Distributions keep their checks in `expand`; those must not end up in the graph."""
-    model, guide = build(prior=dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-    hold(model, guide, (data(),), (data(3),))
+    return *build(prior=dist.Normal(0.0, 1.0).expand([2]).to_event(1)), (data(),), (data(3),)
 
 
-def test_plain_modules_and_autoguides_of_pyro():
+def autoguide(kind):
     case = cases()["regression"]
-    for kind in (AutoNormal, AutoDiagonalNormal):
-        guide = kind(case.model)
-        with private_modules():
-            guide(*case.args)
-        hold(case.model, guide, case.args, tuple(arg[:3] for arg in case.args))
+    guide = kind(case.model)
+    with private_modules():
+        guide(*case.args)
+    return case.model, guide, case.args, tuple(arg[:3] for arg in case.args)
+
+
+def numbered():
+    """An `item()` of the data that leads to no decision is a number of the graph."""
+
+    def model(x):
+        latents_and_data(x, x.mean().item())
+
+    return model, latent_guide(), (data(),), (data() + 1.0,), (data(3),)
+
+
+@pytest.mark.parametrize(
+    ("programs", "options"),
+    [
+        (single, {"objective": ELBO(beta=2.0)}),  # under a default of double
+        (convolutions, {}),
+        (checked, {}),
+        (lambda: autoguide(AutoNormal), {}),
+        (lambda: autoguide(AutoDiagonalNormal), {}),
+        (numbered, {}),
+    ],
+)
+def test_programs_of_every_sort(programs, options):
+    hold(*programs(), **options)
 
 
 def test_pyros_modules_with_constrained_parameters_and_random_weights():
@@ -167,7 +184,7 @@ def test_pyros_modules_with_constrained_parameters_and_random_weights():
                 pyro.sample("x", dist.Normal(loc, self.sigma), obs=x[:, 0])
 
     model = Model()
-    guide = guide_of(model, families.mean_scale, None, data())
+    guide = FamilyGuide(model, families.mean_scale, None).setup(data())
     staged = hold(model, guide, (data(),), (data(3),))
     assert any(p is model.sigma_unconstrained for p in staged.parameters())
 
@@ -186,12 +203,9 @@ def test_stretches_without_gradients_have_none_in_the_graph():
             latents_and_data(x, still * self.weight[1] + moves)
 
     model = Model()
-    guide = guide_of(model, families.mean_scale, mlp(3, 4), data())
+    guide = latent_guide(model=model)
     hold(model, guide, (data(),), (data(3),))
     assert model.weight.grad[0] == 0 != model.weight.grad[1]
-
-
-# ------------------------------------------------------------------------------------ scales
 
 
 def test_a_subsample_is_weighted_as_in_the_program():
@@ -200,7 +214,7 @@ def test_a_subsample_is_weighted_as_in_the_program():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal((w * x).sum(-1), 1.0), obs=x[:, 0])
 
-    guide = guide_of(regression, families.mean_scale, None, data())
+    guide = FamilyGuide(regression, families.mean_scale, None).setup(data())
     losses = []
     for size in (None, N, 1000):
         staged = hold(regression, guide, (data(),), (data(4),), size=size)
@@ -224,17 +238,15 @@ def test_scales_and_masks_of_a_model():
         def forward(self, x, keep):
             return super().forward(x)
 
-    guide = guide_of(model, families.full_rank, Encoder(3, 4), data(), keep)
+    guide = FamilyGuide(model, families.full_rank, Encoder(3, 4)).setup(data(), keep)
     staged = hold(model, guide, (data(), keep), (data()[:4], keep[:4]))
     losses = [outcome(staged, [], data(), mask)[0] for mask in (keep, ~keep)]
     assert losses[0] != losses[1]  # the mask is data, and no constant
 
 
-# --------------------------------------------------------------------- parameters of functions
-
-
-def with_statements():
-    """The pair written by hand, with a parameter of the scale, of the data and of the guide."""
+@pytest.mark.parametrize("early", [True, False])
+def test_statements_of_parameters(early):
+    """Staged before or after a first call: the parameters are those of Pyro's param store."""
     _, _, decoder, encoder = written()
 
     def model(x):
@@ -245,37 +257,23 @@ def with_statements():
     def guide(x):
         written(decoder, encoder)[1](x * pyro.param("user_spread", torch.ones(3)))
 
-    return model, guide, decoder, encoder
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_statements_of_parameters(early):
-    """Staged before or after a first call: the parameters are those of Pyro's param store."""
-    model, guide, decoder, encoder = with_statements()
-    names, store = ["user_scale", "user_shift", "user_spread"], pyro.get_param_store()
-
-    def call():
-        with private_modules():
-            negative_elbo(model, guide, data())
-
+    call, store = partial(negative_elbo, model, guide), pyro.get_param_store()
     if not early:
-        call()
+        outcome(call, [], data())
     staged = stage(model, guide, data())
-    call()
+    outcome(call, [], data())
     parameters = list(staged.parameters())
     assert len(parameters) == 7 and all(p.requires_grad for p in parameters)
     sites = [store["user_scale"].unconstrained(), store["user_shift"], store["user_spread"]]
-    here = [*decoder.parameters(), *encoder.parameters(), *sites]
-    want = outcome(eager(model, guide), here, data(4))
-    assert torch.equal(want[0], outcome(staged, parameters, data(4))[0])
-    for slope, place in zip(want[1:], here, strict=True):
-        (same_memory,) = (p for p in parameters if p.data_ptr() == place.data_ptr())
-        assert torch.equal(same_memory.grad, slope)
-    before = {name: store[name].detach().clone() for name in names}
-    torch.optim.SGD(parameters, lr=0.1).step()
-    assert all((store[name] != value).all() for name, value in before.items())
-    want = outcome(eager(model, guide), here, data(4))
-    assert torch.equal(want[0], outcome(staged, parameters, data(4))[0])
+    own = [*decoder.parameters(), *encoder.parameters(), *sites]
+    places = {p.data_ptr(): p for p in parameters}
+    for _ in range(2):
+        before = [store[name].detach().clone() for name in store]
+        want = outcome(call, own, data(4))
+        ordered = [places[p.data_ptr()] for p in own]  # the same memory
+        assert same(outcome(staged, ordered, data(4)), want)
+        torch.optim.SGD(parameters, lr=0.1).step()
+        assert all((store[name] != v).all() for name, v in zip(store, before, strict=True))
 
 
 # ------------------------------------------------------------------------ what a graph covers
@@ -302,18 +300,17 @@ def test_arguments_of_every_sort_by_place_and_by_keyword():
             fn = dist.Laplace if kind == "robust" else dist.Normal
             pyro.sample("y", fn((w * x).sum(-1) ** power, 1.0), obs=y)
 
-    guide = guide_of(model, families.mean_scale, None, data(), data()[:, 0])
+    guide = FamilyGuide(model, families.mean_scale, None).setup(data(), data()[:, 0])
     kwargs = {"power": 2, "kind": "robust"}
     x, y = data(), data()[:, 1]
     staged = stage(model, guide, x, y, kwargs=kwargs)
     assert staged.covers(x[:3], y[:3], 2, "robust") and not staged.covers(x[:3], y[:4], 2, "robust")
     assert not staged.covers(x, y, 3, "robust") and not staged.covers(x, y, 2, None)
     for n, told in [(N, kwargs), (3, kwargs), (N, {"power": 1, "kind": None})]:
-        want = outcome(eager(partial(model, **told), guide), guide.parameters(), x[:n], y[:n])
-        assert same(outcome(staged, guide.parameters(), x[:n], y[:n], **told), want)
+        twins = (partial(model, **told), guide)
+        assert agree(partial(staged, **told), model, guide, x[:n], y[:n], twins=twins)
     by_name = stage(model, guide, x, kwargs={"y": y})
-    want = outcome(eager(model, guide), guide.parameters(), x[:4], y[:4])
-    assert same(outcome(by_name, guide.parameters(), x[:4], y=y[:4]), want)
+    assert agree(lambda x, y: by_name(x, y=y), model, guide, x[:4], y[:4])
     with pytest.raises(TypeError, match=r"kwargs: expected those of stage, \['y'\], got \['z'\]"):
         by_name(x, z=y)
 
@@ -324,32 +321,26 @@ def test_a_plate_of_fixed_size_fixes_the_batch():
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x[:, 0])
 
-    staged = hold(model, guide_of(model, families.mean_scale, mlp(3, 4), data()), (data(),))
+    staged = hold(model, latent_guide(model=model), (data(),))
     assert not staged.covers(data(N - 1))
 
 
-def test_a_branch_on_the_number_of_data_is_taken_anew():
-    def model(x):
-        latents_and_data(x, 1.0 if len(x) > 4 else 0.0)
-
-    guide = guide_of(model, families.mean_scale, mlp(3, 4), data())
-    staged = stage(model, guide, data())
-    for rows in (2, 4, 5, 6):
-        want = outcome(eager(model, guide), guide.parameters(), data(rows))
-        assert same(outcome(staged, guide.parameters(), data(rows)), want)
+def by_size(x):
+    latents_and_data(x, 1.0 if len(x) > 4 else 0.0)
 
 
-def test_data_in_pairs():
-    """Of one datum less the program can make nothing; that is no reason not to stage."""
+def in_pairs(x):
+    latents_and_data(x.reshape(-1, 2, 3).sum(1))
 
-    def model(x):
-        latents_and_data(x.reshape(-1, 2, 3).sum(1))
 
+def test_a_branch_on_the_number_of_data_is_taken_anew_and_data_may_come_in_pairs():
+    """Of one datum less a program may make nothing; that is no reason not to stage."""
+    guide = latent_guide()
+    staged = stage(by_size, guide, data())
+    assert all(agree(staged, by_size, guide, data(rows)) for rows in (2, 4, 5, 6))
     encoder = nn.Sequential(nn.Unflatten(0, (-1, 2)), nn.Flatten(), mlp(6, 4))
-    guide = guide_of(model, families.mean_scale, encoder, data())
-    staged = stage(model, guide, data())
-    want = outcome(eager(model, guide), guide.parameters(), data())
-    assert same(outcome(staged, guide.parameters(), data()), want)
+    guide = FamilyGuide(in_pairs, families.mean_scale, encoder)
+    assert agree(stage(in_pairs, guide, data(6)), in_pairs, guide, data(6))
 
 
 # -------------------------------------------------------------------- what cannot be staged
@@ -371,9 +362,8 @@ class Counts:
 
 @pytest.mark.parametrize("model", [branch, number, Counts()])
 def test_what_cannot_be_staged_says_so_in_one_line(model, capfd):
-    guide = guide_of(latents_and_data, families.mean_scale, mlp(3, 4), data())
     with pytest.raises(NotStageable, match="model, guide: cannot be staged: ") as caught:
-        stage(model, guide, data())
+        stage(model, latent_guide(), data())
     message = str(caught.value)
     assert "\n" not in message and len(message) < 300
     assert "torch.export.export" not in message  # nobody called it
@@ -385,36 +375,7 @@ def test_a_loss_that_is_not_finite_is_staged_like_any_other():
     model, guide = build()
     staged = stage(model, guide, data() * 1e200)
     assert not staged(data() * 1e200).isfinite()
-    assert same(outcome(staged, [], data()), outcome(eager(model, guide), [], data()))
-
-
-def test_a_discrete_latent_with_parameters_and_swapped_programs():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(0.5))
-            pyro.sample("x", dist.Normal(k, 1.0), obs=x[:, 0])
-
-    net = nn.Linear(3, 1)
-
-    def guide(x):
-        logits = net(x).squeeze(-1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("k", dist.Bernoulli(logits=logits))
-
-    with pytest.raises(ValueError, match="reparametrized"):
-        stage(model, guide, data())
-    with pytest.raises(ValueError, match="model: expected observed sites, got none"):
-        stage(*reversed(build()), data())
-
-
-def test_a_number_that_is_read_from_the_data_may_be_data():
-    """What becomes of an `item()` that leads to no decision is a number of the graph."""
-
-    def model(x):
-        latents_and_data(x, x.mean().item())
-
-    guide = guide_of(latents_and_data, families.mean_scale, mlp(3, 4), data())
-    hold(model, guide, (data(),), (data() + 1.0,), (data(3),))
+    assert agree(staged, model, guide, data())
 
 
 # --------------------------------------------------------------------- nothing is left behind
@@ -431,15 +392,11 @@ def test_staging_leaves_no_trace(training):
     model, guide = noisy()
     model.train(training), guide.train(training)
     guide.encoder[2].train()  # one that is in a mode of its own
-    with traceless(model, guide, moved=False):
+    plain_model, plain_guide, *called = written(encoder=Normed())
+    with traceless(model, guide, *called, moved=False):
         staged = stage(model, guide, data())
+        stage(plain_model, plain_guide, data())
     assert all(p.grad is None for p in staged.parameters())
-
-
-def test_modules_of_plain_functions_move_no_buffer_either():
-    model, guide, decoder, encoder = written(encoder=Normed())
-    with traceless(decoder, encoder, moved=False):
-        stage(model, guide, data())
 
 
 def test_a_staging_that_fails_leaves_no_trace():
@@ -451,7 +408,7 @@ def test_a_staging_that_fails_leaves_no_trace():
             raise KeyError("mine")
         latents_and_data(x)
 
-    guide = guide_of(latents_and_data, families.mean_scale, Normed(), data())
+    guide = latent_guide(Normed())
     for model in (branch, Counts(), raises, late):
         with traceless(guide, moved=False), pytest.raises((NotStageable, KeyError)) as caught:
             stage(model, guide, data())
@@ -465,8 +422,7 @@ def test_running_statistics_and_dropout_are_those_of_the_program(training):
         module.train(training)
     staged = stage(model, guide, data())
     for seed, batch in enumerate([data(), data(4), data(1 + training), data()]):
-        want = outcome(eager(twin_model, twin_guide), twin_guide.parameters(), batch, seed=seed)
-        assert same(outcome(staged, guide.parameters(), batch, seed=seed), want)
+        assert agree(staged, model, guide, batch, twins=(twin_model, twin_guide), seed=seed)
     for module, twin in ((model, twin_model), (guide, twin_guide)):
         assert same(list(module.buffers()), list(twin.buffers()))
     assert (guide.encoder[1].running_mean.abs().sum() > 0) == training

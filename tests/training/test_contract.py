@@ -1,67 +1,372 @@
-"""Every objective trains alike by the program, by its graph, and side by side with others."""
+"""Every objective and model trains alike by the program, by its graph, and beside others."""
 
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from pairs import OBJECTIVES, build, data, function, made, one_warning, same, traceless, values
-
-from ppvae import fit, fit_replicates
-from ppvae.objectives import IWAE
-from ppvae.objectives.base import moving_fields
-
-
-@pytest.mark.parametrize(
-    ("name", "build_one"),
-    [
-        *((name, build) for name in OBJECTIVES),
-        *((name, function) for name in ("all", "IWAE")),  # in a model that is not vectorized
-    ],
+from cases import cases
+from pairs import (
+    KINDS,
+    OBJECTIVES,
+    Normed,
+    branch,
+    build,
+    data,
+    function,
+    made,
+    one_warning,
+    same,
+    traceless,
+    values,
+    written,
 )
-def test_eager_staged_and_replicated_training_are_the_same(name, build_one, monkeypatch):
-    """Batches of four, four and two; two replicates with two objectives."""
-    goals, seeds = OBJECTIVES[name], [11, 16]
-    told = {"num_epochs": 2, "batch_size": 4, "learning_rate": 0.01, "progress": False}
-    alone = []
-    for pair, goal, seed in zip(made(build_one, 2), goals, seeds, strict=True):
-        result = fit(*pair, data(), seed=seed, objective=goal, **told)
-        assert result.objective is goal and result.num_steps == 6 and result.execution == "eager"
-        alone.append((result.losses, values(*pair)))
-    assert alone[0][0] != alone[1][0]
+from pyro.distributions import constraints
+from torch.utils.data import DataLoader, TensorDataset
+
+from ppvae import FamilyGuide, concat_chains, families, fit, fit_replicates, from_pyro_svi, stage
+from ppvae import likelihoods as kinds
+from ppvae._scopes import private_modules, unchecked
+from ppvae.objectives import ELBO, IWAE, negative_elbo, warm_up
+from ppvae.objectives.base import moving_fields
+from ppvae.regression import LinearRegression
+from ppvae.staging.gradients import Gradients
+from ppvae.training import Diverged
+from ppvae.training.single import COMPILE, STAGE, how_to_run
+
+#: torch, on itself, while it compiles; an error would be taken for one of the compiler
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
+
+SEEDS = [11, 16, 21]
+TOLD = {"num_epochs": 2, "batch_size": 4, "learning_rate": 0.01, "progress": False}
+
+
+def one_by_one(make, x, goals, **told):
+    """Trains each pair by `fit`, and no two alike; returns the courses, and where they led."""
+    courses, ends = [], []
+    for parts, goal, seed in zip(made(make, len(goals)), goals, SEEDS, strict=False):
+        before = values(*parts)
+        courses.append(fit(*parts[:2], x, seed=seed, objective=goal, **{**TOLD, **told}))
+        ends.append(values(*parts))  # late parameters are made in the run
+        assert len(before) < len(ends[-1]) or not same(before, ends[-1], 1e-4)
+    for one, other in pairwise(courses):
+        assert one.losses != pytest.approx(other.losses, rel=1e-3)
+    return courses, ends
+
+
+def side_by_side(make, x, goals, courses, ends, execution="staged", bound=1e-9, **told):
+    """Trains all pairs by `fit_replicates`: each as it was trained alone."""
+    built = made(make, len(goals))
+    pairs, seeds = [tuple(parts[:2]) for parts in built], SEEDS[: len(goals)]
+    with traceless(*(program for parts in built for program in parts)):
+        results = fit_replicates(pairs, x, seeds=seeds, objective=goals, **{**TOLD, **told})
+    for result, goal, parts, alone, end in zip(results, goals, built, courses, ends, strict=True):
+        assert result.execution == execution and goal in (None, result.objective)
+        assert result.losses == pytest.approx(alone.losses, rel=bound, abs=0)
+        assert same(values(*parts), end, bound)
+        blank = {"losses": [], "seconds": 0.0, "execution": ""}
+        assert result._replace(**blank) == alone._replace(**blank)
+    return pairs
+
+
+def falling(parameters, lr):
+    """A schedule, as that of the ladder."""
+    adam = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 9)
+    adam.register_step_post_hook(lambda *_: schedule.step())
+    return adam
+
+
+def sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.1)
+
+
+def autoencoder(family, likelihood=None, **told):
+    def x():
+        return (data() > 0).double() if likelihood is kinds.Bernoulli else data().abs().round()
+
+    return lambda: build(family, likelihood and likelihood()), x, told
+
+
+def site(name, family="mean_scale"):
+    def make():
+        model, _, encoder, _ = cases()[name]
+        return model, FamilyGuide(model, KINDS[family], encoder=encoder)
+
+    return make, lambda: cases()[name].args, {}
+
+
+def learned():
+    return kinds.Normal(torch.ones(3), learned=True)
+
+
+def loader():
+    return DataLoader(TensorDataset(data()), batch_size=4, shuffle=True)
+
+
+ALL = {"batch_size": None}  # one batch, which is one tensor for all replicates
+
+#: name -> how pairs are built, the data, and options; batches of four, the last one of two
+WAYS: dict[str, Any] = {
+    **{name: (build, data, {"objective": goals}) for name, goals in OBJECTIVES.items()},
+    "all, not vectorized": (function, data, {"objective": OBJECTIVES["all"]}),
+    "IWAE, not vectorized": (function, data, {"objective": OBJECTIVES["IWAE"]}),
+    "deterministic": autoencoder("deterministic", kinds.Bernoulli),
+    "schedule": autoencoder("mean_scale", learned, **ALL, num_epochs=9, optimizer=falling),
+    "full_rank": autoencoder("full_rank", kinds.Poisson, optimizer=sgd),
+    "low_rank": autoencoder("low_rank", learned, objective=[IWAE(3), IWAE(3)]),
+    "flow": autoencoder("flow", objective=[ELBO(free_bits=0.3, num_samples=2)] * 2),
+    "positive": site("positive"),
+    "left of pixels": site("left of pixels", "mean_only"),
+    "told rows": site("told rows"),
+    "regression": site("regression"),
+    "modules in functions": (written, data, {}),
+    "statistics": (lambda: build(encoder=Normed(dropout=False).eval()), data, {}),
+    "loader": (build, loader, ALL),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
+    make, x, told = WAYS[name]
+    x = x()
+    goals = [*told.get("objective", [None, None])]
+    told = {key: value for key, value in told.items() if key != "objective"}
+    courses, ends = one_by_one(make, x, goals, **told)
+    assert courses[0].execution == "eager" and goals[0] in (None, courses[0].objective)
     monkeypatch.setattr("ppvae.training.single.STAGE", 1)  # so many steps, and a loss is staged
-    (pair,) = made(build_one)
-    staged = fit(*pair, data(), seed=11, objective=goals[0], **told)
+    (parts,) = made(make)
+    staged = fit(*parts[:2], x, seed=SEEDS[0], objective=goals[0], **{**TOLD, **told})
     # a product with a tensor rounds once, one with a number of Python's twice
     bound = 1e-13 if moving_fields(goals[:1]) else 0.0
-    assert staged.losses == pytest.approx(alone[0][0], rel=bound, abs=0)
-    assert same(values(*pair), alone[0][1], bound) and staged.execution == "staged"
-    pairs = made(build_one, 2)
-    with traceless(*pairs[0], *pairs[1]):
-        results = fit_replicates(pairs, data(), seeds=seeds, objective=goals, **told)
-    for result, goal, pair, (losses, after) in zip(results, goals, pairs, alone, strict=True):
-        assert result.losses == pytest.approx(losses, rel=1e-9) and result.execution == "staged"
-        assert same(values(*pair), after, 1e-9) and result.objective is goal
+    assert staged.losses == pytest.approx(courses[0].losses, rel=bound, abs=0)
+    assert same(values(*parts), ends[0], bound) and staged.execution == "staged"
+    side_by_side(make, x, goals, courses, ends, **told)
 
 
-def test_what_no_graph_holds_is_trained_eagerly_and_one_after_the_other(monkeypatch):
-    """A derivative inside the loss: the graph would have the right loss, and wrong gradients."""
+def test_compiled_with_weights_of_the_rate_and_their_chains():
+    goals = [ELBO(beta=0.5), ELBO(), ELBO(beta=warm_up(5))]
+    courses, ends = one_by_one(build, data(), goals)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        told = {"execution": "compiled", "compile": True, "bound": 1e-8}
+        pairs = side_by_side(build, data(), goals, courses, ends, **told)
+    trees = [from_pyro_svi(*pair, data(), num_samples=5) for pair in pairs]
+    tree = concat_chains(trees)
+    assert tree["posterior"].sizes["chain"] == 3
+    for chain, alone in enumerate(trees):
+        assert np.array_equal(tree["posterior"].z.values[chain], alone["posterior"].z.values[0])
+
+
+def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
+    def make():
+        model = LinearRegression(3)
+        return model, FamilyGuide(model, families.mean_scale)
+
+    x, told = data(), {"batch_size": None, "num_epochs": 10}
+    args = (x, x.sum(-1) + 0.1 * x[:, 0] ** 2)
+    courses, ends = one_by_one(make, args, [None, None], **told)
+    assert courses[0].method == "L-BFGS"
+    side_by_side(make, args, [None, None], courses, ends, "eager", 0.0, **told)
+    fits = []
+    for seeds in (None, None, [1, 1]):  # by default from the stream of the caller
+        pairs = made(make, 2)
+        torch.manual_seed(0)
+        results = fit_replicates(pairs, args, seeds=seeds, **{**TOLD, **told})
+        fits.append([result.losses for result in results])
+    assert fits[0] == fits[1] and fits[0][0] != fits[0][1]
+    assert fits[2][0] == fits[2][1]
+
+
+DREG = IWAE(4, "doubly_reparametrized")  # its graph would have the right loss, and wrong gradients
+
+#: name -> how pairs are built, options, what the warning says, and whether one pair can be staged
+NO_GRAPH: dict[str, Any] = {
+    "branch": (
+        lambda: function(branch),
+        {},
+        "model, guide: cannot be staged: a decision depends on the values of tensors",
+        False,
+    ),
+    "derivative": (
+        build,
+        {"objective": [DREG, DREG]},
+        "objective: doubly_reparametrized takes a derivative inside the loss",
+        False,
+    ),
+    "kinds": (build, {"objective": [ELBO(), IWAE(2)]}, "objective: expected those that", True),
+    "one left": (build, {"batch_size": 3}, "data: a batch of one datum", True),
+}
+
+
+@pytest.mark.parametrize("name", NO_GRAPH)
+def test_what_no_graph_holds_is_trained_eagerly_and_one_after_the_other(name, monkeypatch, capfd):
+    make, told, message, one_is_staged = NO_GRAPH[name]
+    goals = told.get("objective", [None, None])
+    told = {**TOLD, "batch_size": told.get("batch_size", 4)}
+    courses, ends = one_by_one(make, data(), goals, **told)
+    with one_warning(f"fit_replicates: one after the other; {message}"):
+        side_by_side(make, data(), goals, courses, ends, "eager", 0.0, **told)
     monkeypatch.setattr("ppvae.training.single.STAGE", 1)
-    dreg = IWAE(4, "doubly_reparametrized")
-    told = {"num_epochs": 2, "batch_size": 4, "objective": dreg, "progress": False}
-    message = "objective: doubly_reparametrized takes a derivative inside the loss"
-    (pair,), pairs = made(), made(build, 2)
-    with traceless(*pair), one_warning(f"fit: runs eagerly; {message}"):
-        alone = fit(*pair, data(), seed=1, **told)
-    monkeypatch.undo()
-    with traceless(), one_warning(f"fit_replicates: one after the other; {message}"):
-        results = fit_replicates(pairs, data(), seeds=[1, 2], **told)
-    assert results[0].losses == alone.losses and alone.execution == "eager"
+    for compile in ("auto",) if one_is_staged else (True, "auto"):
+        (pair,) = made(make)
+        silent = one_is_staged and nullcontext()
+        with traceless(*pair), silent or one_warning(f"fit: runs eagerly; {message}"):
+            alone = fit(*pair, data(), seed=11, objective=goals[0], compile=compile, **told)
+        assert alone.execution == ("staged" if one_is_staged else "eager")
+        assert alone.losses == courses[0].losses and same(values(*pair), ends[0])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_objectives_that_differ_in_more_than_a_schedule_have_no_common_graph():
     elbo, bits = OBJECTIVES["free bits"][0], OBJECTIVES["all"][0]
     for goals in ([elbo, IWAE(2)], [elbo, bits], [IWAE(2), IWAE(3)], [print, max]):
-        with pytest.raises(ValueError, match="objective: they differ in more than their scheduled"):
+        with pytest.raises(ValueError, match="objective: expected those that differ in their"):
             moving_fields(goals)
     assert moving_fields([OBJECTIVES["beta"][0]]) == moving_fields([torch.sin, torch.sin]) == ()
     assert moving_fields(OBJECTIVES["beta"]) == ("beta",)
     assert moving_fields(OBJECTIVES["sampled"]) == ("free_bits",)
     assert moving_fields([OBJECTIVES["warm up"][0]]) == ("beta",)
+
+
+def quiet(*args, **kwargs):
+    return fit(*args, **{"seed": 1, "batch_size": 4, "progress": False, **kwargs})
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """Stages from the first step on."""
+    monkeypatch.setattr("ppvae.training.single.STAGE", 1)
+
+
+def stored(x):
+    """A model with a `pyro.param` statement."""
+    scale = pyro.param("user_scale", torch.tensor(3.0), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), scale), obs=x[:, 0])
+
+
+def test_the_parameter_of_a_statement_is_trained_in_the_store(plain_pyro, early):
+    runs = []
+    for compile in (False, "auto"):
+        pyro.clear_param_store()
+        (pair,) = made(lambda: function(stored))
+        with private_modules():
+            result = quiet(*pair, data(8), num_epochs=3, learning_rate=0.01, compile=compile)
+        runs.append([*values(*pair), pyro.param("user_scale").detach().clone()])
+    assert result.execution == "staged" and same(*runs)
+    assert 0.01 < abs(runs[0][-1].item() - 3.0) < 0.1
+
+
+@pytest.mark.parametrize("family", ["student_t", "full_rank"])
+def test_compiled_gradients_are_those_of_autograd(family):
+    """The same graph and noise through a compiler that may reorder sums: equal up to rounding."""
+    ((model, guide),) = made(lambda: build(family))
+    staged = stage(model, guide, data(8))
+    function = Gradients(staged, compiled=True)
+    for rows in (8, 5):
+        x = data(rows)
+        torch.manual_seed(2)
+        want = staged(x)
+        state = staged.state()
+        wanted = [state[at] for at in staged.trained()]
+        slopes = torch.autograd.grad(want, wanted)
+        torch.manual_seed(2)
+        loss, found = function(state, staged.data((x,), staged.program.settings(0)))
+        assert loss.item() == pytest.approx(want.item(), rel=1e-12)
+        assert {id(p) for p in wanted} == {id(p) for p in staged.parameters()}
+        assert function.execution == "compiled"
+        for a, b in zip(slopes, found, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() <= 1e-11 * a.abs().max()
+
+
+def test_compiled_training_is_eager_training():
+    """Batches of four, four and two, with a schedule. Nothing is compiled a second time."""
+    objective, runs = ELBO(beta=warm_up(8)), []
+    for compile in (False, True):
+        ((model, guide),) = made()
+        guide.encoder[0].eval()  # a mode of its own
+        with traceless(model, guide), torch._dynamo.config.patch(error_on_recompile=True):
+            result = quiet(model, guide, data(), num_epochs=5, objective=objective, compile=compile)
+        runs.append((result, values(model, guide)))
+    (eager, before), (compiled, after) = runs
+    assert (eager.execution, compiled.execution) == ("eager", "compiled")
+    assert compiled.num_steps == eager.num_steps == 15
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert same(before, after, 1e-5)
+
+
+def test_a_staged_loss_compiles_as_one_graph_and_goes_into_a_loop_of_ones_own():
+    staged = stage(*build(), data(8))
+    with unchecked():  # torch.compile switches validation off for good
+        compiled = torch.compile(staged, fullgraph=True, options={"fallback_random": True})
+        for rows in (8, 5, 3):
+            torch.manual_seed(2)
+            want = torch.autograd.grad(staged(data(rows)), list(staged.parameters()))
+            torch.manual_seed(2)
+            found = torch.autograd.grad(compiled(data(rows)), list(staged.parameters()))
+            for a, b in zip(want, found, strict=True):
+                assert (a - b).abs().max() <= 1e-11 * a.abs().max()
+
+
+def test_a_compiler_that_fails_leaves_the_training_staged(monkeypatch):
+    def fails(*args, **kwargs):
+        def run(*args):
+            raise OSError("no compiler\nfound")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(UserWarning, match="^fit: staged, not compiled; OSError: no compiler$"):
+        result = quiet(*made()[0], data(), num_epochs=3, compile=True)
+    assert result.execution == "staged"
+    assert result.losses == quiet(*made()[0], data(), num_epochs=3, compile=False).losses
+
+
+def test_when_to_stage_and_when_to_compile():
+    assert how_to_run("auto", STAGE - 1, 4) == "eager"
+    assert how_to_run("auto", STAGE, 4) == "staged"
+    assert how_to_run("auto", COMPILE - 1, 4) == "staged"
+    assert how_to_run("auto", COMPILE, 4) == "compiled"
+    assert how_to_run(False, COMPILE, 4) == "eager"
+    assert how_to_run(True, 1, 2) == "compiled"
+    assert how_to_run(True, COMPILE, 1) == "eager"  # nothing to tell the batch by
+    assert quiet(*build(), data(8), num_epochs=1).execution == "eager"
+
+
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_a_first_loss_that_is_not_finite_is_divergence(compile, early):
+    model, guide = build()
+    fails = pytest.raises(Diverged, match=r"the loss is \w+ at step 0, from log_likelihood of 'x'")
+    with traceless(model, guide, moved=False), fails:
+        quiet(model, guide, data(8) * 1e200, num_epochs=5, compile=compile)
+
+
+def test_a_model_that_raises_raises_the_same_error_by_every_way(early):
+    def model(x):
+        raise KeyError("mine")
+
+    guide = build()[1]
+    for compile in (False, True, "auto"):
+        with traceless(guide, moved=False), pytest.raises(KeyError, match="mine"):
+            quiet(model, guide, data(4), num_epochs=1, compile=compile)
+
+
+def test_precision_is_set_inside_and_put_back():
+    seen = []
+
+    def objective(model, guide, *args, size=None, step=0):
+        seen.append(torch.get_float32_matmul_precision())
+        return negative_elbo(model, guide, *args, size=size)
+
+    before = torch.get_float32_matmul_precision()
+    for precision in ("medium", "high", "highest", None):
+        pair = build()
+        with traceless(*pair):
+            quiet(*pair, data(4), num_epochs=1, precision=precision, objective=objective)
+        assert set(seen) == {precision or before}
+        seen.clear()
