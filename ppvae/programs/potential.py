@@ -52,10 +52,21 @@ class Potential:
 
     def slope_and_value(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient and the potential; not finite where a matrix has no Cholesky factor."""
+        state = state.detach().requires_grad_()
         try:
-            return torch.func.grad_and_value(self)(state)
+            value = self(state)
         except torch.linalg.LinAlgError:  # a step too far
             return torch.full_like(state, math.nan), state.new_tensor(math.inf)
+        return torch.autograd.grad(value, state)[0], value.detach()
+
+    def hessian(self, state: Tensor) -> Tensor:
+        """The second derivatives, by differences where a program cannot be differentiated twice."""
+        try:
+            return torch.func.hessian(self)(state)
+        except (RuntimeError, NotImplementedError):
+            moves = 1e-4 * torch.eye(len(state), dtype=state.dtype)
+            ends = [[self.slope_and_value(state + s * m)[0] for s in (1, -1)] for m in moves]
+            return torch.stack([(after - before) / 2e-4 for after, before in ends])
 
 
 def potential_of(model: Any, args: Args) -> Potential:

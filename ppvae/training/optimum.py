@@ -216,10 +216,9 @@ def _lbfgs(
 
 def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's method, damped; where it ends, and a Cholesky factor of the covariance there."""
-    hessian = torch.func.hessian(potential)
     slope, value = potential.slope_and_value(state)
     for _ in range(100):
-        curvature = hessian(state)
+        curvature = potential.hessian(state)
         if not torch.isfinite(curvature).all():
             curvature = torch.eye(len(state))
         sizes, axes = torch.linalg.eigh(curvature)
