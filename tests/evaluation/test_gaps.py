@@ -281,7 +281,7 @@ def test_guides_that_cannot_be_searched():
     guide = FamilyGuide(linear.model, families.mean_scale, mlp(5, 4))
     head = guide.heads["z"]
     head.forward = lambda features: Rough(head.loc(features), head.scale(features))
-    refused("guide: expected reparametrized draws; 'z'", guide)
+    refused("guide: expected reparametrized draws, got {'z'", guide)
 
 
 @pytest.mark.parametrize("vectorized", [True, False])
