@@ -109,7 +109,8 @@ def annealed_importance(  # noqa: D417
     num_leapfrog = check_count("num_leapfrog", num_leapfrog)
     check_choice("start", start, ("guide", "prior"))
     guide = FamilyGuide(model, families.noise_only) if start == "prior" else guide
-    expect(guide is not None, "guide", 'a guide for start="guide"', None)
+    if guide is None:
+        raise ValueError('guide: expected a guide for start="guide", got None')
     label = progress if isinstance(progress, str) else "annealed_importance"
     results = []
     opening = opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate)
