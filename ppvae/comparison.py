@@ -135,10 +135,9 @@ def compare_families(
     seeds = list(range(seed, seed + num_seeds))
     label = progress if isinstance(progress, str) else "compare_families"
     runs = list(itertools.product(seeds, members.items()))
-    bar = tqdm(runs, label, disable=not progress, unit="fit")
     results: list[xr.Dataset] = []
     starts: dict[int, list[Tensor]] = {}
-    with private_modules(), bar:
+    with private_modules(), tqdm(runs, label, disable=not progress, unit="fit") as bar:
         for number, (name, family) in bar:
             bar.set_postfix(family=name, seed=number)
             try:  # in a param store of its own, so that `pyro.param` statements start anew
@@ -150,9 +149,9 @@ def compare_families(
                 error.add_note(f"compare_families: family {name}, seed {number}")
                 raise
     rows = [results[first :: len(members)] for first in range(len(members))]
-    joined = xr.combine_nested(rows, ["family", "seed"])
+    joined = xr.combine_nested(rows, ["family", "seed"]).transpose("family", "seed", ...)
     joined = joined.assign_coords(family=list(members), seed=seeds)
-    return Comparison(with_steps(joined.transpose("family", "seed", ...), min_gain, level))
+    return Comparison(with_steps(joined, min_gain, level))
 
 
 def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.ndarray]:
