@@ -132,7 +132,7 @@ def annealed_importance(  # noqa: D417
 @contextmanager
 def _hints(start: str) -> Iterator[None]:
     """Adds to an error what it means for the start of the chains."""
-    kind: Any = NotImplementedError if start == "prior" else ValueError
+    kind: type[Exception] = NotImplementedError if start == "prior" else ValueError
     try:
         yield
     except kind as error:

@@ -125,7 +125,7 @@ def calibration(  # noqa: D417
         data, labels = _checked(model, guide, args, plate, local=refit is None)
         plan = _Plan(model, guide, data, num_samples, vectorized, arguments, refit)
         if num_simulations is None:
-            num_simulations = 100 if refit else min(data.size, 1000)
+            num_simulations = min(data.size, 1000) if refit is None else 100
         total = check_count("num_simulations", num_simulations, 2)
         label = progress if isinstance(progress, str) else "calibration"
         with tqdm(total=total, desc=label, disable=not progress, unit="simulation") as bar:
@@ -157,7 +157,7 @@ class _Plan(NamedTuple):
 
     def per_simulation(self, value: Tensor, sites: Terms, size: torch.Size) -> Tensor:
         """Nats per datum, or of all data, as `(draws, simulations)` of that size."""
-        if self.refit:
+        if self.refit is not None:
             value = (value.sum(-1) if sites.is_local else value)[..., None]
         return value.double().expand(size)
 
@@ -212,7 +212,7 @@ def _repeated(plan: _Plan, args: Args, batch_size: int, bar: Any) -> Arrays:
         with torch.no_grad(), eval_mode(plan.model, plan.guide):
             batches = minibatches(plan.model, plan.guide, args, plan.plate, batch_size)
     # a seed for each simulation: the data do not depend on what a guide draws, or a refit
-    seeds = torch.randint(2**31, (2 if plan.refit else 1, total)).tolist()
+    seeds = torch.randint(2**31, (1 if plan.refit is None else 2, total)).tolist()
     results, done = [], 0
     for batch, *pair in zip(itertools.cycle(batches), seeds[0], seeds[-1], strict=False):
         results.append(_simulated(plan, batch, *pair))
@@ -249,7 +249,7 @@ def _measured(plan: _Plan, guide: Any, simulation: Simulation) -> Arrays:
     with torch.no_grad(), unchecked(), eval_mode(model, guide):
         for _, draws in draw_runs(model, args, plan.num_samples, widest):
             model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
-            layout = Layout.of(model_trace, None if plan.refit else plan.plate, draws)
+            layout = Layout.of(model_trace, plan.plate if plan.refit is None else None, draws)
             drawn = layout.flat({site: guide_trace.nodes[site]["value"] for site in latents})
             expect(not drawn.isnan().any(), "guide", "draws that are numbers", "NaN")
             true = layout.flat(latents)
@@ -303,7 +303,7 @@ def _dataset(arrays: Arrays, plan: _Plan, labels: list[str], levels: list[float]
     result.attrs = {
         "num_samples": plan.num_samples,
         "note": "" if "information" in arrays else note,
-        "unit": "nats per data set" if plan.refit else "nats per datum",
+        "unit": "nats per datum" if plan.refit is None else "nats per data set",
         "calibrated": int((p * len(p) >= ALPHA).all()),
     }
     result.attrs["reading"] = verdict(result)
