@@ -4,8 +4,6 @@ What a family gains is uncertain, as another seed trains another guide, other da
 (the interval is for both), and training may not have ended (of which the last losses tell).
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Pictures of results; each function returns a matplotlib figure and touches no global state."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Why the ELBO is below log p(x): what the family cannot represent, and what the encoder misses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

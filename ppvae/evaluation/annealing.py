@@ -5,8 +5,6 @@ from 0 to 1 its density is `q0(z)^(1 - b) p(x, z)^b`. The weight that it gathers
 p(x) whatever the number of temperatures; the more there are, the less it varies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

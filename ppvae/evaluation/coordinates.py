@@ -1,7 +1,5 @@
 """The mean of q and the divergence of every latent coordinate, for each datum."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

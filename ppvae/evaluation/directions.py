@@ -1,7 +1,5 @@
 """How many principal directions of the data are worth a latent at the noise of the decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a fit is worth, per datum and in total, in nats."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ With the aggregate posterior `q(z) = mean_n q(z | x_n)` of the data at hand, the
 2016). All values are in nats per datum.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ under `@per_datum(unit)`; for one per coordinate of the latents, a function of t
 `Coordinates`, under `@per_latent(unit)`. `evaluate` then returns it under the function's name.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

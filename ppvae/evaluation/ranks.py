@@ -1,7 +1,5 @@
 """Ranks of true values among draws: are they uniform, and what do they say in words?"""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

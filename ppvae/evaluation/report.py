@@ -1,7 +1,5 @@
 """The result of `evaluate` as a table, and in words."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

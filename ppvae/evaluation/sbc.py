@@ -1,7 +1,5 @@
 """Simulation-based calibration: whether the intervals of a guide cover what they promise."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

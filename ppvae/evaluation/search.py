@@ -4,8 +4,6 @@ A shift is added to what the encoder says of one datum: at a shift of zero the g
 The shifts of different data do not act on each other, so all are searched for side by side.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

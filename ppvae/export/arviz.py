@@ -1,7 +1,5 @@
 """From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

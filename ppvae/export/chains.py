@@ -1,7 +1,5 @@
 """Runs over seeds, side by side as the chains of one ArviZ tree."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

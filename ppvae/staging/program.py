@@ -1,7 +1,5 @@
 """A Pyro model, its guide and an objective as one module: what a graph is recorded from."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext

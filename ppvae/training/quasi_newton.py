@@ -5,8 +5,6 @@ With the random numbers held fixed the negative ELBO of K draws is a smooth dete
 would wander.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
