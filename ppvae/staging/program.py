@@ -155,5 +155,5 @@ class _Params(Messenger):
         if msg["name"] in self.sites:
             raw = self.sites[msg["name"]]
             value = transform_to(self.constraints[msg["name"]])(raw)
-            value.unconstrained = weakref.ref(raw)  # type: ignore[attr-defined]
+            value.unconstrained = weakref.ref(raw)
             msg["value"], msg["done"] = value, True
