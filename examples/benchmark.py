@@ -41,6 +41,7 @@ from ppvae.training.stacked import stacked
 from ppvae.training.task import adam, task_of
 
 DATA, BATCH, RATE, PRECISIONS = 4096, 128, 1e-3, ("highest", "high", "medium")
+QUARTILES = [0.5, 0.25, 0.75]
 HAND, HAND_COMPILED, PYRO = "hand-written, eager", "hand-written, compiled", "SVI.step, Trace_ELBO"
 EAGER, STAGED, COMPILED = "ppvae, eager", "ppvae, staged", "ppvae, compiled"
 LEGEND = """Medians over {repetitions} repetitions of {steps} steps, in brackets the quartiles.
@@ -315,7 +316,7 @@ def table(title: str, times: dict[str, list], ratios: dict[str, dict[str, str]])
         line = f"{row:28s}"
         for head in found:
             base = times[ratios[head][row]] if head in ratios else 1.0
-            found[head][row] = np.quantile(np.divide(values, base), [0.5, 0.25, 0.75]).tolist()
+            found[head][row] = np.quantile(np.divide(values, base), QUARTILES).tolist()
             digits = 2 if head in ratios else 3
             text = "{:.{d}f} ({:.{d}f}-{:.{d}f})".format(*found[head][row], d=digits)
             line += f"{text:>28s}"
@@ -423,6 +424,20 @@ def processes(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def imports() -> dict[str, list[float]]:
+    """Seconds in which Pyro, and this library with it, are imported: new processes, in turn."""
+    found: dict[str, list[float]] = {"pyro": [], "ppvae": []}
+    for name in [*found] * 5:
+        command = [sys.executable, "-X", "importtime", "-c", f"import {name}"]
+        lines = subprocess.run(command, stderr=subprocess.PIPE, check=True).stderr.splitlines()
+        found[name].append(int(lines[-1].split(b"|")[1]) / 1e6)
+    for name, seconds in found.items():
+        print(
+            "import {:21s}{:.2f} s ({:.2f}-{:.2f})".format(name, *np.quantile(seconds, QUARTILES))
+        )
+    return found
+
+
 def paid(times: dict[str, list], found: dict[str, Any]) -> dict[str, float]:
     """Steps after which staging and compiling have paid for themselves, held to eager steps."""
     after = {}
@@ -479,6 +494,8 @@ def main(argv: list[str] | None = None) -> None:
         print(", ".join(f"{key} {value}" for key, value in versions.items()))
         print(LEGEND.format(**vars(args)))
         record: dict[str, Any] = {"versions": versions, "steps": args.steps, "sizes": {}}
+        if "processes" in args.tables:
+            record["imports"] = imports()
         for size in args.sizes:
             x, found = images(size, args.device), record["sizes"].setdefault(size, {})
             for key in args.tables:

@@ -1,7 +1,5 @@
 """One way to refuse an argument: its name, what was expected, and what came."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Process state, left as it was found: random numbers, modes, buffers, Pyro's store and checks."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Iterator

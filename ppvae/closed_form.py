@@ -6,8 +6,6 @@ log-likelihood is `(tr(P S) - Z + (mean - m)' P (mean - m) - log det P - log det
 in the mean, so every family with a free mean takes `m`, and what is left chooses `S`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ What a family gains is uncertain, as another seed trains another guide, other da
 (the interval is for both), and training may not have ended (of which the last losses tell).
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import math
@@ -26,7 +24,7 @@ from ppvae._checks import check_count, check_number, expect
 from ppvae._scopes import private_modules, random_state
 from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.evaluation import evaluate
-from ppvae.families.ladder import LADDER
+from ppvae.families.ladder import as_family
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.training.fitting import fit
 
@@ -111,7 +109,9 @@ def compare_families(
         no ELBO, so that a step from or to it has no gain and no verdict.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or `build` does not start anew.
+        TypeError: a family is neither a guide family nor a name of the ladder, `build` does not
+            make a model and an encoder, or the test data are not tensors or arrays.
+        ValueError: another argument is not as above, or `build` does not start anew.
         Diverged: see `fit`. A note on this and other errors names the family and the seed.
 
     Example:
@@ -133,10 +133,9 @@ def compare_families(
     seeds = list(range(seed, seed + num_seeds))
     label = progress if isinstance(progress, str) else "compare_families"
     runs = list(itertools.product(seeds, members.items()))
-    bar = tqdm(runs, label, disable=not progress, unit="fit")
     results: list[xr.Dataset] = []
     starts: dict[int, list[Tensor]] = {}
-    with private_modules(), bar:
+    with private_modules(), tqdm(runs, label, disable=not progress, unit="fit") as bar:
         for number, (name, family) in bar:
             bar.set_postfix(family=name, seed=number)
             try:  # in a param store of its own, so that `pyro.param` statements start anew
@@ -148,9 +147,9 @@ def compare_families(
                 error.add_note(f"compare_families: family {name}, seed {number}")
                 raise
     rows = [results[first :: len(members)] for first in range(len(members))]
-    joined = xr.combine_nested(rows, ["family", "seed"])
+    joined = xr.combine_nested(rows, ["family", "seed"]).transpose("family", "seed", ...)
     joined = joined.assign_coords(family=list(members), seed=seeds)
-    return Comparison(with_steps(joined.transpose("family", "seed", ...), min_gain, level))
+    return Comparison(with_steps(joined, min_gain, level))
 
 
 def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.ndarray]:
@@ -208,11 +207,15 @@ def _fresh(build: Any, start: list[Tensor] | None) -> tuple[Any, nn.Module, list
     built = build()
     pair = isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], nn.Module)
     expect(pair, "build", "a model and an encoder module", repr(built), TypeError)
-    modules = [module for module in built if isinstance(module, nn.Module)]
-    now = [p.detach().clone() for module in modules for p in module.parameters()]
+    now = [p.detach().clone() for p in _parameters(*built)]
     alike = start is None or (len(now) == len(start) and all(map(torch.equal, now, start)))
     expect(alike, "build", "fresh networks that start alike for one seed", "others")
     return *built, now
+
+
+def _parameters(*programs: Any) -> list[nn.Parameter]:
+    """The parameters of those programs that are modules."""
+    return [p for m in programs if isinstance(m, nn.Module) for p in m.parameters()]
 
 
 def _run(
@@ -220,7 +223,7 @@ def _run(
 ) -> xr.Dataset:
     """Trains and measures one guide."""
     fitted = fit(model, guide, train, seed=seed, progress=False, **options)
-    parameters = [p for m in (guide, model) if isinstance(m, nn.Module) for p in m.parameters()]
+    parameters = _parameters(guide, model)
     test = [part.to(parameters[0].device) for part in test] if parameters else test
     same = {name: options[name] for name in ("plate", "kwargs") if name in options}
     same |= {"num_samples": num_samples, "seed": seed, "progress": False}
@@ -228,7 +231,7 @@ def _run(
     num_epochs = options.get("num_epochs", inspect.signature(fit).parameters["num_epochs"].default)
     fall, error = last_fall(fitted.validation_losses or fitted.losses, num_epochs)
     used = guide if guide.family.channels else guide.heads  # with no channel the encoder is idle
-    size = sum(p.numel() for p in used.parameters() if p.requires_grad)
+    size = sum(p.numel() for p in _parameters(used) if p.requires_grad)
     numbers = {"seconds": fitted.seconds, "fall": fall, "fall_se": error, "parameters": size}
     rate = {"rate": measured.rate.where(measured.elbo.notnull())}  # of a point it is a penalty
     return measured[_MEASURES].assign(numbers | rate)
@@ -267,19 +270,16 @@ def with_steps(results: xr.Dataset, min_gain: float, level: float) -> xr.Dataset
 
 
 def _members(families: Sequence[Any]) -> dict[str, Any]:
+    """The families by name, at least two of them."""
     several = not isinstance(families, str) and len(families) >= 2
     expect(several, "families", "at least two", repr(families))
-    members: dict[str, Any] = {}
-    for member in families:
-        family = LADDER.get(member) if isinstance(member, str) else member
-        known = hasattr(family, "channels")
-        expect(known, "families", f"families or {list(LADDER)}", repr(member))
-        members[getattr(family, "name", repr(family))] = family
+    members = {family.name: family for family in (as_family(f, "families") for f in families)}
     expect(len(members) == len(families), "families", "different ones", repr(families))
     return members
 
 
 def _test_data(test: Any) -> tuple[Tensor, ...]:
+    """The test data as tensors, with at least two data."""
     held = not isinstance(test, (Dataset, DataLoader))
     expect(held, "test", "a tensor, an array or a tuple", type(test).__name__, TypeError)
     args = as_tensors("test", test)

@@ -6,8 +6,6 @@ elements, of that batch shape; `VAE` declares which of them are the event. Param
 are learned with the decoder.
 """
 
-from __future__ import annotations
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn

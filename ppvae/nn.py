@@ -1,7 +1,5 @@
 """Small networks for encoders and decoders: plain PyTorch, no Pyro."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Pictures of results; each function returns a matplotlib figure and touches no global state."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -76,9 +74,9 @@ def encodings(draws: Mapping[str, ArrayLike], *, columns: int = 4) -> Figure:
     limit = 1.1 * max(*spread, 1e-3)
     for panel, (name, codes) in zip(axes, arrays.items(), strict=False):
         for datum, cloud in enumerate(codes):
-            style: Style = {"color": f"C{datum % 10}"}
-            panel.scatter(*cloud.T, s=4, alpha=0.35, linewidths=0, **style)
-            panel.scatter(*cloud.mean(0), s=26, edgecolors="black", linewidths=0.8, **style)
+            color = f"C{datum % 10}"
+            panel.scatter(*cloud.T, s=4, alpha=0.35, linewidths=0, color=color)
+            panel.scatter(*cloud.mean(0), s=26, edgecolors="black", linewidths=0.8, color=color)
         panel.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     for panel in axes[len(arrays) :]:
         panel.set_axis_off()
@@ -106,8 +104,8 @@ def images(rows: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
             panel.set_axis_off()
         for panel, image in zip(line, row, strict=False):
             panel.imshow(image.reshape(side, side), cmap="gray_r", vmin=0, vmax=1)
-        style: Style = {"ha": "right", "va": "center", "fontsize": 9}
-        line[0].text(-0.25, 0.5, name, transform=line[0].transAxes, **style)
+        left = line[0]
+        left.text(-0.25, 0.5, name, transform=left.transAxes, ha="right", va="center", fontsize=9)
     figure.suptitle(title)
     return figure
 

@@ -1,7 +1,5 @@
 """From what users have, arrays and tensors, to finite tensors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Minibatches, from whatever the data came as."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

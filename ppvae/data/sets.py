@@ -1,7 +1,5 @@
 """Small data sets that need no download, and files of the user's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Why the ELBO is below log p(x): what the family cannot represent, and what the encoder misses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -121,23 +119,25 @@ def gaps(  # noqa: D417
 
 
 def _check_guide(guide: Any) -> None:
+    """Raises a ValueError unless the guide answers for each datum by an encoder."""
     wanted = "a FamilyGuide with an encoder"
     expect(isinstance(guide, FamilyGuide), "guide", wanted, type(guide).__name__)
-    fixed = guide.encoder is not None or not guide.family.channels
-    expect(fixed, "guide", wanted, "one of global latents, whose channels are parameters")
+    amortized = guide.encoder is not None or not guide.family.channels
+    expect(amortized, "guide", wanted, "one of global latents, whose channels are parameters")
 
 
-def _check_terms(parts: Terms, guide: Any) -> None:
-    """Raises a ValueError unless the gaps can be measured."""
-    parts.check_local()
+def _check_terms(sites: Terms, guide: FamilyGuide) -> None:
+    """Raises a ValueError unless each datum has a gap, along the plate of the encoder."""
+    sites.check_local()
     point = f"{guide.family.name}: a point's objective is no bound on log p(x), so it has no gap"
-    expect(parts.log_guide, "guide", "a family with a density", point)
-    encoded, here = guide._plates.data, parts.plate.name
+    expect(sites.log_guide, "guide", "a family with a density", point)
+    encoded, here = guide._plates.data, sites.plate.name
     along = f"{encoded!r}, along which the batch of the encoder runs"
     expect(encoded in (None, here), "plate", along, repr(here))
 
 
 def _checked(log_likelihood: Any, size: int) -> np.ndarray:
+    """The user's log p(x) as an array."""
     if isinstance(log_likelihood, Tensor):
         log_likelihood = log_likelihood.detach().cpu()
     values = np.asarray(log_likelihood, dtype=float)
@@ -188,17 +188,13 @@ def _better(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
 
 def _elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]:
     """The two ELBOs of each datum, from the same draws, with their errors."""
-    groups = []
-    for _ in range(_GROUPS):
-        seed = _new_seed()
-        elbo = best_elbo = -shifted.loss(shifted.start, draws // _GROUPS, seed)
-        if best.shape[1]:
-            best_elbo = -shifted.loss(best, draws // _GROUPS, seed)
-        groups.append(torch.stack([elbo, best_elbo, best_elbo - elbo]))
-    means, errors = torch.stack(groups).mean(0), torch.stack(groups).std(0) / math.sqrt(_GROUPS)
-    names = "elbo", "best_elbo", "amortization"
-    values = dict(zip(names, means, strict=True))
-    return values | {f"{name}_se": error for name, error in zip(names, errors, strict=True)}
+    count, seeds = draws // _GROUPS, [_new_seed() for _ in range(_GROUPS)]
+    groups = {"elbo": -torch.stack([shifted.loss(shifted.start, count, seed) for seed in seeds])}
+    groups["best_elbo"] = -torch.stack([shifted.loss(best, count, seed) for seed in seeds])
+    groups["amortization"] = groups["best_elbo"] - groups["elbo"]
+    values = {name: group.mean(0) for name, group in groups.items()}
+    errors = {f"{k}_se": group.std(0) / math.sqrt(_GROUPS) for k, group in groups.items()}
+    return values | errors
 
 
 def _dataset(arrays: dict[str, Any], exact: np.ndarray | None, attrs: dict[str, Any]) -> xr.Dataset:

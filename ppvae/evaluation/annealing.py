@@ -5,8 +5,6 @@ from 0 to 1 its density is `q0(z)^(1 - b) p(x, z)^b`. The weight that it gathers
 p(x) whatever the number of temperatures; the more there are, the less it varies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ppvae import families
 from ppvae._checks import check_choice, check_count, expect
-from ppvae.evaluation.hmc import anneal, tune
+from ppvae.evaluation.hmc import Schedule, anneal, tune
 from ppvae.evaluation.path import Densities, densities
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
@@ -104,11 +102,9 @@ def annealed_importance(  # noqa: D417
         >>> bool(result.log_likelihood.mean() < result.upper.mean() + 0.1)
         True
     """
-    counts = [
-        check_count("num_temperatures", num_temperatures),
-        check_count("num_chains", num_chains),
-        check_count("num_leapfrog", num_leapfrog),
-    ]
+    num_temperatures = check_count("num_temperatures", num_temperatures)
+    num_chains = check_count("num_chains", num_chains)
+    num_leapfrog = check_count("num_leapfrog", num_leapfrog)
     check_choice("start", start, ("guide", "prior"))
     guide = FamilyGuide(model, families.noise_only) if start == "prior" else guide
     if guide is None:
@@ -119,12 +115,13 @@ def annealed_importance(  # noqa: D417
     with _hints(start), opening as runs:
         terms(*runs.traces, plate).check_local()
         states = _states(runs, latents, batch_size)
-        chains = num_chains if latents is None else 2 * num_chains
-        total = len(runs.batches) * chains * num_temperatures
+        paths = num_chains if latents is None else 2 * num_chains
+        total = len(runs.batches) * paths * num_temperatures
         with tqdm(desc=label, total=total, disable=not progress, delay=3.0) as bar:
             for batch, state in zip(runs.batches, states, strict=True):
                 at = partial(densities, runs, batch, prior=start == "prior")
-                results.append(_estimates(at, state, bar.update, *counts))
+                tuned = partial(tune, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
+                results.append(_estimates(at, tuned, num_chains, state, bar.update))
     arrays = {name: np.concatenate([each[name] for each in results]) for name in results[0]}
     attrs = {"num_temperatures": num_temperatures, "num_chains": num_chains, "start": start}
     return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)
@@ -132,67 +129,68 @@ def annealed_importance(  # noqa: D417
 
 @contextmanager
 def _hints(start: str) -> Iterator[None]:
-    """Says of errors what they mean for the start of the chains."""
+    """Adds to an error what it means for the start of the chains."""
+    kind: type[Exception] = NotImplementedError if start == "prior" else ValueError
     try:
         yield
-    except NotImplementedError as error:
+    except kind as error:
+        hint = f"model: expected priors that can be drawn from; {error}"
         if start != "prior":
-            raise
-        raise ValueError(f"model: expected priors that can be drawn from; {error}") from error
-    except ValueError as error:
-        if start == "prior" or not str(error).startswith("guide: "):
-            raise
-        raise ValueError(f'{error} (start="prior" needs no density of a guide)') from error
+            if not str(error).startswith("guide: "):
+                raise
+            hint = f'{error} (start="prior" needs no density of a guide)'
+        raise ValueError(hint) from error
 
 
 def _states(runs: Runs, latents: Mapping[str, Tensor] | None, size: int) -> list[Tensor | None]:
     """The state that each minibatch, of that size, was simulated from; None if it is not known."""
     if latents is None:
         return [None] * len(runs.batches)
-    nodes, values = {node["name"]: node for node in latent_nodes(runs.traces[0])}, {}
+    nodes = {node["name"]: node for node in latent_nodes(runs.traces[0])}
     expect(set(latents) == set(nodes), "latents", f"values of {list(nodes)}", list(latents))
-    for name, node in nodes.items():
-        value = torch.as_tensor(latents[name]).to(node["value"])
-        shape, support = tuple(node["value"].shape), node["fn"].support
+    values = {k: torch.as_tensor(latents[k]).to(node["value"]) for k, node in nodes.items()}
+    for name, value in values.items():
+        shape, support = tuple(nodes[name]["value"].shape), nodes[name]["fn"].support
         expect(value.shape == shape, "latents", f"shape {shape} at {name!r}", tuple(value.shape))
         inside = support.check(value).all() and value.isfinite().all()
         expect(inside, "latents", f"values in {support} at {name!r}", "others")
-        values[name] = value
     state = Layout.of(runs.traces[0], runs.plate).free(values)
     return [*state.split(size if len(runs.batches) > 1 else state.shape[1], 1)]
 
 
 def _estimates(
-    at: Callable[..., Densities], true: Tensor | None, tick: Callable[[int], object], *counts: int
+    at: Callable[..., Densities],
+    tuned: Callable[[Densities], Schedule],
+    num_chains: int,
+    true: Tensor | None,
+    tick: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
     """The estimates for one minibatch.
 
     Args:
-        at: the log densities of the minibatch in a plate of chains.
+        at: makes the log densities of the minibatch in a plate of chains.
+        tuned: finds the path of the chains.
+        num_chains: chains per datum.
         true: the state that the data were simulated from, if that is known.
         tick: called with the number of chains after each temperature.
-        *counts: of temperatures, chains and leapfrog steps.
     """
-    num_temperatures, num_chains, num_leapfrog = counts
     one = at()
-    cut = partial(one.runs.draws, one.args, traces=one.traces)
-    few = next(cut(max(1, num_chains // 4)))[1]
-    schedule = tune(at(few), num_temperatures, num_leapfrog)
-    forth, back, accepted = [], [], []
-    for count, draws in cut(num_chains):
+    runs_of = partial(one.runs.draws, one.args, traces=one.traces)
+    _, few = next(runs_of(max(1, num_chains // 4)))
+    schedule = tuned(at(few))
+    up, down = [], []
+    for count, draws in runs_of(num_chains):
         both = at(draws)
-        log_weight, share = anneal(both, both.at(both.draw()), schedule, tick)
-        forth.append(log_weight)
-        accepted.append(share)
+        up.append(anneal(both, both.at(both.draw()), schedule, tick))
         if true is not None:
             point = both.at(true.expand(count, -1, -1))
-            back.append(anneal(both, point, schedule.reversed(), tick)[0])
-    log_weight = torch.cat(forth)
+            down.append(anneal(both, point, schedule.reversed(), tick)[0])
+    log_weight, acceptance = (torch.cat(column) for column in zip(*up, strict=True))
     estimates = {
         "log_likelihood": log_mean_weight(log_weight),
         "ess": effective_sample_size(log_weight),
-        "acceptance": torch.cat(accepted).mean(0),
+        "acceptance": acceptance.mean(0),
     }
     if true is not None:
-        estimates["upper"] = -log_mean_weight(torch.cat(back))
+        estimates["upper"] = -log_mean_weight(torch.cat(down))
     return {name: value.cpu().numpy() for name, value in estimates.items()}

@@ -1,7 +1,5 @@
 """The mean of q and the divergence of every latent coordinate, for each datum."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -68,19 +66,17 @@ def coordinates(model_trace: Any, guide_trace: Any, plate: Any) -> Coordinates:
     layout, values = Layout.of(model_trace, plate), guide_trace.nodes
     first = layout.flat({name: values[name]["value"] for name in layout.places})[0]
     point = not _is_drawn(guide_trace)
-    means: dict[str, Tensor] = {}
-    kls: dict[str, Tensor] = {}
+    tables: list[dict[str, Tensor]] = [{}, {}]
     for node in latent_nodes(model_trace):
-        name, fn = node["name"], values[node["name"]]["fn"]
+        fn, shape = values[node["name"]]["fn"], values[node["name"]]["value"].shape
         # the point of a piece of a joint draw says nothing of its distribution
         known = point or not is_point(fn)
-        mean, kl = (_mean(fn), _split_kl(fn, node["fn"])) if known else (None, None)
-        for table, value in ((means, mean), (kls, kl)):
-            value = first.new_tensor(math.nan) if value is None else value
-            table[name] = value.double().expand(values[name]["value"].shape)
-    known_mean, known_kl = (layout.flat(table)[0] for table in (means, kls))
-    zero = torch.zeros_like(known_mean)
-    return Coordinates(layout, first, known_mean, known_kl, 0, zero, zero)
+        for table, value in zip(tables, (_mean(fn), _split_kl(fn, node["fn"])), strict=True):
+            value = value if known and value is not None else first.new_tensor(math.nan)
+            table[node["name"]] = value.double().expand(shape)
+    mean, kl = (layout.flat(table)[0] for table in tables)
+    zero = torch.zeros_like(mean)
+    return Coordinates(layout, first, mean, kl, 0, zero, zero)
 
 
 def _is_drawn(trace: Any) -> bool:
@@ -90,6 +86,7 @@ def _is_drawn(trace: Any) -> bool:
 
 
 def _mean(fn: Any) -> Tensor | None:
+    """The mean of a distribution; None where it has no closed form."""
     try:
         return fn.mean
     except NotImplementedError:

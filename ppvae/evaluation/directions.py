@@ -1,9 +1,7 @@
 """How many principal directions of the data are worth a latent at the noise of the decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +14,9 @@ WORTH = 0.05  # nats per datum: a direction that gains less is not worth a laten
 _WIDEST = 2000  # values per datum of which the covariance is looked at
 
 
-class Moments(NamedTuple):
-    """Sums over the data of a minibatch, and the mean variance of its Gaussian likelihood."""
-
-    size: int
-    total: np.ndarray
-    products: np.ndarray
-    noise: float
+# sums over the data of a minibatch (their number, the values, the products of any two values), and
+# the mean variance of its Gaussian likelihood
+Moments = tuple[int, np.ndarray, np.ndarray, float]
 
 
 def moments_of(model_trace: Any, plate: Any) -> Moments | None:
@@ -35,8 +29,7 @@ def moments_of(model_trace: Any, plate: Any) -> Moments | None:
     if len(nodes) > 1 or not isinstance(fn, Normal) or x.shape[1] > _WIDEST:
         return None
     rows = x.double().cpu().numpy()
-    noise = float(fn.variance.double().mean())
-    return Moments(len(rows), rows.sum(0), rows.T @ rows, noise)
+    return len(rows), rows.sum(0), rows.T @ rows, float(fn.variance.double().mean())
 
 
 def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
@@ -48,13 +41,11 @@ def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
     Args:
         moments: of all minibatches.
     """
-    parts = [part for part in moments if part is not None]
-    size = sum(part.size for part in parts)
-    if size < 2:
+    known = [each for each in moments if each is not None]
+    if sum(each[0] for each in known) < 2:
         return {}
-    mean = sum(part.total for part in parts) / size
-    second = sum(part.products for part in parts) / size
-    noise = float(np.mean([part.noise for part in parts]))
-    ratio = np.maximum(np.linalg.eigvalsh(second - np.outer(mean, mean)) / noise, 1.0)
+    size, total, products, noise = (sum(column) for column in zip(*known, strict=True))
+    mean, noise = total / size, noise / len(known)
+    ratio = np.maximum(np.linalg.eigvalsh(products / size - np.outer(mean, mean)) / noise, 1.0)
     worth = (ratio - 1 - np.log(ratio)) / 2
     return {"noise_variance": noise, "directions": int((worth > WORTH).sum())}

@@ -1,7 +1,5 @@
 """What a fit is worth, per datum and in total, in nats."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +12,7 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_count
 from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import directions, moments_of
-from ppvae.evaluation.information import Information, draws_needed, draws_of, information
+from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.families.family import cap
 from ppvae.objectives.trace_terms import Terms, terms
@@ -169,7 +167,7 @@ def _measured(sample: Sample) -> dict[str, np.ndarray]:
     return arrays | {"terms": by_site} | sample.coordinates.arrays()
 
 
-def _variables(arrays: dict[str, np.ndarray], totals: Information) -> dict[str, Any]:
+def _variables(arrays: dict[str, np.ndarray], totals: dict[str, float]) -> dict[str, Any]:
     """The variables of the result, with their units, from the arrays of all data."""
     variables: dict[str, Any] = {}
     for name, measure in PER_DATUM.items():
@@ -177,6 +175,6 @@ def _variables(arrays: dict[str, np.ndarray], totals: Information) -> dict[str, 
     variables["terms"] = (("datum", "site"), arrays["terms"], {"unit": "nats per datum"})
     for name, measure in PER_LATENT.items():
         variables[name] = ("latent", measure.function(arrays), {"unit": measure.unit})
-    for name, value in totals._asdict().items():
+    for name, value in totals.items():
         variables[name] = ((), value, {"unit": "nats per datum"})
     return variables

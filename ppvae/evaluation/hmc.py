@@ -1,7 +1,5 @@
 """Hamiltonian Monte Carlo along a path of temperatures, for many data and chains at once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,7 +33,7 @@ class Schedule(NamedTuple):
     steps: Tensor
     num_leapfrog: int
 
-    def reversed(self) -> Schedule:
+    def reversed(self) -> "Schedule":
         """The same path from the posterior to the start."""
         return Schedule(self.temperatures.flip(0), self.steps.flip(0), self.num_leapfrog)
 

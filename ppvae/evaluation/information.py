@@ -5,11 +5,9 @@ With the aggregate posterior `q(z) = mean_n q(z | x_n)` of the data at hand, the
 2016). All values are in nats per datum.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,38 +19,7 @@ from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import BUDGET, Runs, draws_plate, given, run_trace
 
 _PAIRS = 10_000_000  # of a draw and a datum; with more data fewer draws are compared with them
-
-
-class Draws(NamedTuple):
-    """Draws of the latents of a minibatch: one of each datum, then the next of each.
-
-    Attributes:
-        values: of all sites of the guide, shape `(draws, coordinates)`.
-        log_guide: log q(z | x) of each draw, shape `(draws,)`.
-        log_prior: log p(z) of each draw, shape `(draws,)`.
-        size: number of data.
-    """
-
-    values: Tensor
-    log_guide: Tensor
-    log_prior: Tensor
-    size: int
-
-
-class Information(NamedTuple):
-    """What the latents tell of the data, in nats per datum, with standard errors.
-
-    Attributes:
-        mutual_information: I(x; z) under the distribution of the data at hand; at most log N.
-        mutual_information_se: its standard error.
-        aggregate_kl: KL(q(z) || p(z)) of the aggregate posterior.
-        aggregate_kl_se: its standard error.
-    """
-
-    mutual_information: float
-    mutual_information_se: float
-    aggregate_kl: float
-    aggregate_kl_se: float
+_TOTALS = "mutual_information", "mutual_information_se", "aggregate_kl", "aggregate_kl_se"
 
 
 def draws_needed(size: int) -> int:
@@ -60,26 +27,33 @@ def draws_needed(size: int) -> int:
     return max(1, min(32, _PAIRS // 10 // size**2))
 
 
-def draws_of(pairs: Sequence[tuple[Any, Any]], plate: Any) -> Draws:
-    """Reads the draws off some pairs of traces of model and guide on one minibatch."""
-    parts = [terms(*pair, plate.name) for pair in pairs]
-    size, layout = parts[0].plate.size, _layout(pairs[0][1], plate)
-    values = [{name: trace.nodes[name]["value"] for name in layout.places} for _, trace in pairs]
-    log_guide = torch.cat([each.log_q.expand(size) for each in parts])
-    log_prior = torch.cat([each.total(each.log_prior).expand(size) for each in parts])
-    return Draws(torch.cat([layout.flat(v)[0] for v in values]), log_guide, log_prior, size)
+def draws_of(pairs: Sequence[tuple[Any, Any]], plate: Any) -> list[Tensor]:
+    """Reads the draws off some pairs of traces of model and guide on one minibatch.
+
+    Returns:
+        The values of all sites of the guide, shape `(draws, datum, coordinates)`; log q(z | x) of
+        each draw, and its log p(z), both of shape `(draws, datum)`.
+    """
+    layout = _layout(pairs[0][1], plate)
+    draws = []
+    for pair in pairs:
+        sites = terms(*pair, plate.name)
+        values = layout.flat({name: pair[1].nodes[name]["value"] for name in layout.places})[0]
+        log_prior = sites.total(sites.log_prior)
+        draws.append((values, sites.log_q.expand(len(values)), log_prior.expand(len(values))))
+    return [torch.stack(column) for column in zip(*draws, strict=True)]
 
 
 def _layout(guide_trace: Any, plate: Any) -> Layout:
-    """Of all that a guide draws, auxiliary sites among it."""
+    """The coordinates of all that a guide draws, auxiliary sites among it."""
     nodes = drawn_nodes(guide_trace)
     return Layout({name: Place.of(node, plate) for name, node in nodes.items()})
 
 
 def information(
-    runs: Runs, draws: Sequence[Draws], rate: np.ndarray, channels: tuple[str, ...] | None
-) -> Information:
-    r"""Mutual information and aggregate KL, from a draw of each datum against all the data.
+    runs: Runs, draws: Sequence[list[Tensor]], rate: np.ndarray, channels: tuple[str, ...] | None
+) -> dict[str, float]:
+    r"""Mutual information and aggregate KL, from draws for each datum against all the data.
 
     `log q(z | x_n) - log q(z)` has mean I and is never above log N, since q(z) holds the draw's
     own `q(z | x_n) / N`. `log q(z | x_n) - log p(z)` less the known rate has mean zero; it is used
@@ -88,38 +62,38 @@ def information(
 
     Args:
         runs: a model and its guide, which has local latents.
-        draws: of each minibatch; none of a point, of which nothing is known.
+        draws: `draws_of` each minibatch; an empty list for a point, whose values are NaN.
         rate: KL(q(z | x) || p(z)) per datum, shape `(N,)`.
-        channels: of the guide's family, if it is of one.
+        channels: the channels of the guide's family, or None for a guide of another kind.
+
+    Returns:
+        `mutual_information`, which is I(x; z) under the distribution of the data at hand and at
+        most log N, and `aggregate_kl`, which is KL(q(z) || p(z)) of the aggregate posterior; each
+        with its standard error, under the same name with `_se`.
     """
     if not draws:
-        return Information(*[math.nan] * 4)
+        return dict.fromkeys(_TOTALS, math.nan)
     # a family with channels never runs its model, and so can run inside a plate of draws; one
     # without runs it, decoder and all, and then fewer pairs must do
     inside, size = bool(runs.vectorized or channels), len(rate)
     pairs = _PAIRS if inside and channels != () else _PAIRS // 100
-    points = min(size, max(1, pairs // size))
-    chosen = np.zeros(size, dtype=bool)
-    chosen[np.arange(points) * size // points] = True
-    datum, first = np.zeros(0, dtype=int), 0
-    for each in draws:
-        datum = np.append(datum, first + np.arange(len(each.log_guide)) % each.size)
-        first += each.size
-    rows = np.flatnonzero(chosen[datum])
-    columns = zip(*((each.values, each.log_guide, each.log_prior) for each in draws), strict=True)
-    values, log_own, log_prior = (torch.cat(column)[rows] for column in columns)
-    log_q = _log_sum(runs, values, inside) - math.log(size)
-    log_own, log_prior, log_q = torch.stack([log_own, log_prior, log_q]).double().cpu().numpy()
-    datum = datum[rows]
-    gain, control = log_own - log_q, log_own - log_prior - rate[datum]
+    count = min(size, max(1, pairs // size))
+    chosen = np.arange(count) * size // count
+    columns = zip(*draws, strict=True)
+    values, log_own, log_prior = (torch.cat(column, 1)[:, chosen] for column in columns)
+    log_sums = _log_sum(runs, values.flatten(0, 1), inside).reshape(log_own.shape)
+    logs = torch.stack([log_own, log_prior, log_sums - math.log(size)])
+    log_own, log_prior, log_q = logs.double().cpu().numpy()
+    gain, control = log_own - log_q, log_own - log_prior - rate[chosen]
     spread = control.var()
-    if spread > 0 and len(datum) > 20:
-        gain = gain - np.cov(gain, control, ddof=0)[0, 1] / spread * control
-    counts = np.bincount(datum, minlength=size)[chosen]
-    per_datum = np.bincount(datum, gain, size)[chosen] / counts
+    if spread > 0 and control.size > 20:
+        covariance = np.cov(gain.ravel(), control.ravel(), ddof=0)[0, 1]
+        gain = gain - covariance / spread * control
+    per_datum = gain.mean(0)
     mutual = min(float(per_datum.mean()), math.log(size))
-    rest = rate[chosen] - per_datum
-    return Information(mutual, _error(per_datum), float(rate.mean()) - mutual, _error(rest))
+    errors = _error(per_datum), _error(rate[chosen] - per_datum)
+    totals = mutual, errors[0], float(rate.mean()) - mutual, errors[1]
+    return dict(zip(_TOTALS, totals, strict=True))
 
 
 def _error(values: np.ndarray) -> float:

@@ -5,12 +5,10 @@ under `@per_datum(unit)`; for one per coordinate of the latents, a function of t
 `Coordinates`, under `@per_latent(unit)`. `evaluate` then returns it under the function's name.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +17,9 @@ from ppvae.evaluation.coordinates import Coordinates
 from ppvae.objectives import weights
 
 ACTIVE = 0.01  # variance of the mean of q over the data, above which a latent is in use
+
+
+_Number = TypeVar("_Number", bound=Callable[..., np.ndarray])
 
 
 class Sample(NamedTuple):
@@ -57,10 +58,12 @@ PER_DATUM: dict[str, Measure] = {}
 PER_LATENT: dict[str, Measure] = {}
 
 
-def _measure(registry: dict[str, Measure], unit: str, *, density: bool = False) -> Any:
+def _measure(
+    registry: dict[str, Measure], unit: str, *, density: bool = False
+) -> Callable[[_Number], _Number]:
     """Registers a number under the function's name; with `density`, one that a point lacks."""
 
-    def register(function: Callable[[Any], np.ndarray]) -> Any:
+    def register(function: _Number) -> _Number:
         registry[function.__name__] = Measure(function, unit, density)
         return function
 

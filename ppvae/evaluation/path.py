@@ -1,7 +1,5 @@
 """The two log densities that an annealed run moves between, at any point of unconstrained space."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Ranks of true values among draws: are they uniform, and what do they say in words?"""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -25,11 +23,8 @@ def uniformity(rank: np.ndarray, num_samples: int) -> np.ndarray:
 
     Säilynoja, Bürkner, Vehtari, Graphical test for discrete uniformity, 2022.
     """
-    bounds = _bounds(num_samples)
-    chances = bounds / (num_samples + 1)
-    tails = _tails(len(rank), chances)
-    smaller = _smaller(rank, bounds)
-    statistic = np.take_along_axis(tails, smaller, 1).min(0)
+    bounds, chances, tails = _points(len(rank), num_samples)
+    statistic = np.take_along_axis(tails, _smaller(rank, bounds), 1).min(0)
     limits, index = np.unique(statistic, return_inverse=True)
     return np.array([_chance_outside(tails, chances, limit) for limit in limits])[index]
 
@@ -47,9 +42,7 @@ def ecdf_band(
     Returns:
         The points, as shares of the ranks, and the lower and upper end there.
     """
-    bounds = _bounds(num_samples)
-    chances = bounds / (num_samples + 1)
-    tails = _tails(num_simulations, chances)
+    _, chances, tails = _points(num_simulations, num_samples)
     low, high = math.log((1 - level) / (2 * len(chances))), math.log(1 - level)
     for _ in range(30):
         middle = (low + high) / 2
@@ -61,7 +54,7 @@ def ecdf_band(
 
 def ecdf_of(rank: np.ndarray, num_samples: int) -> np.ndarray:
     """The cumulative distribution of ranks at the points of `ecdf_band`, shape `(points, *)`."""
-    return _smaller(rank, _bounds(num_samples)) / len(rank)
+    return _smaller(rank, _points(len(rank), num_samples)[0]) / len(rank)
 
 
 def coverage(rank: np.ndarray, num_samples: int, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -146,22 +139,25 @@ def _poisson(number: Any, mean: Any) -> Any:
     return np.where(np.asarray(number) < 0, 0.0, np.exp(logs))
 
 
-def _bounds(num_samples: int) -> np.ndarray:
-    """Ranks that the points lie below, about evenly spaced and inside."""
+def _points(count: int, num_samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The points where the cumulative distribution of so many ranks is looked at.
+
+    Returns:
+        The bound of each point, of which the number of smaller ranks is counted: about evenly
+        spaced between 0 and `num_samples + 1`; the chance that a uniform rank is smaller; and the
+        two-sided p-values of 0 to `count` smaller ranks, shape `(points, count + 1)`.
+    """
     ends = np.linspace(0, num_samples + 1, min(_INTERVALS, num_samples + 1) + 1)
-    return ends[1:-1].round().astype(int)
+    bounds = ends[1:-1].round().astype(int)
+    chances, numbers = bounds / (num_samples + 1), np.arange(count + 1)
+    below = special.bdtr(numbers, count, chances[:, None])
+    above = np.where(numbers > 0, special.bdtrc(numbers - 1, count, chances[:, None]), 1.0)
+    return bounds, chances, np.minimum(1.0, 2 * np.minimum(below, above))
 
 
 def _smaller(rank: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The number of ranks below each bound, shape `(points, *)`."""
     return np.stack([(rank < bound).sum(0) for bound in bounds])
-
-
-def _tails(count: int, chances: np.ndarray) -> np.ndarray:
-    """Two-sided p-values of binomial numbers 0 to `count`, shape `(points, count + 1)`."""
-    numbers, chance = np.arange(count + 1), chances[:, None]
-    below = special.bdtr(numbers, count, chance)
-    above = np.where(numbers > 0, special.bdtrc(numbers - 1, count, chance), 1.0)
-    return np.minimum(1.0, 2 * np.minimum(below, above))
 
 
 def _interval(tails: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:

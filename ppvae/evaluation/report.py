@@ -1,7 +1,5 @@
 """The result of `evaluate` as a table, and in words."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -48,8 +46,7 @@ def summary(found: xr.Dataset) -> pd.DataFrame:
         rows[name] = (*_mean(found[name]), found[name].attrs["unit"])
     if found.bound:
         for name in ("mutual_information", "aggregate_kl"):
-            error = float(found[f"{name}_se"])
-            rows[name] = (float(found[name]), error, found[name].attrs["unit"])
+            rows[name] = (*_total(found, name), found[name].attrs["unit"])
         rows["ess"] = (*_mean(found.ess), f"of {found.num_samples} {found.ess.attrs['unit']}")
         above = (found.khat > TRUSTED).where(found.khat.notnull())
         rows[f"khat > {TRUSTED}"] = (*_mean(above), "share of the data")
@@ -86,7 +83,7 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     _check(found)
     beta = check_number("beta", beta)
     lines = _bound(found) if found.bound else _point(found)
-    return "\n".join(lines + _collapse(found, beta))
+    return "\n".join([*lines, _collapse(found, beta)])
 
 
 def _check(found: xr.Dataset) -> None:
@@ -95,8 +92,14 @@ def _check(found: xr.Dataset) -> None:
 
 
 def _mean(values: xr.DataArray) -> tuple[float, float]:
+    """The mean over the data and its standard error."""
     error = values.values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.values.mean()), float(error)
+
+
+def _total(found: xr.Dataset, name: str) -> tuple[float, float]:
+    """A number of all the data and its standard error."""
+    return float(found[name]), float(found[f"{name}_se"])
 
 
 def _active(found: xr.Dataset) -> tuple[float, float]:
@@ -109,22 +112,24 @@ def _active(found: xr.Dataset) -> tuple[float, float]:
 
 
 def _point(found: xr.Dataset) -> list[str]:
-    value = float(found.objective.mean())
+    """The sentences on a guide that is a point."""
     return [
-        f"The objective, {value:.2f}, is a penalised log-likelihood: a point has no density, so it "
-        "is no bound on log p(x) and must not be compared with an ELBO.",
+        f"The objective, {float(found.objective.mean()):.2f}, is a penalised log-likelihood: a "
+        "point has no density, so it is no bound on log p(x) and must not be compared with an "
+        "ELBO.",
         "Its rate is the penalty -log p(z), no divergence.",
     ]
 
 
 def _bound(found: xr.Dataset) -> list[str]:
+    """The sentences on a guide that has a density."""
     (elbo, error), (rate, _) = _mean(found.elbo), _mean(found.rate)
     log_p, size = float(found.log_likelihood.mean()), found.sizes["datum"]
     lines = [
         f"The ELBO is {elbo:.2f} +- {error:.2f} nats per datum, at a rate of {rate:.2f}; log p(x) "
         f"is at least {log_p:.2f}, so the gap is {log_p - elbo:.2f} or more."
     ]
-    carried, carried_se = float(found.mutual_information), float(found.mutual_information_se)
+    carried, carried_se = _total(found, "mutual_information")
     if carried > math.log(size) - max(0.1, 2 * carried_se):
         lines.append(
             f"The latents tell all these {size} data apart: I(x; z) is at its limit here, log N = "
@@ -133,7 +138,7 @@ def _bound(found: xr.Dataset) -> list[str]:
     else:
         carried = round(carried, 2) + 0.0  # no negative zero
         lines.append(f"The latents tell {carried:.2f} +- {carried_se:.2f} nats of each datum.")
-    apart, apart_se = float(found.aggregate_kl), float(found.aggregate_kl_se)
+    apart, apart_se = _total(found, "aggregate_kl")
     if apart > max(1.0, 2 * apart_se):
         lines.append(
             f"The aggregate posterior is {apart:.2f} +- {apart_se:.2f} nats from the prior: "
@@ -149,6 +154,7 @@ def _bound(found: xr.Dataset) -> list[str]:
 
 
 def _trust(khats: np.ndarray) -> str:
+    """Whether the importance weights can be trusted."""
     if not len(khats):
         return "k-hat cannot be told from so few draws."
     share = float((khats > TRUSTED).mean())
@@ -161,14 +167,15 @@ def _trust(khats: np.ndarray) -> str:
     )
 
 
-def _collapse(found: xr.Dataset, beta: float) -> list[str]:
+def _collapse(found: xr.Dataset, beta: float) -> str:
+    """Which latents collapsed, and why."""
     active = int(found.active.sum())
     names = [str(name) for name in found.latent.values[~found.active.values]]
     if not names:
-        return [f"All {active} latents are active."]
+        return f"All {active} latents are active."
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     collapsed = f"{len(names)} of {len(found.latent)} latents collapsed ({listed}): "
-    return [collapsed + _cause(found, beta, active)]
+    return collapsed + _cause(found, beta, active)
 
 
 def _cause(found: xr.Dataset, beta: float, active: int) -> str:

@@ -1,13 +1,10 @@
 """Simulation-based calibration: whether the intervals of a guide cover what they promise."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +25,10 @@ from ppvae.objectives.weights import log_mean_weight
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import counts, data_plate, is_inside, prototype
-from ppvae.programs.runs import draw_runs, is_vectorized, minibatches, trace_pair
+from ppvae.programs.runs import Args, draw_runs, is_vectorized, minibatches, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
 
-_POINT = "a point has no density"
-
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
-Answers = Generator[tuple[Any, Simulation]]  # a guide, and data that it answers for
 Arrays = dict[str, np.ndarray]
 
 
@@ -126,48 +120,48 @@ def calibration(  # noqa: D417
     vectorized = is_vectorized(model) if vectorized is None else vectorized
     model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
     with private_modules(), random_state(seed):
-        frame, labels = _checked(model, guide, args, plate, local=refit is None)
-        plan = _Plan(model, frame, refit is None, labels, num_samples, vectorized, arguments)
+        data, labels = _checked(model, guide, args, plate, local=refit is None)
+        plan = _Plan(model, guide, data, num_samples, vectorized, arguments, refit)
         if num_simulations is None:
-            num_simulations = 100 if refit else min(frame.size, 1000)
+            num_simulations = min(data.size, 1000) if refit is None else 100
         total = check_count("num_simulations", num_simulations, 2)
-        answers = _simulations(plan, guide, args, total, min(batch_size, total), refit)
         label = progress if isinstance(progress, str) else "calibration"
         with tqdm(total=total, desc=label, disable=not progress, unit="simulation") as bar:
-            arrays = _collected(plan, answers, bar)
-    return _dataset(arrays, plan, [float(level) for level in levels])
+            arrays = _repeated(plan, args, min(batch_size, total), bar)
+    return _dataset(arrays, plan, labels, [float(level) for level in levels])
 
 
 class _Plan(NamedTuple):
-    """What one simulation is, a datum or a whole data set, and how the guide answers for it.
+    """How data are simulated and how the guide answers for them.
 
     Attributes:
         model: the model.
+        guide: its guide.
         plate: the data plate.
-        local: whether each datum is a simulation, and not the whole data set.
-        labels: names of the coordinates of the latents.
         num_samples: draws of the guide per simulation.
         vectorized: whether many draws are made in one run.
         arguments: from the drawn values of observed sites to the arguments.
+        refit: trains a copy of the guide on a whole data set, which is one simulation then; with
+            None each datum is one.
     """
 
     model: Any
+    guide: Any
     plate: Any
-    local: bool
-    labels: list[str]
     num_samples: int
     vectorized: bool
     arguments: Arguments | None
+    refit: Callable[..., Any] | None
 
-    def per_simulation(self, value: Tensor, parts: Terms, size: torch.Size) -> Tensor:
+    def per_simulation(self, value: Tensor, sites: Terms, size: torch.Size) -> Tensor:
         """Nats per datum, or of all data, as `(draws, simulations)` of that size."""
-        if not self.local:
-            value = (value.sum(-1) if parts.is_local else value)[..., None]
+        if self.refit is not None:
+            value = (value.sum(-1) if sites.is_local else value)[..., None]
         return value.double().expand(size)
 
 
 def _checked(
-    model: Any, guide: Any, args: tuple[Any, ...], plate: str | None, *, local: bool
+    model: Any, guide: Any, args: Args, plate_name: str | None, *, local: bool
 ) -> tuple[Any, list[str]]:
     """The data plate, and the names of the coordinates of the latents.
 
@@ -176,29 +170,28 @@ def _checked(
     """
     with torch.no_grad(), eval_mode(model), random_state(None, keep=True):
         trace = prototype(model, args, {})
-    frame = data_plate(trace, plate)
+    plate = data_plate(trace, plate_name)
     if local:
-        nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and counts(node)]
-        outside = [node["name"] for node in nodes if not is_inside(node, frame)]
-        why = _needs_training(guide, frame, outside)
+        why = _needs_training(guide, trace, plate)
         wanted = "a function that trains a copy of the guide on simulated data"
         expect(not why, "refit", f"{wanted}, since {why}", None)
-    elif frame is not None and frame.full_size is not None:
-        wanted, rows = f"all the data in the plate {frame.name!r} with `refit`", frame.full_size
-        expect(frame.size == rows, "model", wanted, f"{frame.size} of {rows}")
-    places = Layout.of(trace, frame if local else None).places.values()
-    return frame, [label for place in places for label in place.labels]
+    elif plate is not None and plate.full_size is not None:
+        wanted, rows = f"all the data in the plate {plate.name!r} with `refit`", plate.full_size
+        expect(plate.size == rows, "model", wanted, f"{plate.size} of {rows}")
+    places = Layout.of(trace, plate if local else None).places.values()
+    return plate, [label for place in places for label in place.labels]
 
 
-def _needs_training(guide: Any, plate: Any, outside: list[str]) -> str:
+def _needs_training(guide: Any, trace: Any, plate: Any) -> str:
     """Why a guide must be trained on data before it can answer for them; empty if it need not."""
     if plate is None:
         return "the model has no plate over its data"
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and counts(node)]
+    outside = [node["name"] for node in nodes if not is_inside(node, plate)]
     if outside:
         return f"the sites {outside} are outside the plate {plate.name!r}"
-    if not _is_amortized(guide):
-        return "the parameters of a guide without encoder are those of one data set"
-    return ""
+    single = "the parameters of a guide without encoder are those of one data set"
+    return "" if _is_amortized(guide) else single
 
 
 def _is_amortized(guide: Any) -> bool:
@@ -210,92 +203,84 @@ def _is_amortized(guide: Any) -> bool:
     return not isinstance(guide, (AutoContinuous, AutoDelta, AutoNormal))
 
 
-def _simulations(plan: _Plan, guide: Any, args: Any, total: int, size: int, refit: Any) -> Answers:
-    """Simulated data, with the guide as it is, in minibatches, or with a copy trained on them."""
-    batches = [args]
-    if refit is None:
-        with torch.no_grad(), eval_mode(plan.model, guide):
-            batches = minibatches(plan.model, guide, args, plan.plate, size)
-    seeds = _seeds(total)
-    others = seeds if refit is None else _seeds(total)
-    for batch, seed, other in zip(itertools.cycle(batches), seeds, others, strict=False):
-        simulation = simulate(plan.model, *batch, seed=seed, arguments=plan.arguments)
-        if refit is None:
-            yield guide, simulation
-            continue
-        frozen, trained = copy.deepcopy((plan.model, guide))
-        if isinstance(frozen, nn.Module):
-            frozen.requires_grad_(requires_grad=False)
-        with param_store(copies=True):
-            with random_state(other), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*was not registered in the param store")
-                refit(frozen, trained, *simulation.args)
-            yield trained, simulation
-
-
-def _seeds(count: int) -> list[int]:
-    """One for each simulation, so that the data do not depend on what a guide draws."""
-    return torch.randint(2**31, (count,)).tolist()
-
-
-def _collected(plan: _Plan, answers: Answers, bar: Any) -> Arrays:
+def _repeated(plan: _Plan, args: Args, batch_size: int, bar: Any) -> Arrays:
     """What is measured of as many simulations as the bar has room for."""
+    batches, total = [args], bar.total
+    if plan.refit is None:
+        with torch.no_grad(), eval_mode(plan.model, plan.guide):
+            batches = minibatches(plan.model, plan.guide, args, plan.plate, batch_size)
+    # a seed for each simulation: the data do not depend on what a guide draws, or a refit
+    seeds = torch.randint(2**31, (1 if plan.refit is None else 2, total)).tolist()
     results, done = [], 0
-    with closing(answers):  # an error ends the run inside, and what it has opened, at once
-        for guide, simulation in answers:
-            results.append(_measured(plan, guide, simulation))
-            done += len(results[-1]["rank"])
-            bar.update(min(done, bar.total) - bar.n)
-            if done >= bar.total:
-                break
-    return {k: np.concatenate([r[k] for r in results])[: bar.total] for k in results[0]}
+    for batch, *pair in zip(itertools.cycle(batches), seeds[0], seeds[-1], strict=False):
+        results.append(_simulated(plan, batch, *pair))
+        done += len(results[-1]["rank"])
+        bar.update(min(done, total) - bar.n)
+        if done >= total:
+            break
+    return {k: np.concatenate([result[k] for result in results])[:total] for k in results[0]}
+
+
+def _simulated(plan: _Plan, args: Args, seed: int, refit_seed: int) -> Arrays:
+    """Simulates data and measures the guide on them, or a copy that was trained on them."""
+    simulation = simulate(plan.model, *args, seed=seed, arguments=plan.arguments)
+    if plan.refit is None:
+        return _measured(plan, plan.guide, simulation)
+    frozen, trained = copy.deepcopy((plan.model, plan.guide))
+    if isinstance(frozen, nn.Module):
+        frozen.requires_grad_(requires_grad=False)
+    with param_store(copies=True):
+        with random_state(refit_seed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+            plan.refit(frozen, trained, *simulation.args)
+        return _measured(plan, trained, simulation)
 
 
 def _measured(plan: _Plan, guide: Any, simulation: Simulation) -> Arrays:
     """Ranks of shape `(simulations, coordinates)`, and nats of shape `(simulations,)`."""
     (args, latents), model = simulation, plan.model
     name = None if plan.plate is None else plan.plate.name
-    below: Any = 0
-    ties: Any = 0
+    below, ties = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
     weights = []
     tensors = [value for value in (*latents.values(), *args) if isinstance(value, Tensor)]
     widest = max(value.numel() for value in tensors) if plan.vectorized else None
     with torch.no_grad(), unchecked(), eval_mode(model, guide):
         for _, draws in draw_runs(model, args, plan.num_samples, widest):
             model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
-            layout = Layout.of(model_trace, plan.plate if plan.local else None, draws)
+            layout = Layout.of(model_trace, plan.plate if plan.refit is None else None, draws)
             drawn = layout.flat({site: guide_trace.nodes[site]["value"] for site in latents})
             expect(not drawn.isnan().any(), "guide", "draws that are numbers", "NaN")
             true = layout.flat(latents)
             below, ties = below + (drawn < true).sum(0), ties + (drawn == true).sum(0)
-            parts = terms(model_trace, guide_trace, name)
-            weights.append(plan.per_simulation(parts.log_weight, parts, true.shape[:2]))
+            drawn_terms = terms(model_trace, guide_trace, name)
+            log_weight = plan.per_simulation(drawn_terms.log_weight, drawn_terms, true.shape[:2])
+            weights.append(log_weight)
         nats = {}
-        if parts.log_guide:
-            at_truth = terms_at(model, guide, args, latents, name)
-            nats = _nats(torch.cat(weights), at_truth, plan)
+        if drawn_terms.log_guide:
+            nats = _nats(plan, torch.cat(weights), terms_at(model, guide, args, latents, name))
     shift = (torch.rand(ties.shape, dtype=torch.float64, device=ties.device) * (ties + 1)).floor()
     values = {**nats, "rank": below + shift.long()}
     return {name: value.cpu().numpy() for name, value in values.items()}
 
 
-def _nats(log_w: Tensor, at_truth: Terms | None, plan: _Plan) -> dict[str, Tensor]:
+def _nats(plan: _Plan, log_weight: Tensor, true_terms: Terms | None) -> dict[str, Tensor]:
     """The gaps from the weights of the draws, and information from the terms at the true latents.
 
     Without those terms there is only the lower gap.
     """
-    gap = log_mean_weight(log_w) - log_w.mean(0)
-    if at_truth is None:
-        return {"gap": gap}
-    size = torch.Size([1, log_w.shape[1]])
-    gain = at_truth.log_q - at_truth.total(at_truth.log_prior)
-    gain = plan.per_simulation(gain, at_truth, size)[0]
-    joined = torch.cat([log_w, plan.per_simulation(at_truth.log_weight, at_truth, size)])
-    upper = log_mean_weight(joined) - log_w.mean(0)
-    return {"information": gain, "gap": gap, "gap_upper": upper}
+    elbo = log_weight.mean(0)
+    nats = {"gap": log_mean_weight(log_weight) - elbo}
+    if true_terms is not None:
+        size = torch.Size([1, len(elbo)])
+        gain = true_terms.log_q - true_terms.total(true_terms.log_prior)
+        nats["information"] = plan.per_simulation(gain, true_terms, size)[0]
+        true_weight = plan.per_simulation(true_terms.log_weight, true_terms, size)
+        nats["gap_upper"] = log_mean_weight(torch.cat([log_weight, true_weight])) - elbo
+    return nats
 
 
-def _dataset(arrays: Arrays, plan: _Plan, levels: list[float]) -> xr.Dataset:
+def _dataset(arrays: Arrays, plan: _Plan, labels: list[str], levels: list[float]) -> xr.Dataset:
+    """The result, with its verdict in words."""
     rank = arrays["rank"]
     share, error = np.stack([coverage(rank, plan.num_samples, level) for level in levels], 1)
     p = uniformity(rank, plan.num_samples)
@@ -309,12 +294,14 @@ def _dataset(arrays: Arrays, plan: _Plan, levels: list[float]) -> xr.Dataset:
         value = arrays.get(name, np.full(len(rank), math.nan))
         variables[name] = float(value.mean())
         variables[f"{name}_se"] = float(value.std(ddof=1)) / math.sqrt(len(rank))
-    note = "the guide's density at given latents was not found" if "gap" in arrays else _POINT
-    result = xr.Dataset(variables, {"latent": plan.labels, "level": levels})
+    note = "a point has no density"
+    if "gap" in arrays:
+        note = "the guide's density at given latents was not found"
+    result = xr.Dataset(variables, {"latent": labels, "level": levels})
     result.attrs = {
         "num_samples": plan.num_samples,
         "note": "" if "information" in arrays else note,
-        "unit": "nats per datum" if plan.local else "nats per data set",
+        "unit": "nats per datum" if plan.refit is None else "nats per data set",
         "calibrated": int((p * len(p) >= ALPHA).all()),
     }
     result.attrs["reading"] = verdict(result)

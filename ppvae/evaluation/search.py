@@ -4,8 +4,6 @@ A shift is added to what the encoder says of one datum: at a shift of zero the g
 The shifts of different data do not act on each other, so all are searched for side by side.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae._checks import expect
 from ppvae._scopes import random_state
 from ppvae.families.heads import Argument, Head
 from ppvae.objectives.trace_terms import Terms, terms
@@ -63,12 +62,11 @@ class ShiftedGuide:
     columns: dict[str, int]
     coordinates: int
 
-    def _terms(
+    def _runs(
         self, shifts: Tensor, draws: int, seed: int, match: str | None
     ) -> list[tuple[Terms, torch.Size]]:
         """The terms of runs that together make so many draws, and the shape of each."""
-        cut = shifts.split(list(self.columns.values()), 1) if self.columns else ()
-        pieces = dict(zip(self.columns, cut, strict=True))
+        pieces = dict(zip(self.columns, shifts.split([*self.columns.values()], 1), strict=True))
         numbers, first = MatchedNormals(draws, common=match == "common"), 0
         results = []
         with ExitStack() as stack:
@@ -79,15 +77,15 @@ class ShiftedGuide:
                 stack.enter_context(numbers.places(self.runs.plate))
             for count, plate in self.runs.draws(self.args, draws, self.traces):
                 numbers.start_run(first, count, single=plate is None)
-                parts = terms(*self.runs.pair(self.args, plate), self.runs.plate.name)
-                results.append((parts, torch.Size([count, len(shifts)])))
+                sites = terms(*self.runs.pair(self.args, plate), self.runs.plate.name)
+                results.append((sites, torch.Size([count, len(shifts)])))
                 first += count
         return results
 
     def log_weight(self, shifts: Tensor, draws: int, seed: int) -> Tensor:
         """Log importance weights of independent draws, shape `(draws, data)`."""
-        runs = self._terms(shifts, draws, seed, None)
-        return torch.cat([parts.log_weight.expand(size) for parts, size in runs])
+        runs = self._runs(shifts, draws, seed, None)
+        return torch.cat([sites.log_weight.expand(size) for sites, size in runs])
 
     def loss(self, shifts: Tensor, draws: int, seed: int, match: str = "datum") -> Tensor:
         """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`.
@@ -96,10 +94,11 @@ class ShiftedGuide:
             shifts: of all channels, shape `(data, size)`.
             draws: number of draws.
             seed: equal seeds mean equal draws.
-            match: match the moments for each "datum", or of numbers that are "common" to all.
+            match: "datum" matches the moments of the numbers of each datum; "common" those of
+                numbers that all data share.
         """
-        runs = self._terms(shifts, draws, seed, match)
-        sums = [(parts.distortion + parts.rate).expand(size).sum(0) for parts, size in runs]
+        runs = self._runs(shifts, draws, seed, match)
+        sums = [(sites.distortion + sites.rate).expand(size).sum(0) for sites, size in runs]
         return torch.stack(sums).sum(0) / draws
 
     def slope(self, shifts: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -130,11 +129,8 @@ def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
     with _shifted(heads, lambda key, value: zeros.setdefault(key, torch.zeros_like(value))):
         traces = runs.pair(args)
     drawn = drawn_nodes(traces[1])
-    for name, node in drawn.items():
-        if zeros and not node["fn"].has_rsample:
-            raise ValueError(
-                f"guide: expected reparametrized draws; {name!r} is drawn from {node['fn']}"
-            )
+    rough = {name: node["fn"] for name, node in drawn.items() if not node["fn"].has_rsample}
+    expect(not (zeros and rough), "guide", "reparametrized draws", rough)
     size = terms(*traces, runs.plate.name).plate.size
     coordinates = sum(node["value"].numel() for node in drawn.values()) // size
     columns = {channel: zero.numel() // size for channel, zero in zeros.items()}

@@ -1,7 +1,5 @@
 """From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -124,10 +122,9 @@ def _dims(runs: Runs, events: Mapping[str, int], *, local: bool) -> Dims:
     latents = latent_nodes(runs.traces[0])
     dims: Dims = {name: ["datum"] * local for name in ("log_p", "log_q")}
     for node in _shown(runs.traces[0]):
-        name, plates = node["name"], sorted(plates_of(node).values(), key=lambda frame: frame.dim)
-        inside = is_inside(node, runs.plate)
-        dims[name] = ["datum"] * inside
-        dims[name] += [f.name for f in plates if runs.plate is None or f.name != runs.plate.name]
+        name, plates = node["name"], sorted(plates_of(node).values(), key=lambda plate: plate.dim)
+        inside, data = is_inside(node, runs.plate), getattr(runs.plate, "name", None)
+        dims[name] = ["datum"] * inside + [p.name for p in plates if p.name != data]
         if events[name] == 1 and len(latents) == 1 and node is latents[0]:
             dims[name].append("latent")
         else:
@@ -158,13 +155,13 @@ def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, i
 
 
 def _concatenated(pieces: list[Groups], axis: int) -> Groups:
-    if len(pieces) == 1:  # of which an array may not have the axis
+    """Joins the arrays of all pieces along an axis, which those of a single piece may not have."""
+    if len(pieces) == 1:
         return pieces[0]
-
-    def joined(group: str, name: str) -> np.ndarray:
-        return np.concatenate([piece[group][name] for piece in pieces], axis)
-
-    return {key: {name: joined(key, name) for name in group} for key, group in pieces[0].items()}
+    return {
+        key: {name: np.concatenate([piece[key][name] for piece in pieces], axis) for name in group}
+        for key, group in pieces[0].items()
+    }
 
 
 def _values(
@@ -194,17 +191,15 @@ def _values(
 
 def _densities(traces: tuple[Any, Any], plate: Any, draws: Any) -> Groups:
     """Log densities of one run; what no draw changes is repeated."""
-    parts = terms(*traces, None if plate is None else plate.name)
+    sites = terms(*traces, None if plate is None else plate.name)
 
-    def stacked(value: Tensor) -> np.ndarray:
-        value = value[None] if draws is None else value.expand(draws.size, *value.shape[1:])
-        return value.cpu().numpy()
+    def stacked(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        count = 1 if draws is None else draws.size
+        rows = {k: v[None] if draws is None else v for k, v in values.items()}
+        return {k: v.expand(count, *v.shape[1:]).cpu().numpy() for k, v in rows.items()}
 
-    stats = {"log_p": stacked(parts.log_joint)}
-    if parts.log_guide:
-        stats["log_q"] = stacked(parts.log_q)
-    log_likelihood = {name: stacked(value) for name, value in parts.log_likelihood.items()}
-    return {"log_likelihood": log_likelihood, "sample_stats": stats}
+    stats = {"log_p": sites.log_joint} | ({"log_q": sites.log_q} if sites.log_guide else {})
+    return {"log_likelihood": stacked(sites.log_likelihood), "sample_stats": stacked(stats)}
 
 
 def _shown(trace: Any) -> list[Node]:
@@ -213,11 +208,14 @@ def _shown(trace: Any) -> list[Node]:
     return [n for n in nodes if not (site_is_subsample(n) or isinstance(n["fn"], dist.Unit))]
 
 
+def _stack(node: Node) -> list[Any]:
+    """The vectorized plates around a site, those of draws among them."""
+    return [plate for plate in node["cond_indep_stack"] if plate.dim is not None]
+
+
 def _depth(node: Node) -> int:
     """How far to the left the plates around a site reach."""
-    return max(
-        (-frame.dim for frame in node["cond_indep_stack"] if frame.dim is not None), default=0
-    )
+    return max([-plate.dim for plate in _stack(node)], default=0)
 
 
 def _event_dims(node: Node) -> int:
@@ -229,10 +227,9 @@ def _event_dims(node: Node) -> int:
     shape, events = node["value"].shape, len(node["fn"].event_shape)
     if not node["infer"].get("_deterministic") or events < len(shape):
         return events
-    frames = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
     most = max(len(shape) - _depth(node), 0)
     for events in range(most, -1, -1):
         batch = shape[: len(shape) - events]
-        if all(batch[frame.dim :][:1] == (frame.size,) for frame in frames):
+        if all(batch[plate.dim :][:1] == (plate.size,) for plate in _stack(node)):
             return events
     return most

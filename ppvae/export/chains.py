@@ -1,7 +1,5 @@
 """Runs over seeds, side by side as the chains of one ArviZ tree."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,30 +35,32 @@ def concat_chains(trees: Sequence[xr.DataTree]) -> xr.DataTree:
         2
     """
     expect(trees, "trees", "at least one tree", "none")
-    first, groups = trees[0], {}
-    counts = [tree["posterior"].sizes["chain"] for tree in trees]
+    wanted, groups = sorted(trees[0].children), {}
     for tree in trees:
-        came, wanted = sorted(tree.children), sorted(first.children)
+        came = sorted(tree.children)
         expect(came == wanted, "trees", f"the groups {wanted}", came)
-    for name in first.children:
-        pieces = []
-        for tree, count in zip(trees, counts, strict=True):
-            piece = tree[name].to_dataset()
-            if name == "evaluation" and "chain" not in piece.dims:
-                piece = piece.expand_dims(chain=np.arange(count))
-            pieces.append(piece)
-            alike = _sizes(piece) == _sizes(pieces[0])
-            expect(alike, "trees", f"equal variables and sizes in {name!r}", "others")
+    for name in trees[0].children:
+        pieces = [_with_chains(tree, name) for tree in trees]
+        alike = all(_sizes(piece) == _sizes(pieces[0]) for piece in pieces)
+        expect(alike, "trees", f"equal variables and sizes in {name!r}", "others")
         if "chain" in pieces[0].dims:
             joined = xr.concat(pieces, "chain", join="override", combine_attrs="drop_conflicts")
-            groups[name] = joined.assign_coords(chain=np.arange(sum(counts)))
+            groups[name] = joined.assign_coords(chain=np.arange(joined.sizes["chain"]))
         else:
             same = all(piece.equals(pieces[0]) for piece in pieces)
             expect(same, "trees", f"the same data in {name!r}", "others")
             groups[name] = pieces[0]
-    tree = xr.DataTree.from_dict(groups)
-    tree.attrs = dict(first.attrs)
-    return tree
+    joined_tree = xr.DataTree.from_dict(groups)
+    joined_tree.attrs = dict(trees[0].attrs)
+    return joined_tree
+
+
+def _with_chains(tree: xr.DataTree, name: str) -> xr.Dataset:
+    """A group of a tree; an evaluation without chains counts for each chain of the tree."""
+    group = tree[name].to_dataset()
+    if name == "evaluation" and "chain" not in group.dims:
+        return group.expand_dims(chain=np.arange(tree["posterior"].sizes["chain"]))
+    return group
 
 
 def _sizes(data: xr.Dataset) -> dict[Any, dict[Any, int]]:

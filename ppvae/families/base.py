@@ -1,7 +1,5 @@
 """The contract of guide families, with the recipe for a new one, and what makes them values."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Families of one distribution, and what the channels of a family can carry at most."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Normalizing flows: the family, and its head."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Heads: the modules that turn features, or free parameters, into a distribution."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ladder: the families from no channel to a channel of any shape, and their names."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The family whose only member is the prior of the model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

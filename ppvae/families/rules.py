@@ -1,7 +1,5 @@
 """Rules: where each argument of a family's distribution gets its value from."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass, field
 from numbers import Real

@@ -1,7 +1,5 @@
 """How a family shares out the latent sites of a model among its heads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple

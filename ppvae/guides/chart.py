@@ -6,8 +6,6 @@ and stretches the directions, so that a method that knows nothing of either sees
 a regression in years, grams or dollars make no difference to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Draws the latent sites of a block, inside the plates of one call of a guide."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

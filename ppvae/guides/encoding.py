@@ -1,7 +1,5 @@
 """Runs an encoder on the arguments of a model, and checks what it puts out."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """One guide for every family: it samples each latent site of a model from the family's head."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +94,7 @@ class FamilyGuide(ModelGuide):
         """The latent sites in the groups that are drawn together; none before `setup`."""
         return tuple(self._blocks)
 
-    def setup(self, *args: Any, **kwargs: Any) -> FamilyGuide:
+    def setup(self, *args: Any, **kwargs: Any) -> "FamilyGuide":
         """Looks at the model once, on its arguments, and makes the parameters.
 
         Trains nothing, uses up no random numbers but those of the initial values, and changes no

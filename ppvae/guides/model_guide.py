@@ -1,7 +1,5 @@
 """A guide that can be copied together with its model, and pickled without it."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, Self
 

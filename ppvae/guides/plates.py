@@ -1,7 +1,5 @@
 """The plates of a guide: those of its model, with the length of the batch at hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

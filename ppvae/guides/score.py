@@ -5,8 +5,6 @@ draw at an auxiliary site instead, in unconstrained space, and hand each latent 
 entries of such a draw are found among the coordinates of the latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

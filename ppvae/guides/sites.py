@@ -1,7 +1,5 @@
 """What a guide has to know of a model: its latent sites, their supports, and the data plate."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """What a model may say of itself, beyond being a Pyro program."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 

@@ -1,7 +1,5 @@
 """The generative model of a variational autoencoder, as a Pyro program."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyro
@@ -75,7 +73,7 @@ class VAE(UniquelyNamed):
             return dist.Normal(self._zeros, torch.ones_like(self._zeros)).to_event(1)
         return distribution_of(self.prior)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> VAE:  # noqa: FBT001, FBT002
+    def _apply(self, fn: Any, recurse: bool = True) -> "VAE":  # noqa: FBT001, FBT002
         """What `.to()` and its like do to each tensor; a fixed prior goes along."""
         super()._apply(fn, recurse)
         self.prior = self.prior if isinstance(self.prior, nn.Module) else moved(self.prior, fn)

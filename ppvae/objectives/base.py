@@ -4,8 +4,6 @@ Training and staging ask it of any callable, by the functions below: they know n
 class.
 """
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

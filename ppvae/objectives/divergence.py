@@ -1,7 +1,5 @@
 """The divergence of a guide from a prior, where it has a closed form."""
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
 from typing import Any

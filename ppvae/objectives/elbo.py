@@ -1,7 +1,5 @@
 """The negative ELBO, with a weight of its rate, and a floor under the rate of each latent."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The importance-weighted bound, and the doubly reparametrized estimate of its gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

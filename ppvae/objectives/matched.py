@@ -6,8 +6,6 @@ so for a Gaussian family on a Gaussian model this is the ELBO itself; elsewhere 
 O(1/draws). Training minimises it with a quasi-Newton method, and `regression` reports it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

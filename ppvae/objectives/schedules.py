@@ -1,7 +1,5 @@
 """Numbers that move with the steps of the optimizer, for the settings of an objective."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

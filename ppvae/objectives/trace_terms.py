@@ -4,8 +4,6 @@
 all use it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 All take log weights log p(x, z) - log q(z) with the draws in front, `(draws, *)`.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reads a prior, whether it is a module or a distribution, and moves one that is no module."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ A call with keyword arguments becomes such a tuple here, once, and is taken apar
 programs themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A `Place` reads one site, a `Layout` all latent sites of a model. Both turn valu
 shape `(draws, datum, coordinates)` and back, in the space of the site or in unconstrained space.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +39,7 @@ class Place(NamedTuple):
     drawn: bool
 
     @classmethod
-    def of(cls, node: Node, plate: Any, draws: Any = None, *, events: int | None = None) -> Place:
+    def of(cls, node: Node, plate: Any, draws: Any = None, *, events: int | None = None) -> "Place":
         """Reads a place off a node of a trace.
 
         Args:
@@ -99,7 +97,7 @@ class Place(NamedTuple):
         indices = product(*(range(size) for size in sizes))
         return [f"{self.name}[{','.join(map(str, i))}]" if i else self.name for i in indices]
 
-    def inside(self, draws: Any) -> Place:
+    def inside(self, draws: Any) -> "Place":
         """The place of the same site, read off a trace without draws, in a plate of draws."""
         between = -draws.dim - len(self.batch)
         batch = torch.Size([draws.size] + [1] * between) + self.batch[1:]
@@ -144,7 +142,7 @@ class Layout:
     places: dict[str, Place]
 
     @classmethod
-    def of(cls, trace: Any, plate: Any, draws: Any = None) -> Layout:
+    def of(cls, trace: Any, plate: Any, draws: Any = None) -> "Layout":
         """Reads the layout off a trace of the model; arguments as those of `Place.of`.
 
         Raises:
@@ -154,7 +152,7 @@ class Layout:
         expect(places, "model", "latent sites", "none")
         return cls(places)
 
-    def inside(self, draws: Any) -> Layout:
+    def inside(self, draws: Any) -> "Layout":
         """The same sites in a plate of draws; see `Place.inside`. None changes nothing."""
         if draws is None:
             return self

@@ -4,8 +4,6 @@ The average of any quadratic function over such draws is its expectation, withou
 a smooth function loses the greatest part of its variance, at the price of a bias of order 1/draws.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Reads the nodes of a trace: which are latent or observed, in which plates, on which support."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import reduce
 from typing import Any

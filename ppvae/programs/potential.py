@@ -1,7 +1,5 @@
 """The potential of a model: minus its log density as a function of unconstrained latents."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs a Pyro model and its guide: one pair of traces, many draws, and the data in minibatches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Data drawn from a model, with the latents that they came from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

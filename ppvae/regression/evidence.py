@@ -1,7 +1,5 @@
 r"""The evidence as a function of the prior scale, and its maximum (empirical Bayes)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -6,8 +6,6 @@ does (Trefethen, Weideman, *The exponentially convergent trapezoidal rule*, 2014
 of the Fourier series between the points.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings
@@ -75,7 +73,7 @@ class Problem(NamedTuple):
         seen = gaussian.rank if name == "scale" else gaussian.rows
         return self.unknown[name].falls - (seen - gaussian.flat) + order < -1e-9
 
-    def integrate(self) -> HyperPosterior:
+    def integrate(self) -> "HyperPosterior":
         """Computes the posterior of the noise and of the scale; their moments are exact too.
 
         Raises:

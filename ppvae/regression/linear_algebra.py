@@ -4,8 +4,6 @@ The data are reduced to a triangular factor, and that to one singular value deco
 serves every noise and every prior scale. `X'X` is never formed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple

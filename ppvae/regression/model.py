@@ -1,7 +1,5 @@
 """Linear regression as a Pyro program: the twin of the autoencoder, with global latents."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

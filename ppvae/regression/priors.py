@@ -1,7 +1,5 @@
 r"""Reads the priors of an exact posterior: numbers and log densities, all in float64."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +36,7 @@ class Unknown(NamedTuple):
     falls: float = 1.0
     center: float = 0.0
 
-    def around(self, number: float) -> Unknown:
+    def around(self, number: float) -> "Unknown":
         """Moves the finest part of the line to a number, if that is inside the support."""
         if not self.lower < number < self.upper:
             return self

@@ -1,7 +1,5 @@
 """What a guide of a regression is worth: its objective, and its predictions."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

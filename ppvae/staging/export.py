@@ -1,7 +1,5 @@
 """The graph of a call of a program, as `torch.export` records it."""
 
-from __future__ import annotations
-
 import builtins
 import logging
 import threading

@@ -1,7 +1,5 @@
 """The loss and its gradients as one graph, which can be compiled and vectorized."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -6,8 +6,6 @@ by `torch.vmap`, differentiated and compiled must have none of these, and yet gi
 the program, to the last bit and for the same seed.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A Pyro model, its guide and an objective as one module: what a graph is recorded from."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -157,5 +155,5 @@ class _Params(Messenger):
         if msg["name"] in self.sites:
             raw = self.sites[msg["name"]]
             value = transform_to(self.constraints[msg["name"]])(raw)
-            value.unconstrained = weakref.ref(raw)  # type: ignore[attr-defined]
+            value.unconstrained = weakref.ref(raw)
             msg["value"], msg["done"] = value, True

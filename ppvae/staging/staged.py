@@ -11,8 +11,6 @@ It goes wherever a module goes: any optimizer and loop, `DistributedDataParallel
 stages by itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -42,7 +40,7 @@ def stage(
     size: int | None = None,
     plate: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
-) -> Staged:
+) -> "Staged":
     """Records the loss of a model and its guide as a graph.
 
     What depends on the values of tensors in Python (`if x.sum() > 0`, `.item()`, sampling of
@@ -79,7 +77,7 @@ def stage(
     return record(program, args, tuple(kwargs or ()))
 
 
-def record(program: Program, args: tuple[Any, ...], names: tuple[str, ...] = ()) -> Staged:
+def record(program: Program, args: tuple[Any, ...], names: tuple[str, ...] = ()) -> "Staged":
     """Stages a program; see `stage`.
 
     Args:

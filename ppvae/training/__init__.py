@@ -1,6 +1,7 @@
 """Training: moves the parameters of a model and its guide, and leaves all else as it was."""
 
-from ppvae.training.fitting import Fit, fit, fit_replicates
+from ppvae.training.fitting import fit, fit_replicates
+from ppvae.training.loop import Fit
 from ppvae.training.snapshots import Diverged, Snapshot
 
 __all__ = ["Diverged", "Fit", "Snapshot", "fit", "fit_replicates"]

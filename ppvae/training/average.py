@@ -4,8 +4,6 @@ A program is run for one draw, whose standard normal numbers are an input, and `
 makes many draws of that. So every model is served, and none has to say that it is vectorized.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

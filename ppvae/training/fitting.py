@@ -7,8 +7,6 @@ The parameters of replicates are stacked and one step moves them all, so that fo
 about the time of two.
 """
 
-from __future__ import annotations
-
 import operator
 import random
 import time

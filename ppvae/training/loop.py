@@ -1,7 +1,5 @@
 """The one loop of training: steps of an optimizer, which are taken back where they diverge."""
 
-from __future__ import annotations
-
 import math
 import time
 from abc import ABC, abstractmethod

@@ -6,8 +6,6 @@ Sheldon, 2024). It is minimised in coordinates that are made from the mode of th
 curvature there, with more draws as long as their error is felt in a posterior mean.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The losses and gradients of one model and its guide: by the programs, or by their graph."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Copies of the parameters and buffers that a training moves, to go back to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

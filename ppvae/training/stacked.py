@@ -1,7 +1,5 @@
 """The losses and gradients of many models and their guides, stacked, in one vectorized program."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 

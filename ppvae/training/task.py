@@ -1,7 +1,5 @@
 """What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass

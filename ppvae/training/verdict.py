@@ -1,7 +1,5 @@
 """Whether a fit is where it should be, in words with numbers."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import replace

@@ -46,9 +46,8 @@ def test_every_measure_is_that_of_the_closed_form(family):
     assert close(found.mean_variance_se, away.std(0, correction=0) / math.sqrt(20), 1e-10)
     assert close(found.objective, -(found.rate + found.distortion), 1e-12)
     assert found.elbo.equals(found.objective) and found.active.all()
-    assert found.family == family and found.channels == {"mean_only": "loc"}.get(
-        family, "loc, scale"
-    )
+    assert found.family == family
+    assert found.channels == ("loc" if family == "mean_only" else "loc, scale")
     # the distortion's variance over draws of the guide: quadratic plus linear part
     G = linear.P - torch.eye(2)
     variance = 0.5 * (G @ S @ G @ S).trace() + (S @ G @ G).trace() * m2.sum(-1).max()
@@ -65,19 +64,14 @@ def test_every_measure_is_that_of_the_closed_form(family):
     assert within((found.distortion - single.distortion).mean(), 0.0, error)
 
 
-def test_a_latent_whose_mean_does_not_move_is_not_active():
+def test_units_and_a_latent_whose_mean_does_not_move():
+    """Every number has a unit, and every one that is registered is there."""
     linear = Linear(W, noise=0.7)
     guide = linear.guide(families.mean_scale)
     guide.heads["z"].loc.linear.weight.data[1] = 0
     found = evaluate(linear.model, guide, linear.x, num_samples=2)
     assert found.active.values.tolist() == [True, False]
     assert found.latent.values.tolist() == [0, 1] and found.num_samples == 2
-
-
-def test_units():
-    """Of every number, and of every one that is registered."""
-    linear = Linear(W)
-    found = evaluate(linear.model, linear.exact(), linear.x, num_samples=2)
     nats = ["distortion", "rate", "objective", "elbo", "log_likelihood", "terms"]
     nats += ["mutual_information", "mutual_information_se", "aggregate_kl", "aggregate_kl_se"]
     units = dict.fromkeys(nats, "nats per datum") | {"ess": "draws", "khat": "", "kl": "nats"}
@@ -174,10 +168,8 @@ def test_vectorized_runs_and_single_ones_tell_the_same():
     """Several sites, one of them positive, drawn jointly: both kinds of run agree."""
     case = cases()["positive"]
     guide = FamilyGuide(case.model, families.full_rank, case.encoder)
-    found = [
-        evaluate(case.model, guide, *case.args, num_samples=300, vectorized=v)
-        for v in (True, False)
-    ]
+    options = [{"num_samples": 300, "vectorized": several} for several in (True, False)]
+    found = [evaluate(case.model, guide, *case.args, **each) for each in options]
     for name in ("mutual_information", "aggregate_kl"):
         error = math.hypot(*(float(f[f"{name}_se"]) for f in found))
         assert within(found[0][name] - found[1][name], 0.0, error)
@@ -186,16 +178,11 @@ def test_vectorized_runs_and_single_ones_tell_the_same():
     assert list(found[0].latent.values) == ["a[0]", "a[1]", "b"]
 
 
-def test_the_information_of_a_bounded_mean_is_below_its_cap():
-    """Means at the two ends carry all that there is room for; in between less."""
-    x = torch.cat([torch.full((200, 1), -1.0), torch.full((200, 1), 1.0)])
-    found = evaluate(*pair(families.mean_only_bounded, loc=40.0), x, num_samples=2)
-    assert float(found.mutual_information_se) < 0.03
-    assert within(found.mutual_information, found.cap, found.mutual_information_se)
-
-
 def test_cap():
-    """0.3368 nats: `I = A^2 - E log cosh(A^2 + A eps)`, here as an entropy by quadrature."""
+    """0.3368 nats: `I = A^2 - E log cosh(A^2 + A eps)`, here as an entropy by quadrature.
+
+    Means at the two ends carry all that there is room for; in between less.
+    """
 
     def density(y):
         return 0.5 * sum(math.exp(-0.5 * (y - m) ** 2) for m in (-1, 1)) / math.sqrt(2 * math.pi)
@@ -209,6 +196,10 @@ def test_cap():
     assert 1.0 < cap(wide) < 0.5 * math.log(17)
     assert cap(families.mean_scale) == cap(families.deterministic) == math.inf
     assert cap(families.noise_only) == 0
+    x = torch.cat([torch.full((200, 1), -1.0), torch.full((200, 1), 1.0)])
+    found = evaluate(*pair(families.mean_only_bounded, loc=40.0), x, num_samples=2)
+    assert float(found.mutual_information_se) < 0.03
+    assert within(found.mutual_information, found.cap, found.mutual_information_se)
 
 
 # --- errors, and whether weights can be trusted ---------------------------------------------------

@@ -532,7 +532,7 @@ def test_nothing_can_be_trained_in_inference_mode():
 def test_modules_that_do_not_fit_are_named():
     model, guide = build()
     guide.encoder.register_forward_hook(lambda module, args, output: output[:4])
-    with pytest.raises(ValueError, match=r"encoder: .*batch of the arguments \[\(6, 3\)\]; got"):
+    with pytest.raises(ValueError, match=r"encoder: .*batch of the arguments \[\(6, 3\)\], got"):
         quiet(model, guide, data(6))
     model, guide = build()
     model.decoder = mlp(2, 8, out=5)

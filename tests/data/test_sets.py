@@ -1,10 +1,10 @@
-"""Data sets, files and pictures."""
+"""Data sets by name and from files, and their parts."""
 
 import numpy as np
 import pytest
 import torch
 
-from ppvae import data, plots
+from ppvae import data
 
 
 @pytest.mark.parametrize(
@@ -53,25 +53,3 @@ def test_bad_data(tmp_path):
     for share in (1.5, 0.01, 0.99, 0.0):  # of four data, none or all
         with pytest.raises(ValueError, match=f"test: expected a share .* got {share}"):
             data.split(torch.zeros(4, 1), test=share)
-
-
-def test_pictures_hold_what_they_were_given():
-    codes = {"a": np.random.default_rng(0).normal(size=(3, 50, 2)), "b": np.zeros((3, 50, 2))}
-    figure = plots.encodings(codes, columns=2)
-    panels = figure.axes
-    assert [panel.get_title() for panel in panels] == ["a", "b"]
-    assert np.array_equal(panels[0].collections[0].get_offsets(), codes["a"][0])
-    assert np.allclose(panels[0].collections[1].get_offsets(), codes["a"][0].mean(0))
-    rows = {"data": np.eye(4)[:, :4], "again": np.eye(4)}
-    figure = plots.images(rows, title="t")
-    assert np.array_equal(figure.axes[5].images[0].get_array(), rows["again"][1].reshape(2, 2))
-    points = {"a": (0.0, 5.0), "b": (2.0, 3.0)}
-    (axes,) = plots.rate_distortion(points).axes
-    assert np.array_equal([c.get_offsets()[0] for c in axes.collections], list(points.values()))
-
-
-def test_bad_pictures():
-    with pytest.raises(ValueError, match=r"draws: expected shape \(data, repeats, 2\)"):
-        plots.encodings({"a": np.zeros((3, 50, 3))})
-    with pytest.raises(ValueError, match="rows: expected square images"):
-        plots.images({"a": np.zeros((3, 5))})
