@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
@@ -21,11 +20,11 @@ from ppvae.guides import FamilyGuide
 from ppvae.guides.chart import Chart, pieces_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.layout import Layout
-from ppvae.programs.potential import Potential, potential_of
+from ppvae.programs.potential import potential_of
 from ppvae.training.average import Average, average_of, matched
+from ppvae.training.mode import gaussian_near, lbfgs
 from ppvae.training.task import Task
 
-_STARTS = 3  # points from which the mode is sought
 _FEWEST, _MOST = 32, 1024  # draws
 _PARAMETERS = 500  # of which nothing is known beforehand: more would fit the draws
 _LATENTS = 1000
@@ -34,7 +33,6 @@ _BLOCKS = 20  # of fresh draws, whose mean gradients are compared
 _ROUNDS = 10  # a minimum with kinks takes a few
 FRESH = 10_000  # draws by which an optimum is judged
 ERROR = 0.1  # posterior sds: the Monte Carlo error of a mean that is let pass
-_FAR = 1e30  # the value of what is not finite
 
 
 def is_global(task: Task) -> bool:
@@ -76,7 +74,7 @@ class Optimum:
         step: the largest Newton step that is left, in posterior sds.
         site: the coordinate whose step that is.
         error: the largest Monte Carlo error of a mean, in posterior sds.
-        modes: the potential at the mode found from each start.
+        others: by how many nats other modes, that were met, are above the one it started from.
         layout: of the latents.
     """
 
@@ -86,7 +84,7 @@ class Optimum:
     step: float
     site: str
     error: float
-    modes: list[float]
+    others: list[float]
     layout: Layout
 
 
@@ -109,10 +107,10 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         if potential.size > _LATENTS or not (average.smooth or average.at_once > 1):
             return None
         potential = replace(potential, args=average.batch)
-        mode, factor, modes = gaussian_at_mode(potential, seed)
+        mean, factor, others = gaussian_near(potential, seed)
         if not average.normals:  # a point may lie on kinks, which are found along the axes
             factor = torch.diag(factor.square().sum(1).sqrt())
-        chart = Chart(task.parameters, pieces_of(task.program.guide, mode, factor), factor)
+        chart = Chart(task.parameters, pieces_of(task.program.guide, mean, factor), factor)
         alone = ~chart.known()
         if alone.sum() > _PARAMETERS:
             return None
@@ -123,7 +121,7 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
             step, at = _drift(chart, average, place, seed)
             layout = potential.layout
             site = labels_of(layout)[at]
-            return Optimum(chart(place), losses, 0, step, site, 0.0, modes, layout)
+            return Optimum(chart(place), losses, 0, step, site, 0.0, others, layout)
         draws = max(_FEWEST, 2 * average.normals + 2) if average.normals else 1
         while True:
             normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
@@ -141,7 +139,7 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
             draws *= 2
         labels = labels_of(potential.layout)
         return Optimum(
-            chart(place), losses, draws, step, labels[at], error, modes, potential.layout
+            chart(place), losses, draws, step, labels[at], error, others, potential.layout
         )
 
 
@@ -164,83 +162,6 @@ def _holds(average: Average, values: list[Tensor], losses: list[float]) -> bool:
     return gap < allowed_gap(average.normals) + 3 * error
 
 
-def gaussian_at_mode(potential: Potential, seed: int) -> tuple[Tensor, Tensor, list[float]]:
-    """The mode of a posterior, the Cholesky factor of the covariance there, and all modes met."""
-    generator = torch.Generator().manual_seed(seed)
-    ends = []
-    for number in range(_STARTS):
-        start = torch.randn(potential.size, generator=generator) * min(number, 1)
-        ends.append(_lbfgs(potential.slope_and_value, start, steps=500, tolerance=1e-8))
-    values = [potential.slope_and_value(end)[1].item() for end in ends]
-    mode, factor = _newton(potential, ends[int(np.nanargmin(values))])
-    return mode, factor, values
-
-
-def _lbfgs(
-    slope_and_value: Callable[[Tensor], tuple[Tensor, Tensor]],
-    start: Tensor,
-    *,
-    steps: int,
-    tolerance: float,
-    callback: Callable[[float], None] | None = None,
-) -> Tensor:
-    """Goes down from a start by SciPy's L-BFGS."""
-    from scipy import optimize  # takes half a second to import
-
-    top = slope_and_value(start)[1].item()
-    top = top if math.isfinite(top) else _FAR
-
-    def at(place: np.ndarray) -> tuple[float, np.ndarray]:
-        slope, value = slope_and_value(torch.as_tensor(place))
-        if not (torch.isfinite(value) and torch.isfinite(slope).all()):
-            away = place - start.numpy()  # a slope that leads the line search back
-            return top + 1 + away @ away, 2 * away
-        return value.item(), slope.numpy()
-
-    def after(intermediate_result: Any) -> None:
-        if callback is not None:
-            callback(float(intermediate_result.fun))
-
-    result: Any = optimize.minimize(
-        at,
-        start.numpy(),
-        jac=True,
-        method="L-BFGS-B",
-        callback=after,
-        options={"maxiter": steps, "maxcor": 50, "ftol": 1e-14, "gtol": tolerance},
-    )
-    return torch.as_tensor(result.x)
-
-
-def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's method, damped; where it ends, and a Cholesky factor of the covariance there."""
-    slope, value = potential.slope_and_value(state)
-    for _ in range(100):
-        curvature = potential.hessian(state)
-        if not torch.isfinite(curvature).all():
-            curvature = torch.eye(len(state))
-        sizes, axes = torch.linalg.eigh(curvature)
-        sizes = sizes.abs()
-        sizes = sizes.clamp_min(1e-12 * sizes.max().item() + 1e-300)
-        step = -(axes @ ((axes.T @ slope) / sizes))
-        gain, share, moved = -(slope @ step).item(), 1.0, False
-        while gain > 1e-10 and share > 1e-10 and not moved:
-            new_slope, new = potential.slope_and_value(state + share * step)
-            moved = bool(torch.isfinite(new) and new <= value - 1e-4 * share * gain)
-            if moved:
-                state, slope, value = state + share * step, new_slope, new
-            share /= 2
-        if not moved:
-            break
-    return state, torch.linalg.cholesky(_symmetric(axes @ torch.diag(1 / sizes) @ axes.T))
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    """A covariance without the asymmetry of rounding, made safe for a Cholesky factor."""
-    matrix = (matrix + matrix.T) / 2
-    return matrix + 1e-14 * torch.diag(matrix.diagonal())
-
-
 def _minimise(
     chart: Chart, average: Average, normals: Tensor, start: Tensor, steps: int, losses: list[float]
 ) -> Tensor:
@@ -251,12 +172,12 @@ def _minimise(
             values, slope = average.slope(chart, place + free * moves, normals)
             return slope * free, values.mean()
 
-        moves = _lbfgs(
+        moves = lbfgs(
             slope_and_value,
             torch.zeros_like(place),
             steps=steps,
             tolerance=1e-6,
-            callback=lambda value: losses.append(value / average.size),
+            values=lambda value: losses.append(value / average.size),
         )
         return place + free * moves
 
@@ -359,7 +280,8 @@ def _judge(
         there, steeper = average.slope(chart, moved, normals)
         curvature.append((steeper - slope)[located] / move)
         scores.append((there - losses) / move)
-    inverse = torch.linalg.pinv(_symmetric(torch.stack(curvature)), hermitian=True)
+    hessian = torch.stack(curvature)
+    inverse = torch.linalg.pinv((hessian + hessian.T) / 2, hermitian=True)
     spread = torch.zeros_like(inverse)
     if len(normals) > 2:
         pairs = torch.stack(scores).unflatten(1, (2, -1)).mean(1)  # draws of opposite sign

@@ -19,6 +19,7 @@ from ppvae.training.task import Task
 
 _TOO_NARROW = "converged, but the family is too narrow"
 _STEP = 0.01  # posterior sds: a Newton step that is as good as none
+_EQUAL = 0.9  # share of effective draws, above which the weights are as good as equal
 _FEW = 50  # effective draws, below which reweighted moments say nothing
 _NEAR = 5.0  # nats: a mode that is no further above is worth a word
 _NARROW = 0.25  # posterior sds, or the share of one, by which a family may be off
@@ -61,10 +62,8 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
         seed: chooses fresh draws.
     """
     at = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
-    others = sorted({round(mode, 3) for mode in optimum.modes if math.isfinite(mode)})
-    modes = ""
-    if len(others) > 1 and others[1] - others[0] < _NEAR:
-        modes = f"; another mode is {others[1] - others[0]:.2g} nats above the one that was taken"
+    near = [other for other in optimum.others if other < _NEAR]
+    modes = f"; there is another mode, {min(near):.2g} nats above this one" if near else ""
     limit = _STEP if optimum.draws else 5 * _STEP
     if not optimum.step < limit:
         words = f"stopped before the optimum: {at}; give it more steps{modes}"
@@ -117,13 +116,15 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str, bool]:
-    """What importance weights say of a family, and whether it is too narrow for the posterior."""
-    shape = khat(-losses).item()
-    if not shape <= TRUSTED:
-        return f"k-hat {shape:.2f} (trusted up to {TRUSTED})", True
-    ess = effective_sample_size(-losses).item()
-    if ess < _FEW:
-        return f"importance weights rest on {ess:.1f} of {len(losses)} draws", True
+    """What importance weights say of a family, and whether it is too narrow for the posterior.
+
+    Nearly equal weights may have a tail with a large k-hat, which nothing depends on.
+    """
+    shape, ess = khat(-losses).item(), effective_sample_size(-losses).item()
+    share = ess / len(losses)
+    words = f"k-hat {shape:.2f}, {share:.0%} of the draws count"
+    if not share >= _EQUAL and not shape <= TRUSTED or not ess >= _FEW:
+        return f"{words} (k-hat is trusted up to {TRUSTED})", True
     weights = torch.softmax(-losses, 0)
     mean, sd = states.mean(0), states.std(0)
     true = weights @ states
@@ -134,6 +135,6 @@ def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str,
     if off[at] > _NARROW:
         return f"the mean of {labels[at]} is {off[at]:.2f} sd from the reweighted one", True
     if ratio[widest] > math.log(1 + _NARROW):
-        share = (sd / spread)[widest].item()
-        return f"the sd of {labels[widest]} is {share:.2f} of the reweighted one", True
-    return f"k-hat {shape:.2f}", False
+        times = (sd / spread)[widest].item()
+        return f"the sd of {labels[widest]} is {times:.2f} of the reweighted one", True
+    return words, False
