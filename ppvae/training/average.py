@@ -5,7 +5,9 @@ makes many draws of that. So every model is served, and none has to say that it 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,6 +160,14 @@ class Average:
     def chunks(self, normals: Tensor) -> Sequence[Tensor]:
         """Draws in pieces that fit in memory."""
         return normals.split(self.at_once if self.at_once > 1 else len(normals))
+
+
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """PyTorch does not remark inside that `vmap` runs some operation one by one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
 def average_of(task: Task) -> Average:

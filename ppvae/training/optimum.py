@@ -7,8 +7,8 @@ curvature there, with more draws as long as their error is felt in a posterior m
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from ppvae.guides.chart import Chart, pieces_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
-from ppvae.training.average import Average, average_of, matched
+from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
+from ppvae.training.kinks import descend_over_kinks
 from ppvae.training.mode import gaussian_near, lbfgs
 from ppvae.training.task import Task
 
@@ -30,7 +31,6 @@ _PARAMETERS = 500  # of which nothing is known beforehand: more would fit the dr
 _LATENTS = 1000
 _ANNEALED = 500  # steps of stochastic gradients, at most
 _BLOCKS = 20  # of fresh draws, whose mean gradients are compared
-_ROUNDS = 10  # a minimum with kinks takes a few
 FRESH = 10_000  # draws by which an optimum is judged
 ERROR = 0.1  # posterior sds: the Monte Carlo error of a mean that is let pass
 
@@ -88,6 +88,30 @@ class Optimum:
     layout: Layout
 
 
+@dataclass(frozen=True)
+class Surface:
+    """The mean loss of some draws, in nats for all data, over the coordinates of a chart.
+
+    Attributes:
+        average: the losses of draws.
+        chart: from coordinates to parameters.
+        normals: the normal numbers of the draws, shape `(draws, normals)`.
+    """
+
+    average: Average
+    chart: Chart
+    normals: Tensor
+
+    def __call__(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The slope, and the value."""
+        losses, slope = self.losses(place)
+        return slope, losses.mean()
+
+    def losses(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each draw, and the slope of their mean."""
+        return self.average.slope(self.chart, place, self.normals)
+
+
 def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
     """Minimises the objective over the parameters of a task, which are not moved.
 
@@ -97,50 +121,171 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         seed: chooses starts and draws.
 
     Returns:
-        The optimum; None if the objective is not smooth in normal numbers that are held fixed, or
-        has too many parameters of which nothing is known.
+        The optimum; None if there are too many latents, or parameters of which nothing is known, or
+        draws can neither be held fixed nor be made many at once.
     """
-    with double_precision(), unchecked(), private_modules():
+    with double_precision(), unchecked(), private_modules(), without_fallback_warnings():
         average = average_of(task)
         (batch,) = task.batches
         potential = potential_of(task.program.model, batch)
         if potential.size > _LATENTS or not (average.smooth or average.at_once > 1):
             return None
-        potential = replace(potential, args=average.batch)
-        mean, factor, others = gaussian_near(potential, seed)
+        near = gaussian_near(replace(potential, args=average.batch), seed)
+        factor = near.factor
         if not average.normals:  # a point may lie on kinks, which are found along the axes
             factor = torch.diag(factor.square().sum(1).sqrt())
-        chart = Chart(task.parameters, pieces_of(task.program.guide, mean, factor), factor)
+        chart = Chart(task.parameters, pieces_of(task.program.guide, near.mean, factor), factor)
         alone = ~chart.known()
         if alone.sum() > _PARAMETERS:
             return None
-        place = torch.zeros(chart.size)
-        losses: list[float] = []
-        if not average.smooth:
-            place = anneal(chart, average, place, steps, seed, losses)
-            step, at = _drift(chart, average, place, seed)
-            layout = potential.layout
-            site = labels_of(layout)[at]
-            return Optimum(chart(place), losses, 0, step, site, 0.0, others, layout)
-        draws = max(_FEWEST, 2 * average.normals + 2) if average.normals else 1
-        while True:
-            normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
-            if not losses:
-                chart.units[alone] = _units(chart, average, normals, place, alone)
-            place = _minimise(chart, average, normals, place, steps, losses)
-            step, at, error = _judge(chart, average, normals, place)
-            most = max(_MOST, 8 * average.normals)
-            if (
-                draws == 1
-                or draws >= most
-                or (error < ERROR and _holds(average, chart(place), losses))
-            ):
-                break
-            draws *= 2
-        labels = labels_of(potential.layout)
-        return Optimum(
-            chart(place), losses, draws, step, labels[at], error, others, potential.layout
-        )
+        method = _with_fixed_draws if average.smooth else _with_fresh_draws
+        return method(average, chart, steps, seed, potential.layout, near.others)
+
+
+def _with_fixed_draws(
+    average: Average, chart: Chart, steps: int, seed: int, layout: Layout, others: list[float]
+) -> Optimum:
+    """Minimises the mean loss of draws that are held fixed, with more, until they are enough."""
+    place, free = torch.zeros(chart.size), torch.ones(chart.size)
+    draws = max(_FEWEST, 2 * average.normals + 2) if average.normals else 1
+    losses: list[float] = []
+    while True:
+        normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
+        surface = Surface(average, chart, normals)
+        if not losses:
+            alone = ~chart.known()
+            chart.units[alone] = _units(surface, place, alone)
+        descend = partial(_descend, surface, steps, losses)
+        place = descend(place, free)
+        slope, value = surface(place)
+        losses += [] if losses else [value.item() / average.size]  # it started at the optimum
+        if draws == 1 and slope.abs().max() > 1e-4:
+            place, free = descend_over_kinks(surface, descend, place)
+        step, at, error = _judge(surface, place, free)
+        most = max(_MOST, 8 * average.normals)
+        enough = error < ERROR and (draws == 1 or _holds(average, chart(place), losses[-1]))
+        if enough or draws >= most:
+            return Optimum(
+                chart(place), losses, draws, step, labels_of(layout)[at], error, others, layout
+            )
+        draws *= 2
+
+
+def _descend(
+    surface: Surface, steps: int, losses: list[float], place: Tensor, free: Tensor
+) -> Tensor:
+    """L-BFGS along the free coordinates; adds the loss per datum to `losses` after each step."""
+
+    def slope_and_value(moves: Tensor) -> tuple[Tensor, Tensor]:
+        slope, value = surface(place + free * moves)
+        return slope * free, value
+
+    moves = lbfgs(
+        slope_and_value,
+        torch.zeros_like(place),
+        steps=steps,
+        tolerance=1e-6,
+        values=lambda value: losses.append(value / surface.average.size),
+    )
+    return place + free * moves
+
+
+def _with_fresh_draws(
+    average: Average, chart: Chart, steps: int, seed: int, layout: Layout, others: list[float]
+) -> Optimum:
+    """Stochastic gradients, with fresh draws in each step and steps that become small.
+
+    For families whose draws are no smooth function of numbers that could be held fixed. Adam, its
+    rate falling from a tenth to a thousandth of an sd; the last quarter of the way is averaged.
+    """
+    steps = min(steps, _ANNEALED)
+    place = torch.zeros(chart.size, requires_grad=True)
+    optimizer = torch.optim.Adam([place], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))
+    losses: list[float] = []
+    mean, last = torch.zeros(chart.size), max(1, steps // 4)
+    for step in range(steps):
+        normals = matched(_FEWEST, average.normals, seed + step)
+        values, place.grad = average.slope(chart, place, normals, seed + step)
+        losses.append(values.mean().item() / average.size)
+        if not torch.isfinite(place.grad).all():
+            place.grad = torch.zeros_like(place)  # one draw too far out: the step is left out
+        optimizer.step()
+        scheduler.step()
+        if step >= steps - last:
+            mean += place.detach() / last
+    drift, at = _drift(average, chart, mean, seed)
+    site = labels_of(layout)[at]
+    return Optimum(chart(mean), losses, 0, drift, site, 0.0, others, layout)
+
+
+def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[float, int]:
+    """The step that the mean gradient of fresh draws asks for, in posterior sds, and where.
+
+    In the coordinates of a chart the curvature is near one. What the gradient may be by chance,
+    two of its standard errors, is taken off.
+    """
+    slopes = []
+    for seed_of_block in range(seed + 7919, seed + 7919 + _BLOCKS):
+        normals = matched(FRESH // (5 * _BLOCKS), average.normals, seed_of_block)
+        slopes.append(average.slope(chart, place, normals, seed_of_block)[1])
+    mean, error = torch.stack(slopes).mean(0), torch.stack(slopes).std(0) / _BLOCKS**0.5
+    step = (mean.abs() - 2 * error).clamp_min(0)
+    located = chart.located()
+    return step.max().item(), 0 if located is None else int(step[located].argmax())
+
+
+def _units(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:
+    """Lengths in which the curvature of parameters of which nothing is known is one."""
+    move, base, units = 1e-4, surface(place)[0], []
+    for index in alone.nonzero()[:, 0].tolist():
+        moved = place.clone()
+        moved[index] += move
+        units.append(((surface(moved)[0] - base)[index] / move).abs())
+    curvature = torch.stack(units).nan_to_num(1.0, 1.0, 1.0) if units else torch.ones(0)
+    lowest = 1e-8 * curvature.max().item() if units else 0.0
+    return curvature.clamp_min(lowest + 1e-300).rsqrt()
+
+
+def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, float]:
+    """The Newton step and the Monte Carlo error of the locations, in posterior sds.
+
+    By differences of the losses and of their mean gradient, the location moved along each axis.
+
+    Args:
+        surface: what was minimised.
+        place: where that ended.
+        free: which coordinates are on no kink, as ones.
+
+    Returns:
+        The largest step, the coordinate that it is in, and the largest error.
+    """
+    losses, slope = surface.losses(place)
+    slope = slope * free
+    located, move, factor = surface.chart.located(), 1e-4, surface.chart.factor
+    if located is None:
+        return slope.abs().max().item(), 0, 0.0
+    others = torch.cat([slope[: located.start], slope[located.stop :]]) / 2
+    rows, scores = [], []
+    for index in range(located.start, located.stop):
+        moved = place.clone()
+        moved[index] += move
+        there, steeper = surface.losses(moved)
+        rows.append(((steeper * free - slope)[located]) / move)
+        scores.append((there - losses) / move)
+    still = free[located]
+    curvature = torch.stack(rows) * still[:, None] + torch.diag(1 - still)
+    inverse = torch.linalg.pinv((curvature + curvature.T) / 2, hermitian=True)
+    spread = torch.zeros_like(inverse)
+    if len(losses) > 2:
+        pairs = torch.stack(scores).unflatten(1, (2, -1)).mean(1)  # draws of opposite sign
+        spread = torch.cov(pairs).reshape(inverse.shape) / pairs.shape[1]
+    to_latents = factor @ inverse
+    sd = (to_latents @ factor.T).diagonal().clamp_min(1e-300).sqrt()
+    step = (to_latents @ slope[located]).abs() / sd
+    error = (to_latents @ spread @ to_latents.T).diagonal().clamp_min(0).sqrt() / sd
+    largest = max(step.max().item(), others.abs().max().item() if len(others) else 0.0)
+    return largest, int(step.argmax()), error.max().item()
 
 
 def allowed_gap(latents: int) -> float:
@@ -152,173 +297,14 @@ def allowed_gap(latents: int) -> float:
     return max(0.1, 0.025 * latents)
 
 
-def _holds(average: Average, values: list[Tensor], losses: list[float]) -> bool:
-    """Whether fresh draws confirm what those say that were held fixed."""
+def _holds(average: Average, values: list[Tensor], fixed: float) -> bool:
+    """Whether fresh draws confirm the loss per datum of those that were held fixed."""
     normals = torch.randn(FRESH, average.normals, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         fresh = torch.cat([average.losses(values, c) for c in average.chunks(normals)])
-    gap = fresh.mean().item() - losses[-1] * average.size
-    error = fresh.std().item() / math.sqrt(FRESH)
+    gap = fresh.mean().item() - fixed * average.size
+    error = fresh.std().item() / math.sqrt(len(fresh))
     return gap < allowed_gap(average.normals) + 3 * error
-
-
-def _minimise(
-    chart: Chart, average: Average, normals: Tensor, start: Tensor, steps: int, losses: list[float]
-) -> Tensor:
-    """Minimises the mean loss of some draws; adds it, per datum, to `losses` after each step."""
-
-    def descend(place: Tensor, free: Tensor) -> Tensor:
-        def slope_and_value(moves: Tensor) -> tuple[Tensor, Tensor]:
-            values, slope = average.slope(chart, place + free * moves, normals)
-            return slope * free, values.mean()
-
-        moves = lbfgs(
-            slope_and_value,
-            torch.zeros_like(place),
-            steps=steps,
-            tolerance=1e-6,
-            values=lambda value: losses.append(value / average.size),
-        )
-        return place + free * moves
-
-    def slope_at(place: Tensor) -> Tensor:
-        return average.slope(chart, place, normals)[1]
-
-    place = descend(start, torch.ones_like(start))
-    if not losses:  # it started there
-        losses.append(average.slope(chart, place, normals)[0].mean().item() / average.size)
-    for _ in range(_ROUNDS if len(normals) == 1 else 0):
-        # a kink (a Laplace prior has one at zero) stops the method short: put the parameters that
-        # belong on one there, and go on with the others
-        before = place
-        place, free = on_kinks(slope_at, place)
-        place = descend(place, free)
-        if torch.allclose(before, place, rtol=0.0, atol=1e-9):
-            break
-    return place
-
-
-def anneal(
-    chart: Chart, average: Average, start: Tensor, steps: int, seed: int, losses: list[float]
-) -> Tensor:
-    """Stochastic gradients, with fresh draws in each step and steps that become small.
-
-    For families whose draws are no smooth function of numbers that could be held fixed. Adam, its
-    rate falling from a tenth to a thousandth of an sd; the last quarter of the way is averaged.
-
-    Returns:
-        The mean loss per datum in each step, and where it ends.
-    """
-    steps = min(steps, _ANNEALED)
-    place = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([place], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))
-    mean, last = torch.zeros_like(start), max(1, steps // 4)
-    for step in range(steps):
-        normals = matched(_FEWEST, average.normals, seed + step)
-        values, place.grad = average.slope(chart, place, normals, seed + step)
-        losses.append(values.mean().item() / average.size)
-        if not torch.isfinite(place.grad).all():
-            place.grad = torch.zeros_like(place)  # one draw too far out: the step is left out
-        optimizer.step()
-        scheduler.step()
-        if step >= steps - last:
-            mean += place.detach() / last
-    return mean
-
-
-def _drift(chart: Chart, average: Average, place: Tensor, seed: int) -> tuple[float, int]:
-    """The step that the mean gradient of fresh draws asks for, in posterior sds, and where.
-
-    In the coordinates of a chart the curvature is near one. What the gradient may be by chance,
-    two of its standard errors, is taken off.
-    """
-    located = chart.located()
-    slopes = []
-    for number in range(_BLOCKS):
-        normals = matched(FRESH // 10 // _BLOCKS * 2, average.normals, seed + 7919 + number)
-        slopes.append(average.slope(chart, place, normals, seed + 7919 + number)[1])
-    mean, error = torch.stack(slopes).mean(0), torch.stack(slopes).std(0) / _BLOCKS**0.5
-    step = (mean.abs() - 2 * error).clamp_min(0)
-    at = int(step[located].argmax()) if located is not None else 0
-    return step.max().item(), at
-
-
-def _units(chart: Chart, average: Average, normals: Tensor, place: Tensor, alone: Tensor) -> Tensor:
-    """Lengths in which the curvature of parameters of which nothing is known is one."""
-    move, base = 1e-4, average.slope(chart, place, normals)[1]
-    units = []
-    for index in alone.nonzero()[:, 0].tolist():
-        moved = place.clone()
-        moved[index] += move
-        slope = average.slope(chart, moved, normals)[1]
-        units.append(((slope - base)[index] / move).abs())
-    curvature = torch.stack(units).nan_to_num(1.0, 1.0, 1.0) if units else torch.ones(0)
-    lowest = 1e-8 * curvature.max().item() if units else 0.0
-    return curvature.clamp_min(lowest + 1e-300).rsqrt()
-
-
-def _judge(
-    chart: Chart, average: Average, normals: Tensor, place: Tensor
-) -> tuple[float, int, float]:
-    """The Newton step and the Monte Carlo error of the locations, in posterior sds.
-
-    By differences of the losses and of their mean gradient, the location moved along each axis.
-
-    Returns:
-        The largest step, the coordinate that it is in, and the largest error.
-    """
-    losses, slope = average.slope(chart, place, normals)
-    located, move = chart.located(), 1e-4
-    if located is None:
-        return slope.abs().max().item(), 0, 0.0
-    others = torch.cat([slope[: located.start], slope[located.stop :]]) / 2
-    curvature, scores = [], []
-    for index in range(located.start, located.stop):
-        moved = place.clone()
-        moved[index] += move
-        there, steeper = average.slope(chart, moved, normals)
-        curvature.append((steeper - slope)[located] / move)
-        scores.append((there - losses) / move)
-    hessian = torch.stack(curvature)
-    inverse = torch.linalg.pinv((hessian + hessian.T) / 2, hermitian=True)
-    spread = torch.zeros_like(inverse)
-    if len(normals) > 2:
-        pairs = torch.stack(scores).unflatten(1, (2, -1)).mean(1)  # draws of opposite sign
-        spread = torch.cov(pairs).reshape(inverse.shape) / pairs.shape[1]
-    to_latents = chart.factor @ inverse
-    sd = (to_latents @ chart.factor.T).diagonal().clamp_min(1e-300).sqrt()
-    step = (to_latents @ slope[located]).abs() / sd
-    error = (to_latents @ spread @ to_latents.T).diagonal().clamp_min(0).sqrt() / sd
-    largest = max(step.max().item(), others.abs().max().item() if len(others) else 0.0)
-    return largest, int(step.argmax()), error.max().item()
-
-
-def on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves each parameter whose best place, the others held, is a kink nearby onto that kink.
-
-    Returns:
-        The parameters, and which of them are not on a kink, as ones.
-    """
-    start, free = start.clone(), torch.ones_like(start)
-    for index in range(len(start)):
-
-        def at(place: float, index: int = index) -> float:
-            moved = start.clone()
-            moved[index] = place
-            return slope(moved)[index].item()
-
-        middle = start[index].item()
-        low, high = middle - 0.5, middle + 0.5
-        below, above = at(low), at(high)
-        if not below < 0 < above:
-            continue
-        while high - low > 1e-11:
-            middle = (low + high) / 2
-            low, high = (middle, high) if at(middle) < 0 else (low, middle)
-        if at(high) - at(low) > 1e-3 * (above - below):  # the slope jumps
-            start[index], free[index] = high if abs(high) < abs(low) else low, 0.0
-    return start, free
 
 
 def labels_of(layout: Layout) -> list[str]:

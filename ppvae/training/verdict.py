@@ -13,7 +13,7 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
 from ppvae.staging.program import program_of
-from ppvae.training.average import average_of
+from ppvae.training.average import average_of, without_fallback_warnings
 from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap, labels_of
 from ppvae.training.task import Task
 
@@ -103,7 +103,8 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
     was, sampled = task.program, ELBO(kl="sampled")
     size, plate = task.batches.size, was.plate_name
     program = program_of(was.model, was.guide, sampled, batch, size=size, plate=plate)
-    with double_precision(), private_modules(), unchecked(), torch.no_grad():
+    scopes = double_precision(), private_modules(), unchecked(), without_fallback_warnings()
+    with scopes[0], scopes[1], scopes[2], scopes[3], torch.no_grad():
         average = average_of(replace(task, program=program))
         values = [parameter.detach().double() for parameter in average.task.parameters]
         generator = torch.Generator().manual_seed(seed + 1)
