@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributions.utils import _standard_normal
 
-
 _SHAPE = torch.Size()
 
 

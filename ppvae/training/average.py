@@ -178,7 +178,7 @@ def average_of(task: Task) -> Average:
         average.loss(values, None)
         (row, other) = 0.1 * matched(2, average.normals, seed=0)
         first, again = average.loss(values, row), average.loss(values, row)
-        average.smooth = torch.equal(first, again)
+        average.smooth = torch.allclose(first, again, rtol=0.0, atol=0.0, equal_nan=True)
         alone = torch.stack([first, average.loss(values, other)])
         average.at_once = max(2, BUDGET // max(v.numel() for v in average.batch))
         try:
@@ -186,7 +186,7 @@ def average_of(task: Task) -> Average:
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             average.at_once = 1
             return average
-        if average.smooth and not torch.allclose(alone, together, rtol=1e-6):
+        if average.smooth and not torch.allclose(alone, together, rtol=1e-6, equal_nan=True):
             average.at_once = 1
     return average
 

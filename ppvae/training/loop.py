@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae._checks import expect
+from ppvae.objectives.base import moving_fields
+from ppvae.training.course import falling
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 from ppvae.training.task import adam
 
@@ -203,9 +205,18 @@ def train(
     seconds = (time.perf_counter() - start) / len(losses)
     ends = seconds, steps.number, best_epoch, "stochastic gradient"
     return [
-        Fit(own, validation, *ends, objective, engine.execution)
-        for own, objective in zip(losses, engine.objectives, strict=True)
+        Fit(own, validation, *ends, goal, engine.execution, None, _words(own, goal, best_epoch))
+        for own, goal in zip(losses, engine.objectives, strict=True)
     ]
+
+
+def _words(losses: list[float], objective: Any, best_epoch: int) -> str:
+    """What can be said of a stochastic training."""
+    if best_epoch < len(losses) - 1:
+        return f"stopped by the validation loss, which was lowest in epoch {best_epoch}"
+    if moving_fields([objective]):
+        return "the objective changed on the way, so that its values say little"
+    return falling(losses)
 
 
 def _epochs(
