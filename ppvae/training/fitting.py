@@ -62,6 +62,14 @@ def fit(
     training mode and left in the mode they had. Pyro's own checks run on the first step only. Fit
     in one thread at a time: Pyro's handlers belong to the process.
 
+    **Global latents** (a `FamilyGuide` without encoder, another autoguide of Pyro's, or any guide
+    whose latents are in no plate of the data) are fitted to the optimum, on all the data at once
+    and whatever their units are: from the mode of the posterior and its curvature, by L-BFGS on
+    draws that are held fixed, in double precision. `Fit.converged` says whether that was reached,
+    and `Fit.verdict` how one knows; `NotConverged` warns where it was not, and `NarrowFamily` where
+    the posterior is far from every member of the family. **All else** is trained with stochastic
+    gradients; the verdict then says whether the loss was still falling.
+
     Args:
         model: a Pyro model; called with one minibatch.
         guide: its guide.
@@ -69,15 +77,16 @@ def fit(
             arguments; or a `Dataset` of such items (every part of an item becomes an argument, so
             leave labels out); or a `DataLoader`. Arrays take the default dtype; all are moved to
             the device of the parameters.
-        num_epochs: passes through the data, at least 1.
-        batch_size: size of a minibatch; by default all the data, or 128 of more than 1024. The last
-            one of an epoch may be smaller.
+        num_epochs: passes through the data, at least 1; by default 100. For global latents at most
+            so many steps in each round of the method; by default 1,000.
+        batch_size: size of a minibatch; by default all the data, or 128 of more than 1024 (but all,
+            where all that the guide learns are free parameters). The last one of an epoch may be
+            smaller.
         learning_rate: step size.
-        optimizer: called as `optimizer(parameters, lr=learning_rate)`. By default Adam, fused; but
-            L-BFGS on fixed, moment-matched draws, for at most `num_epochs` steps, where the model
-            is vectorized (as `LinearRegression`), all latents are global, there are at most 500
-            parameters, and a batch is all the data: it reaches the optimum to many digits. A flow
-            has more; standardise its columns, and compare it with `full_rank`.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`; by default Adam, fused.
+            Given one, global latents are trained by it, too, as they are with another objective,
+            validation data, minibatches, or more than 500 parameters of which the mode says nothing
+            (a flow).
         objective: the loss, `objectives.ELBO(beta=4.0)` for one; by default `objectives.ELBO()`.
             Called as `objective(model, guide, *batch, size=N, step=s)`, with the number of data in
             all and the number of steps before this one (see `objectives.Objective`); returns a
@@ -102,7 +111,11 @@ def fit(
             into the minibatches with them, all else is passed as it is.
 
     Returns:
-        The losses, and how they were reached.
+        The losses, how they were reached, and a verdict; see `Fit`.
+
+    Warns:
+        NotConverged: global latents are not at the optimum of their objective.
+        NarrowFamily: they are, and the family is too narrow for the posterior.
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
