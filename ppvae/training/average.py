@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -106,7 +107,8 @@ class Average:
         state = self._state | dict(zip(self._names, values, strict=True))
         program, mode = self.task.program, GivenNormals(normals)
         args = (*self.batch, *program.settings(0))
-        with mode, as_they_are(), unchecked():
+        store = pyro.get_param_store().scope()  # one kept would hold the values of the first call
+        with mode, as_they_are(), unchecked(), store:
             loss = torch.func.functional_call(program, state, args)
         self.normals = max(self.normals, mode.count)
         return loss * self.size
