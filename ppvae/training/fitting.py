@@ -175,7 +175,7 @@ def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
             for parameter, value in zip(task.parameters, optimum.values, strict=True):
                 parameter.copy_(value.reshape(parameter.shape))
         verdict = judge(task, optimum, seed)
-    losses, number = optimum.losses, len(optimum.losses)
+    losses, number = [*optimum.losses[:-1], verdict.loss], len(optimum.losses)
     bar.update(bar.total)
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()

@@ -29,6 +29,7 @@ from ppvae.training.task import Task
 _FEWEST, _MOST = 32, 1024  # draws
 _PARAMETERS = 500  # of which nothing is known beforehand: more would fit the draws
 _LATENTS = 1000
+_EXCESS = 0.01  # nats: what few draws may cost, unless they are as many as there may be
 _ANNEALED = 500  # steps of stochastic gradients, at most
 _BLOCKS = 20  # of fresh draws, whose mean gradients are compared
 FRESH = 10_000  # draws by which an optimum is judged
@@ -74,6 +75,7 @@ class Optimum:
         step: the largest Newton step that is left, in posterior sds.
         site: the coordinate whose step that is.
         error: the largest Monte Carlo error of a mean, in posterior sds.
+        excess: the nats by which the objective is short of its optimum since the draws are few.
         others: by how many nats other modes, that were met, are above the one it started from.
         layout: of the latents.
     """
@@ -84,6 +86,7 @@ class Optimum:
     step: float
     site: str
     error: float
+    excess: float
     others: list[float]
     layout: Layout
 
@@ -121,24 +124,21 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         seed: chooses starts and draws.
 
     Returns:
-        The optimum; None if there are too many latents, or parameters of which nothing is known, or
-        draws can neither be held fixed nor be made many at once.
+        The optimum; None if there are too many latents.
     """
     with double_precision(), unchecked(), private_modules(), without_fallback_warnings():
         average = average_of(task)
         (batch,) = task.batches
         potential = potential_of(task.program.model, batch)
-        if potential.size > _LATENTS or not (average.smooth or average.at_once > 1):
+        if potential.size > _LATENTS:
             return None
         near = gaussian_near(replace(potential, args=average.batch), seed)
         factor = near.factor
         if not average.normals:  # a point may lie on kinks, which are found along the axes
             factor = torch.diag(factor.square().sum(1).sqrt())
         chart = Chart(task.parameters, pieces_of(task.program.guide, near.mean, factor), factor)
-        alone = ~chart.known()
-        if alone.sum() > _PARAMETERS:
-            return None
-        method = _with_fixed_draws if average.smooth else _with_fresh_draws
+        few = (~chart.known()).sum() <= _PARAMETERS
+        method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
         return method(average, chart, steps, seed, potential.layout, near.others)
 
 
@@ -161,14 +161,15 @@ def _with_fixed_draws(
         losses += [] if losses else [value.item() / average.size]  # it started at the optimum
         if draws == 1 and slope.abs().max() > 1e-4:
             place, free = descend_over_kinks(surface, descend, place)
-        step, at, error = _judge(surface, place, free)
-        most = max(_MOST, 8 * average.normals)
-        enough = error < ERROR and (draws == 1 or _holds(average, chart(place), losses[-1]))
-        if enough or draws >= most:
-            return Optimum(
-                chart(place), losses, draws, step, labels_of(layout)[at], error, others, layout
-            )
+        step, at, error, excess = _judge(surface, place, free)
+        enough = error < ERROR and excess < _EXCESS
+        if enough and (draws == 1 or _holds(average, chart(place), losses[-1])):
+            break
+        if draws >= max(_MOST, 8 * average.normals):
+            break
         draws *= 2
+    ends = draws, step, labels_of(layout)[at], error, excess
+    return Optimum(chart(place), losses, *ends, others, layout)
 
 
 def _descend(
@@ -195,17 +196,20 @@ def _with_fresh_draws(
 ) -> Optimum:
     """Stochastic gradients, with fresh draws in each step and steps that become small.
 
-    For families whose draws are no smooth function of numbers that could be held fixed. Adam, its
-    rate falling from a tenth to a thousandth of an sd; the last quarter of the way is averaged.
+    For families whose draws are no smooth function of numbers that could be held fixed, or which
+    would fit those (a flow). Adam, its rate falling from a tenth to a thousandth of an sd; the last
+    quarter of the way is averaged. It never ends worse than it began: at the Gaussian of the mode.
     """
-    steps = min(steps, _ANNEALED)
-    place = torch.zeros(chart.size, requires_grad=True)
+    steps, draws = min(steps, _ANNEALED), _FEWEST if average.at_once > 1 else 8
+    chart.units[~chart.known()] = 0.1  # weights of networks: smaller steps
+    start = torch.zeros(chart.size)
+    place = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([place], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))
     losses: list[float] = []
     mean, last = torch.zeros(chart.size), max(1, steps // 4)
     for step in range(steps):
-        normals = matched(_FEWEST, average.normals, seed + step)
+        normals = matched(draws, average.normals, seed + step)
         values, place.grad = average.slope(chart, place, normals, seed + step)
         losses.append(values.mean().item() / average.size)
         if not torch.isfinite(place.grad).all():
@@ -214,9 +218,11 @@ def _with_fresh_draws(
         scheduler.step()
         if step >= steps - last:
             mean += place.detach() / last
+    ends = [_fresh_loss(average, chart(end))[0] for end in (start, mean)]
+    mean = mean if ends[1] < ends[0] else start
     drift, at = _drift(average, chart, mean, seed)
     site = labels_of(layout)[at]
-    return Optimum(chart(mean), losses, 0, drift, site, 0.0, others, layout)
+    return Optimum(chart(mean), losses, 0, drift, site, 0.0, 0.0, others, layout)
 
 
 def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[float, int]:
@@ -225,14 +231,16 @@ def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[fl
     In the coordinates of a chart the curvature is near one. What the gradient may be by chance,
     two of its standard errors, is taken off.
     """
-    slopes = []
-    for seed_of_block in range(seed + 7919, seed + 7919 + _BLOCKS):
-        normals = matched(FRESH // (5 * _BLOCKS), average.normals, seed_of_block)
-        slopes.append(average.slope(chart, place, normals, seed_of_block)[1])
+    slopes, known = [], chart.known()
+    draws = 2 * _FEWEST if average.at_once > 1 else 8
+    for number in range(seed + 7919, seed + 7919 + _BLOCKS):
+        normals = matched(draws, average.normals, number)
+        slopes.append(average.slope(chart, place, normals, number)[1][known])
     mean, error = torch.stack(slopes).mean(0), torch.stack(slopes).std(0) / _BLOCKS**0.5
     step = (mean.abs() - 2 * error).clamp_min(0)
     located = chart.located()
-    return step.max().item(), 0 if located is None else int(step[located].argmax())
+    at = 0 if located is None else int(step[: located.stop - located.start].argmax())
+    return step.max().item() if len(step) else math.nan, at
 
 
 def _units(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:
@@ -247,7 +255,7 @@ def _units(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:
     return curvature.clamp_min(lowest + 1e-300).rsqrt()
 
 
-def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, float]:
+def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, float, float]:
     """The Newton step and the Monte Carlo error of the locations, in posterior sds.
 
     By differences of the losses and of their mean gradient, the location moved along each axis.
@@ -258,13 +266,14 @@ def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, f
         free: which coordinates are on no kink, as ones.
 
     Returns:
-        The largest step, the coordinate that it is in, and the largest error.
+        The largest step, the coordinate that it is in, the largest error, and the nats that such
+        errors are expected to cost.
     """
     losses, slope = surface.losses(place)
     slope = slope * free
     located, move, factor = surface.chart.located(), 1e-4, surface.chart.factor
     if located is None:
-        return slope.abs().max().item(), 0, 0.0
+        return slope.abs().max().item(), 0, 0.0, 0.0
     others = torch.cat([slope[: located.start], slope[located.stop :]]) / 2
     rows, scores = [], []
     for index in range(located.start, located.stop):
@@ -285,7 +294,8 @@ def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, f
     step = (to_latents @ slope[located]).abs() / sd
     error = (to_latents @ spread @ to_latents.T).diagonal().clamp_min(0).sqrt() / sd
     largest = max(step.max().item(), others.abs().max().item() if len(others) else 0.0)
-    return largest, int(step.argmax()), error.max().item()
+    excess = (spread * inverse).sum().item()  # half for the locations, half for all else
+    return largest, int(step.argmax()), error.max().item(), excess
 
 
 def allowed_gap(latents: int) -> float:
@@ -299,12 +309,17 @@ def allowed_gap(latents: int) -> float:
 
 def _holds(average: Average, values: list[Tensor], fixed: float) -> bool:
     """Whether fresh draws confirm the loss per datum of those that were held fixed."""
-    normals = torch.randn(FRESH, average.normals, generator=torch.Generator().manual_seed(1))
+    fresh, error = _fresh_loss(average, values)
+    return fresh - fixed * average.size < allowed_gap(average.normals) + 3 * error
+
+
+def _fresh_loss(average: Average, values: list[Tensor]) -> tuple[float, float]:
+    """The mean loss of fresh draws in nats, and its standard error."""
+    number = FRESH if average.at_once > 1 else FRESH // 33
+    normals = matched(number, average.normals, seed=1)
     with torch.no_grad():
         fresh = torch.cat([average.losses(values, c) for c in average.chunks(normals)])
-    gap = fresh.mean().item() - fixed * average.size
-    error = fresh.std().item() / math.sqrt(len(fresh))
-    return gap < allowed_gap(average.normals) + 3 * error
+    return fresh.mean().item(), fresh.std().item() / math.sqrt(number)
 
 
 def labels_of(layout: Layout) -> list[str]:

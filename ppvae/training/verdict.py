@@ -13,11 +13,10 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
 from ppvae.staging.program import program_of
-from ppvae.training.average import average_of, without_fallback_warnings
+from ppvae.training.average import average_of, matched, without_fallback_warnings
 from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap, labels_of
 from ppvae.training.task import Task
 
-_TOO_NARROW = "converged, but the family is too narrow"
 _STEP = 0.01  # posterior sds: a Newton step that is as good as none
 _EQUAL = 0.9  # share of effective draws, above which the weights are as good as equal
 _FEW = 50  # effective draws, below which reweighted moments say nothing
@@ -39,11 +38,13 @@ class Verdict(NamedTuple):
     Attributes:
         words: one sentence, with numbers.
         converged: whether it is at the optimum of its objective; None if that cannot be judged.
-        narrow: whether it is, and the family is too narrow for the posterior.
+        loss: the objective there in nats per datum, by fresh draws.
+        narrow: whether it is at the optimum, and the family is too narrow for the posterior.
     """
 
     words: str
     converged: bool | None
+    loss: float
     narrow: bool = False
 
     def warn(self, stacklevel: int) -> None:
@@ -61,40 +62,33 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
         optimum: where its minimisation ended.
         seed: chooses fresh draws.
     """
-    at = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
+    step = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
     near = [other for other in optimum.others if other < _NEAR]
     modes = f"; there is another mode, {min(near):.2g} nats above this one" if near else ""
-    limit = _STEP if optimum.draws else 5 * _STEP
-    if not optimum.step < limit:
-        words = f"stopped before the optimum: {at}; give it more steps{modes}"
-        return Verdict(words, converged=False)
-    if optimum.draws == 1:
-        return Verdict(f"at the optimum: {at}{modes}", converged=True)
-    if optimum.draws == 0:
+    loss, labels = optimum.losses[-1], labels_of(optimum.layout)
+    draws, words, narrow, gap, allowed = "", "", False, 0.0, 1.0
+    if optimum.draws != 1:  # no point
         losses, states = _fresh(task, optimum.layout, seed)
-        words, narrow = _narrowness(losses, states, labels_of(optimum.layout))
-        words = (
-            f"converged, but the family is too narrow: {words}"
-            if narrow
-            else f"at the optimum: {at}; {words}"
-        )
-        return Verdict(words + modes, converged=True, narrow=narrow)
-    error = f"{optimum.draws} draws held fixed, with an error of {optimum.error:.2f} sd in a mean"
+        gap = losses.mean().item() - loss * task.batches.size if optimum.draws else 0.0
+        se = losses.std().item() / math.sqrt(len(losses))
+        loss, allowed = losses.mean().item() / task.batches.size, allowed_gap(len(labels)) + 3 * se
+        words, narrow = _narrowness(losses, states, labels)
+    if optimum.draws > 1:
+        draws = f"; {optimum.draws} draws held fixed cost some {optimum.excess:.1g} nats"
+    if not optimum.step < (_STEP if optimum.draws else 5 * _STEP):
+        words = f"stopped before the optimum: {step}; give it more steps{modes}"
+        return Verdict(words, converged=False, loss=loss)
     if not optimum.error < ERROR:
-        words = f"{error}, which should be below {ERROR}; {at}{modes}"
-        return Verdict(words, converged=False)
-    losses, states = _fresh(task, optimum.layout, seed)
-    labels = labels_of(optimum.layout)
-    gap = losses.mean().item() - optimum.losses[-1] * task.batches.size
-    se = losses.std().item() / math.sqrt(len(losses))
-    if not gap < allowed_gap(len(labels)) + 3 * se:  # not finite, too
-        lower = f"the ELBO of fresh draws is {gap:.3g} nats lower than that of those held fixed"
-        return Verdict(f"{lower} (standard error {se:.2g}); {at}{modes}", converged=False)
-    words, narrow = _narrowness(losses, states, labels)
+        words = f"too few draws{draws}, and {optimum.error:.2g} posterior sds in a mean{modes}"
+        return Verdict(words, converged=False, loss=loss)
+    if not gap < allowed:  # not finite, too
+        lower = f"the ELBO of fresh draws is {gap:.3g} nats below that of those held fixed"
+        return Verdict(f"{lower}{draws}{modes}", converged=False, loss=loss)
     if narrow:
-        words = f"{_TOO_NARROW}: {words}{modes}"
-        return Verdict(words, converged=True, narrow=True)
-    return Verdict(f"at the optimum: {at}; {error}; {words}{modes}", converged=True)
+        words = f"converged, but the family is too narrow: {words}{modes}"
+        return Verdict(words, converged=True, loss=loss, narrow=True)
+    parts = filter(None, [f"at the optimum: {step}{draws}", words])
+    return Verdict("; ".join(parts) + modes, converged=True, loss=loss)
 
 
 def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
@@ -107,12 +101,10 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
     with scopes[0], scopes[1], scopes[2], scopes[3], torch.no_grad():
         average = average_of(replace(task, program=program))
         values = [parameter.detach().double() for parameter in average.task.parameters]
-        generator = torch.Generator().manual_seed(seed + 1)
-        normals = torch.randn(FRESH, average.normals, generator=generator)
-        chunks = [
-            average.draws(values, c, layout, n) for n, c in enumerate(average.chunks(normals))
-        ]
-    losses, states = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        number = FRESH if average.at_once > 1 else FRESH // 33
+        chunks = enumerate(average.chunks(matched(number, average.normals, seed + 1)), seed + 1)
+        pieces = [average.draws(values, chunk, layout, own) for own, chunk in chunks]
+    losses, states = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return losses, states
 
 
