@@ -59,8 +59,7 @@ def test_differences_stand_in_for_a_second_derivative():
     """Of a model that decides by `.item()`, which no transform of `torch.func` goes through."""
 
     def decides(x):
-        with pyro.poutine.trace(param_only=True):
-            w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         scale = w[0].exp() if w[1].item() > -5 else 1.0
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(w.sum(), scale), obs=x)
