@@ -117,7 +117,7 @@ def minibatches(model: Any, guide: Any, args: Args, plate: Any, size: int) -> li
         return [args]
 
     def chunk(arg: Any, start: int) -> Any:
-        cut = isinstance(arg, Tensor) and arg.dim() and len(arg) == rows
+        cut = isinstance(arg, Tensor) and arg.shape[:1] == (rows,)
         return arg[start : start + size] if cut else arg
 
     chunks = [tuple(chunk(arg, start) for arg in args) for start in range(0, rows, size)]
