@@ -7,7 +7,7 @@ a regression in years, grams or dollars make no difference to it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Piece:
         size: number of coordinates.
         values: from the coordinates to the values of the parameters, one for each.
         located: whether the coordinates move the location of the latents, in units of the factor.
+        scaled: whether a step of one is neither long nor short, by what is known of the posterior.
     """
 
     parameters: list[Tensor]
     size: int
     values: Callable[[Tensor], list[Tensor]]
     located: bool = False
+    scaled: bool = True
 
 
 class Chart:
@@ -67,7 +69,7 @@ class Chart:
 
     def known(self) -> Tensor:
         """Which coordinates have units that are known, and which are those of a parameter alone."""
-        flags = [torch.full((p.size,), len(p.parameters) > 1 or p.located) for p in self.pieces]
+        flags = [torch.full((p.size,), p.scaled) for p in self.pieces]
         return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, place: Tensor) -> list[Tensor]:
@@ -81,7 +83,9 @@ class Chart:
 
 def _alone(parameter: Tensor) -> Piece:
     start = parameter.detach().double()
-    return Piece([parameter], start.numel(), lambda u: [start + u.reshape(start.shape)])
+    return Piece(
+        [parameter], start.numel(), lambda u: [start + u.reshape(start.shape)], scaled=False
+    )
 
 
 def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
@@ -140,7 +144,7 @@ def _bounded(argument: Argument, mean: Tensor) -> Piece:
     low, high = argument.constraint.lower_bound, argument.constraint.upper_bound
     share = ((mean - low) / (high - low)).clamp(_INSIDE, 1 - _INSIDE)
     start = transform.inv((low + share * (high - low)).reshape(argument.shape))
-    return _moved(argument, start)
+    return replace(_moved(argument, start), scaled=False)
 
 
 def _scale(argument: Argument, sd: Tensor) -> Piece:

@@ -274,6 +274,23 @@ def test_full_rank_is_the_posterior_whatever_the_scales_of_columns():
     assert -result.losses[-1] * 50 == pytest.approx(evidence, rel=1e-8)
 
 
+def test_a_full_rank_of_many_latents_is_fitted_too():
+    """Its factor has more than 500 entries, of each of which the curvature tells the place."""
+    X = noise(100, 35)
+
+    def wide(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(35), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(X @ w, 1.0), obs=y)
+
+    guide = FamilyGuide(wide, families.full_rank)
+    result = quiet(wide, guide, (X, X.sum(-1)))
+    covariance = torch.linalg.inv(X.T @ X + torch.eye(35))
+    fn = guide.heads["w"](None)
+    assert result.converged and torch.allclose(fn.covariance_matrix, covariance, atol=1e-8)
+    assert torch.allclose(fn.mean, covariance @ X.T @ X.sum(-1), atol=1e-8)
+
+
 def test_mean_scale_is_the_best_of_its_family_and_too_narrow():
     args = columns()
     mean, precision, evidence = posterior(*args)
