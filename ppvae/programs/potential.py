@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae._scopes import as_they_are, private_modules
+from ppvae._scopes import as_they_are, private_modules, unchecked
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import counts, log_prob, prototype
 from ppvae.programs.runs import Args, given, run_trace
@@ -40,7 +40,7 @@ class Potential:
     def __call__(self, state: Tensor) -> Tensor:
         """The potential at a state of shape `(size,)`; goes under `torch.func`'s transforms."""
         values, log_dets = self.layout.constrained(state.reshape(1, 1, -1))
-        with private_modules(), as_they_are():
+        with private_modules(), as_they_are(), unchecked():
             trace = run_trace(given(self.model, self.trace, values), self.args)
         total = torch.stack([log_det.sum() for log_det in log_dets.values()]).sum()
         for node in trace.nodes.values():

@@ -52,7 +52,7 @@ def gaussian_near(potential: Potential, seed: int) -> Gaussian:
     others = []
     for value, place, _ in ends:
         away = torch.linalg.solve_triangular(factor, (place - mode)[:, None], upper=False).norm()
-        if math.isfinite(value) and away > _APART:
+        if math.isfinite(value) and away > _APART and _is_bowl(potential.hessian(place)):
             others.append(value - lowest)
     return Gaussian(mode, factor, others)
 
@@ -116,9 +116,8 @@ def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
         curvature = potential.hessian(state)
         if not torch.isfinite(curvature).all():
             return state, torch.eye(len(state)), False
-        sizes, axes = torch.linalg.eigh(curvature)
-        lengths = sizes.abs().clamp_min(1e-12 * sizes.abs().max().item() + 1e-300)
-        step = -(axes @ ((axes.T @ slope) / lengths))
+        factor = _factor(curvature)
+        step = -(factor @ (factor.T @ slope))
         gain, share, moved = -(slope @ step).item(), 1.0, False
         while gain > 1e-10 and share > 1e-10 and not moved:
             new_slope, new = potential.slope_and_value(state + share * step)
@@ -127,19 +126,30 @@ def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
                 state, slope, value = state + share * step, new_slope, new
             share /= 2
         if not moved:
-            return state, _factor(curvature), gain <= 1e-6 and bool((sizes > 0).all())
-    return state, _factor(curvature), False
+            return state, factor, gain <= 1e-6 and _is_bowl(curvature)
+    return state, factor, False
+
+
+def _is_bowl(curvature: Tensor) -> bool:
+    """Whether a stationary point with this curvature is a minimum, and no saddle."""
+    return bool((torch.linalg.eigvalsh(curvature) > 0).all())
 
 
 def _factor(curvature: Tensor) -> Tensor:
-    """A Cholesky factor of the inverse of a curvature, whose signs are left out."""
+    """A Cholesky factor of the inverse of a curvature, the signs of which are left out.
+
+    It is worked out in the units of each coordinate, so that these make no difference.
+    """
     if not torch.isfinite(curvature).all():
         return torch.eye(len(curvature))
-    sizes, axes = torch.linalg.eigh(curvature)
+    units = curvature.diagonal().abs().clamp_min(1e-300).rsqrt()
+    units = torch.where(units < 1e100, units, 1.0)  # a coordinate that nothing depends on
+    sizes, axes = torch.linalg.eigh(units[:, None] * curvature * units)
     sizes = sizes.abs().clamp_min(1e-12 * sizes.abs().max().item() + 1e-300)
     covariance = axes @ torch.diag(1 / sizes) @ axes.T
     covariance = (covariance + covariance.T) / 2
-    return torch.linalg.cholesky(covariance + 1e-14 * torch.diag(covariance.diagonal()))
+    factor = torch.linalg.cholesky(covariance + 1e-14 * torch.diag(covariance.diagonal()))
+    return units[:, None] * factor
 
 
 def _elbo(potential: Potential, mean: Tensor, factor: Tensor) -> float:

@@ -24,6 +24,7 @@ from ppvae.programs.potential import potential_of
 from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
 from ppvae.training.kinks import descend_over_kinks
 from ppvae.training.mode import gaussian_near, lbfgs
+from ppvae.training.snapshots import Diverged
 from ppvae.training.task import Task
 
 _FEWEST, _MOST = 32, 1024  # draws
@@ -132,7 +133,12 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         potential = potential_of(task.program.model, batch)
         if potential.size > _LATENTS:
             return None
-        near = gaussian_near(replace(potential, args=average.batch), seed)
+        potential = replace(potential, args=average.batch)
+        near = gaussian_near(potential, seed)
+        value = potential.slope_and_value(near.mean)[1].item()
+        if not math.isfinite(value):
+            why = f"minus the log density of the model is {value} wherever it was tried"
+            raise Diverged(f"{why}, from {task.blame(batch)}; the parameters are unchanged")
         factor = near.factor
         if not average.normals:  # a point may lie on kinks, which are found along the axes
             factor = torch.diag(factor.square().sum(1).sqrt())

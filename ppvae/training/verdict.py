@@ -18,7 +18,7 @@ from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap, labels_of
 from ppvae.training.task import Task
 
 _STEP = 0.01  # posterior sds: a Newton step that is as good as none
-_EQUAL = 0.9  # share of effective draws, above which the weights are as good as equal
+_EQUAL = 0.75  # share of effective draws, above which the weights are as good as equal
 _FEW = 50  # effective draws, below which reweighted moments say nothing
 _NEAR = 5.0  # nats: a mode that is no further above is worth a word
 _NARROW = 0.25  # posterior sds, or the share of one, by which a family may be off

@@ -12,8 +12,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import nn
 
-from ppvae import FamilyGuide, NarrowFamily, NotConverged, families, fit
-from ppvae._scopes import double_precision, private_modules
+from ppvae import Diverged, FamilyGuide, NarrowFamily, NotConverged, families, fit
+from ppvae._scopes import double_precision, private_modules, unchecked
 from ppvae.guides.chart import Chart
 from ppvae.objectives.weights import khat
 from ppvae.programs.layout import Layout
@@ -647,3 +647,41 @@ def test_losses_of_a_task_are_those_of_all_its_data():
         dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.3)) + dist.Normal(0.3, 1.0).log_prob(x).sum()
     )
     assert loss.item() == pytest.approx(-log_p.item())
+
+
+def test_a_saddle_is_no_other_mode_and_units_make_no_difference():
+    """`w * w` has its mode on both sides, and a stationary point between that is none."""
+
+    def squared(x):
+        w = pyro.sample("w", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w * w, 1.0), obs=x)
+
+    near = gaussian_near(potential_of(squared, (torch.full((4,), 1.5),)), seed=0)
+    assert near.others == pytest.approx([0.0], abs=1e-8)
+
+    X = torch.cat([torch.full((30, 1), 0.01), 1e6 * noise(30, 1)], 1)
+
+    def regression(X):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1e3).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(X @ w, 1.0), obs=X[:, 1])
+
+    factor = gaussian_near(potential_of(regression, (X,)), seed=0).factor
+    precision = X.T @ X + 1e-6 * torch.eye(2)
+    torch.testing.assert_close(factor @ factor.T, precision.inverse(), rtol=1e-6, atol=0)
+
+
+def test_a_density_that_is_never_finite_is_said_and_nothing_is_moved():
+    def broken(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.factor("bad", math.nan * w)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    with unchecked():  # else Pyro refuses the factor
+        guide = FamilyGuide(broken, "full_rank").setup(torch.zeros(5))
+        before = [parameter.detach().clone() for parameter in guide.parameters()]
+        with pytest.raises(Diverged, match="is nan wherever it was tried, from .*'bad'"):
+            quiet(broken, guide, torch.zeros(5))
+    assert all(map(torch.equal, guide.parameters(), before))
