@@ -15,7 +15,7 @@ from ppvae.guides import FamilyGuide
 from ppvae.models import VAE
 from ppvae.programs.simulation import simulate
 from ppvae.staging import NotStageable, stage
-from ppvae.training import Diverged, Fit, fit, fit_replicates
+from ppvae.training import Diverged, Fit, NarrowFamily, NotConverged, fit, fit_replicates
 
 if TYPE_CHECKING:
     from ppvae import plots, regression
@@ -31,6 +31,8 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "NarrowFamily",
+    "NotConverged",
     "NotStageable",
     "annealed_importance",
     "calibration",

@@ -9,7 +9,9 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
-from torch import nn
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _numbers = itertools.count()
 
@@ -45,6 +47,18 @@ def private_modules() -> Iterator[None]:
         yield
     store.set_state(_plain(inside))
     dict(store.items())  # reading a parameter restores the weak reference that get_state takes off
+
+
+class as_they_are(Messenger):
+    """Inside, the parameters of modules are what the modules hold, and no store hears of them.
+
+    Pyro's store asks its parameters for a gradient, which the transforms of `torch.func` forbid.
+    """
+
+    def _pyro_param(self, msg: Any) -> None:
+        value = msg["args"][1] if len(msg["args"]) > 1 else None
+        if value is not None and not msg["done"]:
+            msg["value"], msg["done"] = value() if not isinstance(value, Tensor) else value, True
 
 
 def _plain(state: Any) -> Any:
@@ -143,6 +157,44 @@ def matmul_precision(precision: str | None) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class double_precision(TorchFunctionMode):
+    """All that is computed inside is float64: the default dtype, and operands that were narrower.
+
+    A tensor that a program holds in its closure would otherwise pull a result down to its own
+    dtype, or be refused by a product of matrices.
+    """
+
+    def __enter__(self) -> Any:
+        """Enters; the default dtype is remembered."""
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leaves; the default dtype is what it was."""
+        torch.set_default_dtype(self.before)
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs the function on doubles; what is asked of a tensor, or written to it, stays."""
+        name = getattr(func, "__name__", "")
+        if name != "__get__":
+            kept = 1 if name == "__setitem__" or name.endswith("_") and name[:2] != "__" else 0
+            args = (*args[:kept], *(_doubled(arg) for arg in args[kept:]))
+        return func(*args, **(kwargs or {}))
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        narrow = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return value.double() if narrow else value
+    if type(value) in (list, tuple):
+        return type(value)(_doubled(each) for each in value)
+    return value
 
 
 def unchecked() -> Any:

@@ -89,6 +89,7 @@ def batches_of(
     *,
     training: bool,
     extra: tuple[Any, ...] = (),
+    whole: bool = False,
 ) -> Batches:
     """Minibatches of data.
 
@@ -100,6 +101,7 @@ def batches_of(
         training: whether they are trained on: each pass then has an order of its own, and tensors
             of `extra` with as many rows are cut with the data.
         extra: further arguments, behind the data.
+        whole: make one batch of all data, however many, where no size is given.
 
     Raises:
         TypeError: the data are of another kind.
@@ -118,7 +120,7 @@ def batches_of(
         expect(alone, "batch_size", "None with a DataLoader", batch_size)
         return Batches(name, size, data.batch_size, (), data, extra, cut)
     if batch_size is None:
-        batch_size = size if size <= 1024 else 128
+        batch_size = size if whole or size <= 1024 else 128
     elif training:
         batch_size = check_count("batch_size", batch_size)
         expect(batch_size <= size, "batch_size", f"at most {size}, the number of data", batch_size)

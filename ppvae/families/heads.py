@@ -8,6 +8,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
+from ppvae.families.gaussians import STABLE
 from ppvae.families.rules import FREE_STARTS, STARTS, Channel, Rule, Shared, constraints_of, fixed
 
 # An argument in an interval that starts further out, before its transform (the sigmoid), has no
@@ -107,5 +108,6 @@ class Head(nn.Module):
             value = getattr(self, name)
             values[name] = value(features) if isinstance(value, Argument) else value
         batch = features.shape[:-1] if features is not None else torch.Size()
-        fn = self.family.distribution(**values)
+        kind = self.family.distribution
+        fn = STABLE.get(kind, kind)(**values)
         return fn.expand(batch if self.family.joint else batch + self.shape)

@@ -28,6 +28,7 @@ class Block(NamedTuple):
             sites' pieces; needed for several sites, and for plates to the left of the data.
         family: the family of the head.
         source: where the channels are filled from.
+        over_reals: whether the head draws in unconstrained space.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Block(NamedTuple):
     flat: bool
     family: Any
     source: Source
+    over_reals: bool = True
 
 
 def source_of(family: Any, encoder: nn.Module | None) -> Source:
@@ -72,7 +74,7 @@ def divide(family: Any, nodes: list[Any], data: Any, source: Source) -> list[Blo
             raise ValueError(_misfit(family, own[0]) + ", in these plates or beside other sites")
         key = "joint" if flat and family.joint else _key(first)
         shape = torch.Size([size]) if flat else shape
-        blocks.append(Block(key, shape, tuple(group), flat, family, source))
+        blocks.append(Block(key, shape, tuple(group), flat, family, source, not own))
     return blocks
 
 

@@ -89,6 +89,11 @@ class FamilyGuide(ModelGuide):
         if example is not None:
             self.setup(*example)
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The latent sites in the groups that are drawn together; none before `setup`."""
+        return tuple(self._blocks)
+
     def setup(self, *args: Any, **kwargs: Any) -> "FamilyGuide":
         """Looks at the model once, on its arguments, and makes the parameters.
 

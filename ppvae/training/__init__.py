@@ -3,5 +3,6 @@
 from ppvae.training.fitting import fit, fit_replicates
 from ppvae.training.loop import Fit
 from ppvae.training.snapshots import Diverged, Snapshot
+from ppvae.training.verdict import NarrowFamily, NotConverged
 
-__all__ = ["Diverged", "Fit", "Snapshot", "fit", "fit_replicates"]
+__all__ = ["Diverged", "Fit", "NarrowFamily", "NotConverged", "Snapshot", "fit", "fit_replicates"]

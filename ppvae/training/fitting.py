@@ -9,6 +9,7 @@ about the time of two.
 
 import operator
 import random
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,12 +24,16 @@ from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import with_keywords
 from ppvae.staging.staged import NotStageable
 from ppvae.training.loop import Fit, progress_bar, train
-from ppvae.training.quasi_newton import draws_needed, fit_at_once
+from ppvae.training.optimum import is_free, is_global, optimise
 from ppvae.training.single import how_to_run, single
+from ppvae.training.snapshots import Diverged, undone_by_errors
 from ppvae.training.stacked import stacked
-from ppvae.training.task import check_options, task_of, training_batches
+from ppvae.training.task import Task, check_options, task_of, training_batches
+from ppvae.training.verdict import judge
 
 Pair = tuple[Any, Any]  # a model and its guide
+
+_STEPS, _EPOCHS = 1000, 100  # where the user does not say
 
 
 def fit(
@@ -36,7 +41,7 @@ def fit(
     guide: Callable[..., Any],
     data: Any,
     *,
-    num_epochs: int = 100,
+    num_epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
@@ -57,6 +62,14 @@ def fit(
     training mode and left in the mode they had. Pyro's own checks run on the first step only. Fit
     in one thread at a time: Pyro's handlers belong to the process.
 
+    **Global latents** (a `FamilyGuide` without encoder, another autoguide of Pyro's, or any guide
+    whose latents are in no plate of the data) are fitted to the optimum, on all the data at once
+    and whatever their units are: from the mode of the posterior and its curvature, by L-BFGS on
+    draws that are held fixed, in double precision. `Fit.converged` says whether that was reached,
+    and `Fit.verdict` how one knows; `NotConverged` warns where it was not, and `NarrowFamily` where
+    the posterior is far from every member of the family. **All else** is trained with stochastic
+    gradients; the verdict then says whether the loss was still falling.
+
     Args:
         model: a Pyro model; called with one minibatch.
         guide: its guide.
@@ -64,15 +77,16 @@ def fit(
             arguments; or a `Dataset` of such items (every part of an item becomes an argument, so
             leave labels out); or a `DataLoader`. Arrays take the default dtype; all are moved to
             the device of the parameters.
-        num_epochs: passes through the data, at least 1.
-        batch_size: size of a minibatch; by default all the data, or 128 of more than 1024. The last
-            one of an epoch may be smaller.
+        num_epochs: passes through the data, at least 1; by default 100. For global latents at most
+            so many steps in each round of the method; by default 1,000.
+        batch_size: size of a minibatch; by default all the data, or 128 of more than 1024 (but all,
+            where all that the guide learns are free parameters). The last one of an epoch may be
+            smaller.
         learning_rate: step size.
-        optimizer: called as `optimizer(parameters, lr=learning_rate)`. By default Adam, fused; but
-            L-BFGS on fixed, moment-matched draws, for at most `num_epochs` steps, where the model
-            is vectorized (as `LinearRegression`), all latents are global, there are at most 500
-            parameters, and a batch is all the data: it reaches the optimum to many digits. A flow
-            has more; standardise its columns, and compare it with `full_rank`.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`; by default Adam, fused.
+            Given one, global latents are trained by it, too, as they are with another objective,
+            validation data, minibatches, or more than 500 parameters of which the mode says nothing
+            (a flow).
         objective: the loss, `objectives.ELBO(beta=4.0)` for one; by default `objectives.ELBO()`.
             Called as `objective(model, guide, *batch, size=N, step=s)`, with the number of data in
             all and the number of steps before this one (see `objectives.Objective`); returns a
@@ -97,7 +111,11 @@ def fit(
             into the minibatches with them, all else is passed as it is.
 
     Returns:
-        The losses, and how they were reached.
+        The losses, how they were reached, and a verdict; see `Fit`.
+
+    Warns:
+        NotConverged: global latents are not at the optimum of their objective.
+        NarrowFamily: they are, and the family is too narrow for the posterior.
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
@@ -116,8 +134,11 @@ def fit(
     """
     given = model
     model, guide, extra = with_keywords(model, guide, (), kwargs)
-    batches = training_batches(given, data, batch_size, extra)
+    free = batch_size is None and is_free(guide)
+    batches = training_batches(given, data, batch_size, extra, whole=free)
     held_out = None if validation is None else _held_out(validation, batches)
+    steps = _STEPS if num_epochs is None else num_epochs
+    num_epochs = _EPOCHS if num_epochs is None else num_epochs
     num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
     if patience is not None:
         patience = check_count("patience", patience)
@@ -131,12 +152,37 @@ def fit(
             task.check_support(*filter(None, (batches, held_out)))
         if held_out is not None:
             task.held_out_loss(held_out)  # fails before anything is trained, if it does
-        draws = draws_needed(task) if optimizer is None and held_out is None else 0
-        if draws:
-            return fit_at_once(task, draws, seed or 0, bar)
+        if optimizer is None and held_out is None and is_global(task):
+            result = _fit_at_once(task, steps, seed or 0, bar)
+            if result is not None:
+                return result
         validate = None if held_out is None else partial(task.held_out_loss, held_out)
         engine = single(task, how)
         return train(engine, optimizer, learning_rate, bar, validate=validate, patience=patience)[0]
+
+
+def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
+    """Fits global latents to the optimum; None if they have to be fitted in steps."""
+    start = time.perf_counter()
+    with undone_by_errors(task.parameters, [task.program]) as before:
+        optimum = optimise(task, steps=steps, seed=seed)
+        if optimum is None:
+            return None
+        if not all(torch.isfinite(value).all() for value in optimum.values):
+            before.put_back()
+            raise Diverged("the optimum is not finite; the parameters are unchanged")
+        with torch.no_grad():
+            for parameter, value in zip(task.parameters, optimum.values, strict=True):
+                parameter.copy_(value.reshape(parameter.shape))
+        verdict = judge(task, optimum, seed)
+    losses, number = [*optimum.losses[:-1], verdict.loss], len(optimum.losses)
+    bar.update(bar.total)
+    bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
+    bar.close()
+    verdict.warn(stacklevel=3)
+    seconds, objective = time.perf_counter() - start, task.program.objective
+    end = seconds, number, number - 1, "L-BFGS", objective, "eager"
+    return Fit(losses, [], *end, verdict.converged, verdict.words)
 
 
 def _held_out(validation: Any, batches: Batches) -> Batches:
@@ -227,7 +273,7 @@ def fit_replicates(
             with private_modules(), random_state(seed):
                 tasks.append(task_of(model, guide, own, batches, plate))
         _check_parameters([list(task.program.parameters()) for task in tasks])
-        at_once = optimizer is None and any(draws_needed(task) for task in tasks)
+        at_once = optimizer is None and any(is_global(task) for task in tasks)
         if tasks[0].parameters and len(tasks) > 1 and not at_once:
             try:
                 engine = stacked(tasks, seeds, compiled=how == "compiled")

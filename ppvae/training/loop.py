@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae._checks import expect
+from ppvae.objectives.base import moving_fields
+from ppvae.training.course import falling
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 from ppvae.training.task import adam
 
@@ -22,7 +24,8 @@ class Fit(NamedTuple):
 
     Attributes:
         losses: values of the objective in each epoch, averaged over its data while they were
-            trained on: the negative ELBO, if no other was asked for.
+            trained on: the negative ELBO, if no other was asked for. For global latents, after each
+            step, by the draws that are held fixed; the last one by 10,000 fresh draws.
         validation_losses: negative ELBO on the validation data after each epoch; empty without.
         seconds: time in the loop.
         num_steps: steps of the optimizer.
@@ -31,6 +34,8 @@ class Fit(NamedTuple):
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
         objective: what was minimised, such as `objectives.ELBO()`.
         execution: "eager", "staged" or "compiled".
+        converged: whether it ended at the optimum of its objective; None if that cannot be judged.
+        verdict: the same in one sentence, with numbers.
     """
 
     losses: list[float]
@@ -41,6 +46,14 @@ class Fit(NamedTuple):
     method: str
     objective: Callable[..., Tensor]
     execution: str
+    converged: bool | None = None
+    verdict: str = ""
+
+    def __repr__(self) -> str:
+        how = f"{self.method} ({self.execution})"
+        course = f"Fit by {how}: {self.num_steps} steps, {self.seconds:.3g} s"
+        loss = f"loss {self.losses[-1]:.6g} nats per datum"
+        return "\n".join([course, loss, self.verdict or "not judged"])
 
     @property
     def history(self) -> dict[str, list[Any]]:
@@ -193,9 +206,18 @@ def train(
     seconds = (time.perf_counter() - start) / len(losses)
     ends = seconds, steps.number, best_epoch, "stochastic gradient"
     return [
-        Fit(own, validation, *ends, objective, engine.execution)
-        for own, objective in zip(losses, engine.objectives, strict=True)
+        Fit(own, validation, *ends, goal, engine.execution, None, _words(own, goal, best_epoch))
+        for own, goal in zip(losses, engine.objectives, strict=True)
     ]
+
+
+def _words(losses: list[float], objective: Any, best_epoch: int) -> str:
+    """What can be said of a stochastic training."""
+    if best_epoch < len(losses) - 1:
+        return f"stopped by the validation loss, which was lowest in epoch {best_epoch}"
+    if moving_fields([objective]):
+        return "the objective changed on the way, so that its values say little"
+    return falling(losses)
 
 
 def _epochs(

@@ -78,9 +78,11 @@ class Task:
                     expect(ok.all(), "data", wanted, got)
 
 
-def training_batches(model: Any, data: Any, batch_size: int | None, extra: Any) -> Batches:
+def training_batches(
+    model: Any, data: Any, batch_size: int | None, extra: Any, *, whole: bool = False
+) -> Batches:
     """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
-    batches = batches_of("data", data, batch_size, training=True, extra=extra)
+    batches = batches_of("data", data, batch_size, training=True, extra=extra, whole=whole)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     return batches

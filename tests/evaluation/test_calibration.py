@@ -135,6 +135,7 @@ class Regression:
         guide.heads["weight"].loc.raw.data = self.mean(X, y)
 
 
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 def test_mean_field_covers_on_diabetes_what_was_predicted():
     """2 Phi(1.6449 q_j / s_j) - 1 with q_j = P_jj^-1/2 and s_j^2 = (P^-1)_jj; 200 data sets.
 

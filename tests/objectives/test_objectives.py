@@ -583,12 +583,14 @@ def test_validation_losses_are_the_plain_elbo_whatever_the_objective():
 
 
 def test_only_the_plain_elbo_goes_to_the_quasi_newton_method():
-    x, model, methods = torch.randn(9, 2), LinearRegression(2), []
+    x, model, results = torch.randn(9, 2), LinearRegression(2, noise=1.0), []
     for objective in (None, ELBO(), ELBO(beta=2.0), IWAE(2)):
-        guide = FamilyGuide(model, families.mean_scale)
+        guide = FamilyGuide(model, families.full_rank)
         options = {"objective": objective, "num_epochs": 2, "seed": 0, "progress": False}
-        methods.append(fit(model, guide, (x, x.sum(-1)), **options).method)
-    assert methods == ["L-BFGS"] * 2 + ["stochastic gradient"] * 2
+        results.append(fit(model, guide, (x, x.sum(-1)), **options))
+    methods, converged = ["L-BFGS"] * 2 + ["stochastic gradient"] * 2, [True, True, None, None]
+    assert [result.method for result in results] == methods
+    assert [result.converged for result in results] == converged
 
 
 POINTS = r"guide: expected a density for every latent site, got .* \['z'\] are points"

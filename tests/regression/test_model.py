@@ -44,6 +44,7 @@ POINTS = ("deterministic", "zero")
 FAMILIES = ["noise_only", "mean_only", "shared_scale", "mean_scale", "full_rank"]
 
 
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 @pytest.mark.parametrize("name", ["diabetes", "unequal columns", "badly scaled"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fit_reaches_the_closed_form_optimum(name, family):
@@ -159,6 +160,7 @@ def test_works_in_plain_pyro(plain_pyro):
     assert (abs(weight.mean(0) - exact.mean) < 5 * exact.sd / 100**0.5).all()
 
 
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 def test_single_precision_data():
     X, y = (torch.as_tensor(a).float() for a in diabetes())
     model = LinearRegression(10, weight=dist.Normal(0.0, 0.5), noise=0.7)
@@ -242,6 +244,7 @@ def test_bad_input(call, message):
         call()
 
 
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 @pytest.mark.parametrize("name", ["diabetes", "unequal columns"])
 @pytest.mark.parametrize("family", [n for n in families.LADDER if n not in (*POINTS, *FAMILIES)])
 def test_no_objective_lies_above_the_evidence(name, family):

@@ -161,12 +161,13 @@ def test_compiled_with_weights_of_the_rate_and_their_chains():
         assert np.array_equal(tree["posterior"].z.values[chain], alone["posterior"].z.values[0])
 
 
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
     def make():
         model = LinearRegression(3)
         return model, FamilyGuide(model, families.mean_scale)
 
-    x, told = data(), {"batch_size": None, "num_epochs": 10}
+    x, told = data(), {"batch_size": None, "num_epochs": 1000}
     args = (x, x.sum(-1) + 0.1 * x[:, 0] ** 2)
     courses, ends = one_by_one(make, args, [None, None], **told)
     assert courses[0].method == "L-BFGS"

@@ -1,0 +1,79 @@
+"""The potential of a model: minus its log density as a function of unconstrained latents."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae._scopes import as_they_are, private_modules, unchecked
+from ppvae.programs.layout import Layout
+from ppvae.programs.nodes import counts, log_prob, prototype
+from ppvae.programs.runs import Args, given, run_trace
+
+
+@dataclass(frozen=True)
+class Potential:
+    """Minus log p(x, z), in nats, of all latents of a model together; made by `potential_of`.
+
+    The latents are given as one vector of unconstrained coordinates, and the log-determinants of
+    the maps to their supports are counted, so that this is the density in the space of the vector.
+
+    Attributes:
+        model: a Pyro model.
+        args: its arguments.
+        trace: of the model, which tells its sites.
+        layout: of the latents.
+    """
+
+    model: Any
+    args: Args
+    trace: Any
+    layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return self.layout.size
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """The potential at a state of shape `(size,)`; goes under `torch.func`'s transforms."""
+        values, log_dets = self.layout.constrained(state.reshape(1, 1, -1))
+        with private_modules(), as_they_are(), unchecked():
+            trace = run_trace(given(self.model, self.trace, values), self.args)
+        total = torch.stack([log_det.sum() for log_det in log_dets.values()]).sum()
+        for node in trace.nodes.values():
+            if node["type"] == "sample" and counts(node):
+                total = total + (log_prob(node) * node["scale"]).sum()
+        return -total
+
+    def slope_and_value(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient and the potential; not finite where a matrix has no Cholesky factor."""
+        state = state.detach().requires_grad_()
+        try:
+            value = self(state)
+        except torch.linalg.LinAlgError:  # a step too far
+            return torch.full_like(state, math.nan), state.new_tensor(math.inf)
+        return torch.autograd.grad(value, state)[0], value.detach()
+
+    def hessian(self, state: Tensor) -> Tensor:
+        """The second derivatives, by differences where a program cannot be differentiated twice."""
+        try:
+            return torch.func.hessian(self)(state)
+        except (RuntimeError, NotImplementedError):
+            moves = 1e-4 * torch.eye(len(state), dtype=state.dtype)
+            ends = [[self.slope_and_value(state + s * m)[0] for s in (1, -1)] for m in moves]
+            return torch.stack([(after - before) / 2e-4 for after, before in ends])
+
+
+def potential_of(model: Any, args: Args) -> Potential:
+    """Looks at a model once and makes its potential.
+
+    Raises:
+        ValueError: there are no latents, or one is discrete or not reached from the reals.
+    """
+    trace = prototype(model, args, {})
+    layout = Layout.of(trace, None)
+    _ = layout.slices  # raises, if a site cannot be reached
+    return Potential(model, args, trace, layout)

@@ -1,0 +1,161 @@
+"""The mode of a posterior and its curvature there: a Gaussian to start from."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.programs.potential import Potential
+
+_CANDIDATES = 20  # points on the way, of which the best is taken where there is no mode
+_APART = 3.0  # sds between two modes that are not the same
+_FAR = 1e30  # the value of what is not finite
+
+SlopeAndValue = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian near a posterior, in unconstrained space.
+
+    Attributes:
+        mean: shape `(size,)`.
+        factor: lower Cholesky factor of the covariance.
+        others: by how many nats other modes, that were met, are above the one that was taken.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    others: list[float]
+
+
+def gaussian_near(potential: Potential, seed: int) -> Gaussian:
+    """The Laplace approximation at the best mode that is met from several starts.
+
+    A density may have no mode, or have it where there is no mass (a funnel). Then the point on the
+    way is taken at which the Gaussian of the local curvature has the highest ELBO.
+    """
+    away = torch.randn(potential.size, generator=torch.Generator().manual_seed(seed))
+    ends = []
+    for start in (0 * away, away, -away):
+        ways: list[Tensor] = [start]
+        end = lbfgs(potential.slope_and_value, start, steps=500, tolerance=1e-8, way=ways.append)
+        ends.append((potential.slope_and_value(end)[1].item(), end, ways))
+    lowest, end, way = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else _FAR)
+    mode, factor, found = _newton(potential, end)
+    if not found:
+        few = way[:: max(1, len(way) // _CANDIDATES)] + [end]
+        local = [(place, _factor(potential.hessian(place))) for place in few]
+        return Gaussian(*max(local, key=lambda each: _elbo(potential, *each)), others=[])
+    others = []
+    for value, place, _ in ends:
+        away = torch.linalg.solve_triangular(factor, (place - mode)[:, None], upper=False).norm()
+        if math.isfinite(value) and away > _APART and _is_bowl(potential.hessian(place)):
+            others.append(value - lowest)
+    return Gaussian(mode, factor, others)
+
+
+def lbfgs(
+    slope_and_value: SlopeAndValue,
+    start: Tensor,
+    *,
+    steps: int,
+    tolerance: float,
+    way: Callable[[Tensor], Any] | None = None,
+    values: Callable[[float], Any] | None = None,
+) -> Tensor:
+    """Goes down from a start by SciPy's L-BFGS.
+
+    Args:
+        slope_and_value: of what is minimised; it need not be finite everywhere.
+        start: where to begin.
+        steps: at most so many.
+        tolerance: of the gradient.
+        way: is called with the place after each step.
+        values: is called with the value after each step.
+    """
+    from scipy import optimize  # takes half a second to import
+
+    top = slope_and_value(start)[1].item()
+    top = top if math.isfinite(top) else _FAR
+
+    def at(place: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, value = slope_and_value(torch.as_tensor(place))
+        if not (torch.isfinite(value) and torch.isfinite(slope).all()):
+            away = place - start.numpy()  # a slope that leads the line search back
+            return top + 1 + away @ away, 2 * away
+        return value.item(), slope.numpy()
+
+    def after(intermediate_result: Any) -> None:
+        if way is not None:
+            way(torch.as_tensor(intermediate_result.x).clone())
+        if values is not None:
+            values(float(intermediate_result.fun))
+
+    result: Any = optimize.minimize(
+        at,
+        start.numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        callback=after,
+        options={"maxiter": steps, "maxcor": 50, "ftol": 1e-14, "gtol": tolerance},
+    )
+    return torch.as_tensor(result.x)
+
+
+def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Newton's method, damped.
+
+    Returns:
+        Where it ends, a Cholesky factor of the covariance there, and whether that is a mode.
+    """
+    slope, value = potential.slope_and_value(state)
+    for _ in range(100):
+        curvature = potential.hessian(state)
+        if not torch.isfinite(curvature).all():
+            return state, torch.eye(len(state)), False
+        factor = _factor(curvature)
+        step = -(factor @ (factor.T @ slope))
+        gain, share, moved = -(slope @ step).item(), 1.0, False
+        while gain > 1e-10 and share > 1e-10 and not moved:
+            new_slope, new = potential.slope_and_value(state + share * step)
+            moved = bool(torch.isfinite(new) and new <= value - 1e-4 * share * gain)
+            if moved:
+                state, slope, value = state + share * step, new_slope, new
+            share /= 2
+        if not moved:
+            return state, factor, gain <= 1e-6 and _is_bowl(curvature)
+    return state, factor, False
+
+
+def _is_bowl(curvature: Tensor) -> bool:
+    """Whether a stationary point with this curvature is a minimum, and no saddle."""
+    return bool((torch.linalg.eigvalsh(curvature) > 0).all())
+
+
+def _factor(curvature: Tensor) -> Tensor:
+    """A Cholesky factor of the inverse of a curvature, the signs of which are left out.
+
+    It is worked out in the units of each coordinate, so that these make no difference.
+    """
+    if not torch.isfinite(curvature).all():
+        return torch.eye(len(curvature))
+    units = curvature.diagonal().abs().clamp_min(1e-300).rsqrt()
+    units = torch.where(units < 1e100, units, 1.0)  # a coordinate that nothing depends on
+    sizes, axes = torch.linalg.eigh(units[:, None] * curvature * units)
+    sizes = sizes.abs().clamp_min(1e-12 * sizes.abs().max().item() + 1e-300)
+    covariance = axes @ torch.diag(1 / sizes) @ axes.T
+    covariance = (covariance + covariance.T) / 2
+    factor = torch.linalg.cholesky(covariance + 1e-14 * torch.diag(covariance.diagonal()))
+    return units[:, None] * factor
+
+
+def _elbo(potential: Potential, mean: Tensor, factor: Tensor) -> float:
+    """The ELBO of a Gaussian, up to a constant, by a few draws."""
+    normals = torch.randn(16, len(mean), generator=torch.Generator().manual_seed(0))
+    states = mean + torch.cat([normals, -normals]) @ factor.T
+    values = torch.stack([potential.slope_and_value(state)[1] for state in states])
+    elbo = (factor.diagonal().log().sum() - values.mean()).item()
+    return elbo if math.isfinite(elbo) else -_FAR

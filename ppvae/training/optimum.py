@@ -1,0 +1,338 @@
+"""The optimum of the ELBO of global latents: found, and held against what an optimum must be.
+
+With the random numbers of some draws held fixed the negative ELBO is a smooth deterministic
+function (a sample-average approximation; Giordano, Ingram and Broderick, 2024; Burroni, Domke and
+Sheldon, 2024). It is minimised in coordinates that are made from the mode of the posterior and the
+curvature there, with more draws as long as their error is felt in a posterior mean.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from ppvae._scopes import double_precision, kept_buffers, private_modules, random_state, unchecked
+from ppvae.guides import FamilyGuide
+from ppvae.guides.chart import Chart, pieces_of
+from ppvae.objectives.elbo import ELBO
+from ppvae.programs.layout import Layout
+from ppvae.programs.potential import potential_of
+from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
+from ppvae.training.kinks import descend_over_kinks
+from ppvae.training.mode import gaussian_near, lbfgs
+from ppvae.training.snapshots import Diverged
+from ppvae.training.task import Task
+
+_FEWEST, _MOST = 32, 1024  # draws
+_PARAMETERS = 500  # of which nothing is known beforehand: more would fit the draws
+_LATENTS = 1000
+_EXCESS = 0.01  # nats: what few draws may cost, unless they are as many as there may be
+_ANNEALED = 500  # steps of stochastic gradients, at most
+_BLOCKS = 20  # of fresh draws, whose mean gradients are compared
+FRESH = 10_000  # draws by which an optimum is judged
+ERROR = 0.1  # posterior sds: the Monte Carlo error of a mean that is let pass
+
+
+def is_global(task: Task) -> bool:
+    """Whether the parameters of a task are those of latents, one by one, and not of a network.
+
+    Then, with the plain ELBO of all the data, it has an optimum that can be found and judged.
+    """
+    program = task.program
+    plain = isinstance(program.objective, ELBO) and program.objective == ELBO()
+    if not (plain and task.batches.whole and task.parameters):
+        return False
+    if not is_free(program.guide):
+        (batch,) = task.batches
+        with torch.no_grad(), random_state(None, keep=True), unchecked(), kept_buffers(program):
+            terms = task.terms(batch)
+        if {*terms.log_prior, *terms.log_guide} & terms.local:
+            return False
+    return True
+
+
+def is_free(guide: Any) -> bool:
+    """Whether all that a guide learns are free parameters, and not those of an encoder."""
+    if not isinstance(guide, AutoGuide):
+        return False
+    families = [part for part in guide.modules() if isinstance(part, FamilyGuide)]
+    return not any(
+        part.encoder is not None or getattr(part.family, "from_model", False) for part in families
+    )
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where a minimisation ended.
+
+    Attributes:
+        values: of the parameters, in doubles.
+        losses: the objective in nats per datum, after each step.
+        draws: how many were held fixed in the end; 1 if the guide draws a point.
+        step: the largest Newton step that is left, in posterior sds.
+        site: the coordinate whose step that is.
+        error: the largest Monte Carlo error of a mean, in posterior sds.
+        excess: the nats by which the objective is short of its optimum since the draws are few.
+        others: by how many nats other modes, that were met, are above the one it started from.
+        layout: of the latents.
+    """
+
+    values: list[Tensor]
+    losses: list[float]
+    draws: int
+    step: float
+    site: str
+    error: float
+    excess: float
+    others: list[float]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The mean loss of some draws, in nats for all data, over the coordinates of a chart.
+
+    Attributes:
+        average: the losses of draws.
+        chart: from coordinates to parameters.
+        normals: the normal numbers of the draws, shape `(draws, normals)`.
+    """
+
+    average: Average
+    chart: Chart
+    normals: Tensor
+
+    def __call__(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The slope, and the value."""
+        losses, slope = self.losses(place)
+        return slope, losses.mean()
+
+    def losses(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each draw, and the slope of their mean."""
+        return self.average.slope(self.chart, place, self.normals)
+
+
+def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
+    """Minimises the objective over the parameters of a task, which are not moved.
+
+    Args:
+        task: one that `is_global`.
+        steps: at most so many of the method in each round.
+        seed: chooses starts and draws.
+
+    Returns:
+        The optimum; None if there are too many latents.
+    """
+    with double_precision(), unchecked(), private_modules(), without_fallback_warnings():
+        average = average_of(task)
+        (batch,) = task.batches
+        potential = potential_of(task.program.model, batch)
+        if potential.size > _LATENTS:
+            return None
+        potential = replace(potential, args=average.batch)
+        near = gaussian_near(potential, seed)
+        value = potential.slope_and_value(near.mean)[1].item()
+        if not math.isfinite(value):
+            why = f"minus the log density of the model is {value} wherever it was tried"
+            raise Diverged(f"{why}, from {task.blame(batch)}; the parameters are unchanged")
+        factor = near.factor
+        if not average.normals:  # a point may lie on kinks, which are found along the axes
+            factor = torch.diag(factor.square().sum(1).sqrt())
+        chart = Chart(task.parameters, pieces_of(task.program.guide, near.mean, factor), factor)
+        few = (~chart.known()).sum() <= _PARAMETERS
+        method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
+        return method(average, chart, steps, seed, potential.layout, near.others)
+
+
+def _with_fixed_draws(
+    average: Average, chart: Chart, steps: int, seed: int, layout: Layout, others: list[float]
+) -> Optimum:
+    """Minimises the mean loss of draws that are held fixed, with more, until they are enough."""
+    place, free = torch.zeros(chart.size), torch.ones(chart.size)
+    draws = max(_FEWEST, 2 * average.normals + 2) if average.normals else 1
+    losses: list[float] = []
+    while True:
+        normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
+        surface = Surface(average, chart, normals)
+        if not losses:
+            alone = ~chart.known()
+            chart.units[alone] = _units(surface, place, alone)
+        descend = partial(_descend, surface, steps, losses)
+        place = descend(place, free)
+        slope, value = surface(place)
+        losses += [] if losses else [value.item() / average.size]  # it started at the optimum
+        if draws == 1 and slope.abs().max() > 1e-4:
+            place, free = descend_over_kinks(surface, descend, place)
+        step, at, error, excess = _judge(surface, place, free)
+        enough = error < ERROR and excess < _EXCESS
+        if enough and (draws == 1 or _holds(average, chart(place), losses[-1])):
+            break
+        if draws >= max(_MOST, 8 * average.normals):
+            break
+        draws *= 2
+    ends = draws, step, labels_of(layout)[at], error, excess
+    return Optimum(chart(place), losses, *ends, others, layout)
+
+
+def _descend(
+    surface: Surface, steps: int, losses: list[float], place: Tensor, free: Tensor
+) -> Tensor:
+    """L-BFGS along the free coordinates; adds the loss per datum to `losses` after each step."""
+
+    def slope_and_value(moves: Tensor) -> tuple[Tensor, Tensor]:
+        slope, value = surface(place + free * moves)
+        return slope * free, value
+
+    moves = lbfgs(
+        slope_and_value,
+        torch.zeros_like(place),
+        steps=steps,
+        tolerance=1e-6,
+        values=lambda value: losses.append(value / surface.average.size),
+    )
+    return place + free * moves
+
+
+def _with_fresh_draws(
+    average: Average, chart: Chart, steps: int, seed: int, layout: Layout, others: list[float]
+) -> Optimum:
+    """Stochastic gradients, with fresh draws in each step and steps that become small.
+
+    For families whose draws are no smooth function of numbers that could be held fixed, or which
+    would fit those (a flow). Adam, its rate falling from a tenth to a thousandth of an sd; the last
+    quarter of the way is averaged. It never ends worse than it began: at the Gaussian of the mode.
+    """
+    steps, draws = min(steps, _ANNEALED), _FEWEST if average.at_once > 1 else 8
+    chart.units[~chart.known()] = 0.1  # weights of networks: smaller steps
+    start = torch.zeros(chart.size)
+    place = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([place], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))
+    losses: list[float] = []
+    mean, last = torch.zeros(chart.size), max(1, steps // 4)
+    for step in range(steps):
+        normals = matched(draws, average.normals, seed + step)
+        values, place.grad = average.slope(chart, place, normals, seed + step)
+        losses.append(values.mean().item() / average.size)
+        if not torch.isfinite(place.grad).all():
+            place.grad = torch.zeros_like(place)  # one draw too far out: the step is left out
+        optimizer.step()
+        scheduler.step()
+        if step >= steps - last:
+            mean += place.detach() / last
+    ends = [_fresh_loss(average, chart(end))[0] for end in (start, mean)]
+    mean = mean if ends[1] < ends[0] else start
+    drift, at = _drift(average, chart, mean, seed)
+    site = labels_of(layout)[at]
+    return Optimum(chart(mean), losses, 0, drift, site, 0.0, 0.0, others, layout)
+
+
+def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[float, int]:
+    """The step that the mean gradient of fresh draws asks for, in posterior sds, and where.
+
+    In the coordinates of a chart the curvature is near one. What the gradient may be by chance,
+    two of its standard errors, is taken off.
+    """
+    slopes, known = [], chart.known()
+    draws = 2 * _FEWEST if average.at_once > 1 else 8
+    for number in range(seed + 7919, seed + 7919 + _BLOCKS):
+        normals = matched(draws, average.normals, number)
+        slopes.append(average.slope(chart, place, normals, number)[1][known])
+    mean, error = torch.stack(slopes).mean(0), torch.stack(slopes).std(0) / _BLOCKS**0.5
+    step = (mean.abs() - 2 * error).clamp_min(0)
+    located = chart.located()
+    at = 0 if located is None else int(step[: located.stop - located.start].argmax())
+    return step.max().item() if len(step) else math.nan, at
+
+
+def _units(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:
+    """Lengths in which the curvature of parameters of which nothing is known is one."""
+    move, base, units = 1e-4, surface(place)[0], []
+    for index in alone.nonzero()[:, 0].tolist():
+        moved = place.clone()
+        moved[index] += move
+        units.append(((surface(moved)[0] - base)[index] / move).abs())
+    curvature = torch.stack(units).nan_to_num(1.0, 1.0, 1.0) if units else torch.ones(0)
+    lowest = 1e-8 * curvature.max().item() if units else 0.0
+    return curvature.clamp_min(lowest + 1e-300).rsqrt()
+
+
+def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, float, float]:
+    """The Newton step and the Monte Carlo error of the locations, in posterior sds.
+
+    By differences of the losses and of their mean gradient, the location moved along each axis.
+
+    Args:
+        surface: what was minimised.
+        place: where that ended.
+        free: which coordinates are on no kink, as ones.
+
+    Returns:
+        The largest step, the coordinate that it is in, the largest error, and the nats that such
+        errors are expected to cost.
+    """
+    losses, slope = surface.losses(place)
+    slope = slope * free
+    located, move, factor = surface.chart.located(), 1e-4, surface.chart.factor
+    if located is None:
+        return slope.abs().max().item(), 0, 0.0, 0.0
+    others = torch.cat([slope[: located.start], slope[located.stop :]]) / 2
+    rows, scores = [], []
+    for index in range(located.start, located.stop):
+        moved = place.clone()
+        moved[index] += move
+        there, steeper = surface.losses(moved)
+        rows.append(((steeper * free - slope)[located]) / move)
+        scores.append((there - losses) / move)
+    still = free[located]
+    curvature = torch.stack(rows) * still[:, None] + torch.diag(1 - still)
+    inverse = torch.linalg.pinv((curvature + curvature.T) / 2, hermitian=True)
+    spread = torch.zeros_like(inverse)
+    if len(losses) > 2:
+        pairs = torch.stack(scores).unflatten(1, (2, -1)).mean(1)  # draws of opposite sign
+        spread = torch.cov(pairs).reshape(inverse.shape) / pairs.shape[1]
+    to_latents = factor @ inverse
+    sd = (to_latents @ factor.T).diagonal().clamp_min(1e-300).sqrt()
+    step = (to_latents @ slope[located]).abs() / sd
+    error = (to_latents @ spread @ to_latents.T).diagonal().clamp_min(0).sqrt() / sd
+    largest = max(step.max().item(), others.abs().max().item() if len(others) else 0.0)
+    excess = (spread * inverse).sum().item()  # half for the locations, half for all else
+    return largest, int(step.argmax()), error.max().item(), excess
+
+
+def allowed_gap(latents: int) -> float:
+    """By how many nats the loss of fresh draws may be above that of the draws held fixed.
+
+    A Gaussian whose means are off by a sixth of an sd, and its sds by a tenth, is as far from the
+    best one.
+    """
+    return max(0.1, 0.025 * latents)
+
+
+def _holds(average: Average, values: list[Tensor], fixed: float) -> bool:
+    """Whether fresh draws confirm the loss per datum of those that were held fixed."""
+    fresh, error = _fresh_loss(average, values)
+    return fresh - fixed * average.size < allowed_gap(average.normals) + 3 * error
+
+
+def _fresh_loss(average: Average, values: list[Tensor]) -> tuple[float, float]:
+    """The mean loss of fresh draws in nats, and its standard error."""
+    number = FRESH if average.at_once > 1 else FRESH // 33
+    normals = matched(number, average.normals, seed=1)
+    with torch.no_grad():
+        fresh = torch.cat([average.losses(values, c) for c in average.chunks(normals)])
+    return fresh.mean().item(), fresh.std().item() / math.sqrt(number)
+
+
+def labels_of(layout: Layout) -> list[str]:
+    """Names of the unconstrained coordinates: those of the values, where they are as many."""
+    labels = []
+    for name, place in layout.places.items():
+        own = place.labels
+        numbered = [f"{name}[{index}]" for index in range(place.size)]
+        labels += own if len(own) == place.size else numbered
+    return labels
