@@ -164,18 +164,29 @@ class double_precision(TorchFunctionMode):
 
     A tensor that a program holds in its closure would otherwise pull a result down to its own
     dtype, or be refused by a product of matrices.
+
+    Args:
+        device: where tensors are made inside.
     """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.device = torch.device(device)
 
     def __enter__(self) -> Any:
         """Enters; the default dtype is remembered."""
         self.before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
+        if self.device.type != "cpu":
+            self.device.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """Leaves; the default dtype is what it was."""
-        torch.set_default_dtype(self.before)
         super().__exit__(*error)
+        if self.device.type != "cpu":
+            self.device.__exit__(*error)
+        torch.set_default_dtype(self.before)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

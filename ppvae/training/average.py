@@ -203,8 +203,8 @@ def matched(draws: int, size: int, seed: int) -> Tensor:
     They come in pairs of opposite sign, so that all odd moments are zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(draws // 2, size, generator=generator, dtype=torch.float64)
+    half = torch.randn(draws // 2, size, generator=generator, dtype=torch.float64, device="cpu")
     if draws // 2 > size:
         triangle = torch.linalg.cholesky(half.T @ half / len(half))
         half = torch.linalg.solve_triangular(triangle, half.T, upper=False).T
-    return torch.cat([half, -half])
+    return torch.cat([half, -half]).to(torch.get_default_device())

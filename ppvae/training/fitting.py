@@ -181,7 +181,8 @@ def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
     bar.close()
     verdict.warn(stacklevel=3)
     seconds, objective = time.perf_counter() - start, task.program.objective
-    end = seconds, number, number - 1, "L-BFGS", objective, "eager"
+    method = "L-BFGS" if optimum.draws else "stochastic gradient"
+    end = seconds, number, number - 1, method, objective, "eager"
     return Fit(losses, [], *end, verdict.converged, verdict.words)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.programs.potential import Potential
+from ppvae.training.average import matched
 
 _CANDIDATES = 20  # points on the way, of which the best is taken where there is no mode
 _APART = 3.0  # sds between two modes that are not the same
@@ -37,7 +38,9 @@ def gaussian_near(potential: Potential, seed: int) -> Gaussian:
     A density may have no mode, or have it where there is no mass (a funnel). Then the point on the
     way is taken at which the Gaussian of the local curvature has the highest ELBO.
     """
-    away = torch.randn(potential.size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    away = torch.randn(potential.size, generator=generator, device="cpu")
+    away = away.to(torch.get_default_device())
     ends = []
     for start in (0 * away, away, -away):
         ways: list[Tensor] = [start]
@@ -82,27 +85,27 @@ def lbfgs(
     top = top if math.isfinite(top) else _FAR
 
     def at(place: np.ndarray) -> tuple[float, np.ndarray]:
-        slope, value = slope_and_value(torch.as_tensor(place))
+        slope, value = slope_and_value(torch.as_tensor(place, device=start.device))
         if not (torch.isfinite(value) and torch.isfinite(slope).all()):
-            away = place - start.numpy()  # a slope that leads the line search back
+            away = place - start.numpy(force=True)  # a slope that leads the line search back
             return top + 1 + away @ away, 2 * away
-        return value.item(), slope.numpy()
+        return value.item(), slope.numpy(force=True)
 
     def after(intermediate_result: Any) -> None:
         if way is not None:
-            way(torch.as_tensor(intermediate_result.x).clone())
+            way(torch.as_tensor(intermediate_result.x, device=start.device).clone())
         if values is not None:
             values(float(intermediate_result.fun))
 
     result: Any = optimize.minimize(
         at,
-        start.numpy(),
+        start.numpy(force=True),
         jac=True,
         method="L-BFGS-B",
         callback=after,
         options={"maxiter": steps, "maxcor": 50, "ftol": 1e-14, "gtol": tolerance},
     )
-    return torch.as_tensor(result.x)
+    return torch.as_tensor(result.x, device=start.device)
 
 
 def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -154,8 +157,7 @@ def _factor(curvature: Tensor) -> Tensor:
 
 def _elbo(potential: Potential, mean: Tensor, factor: Tensor) -> float:
     """The ELBO of a Gaussian, up to a constant, by a few draws."""
-    normals = torch.randn(16, len(mean), generator=torch.Generator().manual_seed(0))
-    states = mean + torch.cat([normals, -normals]) @ factor.T
+    states = mean + matched(32, len(mean), seed=0) @ factor.T
     values = torch.stack([potential.slope_and_value(state)[1] for state in states])
     elbo = (factor.diagonal().log().sum() - values.mean()).item()
     return elbo if math.isfinite(elbo) else -_FAR

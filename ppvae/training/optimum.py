@@ -76,7 +76,8 @@ class Optimum:
         step: the largest Newton step that is left, in posterior sds.
         site: the coordinate whose step that is.
         error: the largest Monte Carlo error of a mean, in posterior sds.
-        excess: the nats by which the objective is short of its optimum since the draws are few.
+        excess: the nats by which the objective is short of its optimum since the draws are few;
+            NaN where that is not known.
         others: by how many nats other modes, that were met, are above the one it started from.
         layout: of the latents.
     """
@@ -127,7 +128,8 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
     Returns:
         The optimum; None if there are too many latents.
     """
-    with double_precision(), unchecked(), private_modules(), without_fallback_warnings():
+    scopes = unchecked(), private_modules(), without_fallback_warnings()
+    with double_precision(task.parameters[0].device), scopes[0], scopes[1], scopes[2]:
         average = average_of(task)
         (batch,) = task.batches
         potential = potential_of(task.program.model, batch)
@@ -168,7 +170,7 @@ def _with_fixed_draws(
         if draws == 1 and slope.abs().max() > 1e-4:
             place, free = descend_over_kinks(surface, descend, place)
         step, at, error, excess = _judge(surface, place, free)
-        enough = error < ERROR and excess < _EXCESS
+        enough = error < ERROR and not excess >= _EXCESS
         if enough and (draws == 1 or _holds(average, chart(place), losses[-1])):
             break
         if draws >= max(_MOST, 8 * average.normals):
@@ -228,7 +230,7 @@ def _with_fresh_draws(
     mean = mean if ends[1] < ends[0] else start
     drift, at = _drift(average, chart, mean, seed)
     site = labels_of(layout)[at]
-    return Optimum(chart(mean), losses, 0, drift, site, 0.0, 0.0, others, layout)
+    return Optimum(chart(mean), losses, 0, drift, site, 0.0, math.nan, others, layout)
 
 
 def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[float, int]:
@@ -279,7 +281,7 @@ def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, f
     slope = slope * free
     located, move, factor = surface.chart.located(), 1e-4, surface.chart.factor
     if located is None:
-        return slope.abs().max().item(), 0, 0.0, 0.0
+        return slope.abs().max().item(), 0, 0.0, math.nan
     others = torch.cat([slope[: located.start], slope[located.stop :]]) / 2
     rows, scores = [], []
     for index in range(located.start, located.stop):

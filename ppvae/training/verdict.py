@@ -74,7 +74,8 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
         loss, allowed = losses.mean().item() / task.batches.size, allowed_gap(len(labels)) + 3 * se
         words, narrow = _narrowness(losses, states, labels)
     if optimum.draws > 1:
-        draws = f"; {optimum.draws} draws held fixed cost some {optimum.excess:.1g} nats"
+        cost = f" cost some {optimum.excess:.1g} nats" if math.isfinite(optimum.excess) else ""
+        draws = f"; {optimum.draws} draws held fixed{cost}"
     if not optimum.step < (_STEP if optimum.draws else 5 * _STEP):
         words = f"stopped before the optimum: {step}; give it more steps{modes}"
         return Verdict(words, converged=False, loss=loss)
@@ -97,8 +98,9 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
     was, sampled = task.program, ELBO(kl="sampled")
     size, plate = task.batches.size, was.plate_name
     program = program_of(was.model, was.guide, sampled, batch, size=size, plate=plate)
-    scopes = double_precision(), private_modules(), unchecked(), without_fallback_warnings()
-    with scopes[0], scopes[1], scopes[2], scopes[3], torch.no_grad():
+    scopes = private_modules(), unchecked(), without_fallback_warnings(), torch.no_grad()
+    device = task.parameters[0].device
+    with double_precision(device), scopes[0], scopes[1], scopes[2], scopes[3]:
         average = average_of(replace(task, program=program))
         values = [parameter.detach().double() for parameter in average.task.parameters]
         number = FRESH if average.at_once > 1 else FRESH // 33
