@@ -10,7 +10,13 @@ import xarray as xr
 from ppvae import closed_form, data, families
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-LONGER = {"ladder": 165, "regression": 230, "when_does_noise_help": 200, "benchmark": 511}
+LONGER = {
+    "ladder": 165,
+    "does_it_converge": 170,
+    "regression": 230,
+    "when_does_noise_help": 200,
+    "benchmark": 511,
+}
 
 
 def test_every_example_is_short_and_tested():
@@ -96,3 +102,15 @@ def test_regression(run, tmp_path):
     pictures = {"forest", "paths", "bands", "overconfidence"}
     assert {path.stem for path in tmp_path.glob("*.png")} == pictures
     assert len(list(tmp_path.glob("*.nc"))) == 11
+
+
+def test_does_it_converge(run, tmp_path):
+    """With a NUTS that is too short to be true; the linear one has the exact posterior."""
+    options = ["--nuts", 3, "--families", "full_rank", "--out", tmp_path]
+    lines = run("does_it_converge.py", *options).splitlines()
+    assert sum("NUTS, " in line for line in lines) == 4
+    rows = [line for line in lines if "full_rank" in line]
+    assert len(rows) == 5 and all("at the optimum" in r or "too narrow" in r for r in rows)
+    exact = rows[2].split()
+    assert float(exact[1]) < 0.1 and all(0.9 < float(v) < 1.1 for v in exact[2].split("-"))
+    assert (tmp_path / "posteriors.png").exists()
