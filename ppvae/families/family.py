@@ -69,15 +69,7 @@ class Family(GuideFamily):
             _check_draws(self)  # a tensor may fit only some latents, which a guide will see
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
-        """Builds the module that makes the distribution of the latent.
-
-        Args:
-            features: length of the encoder's output; None makes the channels free parameters.
-            shape: shape of the latent; one dimension for a joint family.
-
-        Returns:
-            A module; its forward takes features of shape `(*, features)` (or None) and returns a
-            distribution over `(*, *shape)`, whose last dimension is the event of a joint family.
+        """Builds the module that makes the distribution; arguments as for `GuideFamily.head`.
 
         Example:
             >>> import pyro.distributions as dist

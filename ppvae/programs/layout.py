@@ -184,6 +184,16 @@ class Layout:
         vector = len(places) == 1 and len(places[0].event) == 1 and not places[0].plates
         return list(range(len(labels))) if vector else labels
 
+    @property
+    def free_labels(self) -> list[str]:
+        """Names of the unconstrained coordinates: those of the values, where they are as many."""
+        labels = []
+        for name, place in self.places.items():
+            own = place.labels
+            numbered = [f"{name}[{index}]" for index in range(place.size)]
+            labels += own if len(own) == place.size else numbered
+        return labels
+
     def flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """Values by site as `(draws, datum, coordinates)`, in the spaces of the sites."""
         return torch.cat([place.flat(values[name]) for name, place in self.places.items()], -1)

@@ -1,21 +1,17 @@
 """The mode of a posterior and its curvature there: a Gaussian to start from."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ppvae.programs.potential import Potential
 from ppvae.training.average import matched
+from ppvae.training.descent import FAR, lbfgs
 
 _CANDIDATES = 20  # points on the way, of which the best is taken where there is no mode
 _APART = 3.0  # sds between two modes that are not the same
-_FAR = 1e30  # the value of what is not finite
-
-SlopeAndValue = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Gaussian(NamedTuple):
@@ -46,7 +42,7 @@ def gaussian_near(potential: Potential, seed: int) -> Gaussian:
         ways: list[Tensor] = [start]
         end = lbfgs(potential.slope_and_value, start, steps=500, tolerance=1e-8, way=ways.append)
         ends.append((potential.slope_and_value(end)[1].item(), end, ways))
-    lowest, end, way = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else _FAR)
+    lowest, end, way = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else FAR)
     mode, factor, found = _newton(potential, end)
     if not found:
         few = way[:: max(1, len(way) // _CANDIDATES)] + [end]
@@ -58,54 +54,6 @@ def gaussian_near(potential: Potential, seed: int) -> Gaussian:
         if math.isfinite(value) and away > _APART and _is_bowl(potential.hessian(place)):
             others.append(value - lowest)
     return Gaussian(mode, factor, others)
-
-
-def lbfgs(
-    slope_and_value: SlopeAndValue,
-    start: Tensor,
-    *,
-    steps: int,
-    tolerance: float,
-    way: Callable[[Tensor], Any] | None = None,
-    values: Callable[[float], Any] | None = None,
-) -> Tensor:
-    """Goes down from a start by SciPy's L-BFGS.
-
-    Args:
-        slope_and_value: of what is minimised; it need not be finite everywhere.
-        start: where to begin.
-        steps: at most so many.
-        tolerance: of the gradient.
-        way: is called with the place after each step.
-        values: is called with the value after each step.
-    """
-    from scipy import optimize  # takes half a second to import
-
-    top = slope_and_value(start)[1].item()
-    top = top if math.isfinite(top) else _FAR
-
-    def at(place: np.ndarray) -> tuple[float, np.ndarray]:
-        slope, value = slope_and_value(torch.as_tensor(place, device=start.device))
-        if not (torch.isfinite(value) and torch.isfinite(slope).all()):
-            away = place - start.numpy(force=True)  # a slope that leads the line search back
-            return top + 1 + away @ away, 2 * away
-        return value.item(), slope.numpy(force=True)
-
-    def after(intermediate_result: Any) -> None:
-        if way is not None:
-            way(torch.as_tensor(intermediate_result.x, device=start.device).clone())
-        if values is not None:
-            values(float(intermediate_result.fun))
-
-    result: Any = optimize.minimize(
-        at,
-        start.numpy(force=True),
-        jac=True,
-        method="L-BFGS-B",
-        callback=after,
-        options={"maxiter": steps, "maxcor": 50, "ftol": 1e-14, "gtol": tolerance},
-    )
-    return torch.as_tensor(result.x, device=start.device)
 
 
 def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -160,4 +108,4 @@ def _elbo(potential: Potential, mean: Tensor, factor: Tensor) -> float:
     states = mean + matched(32, len(mean), seed=0) @ factor.T
     values = torch.stack([potential.slope_and_value(state)[1] for state in states])
     elbo = (factor.diagonal().log().sum() - values.mean()).item()
-    return elbo if math.isfinite(elbo) else -_FAR
+    return elbo if math.isfinite(elbo) else -FAR

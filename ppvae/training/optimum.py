@@ -22,8 +22,8 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
 from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
-from ppvae.training.kinks import descend_over_kinks
-from ppvae.training.mode import gaussian_near, lbfgs
+from ppvae.training.descent import descend_over_kinks, lbfgs
+from ppvae.training.mode import gaussian_near
 from ppvae.training.snapshots import Diverged
 from ppvae.training.task import Task
 
@@ -43,8 +43,7 @@ def is_global(task: Task) -> bool:
     Then, with the plain ELBO of all the data, it has an optimum that can be found and judged.
     """
     program = task.program
-    plain = isinstance(program.objective, ELBO) and program.objective == ELBO()
-    if not (plain and task.batches.whole and task.parameters):
+    if not (program.objective == ELBO() and task.batches.whole and task.parameters):
         return False
     if not is_free(program.guide):
         (batch,) = task.batches
@@ -165,9 +164,9 @@ def _with_fixed_draws(
             chart.units[alone] = _units(surface, place, alone)
         descend = partial(_descend, surface, steps, losses)
         place = descend(place, free)
-        slope, value = surface(place)
-        losses += [] if losses else [value.item() / average.size]  # it started at the optimum
-        if draws == 1 and slope.abs().max() > 1e-4:
+        if not losses:  # it started at the optimum
+            losses.append(surface(place)[1].item() / average.size)
+        if draws == 1 and surface(place)[0].abs().max() > 1e-4:
             place, free = descend_over_kinks(surface, descend, place)
         step, at, error, excess = _judge(surface, place, free)
         enough = error < ERROR and not excess >= _EXCESS
@@ -176,7 +175,7 @@ def _with_fixed_draws(
         if draws >= max(_MOST, 8 * average.normals):
             break
         draws *= 2
-    ends = draws, step, labels_of(layout)[at], error, excess
+    ends = draws, step, layout.free_labels[at], error, excess
     return Optimum(chart(place), losses, *ends, others, layout)
 
 
@@ -229,7 +228,7 @@ def _with_fresh_draws(
     ends = [_fresh_loss(average, chart(end))[0] for end in (start, mean)]
     mean = mean if ends[1] < ends[0] else start
     drift, at = _drift(average, chart, mean, seed)
-    site = labels_of(layout)[at]
+    site = layout.free_labels[at]
     return Optimum(chart(mean), losses, 0, drift, site, 0.0, math.nan, others, layout)
 
 
@@ -328,13 +327,3 @@ def _fresh_loss(average: Average, values: list[Tensor]) -> tuple[float, float]:
     with torch.no_grad():
         fresh = torch.cat([average.losses(values, c) for c in average.chunks(normals)])
     return fresh.mean().item(), fresh.std().item() / math.sqrt(number)
-
-
-def labels_of(layout: Layout) -> list[str]:
-    """Names of the unconstrained coordinates: those of the values, where they are as many."""
-    labels = []
-    for name, place in layout.places.items():
-        own = place.labels
-        numbered = [f"{name}[{index}]" for index in range(place.size)]
-        labels += own if len(own) == place.size else numbered
-    return labels

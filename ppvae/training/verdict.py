@@ -14,7 +14,7 @@ from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
 from ppvae.staging.program import program_of
 from ppvae.training.average import average_of, matched, without_fallback_warnings
-from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap, labels_of
+from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap
 from ppvae.training.task import Task
 
 _STEP = 0.01  # posterior sds: a Newton step that is as good as none
@@ -65,7 +65,7 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
     step = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
     near = [other for other in optimum.others if other < _NEAR]
     modes = f"; there is another mode, {min(near):.2g} nats above this one" if near else ""
-    loss, labels = optimum.losses[-1], labels_of(optimum.layout)
+    loss, labels = optimum.losses[-1], optimum.layout.free_labels
     draws, words, narrow, gap, allowed = "", "", False, 0.0, 1.0
     if optimum.draws != 1:  # no point
         losses, states = _fresh(task, optimum.layout, seed)

@@ -20,9 +20,9 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
 from ppvae.training import verdict
 from ppvae.training.average import Average, GivenNormals, average_of, matched
-from ppvae.training.kinks import descend_over_kinks
-from ppvae.training.mode import gaussian_near, lbfgs
-from ppvae.training.optimum import Optimum, Surface, allowed_gap, is_free, is_global, labels_of
+from ppvae.training.descent import descend_over_kinks, lbfgs
+from ppvae.training.mode import gaussian_near
+from ppvae.training.optimum import Optimum, Surface, allowed_gap, is_free, is_global
 from ppvae.training.task import task_of, training_batches
 
 narrow = pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
@@ -621,7 +621,7 @@ def test_only_free_parameters_of_global_latents_are_fitted_at_once():
     assert not is_free(FamilyGuide(location, families.noise_only))
     assert is_global(prepared(location, free, noise(3)))
     layout = Layout.of(poutine.trace(schools(True)).get_trace(*SCORES), None)
-    assert labels_of(layout)[:4] == ["mu", "tau", "theta[0]", "theta[1]"]
+    assert layout.free_labels[:4] == ["mu", "tau", "theta[0]", "theta[1]"]
 
 
 def test_an_error_puts_parameters_back(monkeypatch):

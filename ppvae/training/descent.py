@@ -1,13 +1,68 @@
-"""Minima on kinks: a Laplace prior has one at zero, where a slope jumps over zero."""
+"""Ways down to a minimum: L-BFGS where a function is smooth, and over its kinks where it is not.
 
+A Laplace prior has a kink at zero, where the slope jumps over zero.
+"""
+
+import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.training.mode import SlopeAndValue
-
+FAR = 1e30  # the value of what is not finite
 _NEARBY = 0.5  # in the units of the coordinates: how far away a kink is looked for
+
+SlopeAndValue = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def lbfgs(
+    slope_and_value: SlopeAndValue,
+    start: Tensor,
+    *,
+    steps: int,
+    tolerance: float,
+    way: Callable[[Tensor], Any] | None = None,
+    values: Callable[[float], Any] | None = None,
+) -> Tensor:
+    """Goes down from a start by SciPy's L-BFGS.
+
+    Args:
+        slope_and_value: of what is minimised; it need not be finite everywhere.
+        start: where to begin.
+        steps: at most so many.
+        tolerance: of the gradient.
+        way: is called with the place after each step.
+        values: is called with the value after each step.
+    """
+    from scipy import optimize  # takes half a second to import
+
+    top = slope_and_value(start)[1].item()
+    top = top if math.isfinite(top) else FAR
+
+    def at(place: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, value = slope_and_value(torch.as_tensor(place, device=start.device))
+        if not (torch.isfinite(value) and torch.isfinite(slope).all()):
+            away = place - start.numpy(force=True)  # a slope that leads the line search back
+            return top + 1 + away @ away, 2 * away
+        return value.item(), slope.numpy(force=True)
+
+    def after(intermediate_result: Any) -> None:
+        if way is not None:
+            way(torch.as_tensor(intermediate_result.x, device=start.device).clone())
+        if values is not None:
+            values(float(intermediate_result.fun))
+
+    result: Any = optimize.minimize(
+        at,
+        start.numpy(force=True),
+        jac=True,
+        method="L-BFGS-B",
+        callback=after,
+        options={"maxiter": steps, "maxcor": 50, "ftol": 1e-14, "gtol": tolerance},
+    )
+    return torch.as_tensor(result.x, device=start.device)
 
 
 def descend_over_kinks(
