@@ -34,6 +34,11 @@ class WithKeywords(nn.Module):
         return self.program(*args[:cut], **dict(zip(self.names, args[cut:], strict=True)))
 
 
+def bare(program: Any) -> Any:
+    """The program as it was given, where its keyword arguments have been made positional."""
+    return program.program if isinstance(program, WithKeywords) else program
+
+
 def with_keywords(
     model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[Any, Any, tuple[Any, ...]]:

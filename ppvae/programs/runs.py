@@ -175,11 +175,11 @@ class Runs:
             count: number of draws.
             traces: of one draw on the minibatch, which tell the memory that one takes.
         """
-        widest = _widest(args, *traces) if self.vectorized else None
+        widest = largest_tensor(args, *traces) if self.vectorized else None
         return draw_runs(self.model, args, count, widest)
 
 
-def _widest(args: Args, *traces: Any) -> int:
+def largest_tensor(args: Args, *traces: Any) -> int:
     """Size of the largest tensor of a run of one draw: an argument, or the value of a site."""
     nodes = [node for trace in traces for node in trace.nodes.values() if node["type"] == "sample"]
     values = [*args, *(node["value"] for node in nodes)]

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
 from ppvae.guides.chart import Chart
 from ppvae.programs.layout import Layout
-from ppvae.programs.runs import BUDGET
+from ppvae.programs.runs import BUDGET, largest_tensor
 from ppvae.training.task import Task
 
 
@@ -182,7 +182,7 @@ def average_of(task: Task) -> Average:
         first, again = average.loss(values, row), average.loss(values, row)
         average.smooth = torch.allclose(first, again, rtol=0.0, atol=0.0, equal_nan=True)
         alone = torch.stack([first, average.loss(values, other)])
-        average.at_once = max(2, BUDGET // max(v.numel() for v in average.batch))
+        average.at_once = max(2, BUDGET // largest_tensor(average.batch))
         try:
             together = average.losses(values, torch.stack([row, other]))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):

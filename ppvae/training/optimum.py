@@ -19,6 +19,7 @@ from ppvae._scopes import double_precision, kept_buffers, private_modules, rando
 from ppvae.guides import FamilyGuide
 from ppvae.guides.chart import Chart, pieces_of
 from ppvae.objectives.elbo import ELBO
+from ppvae.programs.keywords import bare
 from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
 from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
@@ -56,6 +57,7 @@ def is_global(task: Task) -> bool:
 
 def is_free(guide: Any) -> bool:
     """Whether all that a guide learns are free parameters, and not those of an encoder."""
+    guide = bare(guide)
     if not isinstance(guide, AutoGuide):
         return False
     families = [part for part in guide.modules() if isinstance(part, FamilyGuide)]
@@ -143,7 +145,9 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         factor = near.factor
         if not average.normals:  # a point may lie on kinks, which are found along the axes
             factor = torch.diag(factor.square().sum(1).sqrt())
-        chart = Chart(task.parameters, pieces_of(task.program.guide, near.mean, factor), factor)
+        chart = Chart(
+            task.parameters, pieces_of(bare(task.program.guide), near.mean, factor), factor
+        )
         few = (~chart.known()).sum() <= _PARAMETERS
         method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
         return method(average, chart, steps, seed, potential.layout, near.others)

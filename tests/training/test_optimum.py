@@ -685,3 +685,26 @@ def test_a_density_that_is_never_finite_is_said_and_nothing_is_moved():
         with pytest.raises(Diverged, match="is nan wherever it was tried, from .*'bad'"):
             quiet(broken, guide, torch.zeros(5))
     assert all(map(torch.equal, guide.parameters(), before))
+
+
+def test_keyword_arguments_make_no_difference():
+    """All data in one batch, the same optimum; tensors of one row per datum, and numbers."""
+    X, y = columns()
+    rows, args = [X[:, :3].contiguous(), y], {"offset": 3 * X[:, 3], "on": True, "noise": 2.0}
+
+    def model(X, y, offset=0.0, on=False, noise=1.0):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 200.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(X @ w + offset * on, noise), obs=y)
+
+    many = tuple(value.repeat(25, *[1] * (value.dim() - 1)) for value in rows)  # above 1024
+    kwargs = {**args, "offset": args["offset"].repeat(25)}
+    guide, other = (FamilyGuide(model, families.full_rank) for _ in range(2))
+    result = quiet(model, guide, many, kwargs=kwargs)
+    direct = quiet(model, other, (many[0], many[1] - kwargs["offset"]), kwargs={"noise": 2.0})
+    precision = many[0].T @ many[0] / 4 + 200.0**-2 * torch.eye(3)
+    mean = torch.linalg.solve(precision, many[0].T @ (many[1] - kwargs["offset"]) / 4)
+    fn, sd = guide.heads["w"](None), precision.inverse().diagonal().sqrt()
+    assert result.converged and result.method == direct.method == "L-BFGS"
+    assert ((fn.mean - mean) / sd).abs().max() < 1e-5
+    assert ((other.heads["w"](None).mean - mean) / sd).abs().max() < 1e-5
