@@ -4,7 +4,6 @@ What a family gains is uncertain, as another seed trains another guide, other da
 (the interval is for both), and training may not have ended (of which the last losses tell).
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.families.ladder import as_family
 from ppvae.guides.family_guide import FamilyGuide
+from ppvae.training.course import last_fall
 from ppvae.training.fitting import fit
 
 _MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]
@@ -101,8 +101,9 @@ def compare_families(
         level: of the interval.
         num_samples: draws per datum in the evaluation; their error is in the interval.
         progress: as for `evaluate`.
-        **fit_options: options of `fit`. Train until the losses are level; with a learning rate that
-            shrinks they become so anywhere, and the verdict may be about the optimizer.
+        **fit_options: options of `fit`. Train until the losses are level, as `fit` does without
+            `num_epochs`; with a learning rate that shrinks they become so anywhere, and the verdict
+            may be about the optimizer.
 
     Returns:
         The numbers, in a wrapper that prints them as a table. A point (`deterministic`, `zero`) has
@@ -177,21 +178,6 @@ def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.nd
     return [mean, mean - half, mean + half, over_seeds, over_data]
 
 
-def last_fall(losses: Sequence[float], num_epochs: int) -> tuple[float, float]:
-    """How far losses fell over the last quarter of the epochs, along a line; its standard error.
-
-    Zero for a run that ended before `num_epochs`, by early stopping or for want of parameters; NaN
-    for less than 16 epochs, of which the last quarter makes no line.
-    """
-    if len(losses) < num_epochs:
-        return 0.0, 0.0
-    count = len(losses) // 4
-    if count < 4:
-        return math.nan, math.nan
-    (slope, _), covariance = np.polyfit(np.arange(count), losses[-count:], 1, cov=True)
-    return float(-slope * count), float(math.sqrt(covariance[0, 0]) * count)
-
-
 def still_to_come(fall: np.ndarray, error: np.ndarray) -> np.ndarray:
     """How far falls over the last quarter of the epochs may go on; zero if they may be noise.
 
@@ -228,8 +214,10 @@ def _run(
     same = {name: options[name] for name in ("plate", "kwargs") if name in options}
     same |= {"num_samples": num_samples, "seed": seed, "progress": False}
     measured = evaluate(model, guide, *test, **same)
-    num_epochs = options.get("num_epochs", inspect.signature(fit).parameters["num_epochs"].default)
-    fall, error = last_fall(fitted.validation_losses or fitted.losses, num_epochs)
+    told = options.get("num_epochs")
+    ended = len(fitted.losses) < told if told else fitted.converged is not False
+    losses = fitted.validation_losses or fitted.losses
+    fall, error = (0.0, 0.0) if ended else last_fall(losses)[:2]  # it ended by itself
     used = guide if guide.family.channels else guide.heads  # with no channel the encoder is idle
     size = sum(p.numel() for p in _parameters(used) if p.requires_grad)
     numbers = {"seconds": fitted.seconds, "fall": fall, "fall_se": error, "parameters": size}

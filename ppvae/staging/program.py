@@ -58,11 +58,14 @@ class Program(nn.Module):
         with private_modules():
             return self.loss(args[:cut], step, objective)
 
-    def loss(self, batch: tuple[Any, ...], step: Any, objective: Any = None) -> Tensor:
-        """The loss, in the caller's param store."""
+    def loss(
+        self, batch: tuple[Any, ...], step: Any, objective: Any = None, size: int | None = None
+    ) -> Tensor:
+        """The loss, in the caller's param store; `size` is another number of data in all."""
         objective = objective or self.objective
+        options = self.options if size is None else self.options | {"size": size}
         with _Params(self) if self.constraints else nullcontext():
-            return objective(self.model, self.guide, *batch, **self.options, step=step)
+            return objective(self.model, self.guide, *batch, **options, step=step)
 
     def settings(self, step: int) -> list[Tensor]:
         """What the loss depends on beside the data: the moving fields at a step, and the step."""

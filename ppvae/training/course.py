@@ -1,40 +1,151 @@
-"""Whether the loss of a stochastic training was still falling at its end."""
+"""The course of a loss over the epochs: whether it still falls, and when training may end.
+
+Losses of a stochastic training fall ever more slowly and are noisy, so that the fall from one epoch
+to the next is no measure. A line is drawn through the last quarter of them instead, and the fall
+along it tells what is still to come. A loss that falls with the logarithm of the epochs would fall
+log 3 / log(4/3) = 3.8 times as far if it were trained three times as long, and one that falls like
+1 / epoch never more than three times as far.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-_FEWEST = 12  # epochs, below which there is nothing to compare
+_FEWEST = 16  # epochs, below which a quarter makes no line
+_FLAT = 0.1  # nats per datum: what three times as many epochs may gain where training ends
+_STEPS = 1_000  # of the optimizer, before which nothing is flat
+_LOWERED = 0.01  # share of the learning rate at which training ends
+
+
+class Fall(NamedTuple):
+    """The fall of a loss over the last part of its epochs, in nats per datum.
+
+    Attributes:
+        size: how far it fell along a line; negative, if it rose.
+        error: the standard error of that.
+        noise: standard deviation of the loss of an epoch about the line.
+        part: the line is through the last epochs, one of so many parts of all.
+    """
+
+    size: float
+    error: float
+    noise: float
+    part: int
+
+    @property
+    def to_come(self) -> float:
+        """What three times as many epochs would gain at most, two standard errors included."""
+        return self._times * (max(self.size, 0.0) + 2 * self.error)
+
+    @property
+    def expected(self) -> float:
+        """What three times as many epochs would gain by the line."""
+        return self._times * self.size
+
+    @property
+    def _times(self) -> float:
+        return math.log(3) / math.log(self.part / (self.part - 1))
+
+
+def last_fall(losses: Sequence[float], part: int = 4) -> Fall:
+    """Measures the fall over the last quarter, or half; NaN for less than 16 epochs.
+
+    Args:
+        losses: of each epoch, in nats per datum.
+        part: 4 for the last quarter; 2 for the last half, which knows less of the end, but that
+            with less noise.
+    """
+    count = len(losses) // part
+    if len(losses) < _FEWEST:
+        return Fall(math.nan, math.nan, math.nan, part)
+    epochs, last = np.arange(count) - (count - 1) / 2, np.array(losses[-count:])
+    slope = float(epochs @ last / (epochs @ epochs))
+    noise = math.sqrt(np.square(last - last.mean() - slope * epochs).sum() / (count - 2))
+    return Fall(-slope * count, noise / math.sqrt(epochs @ epochs) * count, noise, part)
 
 
 def falling(losses: Sequence[float]) -> str:
-    """One sentence on the last half of the losses: by how much they fell in an epoch.
-
-    The mean of the last quarter is held against that of the quarter before. What noise alone would
-    make of the difference is read off differences of successive epochs, in which a fall that is
-    slow does not count.
+    """One sentence on whether the losses still fell at the end, by how much in an epoch.
 
     Args:
         losses: of each epoch, in nats per datum.
 
     Example:
-        >>> falling([2.0 ** -epoch for epoch in range(40)])
-        'after 40 epochs the loss no longer fell, within 1.9e-08 nats per datum and epoch'
+        >>> falling([7.0] * 40)
+        'after 40 epochs the loss no longer fell, within 0 nats per datum and epoch'
         >>> falling([float(-epoch) for epoch in range(40)])
         'after 40 epochs the loss was still falling, by 1 nats per datum and epoch: train longer'
     """
-    count, quarter = len(losses), len(losses) // 4
+    count, fall = len(losses), last_fall(losses)
     if count < _FEWEST:
         return f"after {count} epochs there are too few to say whether the loss has stopped falling"
-    last, before = np.array(losses[-quarter:]), np.array(losses[-2 * quarter : -quarter])
-    fall = (before.mean() - last.mean()) / quarter
-    steps = np.diff(np.concatenate([before, last]))
-    noise = (steps - steps.mean()).std() / math.sqrt(2)
-    error = noise * math.sqrt(2 / quarter) / quarter
-    if fall > 2 * error and fall > 1e-6 * (1 + abs(last.mean())):
-        words = f"the loss was still falling, by {fall:.2g} nats per datum and epoch: train longer"
-    else:
-        within = max(2 * error, abs(fall))
-        words = f"the loss no longer fell, within {within:.2g} nats per datum and epoch"
-    return f"after {count} epochs {words}"
+    per_epoch, error = (value / (count // 4) for value in fall[:2])
+    if per_epoch > 2 * error and fall.to_come > 1e-4 * _FLAT:
+        words = f"the loss was still falling, by {per_epoch:.2g} nats per datum and epoch: train"
+        return f"after {count} epochs {words} longer"
+    within = max(2 * error, abs(per_epoch))
+    return (
+        f"after {count} epochs the loss no longer fell, within {within:.2g} nats per datum and "
+        "epoch"
+    )
+
+
+class Ending:
+    """Ends a training by itself: when its loss is flat, after the learning rate was lowered.
+
+    It is flat when three times as many epochs would gain less than 0.1 nats per datum, or less than
+    half of what the loss of an epoch moves by chance. Then the rate falls exponentially to a
+    hundredth, over a quarter as many epochs again, which takes out what its steps were too long
+    for. (Averages of the iterates gained less than that wherever both were tried.)
+
+    Attributes:
+        max_epochs: a bound on the epochs, of which the last fifth are for the lowering.
+        flat: whether the loss was flat; None until the lowering begins.
+        factor: what the learning rate is to be multiplied with before the next epoch.
+    """
+
+    def __init__(self, max_epochs: int) -> None:
+        self.max_epochs, self.factor = max_epochs, 1.0
+        self.flat: bool | None = None
+        self._before, self._left, self._fall = 0, 0, last_fall([])
+
+    def go_on(self, losses: Sequence[float], epochs: int, steps: int) -> bool:
+        """Whether there is another epoch, before which the rate is multiplied with `factor`.
+
+        Args:
+            losses: of the epochs in which the objective stood still.
+            epochs: how many there were, with those in which it moved.
+            steps: how many steps of the optimizer there were.
+        """
+        if self.flat is None:
+            quarter, half = (last_fall(losses, part) for part in (4, 2))
+            best = min(quarter, half, key=lambda fall: fall.to_come)
+            flat = best.to_come < max(_FLAT, best.noise / 2) and steps >= _STEPS
+            self._fall = best if flat else quarter
+            if not flat and epochs < self.max_epochs - self.max_epochs // 5:
+                return True
+            self.flat, self._before = flat, epochs
+            self._left = min(math.ceil(len(losses) / 4), self.max_epochs - epochs)
+            self.factor = _LOWERED ** (1 / max(self._left, 1))
+        self._left -= 1
+        return self._left >= 0
+
+    @property
+    def words(self) -> str:
+        """What is to be said of the end, in one sentence."""
+        lowered = "the learning rate was lowered to a hundredth"
+        if self.flat:
+            return (
+                f"flat after {self._before} epochs: three times as many would gain less than "
+                f"{self._fall.to_come:.2g} nats per datum; then {lowered}"
+            )
+        if math.isnan(self._fall.size):
+            return f"not flat: {self._before} epochs before {lowered} are too few to say"
+        fell = f"the loss fell by {self._fall.size:.2g} nats per datum in their last quarter"
+        return (
+            f"not flat after {self._before} epochs, when {lowered} since there are at most "
+            f"{self.max_epochs}: {fell}, and three times as many would gain some "
+            f"{self._fall.expected:.2g}; give it more epochs, or a higher learning rate"
+        )

@@ -23,17 +23,22 @@ from ppvae._scopes import matmul_precision, private_modules, random_state, train
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import with_keywords
 from ppvae.staging.staged import NotStageable
+from ppvae.training.course import Ending
 from ppvae.training.loop import Fit, progress_bar, train
 from ppvae.training.optimum import is_free, is_global, optimise
-from ppvae.training.single import how_to_run, single
+from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.snapshots import Diverged, undone_by_errors
 from ppvae.training.stacked import stacked
 from ppvae.training.task import Task, check_options, task_of, training_batches
-from ppvae.training.verdict import judge
+from ppvae.training.verdict import Verdict, judge
 
 Pair = tuple[Any, Any]  # a model and its guide
 
-_STEPS, _EPOCHS = 1000, 100  # where the user does not say
+_ROUND = 1_000  # steps of a method for global latents in each round, where the user does not say
+_LONGEST, _FEWEST = (
+    50_000,
+    200,
+)  # steps until a training ends at the latest; at least so many epochs
 
 
 def fit(
@@ -42,6 +47,7 @@ def fit(
     data: Any,
     *,
     num_epochs: int | None = None,
+    max_epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
@@ -67,8 +73,13 @@ def fit(
     and whatever their units are: from the mode of the posterior and its curvature, by L-BFGS on
     draws that are held fixed, in double precision. `Fit.converged` says whether that was reached,
     and `Fit.verdict` how one knows; `NotConverged` warns where it was not, and `NarrowFamily` where
-    the posterior is far from every member of the family. **All else** is trained with stochastic
-    gradients; the verdict then says whether the loss was still falling.
+    the posterior is far from every member of the family.
+
+    **All else** is trained with stochastic gradients: for `num_epochs`, after which the verdict
+    says whether the loss was still falling; or without that number until the loss is flat, so that
+    three times as many epochs would gain less than 0.1 nats per datum (or than half of the noise in
+    the loss of an epoch), after which the learning rate falls to a hundredth over a quarter as
+    many epochs again.
 
     Args:
         model: a Pyro model; called with one minibatch.
@@ -77,8 +88,10 @@ def fit(
             arguments; or a `Dataset` of such items (every part of an item becomes an argument, so
             leave labels out); or a `DataLoader`. Arrays take the default dtype; all are moved to
             the device of the parameters.
-        num_epochs: passes through the data, at least 1; by default 100. For global latents at most
-            so many steps in each round of the method; by default 1,000.
+        num_epochs: passes through the data, at least 1; by default as many as it takes. For global
+            latents at most so many steps in each round of the method; by default 1,000.
+        max_epochs: a bound on them where `num_epochs` is not given; by default 200, or as many as
+            make 50,000 steps.
         batch_size: size of a minibatch; by default all the data, or 128 of more than 1024 (but all,
             where all that the guide learns are free parameters). The last one of an epoch may be
             smaller.
@@ -91,12 +104,13 @@ def fit(
             Called as `objective(model, guide, *batch, size=N, step=s)`, with the number of data in
             all and the number of steps before this one (see `objectives.Objective`); returns a
             scalar in nats per datum.
-            With any but the default, `losses` are its values, and not those of the negative ELBO;
-            `validation_losses`, and with them `patience`, stay the plain negative ELBO.
+            With any but the default, `losses` and `validation_losses` are its values, and not those
+            of the negative ELBO.
         seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream.
         validation: data of the same kind, evaluated after each epoch.
         patience: stop after this many epochs without a lower validation loss, and go back to the
-            parameters and buffers of the best epoch.
+            parameters and buffers of the best epoch. While the objective moves, as in a warm-up,
+            its values cannot be compared, and none of its epochs is the best.
         check_support: check every datum against the support of its likelihood before training.
         compile: run the loss and its gradients as one compiled graph (see `stage`); "auto" does so
             for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
@@ -114,8 +128,9 @@ def fit(
         The losses, how they were reached, and a verdict; see `Fit`.
 
     Warns:
-        NotConverged: global latents are not at the optimum of their objective.
-        NarrowFamily: they are, and the family is too narrow for the posterior.
+        NotConverged: global latents are not at the optimum of their objective, or the loss was not
+            flat after `max_epochs`.
+        NarrowFamily: global latents are, and the family is too narrow for the posterior.
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
@@ -137,28 +152,43 @@ def fit(
     free = batch_size is None and is_free(guide)
     batches = training_batches(given, data, batch_size, extra, whole=free)
     held_out = None if validation is None else _held_out(validation, batches)
-    steps = _STEPS if num_epochs is None else num_epochs
-    num_epochs = _EPOCHS if num_epochs is None else num_epochs
-    num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
+    check_options(learning_rate, optimizer, precision)
+    ending = None
+    if num_epochs is None:
+        ending = Ending(_max_epochs(max_epochs, batches))
+        most, steps = ending.max_epochs, min(ending.max_epochs * batches.count, COMPILE - 1)
+    else:
+        expect(max_epochs is None, "max_epochs", "none beside num_epochs", max_epochs)
+        most = check_count("num_epochs", num_epochs)
+        steps = most * batches.count
     if patience is not None:
         patience = check_count("patience", patience)
         expect(held_out is not None, "patience", "`validation` data beside it", "none")
-    how = how_to_run(compile, num_epochs * batches.count, batches.batch_size or 1)
-    bar = progress_bar(num_epochs, progress)
+    how = how_to_run(compile, steps, batches.batch_size or 1)
+    bar = progress_bar(most, progress)
     modes = train_mode(model, guide), matmul_precision(precision)
     with private_modules(), random_state(seed), modes[0], modes[1]:
         task = task_of(model, guide, objective, batches, plate)
         if check_support:
             task.check_support(*filter(None, (batches, held_out)))
         if held_out is not None:
-            task.held_out_loss(held_out)  # fails before anything is trained, if it does
+            task.held_out_loss(held_out, 0)  # fails before anything is trained, if it does
         if optimizer is None and held_out is None and is_global(task):
-            result = _fit_at_once(task, steps, seed or 0, bar)
+            result = _fit_at_once(task, num_epochs or _ROUND, seed or 0, bar)
             if result is not None:
                 return result
         validate = None if held_out is None else partial(task.held_out_loss, held_out)
-        engine = single(task, how)
-        return train(engine, optimizer, learning_rate, bar, validate=validate, patience=patience)[0]
+        told: dict[str, Any] = {"ending": ending, "validate": validate, "patience": patience}
+        (result,) = train(single(task, how), optimizer, learning_rate, bar, **told)
+    Verdict(result.verdict, result.converged, result.losses[-1]).warn(stacklevel=2)
+    return result
+
+
+def _max_epochs(max_epochs: Any, batches: Batches) -> int:
+    """At most so many epochs: those that the user allows, or 50,000 steps and at least 200."""
+    if max_epochs is None:
+        return max(_FEWEST, -(-_LONGEST // batches.count))
+    return check_count("max_epochs", max_epochs)
 
 
 def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
@@ -262,7 +292,8 @@ def fit_replicates(
         4
     """
     pairs, seeds, objectives = _checked(pairs, seeds, objective)
-    num_epochs = check_options(num_epochs, learning_rate, optimizer, precision)
+    check_options(learning_rate, optimizer, precision)
+    num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
     batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
     how = how_to_run(compile, num_epochs * batches.count, 2)

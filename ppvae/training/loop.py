@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae._checks import expect
-from ppvae.objectives.base import moving_fields
-from ppvae.training.course import falling
+from ppvae.objectives.base import at_step
+from ppvae.training.course import Ending, falling
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 from ppvae.training.task import adam
 
@@ -26,11 +26,11 @@ class Fit(NamedTuple):
         losses: values of the objective in each epoch, averaged over its data while they were
             trained on: the negative ELBO, if no other was asked for. For global latents, after each
             step, by the draws that are held fixed; the last one by 10,000 fresh draws.
-        validation_losses: negative ELBO on the validation data after each epoch; empty without.
+        validation_losses: the objective on the validation data after each epoch; empty without.
         seconds: time in the loop.
         num_steps: steps of the optimizer.
         best_epoch: the epoch, from 0, whose parameters were kept: the last one, or with early
-            stopping the one with the lowest validation loss.
+            stopping the one with the lowest validation loss since the objective stood still.
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
         objective: what was minimised, such as `objectives.ELBO()`.
         execution: "eager", "staged" or "compiled".
@@ -143,6 +143,16 @@ class Steps:
         self.number += 1
         return values[0], rows
 
+    def goals(self) -> list[Any]:
+        """The objectives of the next step, without what moves in them."""
+        return [at_step(objective, self.number) for objective in self.engine.objectives]
+
+    def slow_down(self, factor: float) -> None:
+        """Multiplies the learning rate."""
+        if factor != 1.0:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= factor
+
     def check(self) -> None:
         """Raises Diverged, if the last step led out of the finite numbers."""
         for parameter in self.engine.parameters:
@@ -174,10 +184,11 @@ def train(
     learning_rate: float,
     epochs: Any,
     *,
-    validate: Callable[[], float] | None = None,
+    ending: Ending | None = None,
+    validate: Callable[[int], float] | None = None,
     patience: int | None = None,
 ) -> list[Fit]:
-    """Trains for some epochs, or until the validation loss has stopped falling.
+    """Trains for some epochs, or until the loss is flat, or the validation loss falls no longer.
 
     An error puts parameters and buffers back to where they were before the training, but `Diverged`
     to where they were at most ten steps before it.
@@ -188,9 +199,11 @@ def train(
             None is Adam.
         learning_rate: step size.
         epochs: a progress bar over the epochs.
-        validate: returns the validation loss; it is called after each epoch.
+        ending: ends the training of one model when its loss is flat; None goes through all epochs.
+        validate: returns the validation loss after a number of steps; it is called after each
+            epoch.
         patience: the training stops after so many epochs without a lower validation loss, and goes
-            back to the best epoch.
+            back to the best epoch. While the objective moves every epoch is a new beginning.
 
     Returns:
         The course of the training of each replicate, and its share of the time.
@@ -201,45 +214,75 @@ def train(
     expect(moves, "optimizer", "a function that returns an optimizer", made, TypeError)
     steps = Steps(engine, made)
     with undone_by_errors(parameters, engine.modules):
-        losses, validation, best_epoch = _epochs(steps, epochs, validate, patience)
+        course = _epochs(steps, epochs, ending, validate, patience)
     engine.write_back()
-    seconds = (time.perf_counter() - start) / len(losses)
-    ends = seconds, steps.number, best_epoch, "stochastic gradient"
-    return [
-        Fit(own, validation, *ends, goal, engine.execution, None, _words(own, goal, best_epoch))
-        for own, goal in zip(losses, engine.objectives, strict=True)
-    ]
+    seconds = (time.perf_counter() - start) / len(engine.objectives)
+    ends = seconds, steps.number, course.best_epoch, "stochastic gradient"
+    results = []
+    for own, goal in zip(zip(*course.losses, strict=True), engine.objectives, strict=True):
+        verdict = _verdict(own, course, ending)
+        results.append(Fit([*own], course.validation, *ends, goal, engine.execution, *verdict))
+    return results
 
 
-def _words(losses: list[float], objective: Any, best_epoch: int) -> str:
-    """What can be said of a stochastic training."""
-    if best_epoch < len(losses) - 1:
-        return f"stopped by the validation loss, which was lowest in epoch {best_epoch}"
-    if moving_fields([objective]):
-        return "the objective changed on the way, so that its values say little"
-    return falling(losses)
+class _Course(NamedTuple):
+    """What came of the epochs.
+
+    Attributes:
+        losses: of each epoch, for each replicate.
+        validation: the validation losses.
+        best_epoch: the epoch whose parameters are in place.
+        still: the first epoch from which on the objective stood still.
+    """
+
+    losses: list[list[float]]
+    validation: list[float]
+    best_epoch: int
+    still: int
+
+
+def _verdict(
+    losses: Sequence[float], course: _Course, ending: Ending | None
+) -> tuple[bool | None, str]:
+    """Whether a stochastic training is at its end, as far as that can be said, and in words."""
+    if course.best_epoch < len(losses) - 1:
+        lowest = f"which was lowest in epoch {course.best_epoch}"
+        return None, f"stopped by the validation loss, {lowest}"
+    if ending is not None and ending.flat is not None:
+        return ending.flat, ending.words
+    if course.still >= len(losses):
+        return None, "the objective changed on the way, so that its values say little"
+    return None, falling(losses[course.still :])
 
 
 def _epochs(
-    steps: Steps, epochs: Any, validate: Callable[[], float] | None, patience: int | None
-) -> tuple[list[list[float]], list[float], int]:
-    """The losses of each replicate, the validation losses, and the epoch of the last parameters."""
+    steps: Steps,
+    epochs: Any,
+    ending: Ending | None,
+    validate: Callable[[int], float] | None,
+    patience: int | None,
+) -> _Course:
+    """Goes through the epochs, and back to the best one."""
     engine, count = steps.engine, len(steps.engine.objectives)
     history: list[list[float]] = []
     validation: list[float] = []
     best: Snapshot | None = None
-    lowest, best_epoch = math.inf, -1
+    lowest, best_epoch, still = math.inf, -1, 0
+    goals = steps.goals()
     for epoch in epochs:
-        totals, size = [0.0] * count, 0
+        before, totals, size = goals, [0.0] * count, 0
         for minibatch in engine.minibatches():
             values, rows = steps.take(minibatch)
             totals = [total + value * rows for total, value in zip(totals, values, strict=True)]
             size += rows
         steps.check()
         history.append([total / size for total in totals])
+        goals = steps.goals()
+        if goals != before:  # what was lower before was lower for another objective
+            lowest, still = math.inf, epoch + 1
         shown = {"loss": f"{sum(totals) / size / count:.4g}"}
         if validate is not None:
-            validation.append(validate())
+            validation.append(validate(steps.number))
             shown["validation"] = f"{validation[-1]:.4g}"
             if validation[-1] < lowest:
                 lowest, best_epoch = validation[-1], epoch
@@ -247,8 +290,12 @@ def _epochs(
         epochs.set_postfix(shown, refresh=False)
         if (patience is not None and epoch - best_epoch >= patience) or not engine.parameters:
             break  # without parameters, of a family without channels, it is only measured
+        if ending is not None:
+            losses = [own for (own,) in history[still:]]
+            if not ending.go_on(losses, epoch + 1, steps.number):
+                break
+            steps.slow_down(ending.factor)
     epochs.close()
     if best is not None:
         best.put_back()
-    losses = [list(own) for own in zip(*history, strict=True)]
-    return losses, validation, epoch if best is None else best_epoch
+    return _Course(history, validation, epoch if best is None else best_epoch, still)

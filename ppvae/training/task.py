@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae._checks import check_choice, check_count, check_number, expect
+from ppvae._checks import check_choice, check_number, expect
 from ppvae._scopes import eval_mode, random_state, unchecked
 from ppvae.data.batches import Batches, batches_of
-from ppvae.objectives.elbo import ELBO, negative_elbo
+from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.runs import trace_pair
 from ppvae.staging.program import Program, program_of
@@ -38,14 +38,15 @@ class Task:
         """
         return [p for p in self.program.parameters() if p.requires_grad]
 
-    def held_out_loss(self, held_out: Batches) -> float:
-        """The negative ELBO of other data, with the same random numbers every time."""
+    def held_out_loss(self, held_out: Batches, step: int) -> float:
+        """The objective on other data, with the same random numbers every time."""
         held_out.to(self.batches.device)
         total = count = 0.0
-        pair, plate = (self.program.model, self.program.guide), self.program.plate_name
-        with torch.no_grad(), random_state(0), eval_mode(*pair), unchecked():
+        program = self.program
+        modes = eval_mode(program.model, program.guide)
+        with torch.no_grad(), random_state(0), modes, unchecked():
             for batch in held_out:
-                loss = negative_elbo(*pair, *batch, size=held_out.size, plate=plate)
+                loss = program.loss(batch, step, size=held_out.size)
                 total += loss.item() * len(batch[0])
                 count += len(batch[0])
         return total / count
@@ -123,8 +124,8 @@ def task_of(
     return Task(program, batches)
 
 
-def check_options(num_epochs: Any, learning_rate: Any, optimizer: Any, precision: Any) -> int:
-    """Checks options of `fit`, and returns the number of epochs as an `int`.
+def check_options(learning_rate: Any, optimizer: Any, precision: Any) -> None:
+    """Checks options of `fit`.
 
     Raises:
         TypeError: an argument is of a wrong kind.
@@ -136,7 +137,6 @@ def check_options(num_epochs: Any, learning_rate: Any, optimizer: Any, precision
     check_choice("precision", precision, ("highest", "high", "medium", None))
     wanted = "a call outside of torch.inference_mode, in which nothing can be trained"
     expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
-    return check_count("num_epochs", num_epochs)
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
