@@ -17,6 +17,7 @@ from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.families.family import cap
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.runs import Args, Runs, opened
+from ppvae.programs.verdicts import verdict_of
 
 
 def evaluate(
@@ -78,7 +79,8 @@ def evaluate(
         progress: show a progress bar, if it takes longer than some seconds; a string is its label.
 
     Returns:
-        The measures, with dims `datum`, `site` and `latent`; each has the attribute `unit`.
+        The measures, with dims `datum`, `site` and `latent`; each has the attribute `unit`. The
+        attribute `verdict`, if there is one, is that of the last `fit`.
 
     Raises:
         ValueError: the data are not finite, an argument is out of its range, or some latent site is
@@ -122,6 +124,7 @@ def evaluate(
     if family is not None:
         names = ", ".join(family.channels) or "none"
         dataset.attrs |= {"family": family.name, "channels": names, "cap": cap(family)}
+    dataset.attrs |= verdict_of(model, guide)
     return dataset
 
 

@@ -59,8 +59,9 @@ def summary(found: xr.Dataset) -> pd.DataFrame:
 def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     """What the numbers of `evaluate` mean, in sentences, one per line.
 
-    Says how tight the bound is, what passes through the latents, which of them collapsed and the
-    likely cause, and whether the guide can be trusted; and that the objective of a point is none.
+    Says what the last `fit` said of itself, how tight the bound is, what passes through the
+    latents, which of them collapsed and the likely cause, and whether the guide can be trusted; and
+    that the objective of a point is none.
 
     Args:
         found: a result of `evaluate`.
@@ -83,7 +84,7 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     _check(found)
     beta = check_number("beta", beta)
     lines = _bound(found) if found.bound else _point(found)
-    return "\n".join([*lines, _collapse(found, beta)])
+    return "\n".join([*_training(found), *lines, _collapse(found, beta)])
 
 
 def _check(found: xr.Dataset) -> None:
@@ -109,6 +110,16 @@ def _active(found: xr.Dataset) -> tuple[float, float]:
         away = np.where(error > 0, np.abs(variance - ACTIVE) / error, math.inf)
     chance = special.ndtr(-away)  # that the latent is on the other side
     return float(found.active.sum()), float(np.sqrt((chance * (1 - chance)).sum()))
+
+
+def _training(found: xr.Dataset) -> list[str]:
+    """The sentence on the fit, if there is one to tell of."""
+    if "verdict" not in found.attrs:
+        return []
+    if found.attrs.get("converged") == 0:
+        first = "Train longer before you judge by what follows, or take another family"
+        return [f"{first}: {found.verdict}."]
+    return [f"The fit says: {found.verdict}."]
 
 
 def _point(found: xr.Dataset) -> list[str]:

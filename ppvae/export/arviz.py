@@ -18,6 +18,7 @@ from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, is_data, is_inside, latent_nodes, plates_of, prototype
 from ppvae.programs.runs import Args, Runs, opened, run_trace
 from ppvae.programs.simulation import Uncondition
+from ppvae.programs.verdicts import verdict_of
 
 Groups = dict[str, dict[str, np.ndarray]]
 Dims = dict[str, list[str]]
@@ -42,7 +43,8 @@ def from_pyro_svi(  # noqa: D417
     Works for every model and guide with local latents (in the data plate), global ones, or both.
     The groups of the tree, each with dims `chain` and `draw`:
 
-    - `posterior`: draws of the guide, and the model's deterministic sites;
+    - `posterior`: draws of the guide, and the model's deterministic sites; its attributes
+      `verdict` and `converged` are those of the last `fit`, if there was one;
     - `posterior_predictive`: the observed sites drawn anew, given those draws;
     - `log_likelihood`: log p(x | z) per datum, in nats;
     - `sample_stats`: `log_p` = log p(x, z) and `log_q` = log q(z) of the draws, per datum where all
@@ -99,7 +101,8 @@ def from_pyro_svi(  # noqa: D417
         for group, values in _concatenated(pieces, 1).items()
         if values
     }
-    attrs = {"/": {"inference_library": "pyro-ppl", "inference_library_version": pyro.__version__}}
+    library = {"inference_library": "pyro-ppl", "inference_library_version": pyro.__version__}
+    attrs = {"/": library, "posterior": verdict_of(model, guide)}
     tree = arviz_base.from_dict(groups, coords=coords, dims=names | renamed, attrs=attrs)
     if evaluation is not None:
         tree["evaluation"] = xr.DataTree(evaluation)

@@ -45,6 +45,12 @@ class Fall(NamedTuple):
         return self._times * self.size
 
     @property
+    def bounds(self) -> str:
+        """What three times as many epochs would gain, in words, by two standard errors."""
+        error = 2 * self._times * self.error
+        return f"{self.expected:.2g} +- {error:.2g} nats per datum"
+
+    @property
     def _times(self) -> float:
         return math.log(3) / math.log(self.part / (self.part - 1))
 
@@ -66,39 +72,58 @@ def last_fall(losses: Sequence[float], part: int = 4) -> Fall:
     return Fall(-slope * count, noise / math.sqrt(epochs @ epochs) * count, noise, part)
 
 
-def falling(losses: Sequence[float]) -> str:
-    """One sentence on whether the losses still fell at the end, by how much in an epoch.
+def flatness(losses: Sequence[float], steps: int) -> tuple[bool, Fall]:
+    """Whether losses are flat, and the fall that tells.
+
+    They are flat when three times as many epochs would gain less than 0.1 nats per datum, or less
+    than half of what the loss of an epoch moves by chance.
 
     Args:
         losses: of each epoch, in nats per datum.
+        steps: of the optimizer in all; before 1,000 nothing is flat.
+    """
+    quarter, half = (last_fall(losses, part) for part in (4, 2))
+    best = min(quarter, half, key=lambda fall: fall.to_come)
+    flat = best.to_come < max(_FLAT, best.noise / 2) and steps >= _STEPS
+    return flat, best if flat else quarter
+
+
+def course(losses: Sequence[float], steps: int) -> tuple[bool | None, str]:
+    """Whether a training has come to its end, None if that cannot be seen, and a sentence on it.
+
+    Args:
+        losses: of each epoch, in nats per datum.
+        steps: of the optimizer in all.
 
     Example:
-        >>> falling([7.0] * 40)
-        'after 40 epochs the loss no longer fell, within 0 nats per datum and epoch'
-        >>> falling([float(-epoch) for epoch in range(40)])
-        'after 40 epochs the loss was still falling, by 1 nats per datum and epoch: train longer'
+        >>> course([7.0] * 40, 4000)[0], course([7.0] * 40, 40)[0]
+        (True, None)
+        >>> course([float(-epoch) for epoch in range(40)], 4000)
+        (False, 'after 40 epochs the loss was still falling, by 1 nats per datum and epoch, and \
+three times as many would gain some 38: train longer')
     """
-    count, fall = len(losses), last_fall(losses)
-    if count < _FEWEST:
-        return f"after {count} epochs there are too few to say whether the loss has stopped falling"
-    per_epoch, error = (value / (count // 4) for value in fall[:2])
-    if per_epoch > 2 * error and fall.to_come > 1e-4 * _FLAT:
-        words = f"the loss was still falling, by {per_epoch:.2g} nats per datum and epoch: train"
-        return f"after {count} epochs {words} longer"
-    within = max(2 * error, abs(per_epoch))
-    return (
-        f"after {count} epochs the loss no longer fell, within {within:.2g} nats per datum and "
-        "epoch"
-    )
+    flat, fall = flatness(losses, steps)
+    after, more = f"after {len(losses)} epochs", "three times as many would gain"
+    if math.isnan(fall.size):
+        return None, f"{after} there are too few to say whether the loss has stopped falling"
+    if flat:
+        return (
+            True,
+            f"{after} the loss was flat: {more} less than {fall.to_come:.2g} nats per datum",
+        )
+    if fall.size > 2 * fall.error and fall.expected > _FLAT:
+        pace = f"by {fall.size / (len(losses) // 4):.2g} nats per datum and epoch"
+        words = f"{after} the loss was still falling, {pace}, and {more} some {fall.expected:.2g}"
+        return False, f"{words}: train longer"
+    return None, f"{after} it cannot be seen whether the loss is flat: {more} {fall.bounds}"
 
 
 class Ending:
     """Ends a training by itself: when its loss is flat, after the learning rate was lowered.
 
-    It is flat when three times as many epochs would gain less than 0.1 nats per datum, or less than
-    half of what the loss of an epoch moves by chance. Then the rate falls exponentially to a
-    hundredth, over a quarter as many epochs again, which takes out what its steps were too long
-    for. (Averages of the iterates gained less than that wherever both were tried.)
+    The rate falls exponentially to a hundredth, over a quarter as many epochs again, which takes
+    out what its steps were too long for. (Averages of the iterates gained less than that wherever
+    both were tried.)
 
     Attributes:
         max_epochs: a bound on the epochs, of which the last fifth are for the lowering.
@@ -120,10 +145,7 @@ class Ending:
             steps: how many steps of the optimizer there were.
         """
         if self.flat is None:
-            quarter, half = (last_fall(losses, part) for part in (4, 2))
-            best = min(quarter, half, key=lambda fall: fall.to_come)
-            flat = best.to_come < max(_FLAT, best.noise / 2) and steps >= _STEPS
-            self._fall = best if flat else quarter
+            flat, self._fall = flatness(losses, steps)
             if not flat and epochs < self.max_epochs - self.max_epochs // 5:
                 return True
             self.flat, self._before = flat, epochs

@@ -21,7 +21,8 @@ from torch import Tensor
 from ppvae._checks import check_count, expect
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
-from ppvae.programs.keywords import with_keywords
+from ppvae.programs.keywords import bare, with_keywords
+from ppvae.programs.verdicts import remember
 from ppvae.staging.staged import NotStageable
 from ppvae.training.course import Ending
 from ppvae.training.loop import Fit, progress_bar, train
@@ -125,7 +126,8 @@ def fit(
             into the minibatches with them, all else is passed as it is.
 
     Returns:
-        The losses, how they were reached, and a verdict; see `Fit`.
+        The losses, how they were reached, and a verdict; see `Fit`. `evaluate` and `from_pyro_svi`
+        carry the verdict on, as long as no parameter is written to.
 
     Warns:
         NotConverged: global latents are not at the optimum of their objective, or the loss was not
@@ -147,10 +149,9 @@ def fit(
         >>> len(fit(model, guide, torch.randn(20, 5), num_epochs=3, progress=False).losses)
         3
     """
-    given = model
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
-    batches = training_batches(given, data, batch_size, extra, whole=free)
+    batches = training_batches(bare(model), data, batch_size, extra, whole=free)
     held_out = None if validation is None else _held_out(validation, batches)
     check_options(learning_rate, optimizer, precision)
     ending = None
@@ -176,12 +177,20 @@ def fit(
         if optimizer is None and held_out is None and is_global(task):
             result = _fit_at_once(task, num_epochs or _ROUND, seed or 0, bar)
             if result is not None:
+                _remember(model, guide, result)
                 return result
         validate = None if held_out is None else partial(task.held_out_loss, held_out)
         told: dict[str, Any] = {"ending": ending, "validate": validate, "patience": patience}
         (result,) = train(single(task, how), optimizer, learning_rate, bar, **told)
-    Verdict(result.verdict, result.converged, result.losses[-1]).warn(stacklevel=2)
+    _remember(model, guide, result)
+    if ending is not None:
+        Verdict(result.verdict, result.converged, result.losses[-1]).warn(stacklevel=2)
     return result
+
+
+def _remember(model: Any, guide: Any, result: Fit) -> None:
+    """Leaves the verdict to `evaluate` and to the export."""
+    remember(bare(model), bare(guide), words=result.verdict, converged=result.converged)
 
 
 def _max_epochs(max_epochs: Any, batches: Batches) -> int:
@@ -314,7 +323,10 @@ def fit_replicates(
             else:
                 bar = progress_bar(num_epochs, progress)
                 with random_state(random.Random(repr(seeds)).getrandbits(62)):
-                    return train(engine, optimizer, learning_rate, bar)
+                    results = train(engine, optimizer, learning_rate, bar)
+                for pair, result in zip(pairs, results, strict=True):
+                    _remember(*pair, result)
+                return results
     options: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size}
     options |= {"learning_rate": learning_rate, "optimizer": optimizer, "compile": compile}
     options |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import expect
 from ppvae.objectives.base import at_step
-from ppvae.training.course import Ending, falling
+from ppvae.training.course import Ending, course
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
 from ppvae.training.task import adam
 
@@ -34,7 +34,8 @@ class Fit(NamedTuple):
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
         objective: what was minimised, such as `objectives.ELBO()`.
         execution: "eager", "staged" or "compiled".
-        converged: whether it ended at the optimum of its objective; None if that cannot be judged.
+        converged: whether it ended at the optimum of its objective, or stochastic training where
+            the loss was flat; None if that cannot be judged.
         verdict: the same in one sentence, with numbers.
     """
 
@@ -214,18 +215,18 @@ def train(
     expect(moves, "optimizer", "a function that returns an optimizer", made, TypeError)
     steps = Steps(engine, made)
     with undone_by_errors(parameters, engine.modules):
-        course = _epochs(steps, epochs, ending, validate, patience)
+        run = _epochs(steps, epochs, ending, validate, patience)
     engine.write_back()
     seconds = (time.perf_counter() - start) / len(engine.objectives)
-    ends = seconds, steps.number, course.best_epoch, "stochastic gradient"
+    ends = seconds, steps.number, run.best_epoch, "stochastic gradient"
     results = []
-    for own, goal in zip(zip(*course.losses, strict=True), engine.objectives, strict=True):
-        verdict = _verdict(own, course, ending)
-        results.append(Fit([*own], course.validation, *ends, goal, engine.execution, *verdict))
+    for own, goal in zip(zip(*run.losses, strict=True), engine.objectives, strict=True):
+        verdict = _verdict(own, run, steps.number, ending)
+        results.append(Fit([*own], run.validation, *ends, goal, engine.execution, *verdict))
     return results
 
 
-class _Course(NamedTuple):
+class _Epochs(NamedTuple):
     """What came of the epochs.
 
     Attributes:
@@ -242,17 +243,17 @@ class _Course(NamedTuple):
 
 
 def _verdict(
-    losses: Sequence[float], course: _Course, ending: Ending | None
+    losses: Sequence[float], run: _Epochs, steps: int, ending: Ending | None
 ) -> tuple[bool | None, str]:
-    """Whether a stochastic training is at its end, as far as that can be said, and in words."""
-    if course.best_epoch < len(losses) - 1:
-        lowest = f"which was lowest in epoch {course.best_epoch}"
+    """Whether a stochastic training is at its end, None if that cannot be judged, and in words."""
+    if run.best_epoch < len(losses) - 1:
+        lowest = f"which was lowest in epoch {run.best_epoch}"
         return None, f"stopped by the validation loss, {lowest}"
     if ending is not None and ending.flat is not None:
         return ending.flat, ending.words
-    if course.still >= len(losses):
+    if run.still >= len(losses):
         return None, "the objective changed on the way, so that its values say little"
-    return None, falling(losses[course.still :])
+    return course(losses[run.still :], steps)
 
 
 def _epochs(
@@ -261,7 +262,7 @@ def _epochs(
     ending: Ending | None,
     validate: Callable[[int], float] | None,
     patience: int | None,
-) -> _Course:
+) -> _Epochs:
     """Goes through the epochs, and back to the best one."""
     engine, count = steps.engine, len(steps.engine.objectives)
     history: list[list[float]] = []
@@ -298,4 +299,4 @@ def _epochs(
     epochs.close()
     if best is not None:
         best.put_back()
-    return _Course(history, validation, epoch if best is None else best_epoch, still)
+    return _Epochs(history, validation, epoch if best is None else best_epoch, still)

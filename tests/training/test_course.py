@@ -1,6 +1,8 @@
 """When training ends by itself, and what is said of the course of its losses."""
 
+import copy
 import math
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -8,10 +10,22 @@ import torch
 from scipy import stats
 from torch import nn
 
-from ppvae import VAE, FamilyGuide, NotConverged, evaluate, families, fit, likelihoods, objectives
+from ppvae import (
+    VAE,
+    FamilyGuide,
+    NotConverged,
+    evaluate,
+    families,
+    fit,
+    fit_replicates,
+    from_pyro_svi,
+    likelihoods,
+    objectives,
+    reading,
+)
 from ppvae._scopes import private_modules
 from ppvae.closed_form import learned_decoder
-from ppvae.training.course import Ending, falling, last_fall
+from ppvae.training.course import Ending, course, last_fall
 
 
 def test_the_fall_over_the_last_part_is_that_of_a_line_of_least_squares():
@@ -37,11 +51,15 @@ def test_what_is_to_come_in_three_times_as_many_epochs(part):
     assert inverse.to_come > 1 / 1000 - 1 / 3000  # the law that falls on is the one assumed
 
 
-def test_words_on_losses():
+def test_what_is_said_of_losses_after_a_number_of_epochs():
     noise = 0.1 * np.random.default_rng(0).standard_normal(100)
-    assert "too few" in falling([1.0] * 15)
-    assert "was still falling, by 0.1" in falling(list(noise - 0.1 * np.arange(100)))
-    assert "no longer fell, within" in falling(list(noise))
+    assert course([1.0] * 15, 5000) == (None, ANY) and "too few" in course([1.0] * 15, 5000)[1]
+    converged, words = course(noise - 0.1 * np.arange(100), 5000)
+    assert converged is False and "still falling, by 0.1 " in words and "train longer" in words
+    assert course(noise, 5000)[0] is None and "cannot be seen" in course(noise, 5000)[1]
+    converged, words = course(0.01 * noise, 5000)
+    assert converged and "less than" in words
+    assert course(0.01 * noise, 999)[0] is None  # it may not have begun to fall
 
 
 def ended(losses, max_epochs, steps=1000):
@@ -150,3 +168,30 @@ def test_what_is_said_of_an_objective_that_moved():
     assert "the objective changed on the way" in moving.verdict
     still = fit(*linear(x), x, objective=objectives.ELBO(beta=objectives.warm_up(9)), **told)
     assert "after 20 epochs" in still.verdict or "after 21 epochs" in still.verdict
+
+
+def test_measures_tree_and_words_carry_the_verdict_until_a_parameter_is_written_to():
+    x = table(400)
+    pair = linear(x)
+    assert "verdict" not in evaluate(*pair, x, num_samples=8, progress=False).attrs
+    told = {"seed": 0, "progress": False, "learning_rate": 0.01}
+    result = fit(*pair, x, num_epochs=60, **told)
+    assert result.converged is False and "train longer" in result.verdict
+    found = evaluate(*pair, x, num_samples=8, progress=False)
+    assert found.verdict == result.verdict and found.converged == 0
+    assert reading(found).startswith("Train longer before you judge by what follows, or take")
+    tree = from_pyro_svi(*pair, x, num_samples=4)
+    assert tree["posterior"].attrs["verdict"] == result.verdict
+    assert (
+        "verdict" not in evaluate(linear(x)[0], pair[1], x, num_samples=8, progress=False).attrs
+    )  # another model
+    assert "verdict" not in evaluate(*copy.deepcopy(pair), x, num_samples=8, progress=False).attrs
+    with torch.no_grad():
+        pair[0].decoder.bias.add_(0.0)
+    assert "verdict" not in evaluate(*pair, x, num_samples=8, progress=False).attrs
+    result = fit(*pair, x, num_epochs=2, kwargs={}, **told)
+    found = evaluate(*pair, x, num_samples=8, progress=False)
+    assert "converged" not in found.attrs and reading(found).startswith("The fit says: after 2 ep")
+    pairs = [linear(x), linear(x)]
+    results = fit_replicates(pairs, x, num_epochs=2, seeds=[0, 1], progress=False)
+    assert evaluate(*pairs[1], x, num_samples=8, progress=False).verdict == results[1].verdict

@@ -1,0 +1,53 @@
+"""What a fit said of a guide, for as long as model and guide are what the fit left."""
+
+import weakref
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class _Said(NamedTuple):
+    """A verdict, and what it is of: a model, and the versions that parameters had."""
+
+    model: Any
+    versions: list[tuple[int, int]]
+    words: str
+    converged: bool | None
+
+
+_SAID: weakref.WeakKeyDictionary[Any, _Said] = weakref.WeakKeyDictionary()
+
+
+def remember(model: Any, guide: Any, *, words: str, converged: bool | None) -> None:
+    """Keeps the verdict of a fit beside the guide.
+
+    Those of plain functions are not kept: what their `pyro.param` statements will mean later is
+    not known.
+    """
+    versions = _versions(model, guide)
+    if versions:
+        try:
+            _SAID[guide] = _Said(weakref.ref(model), versions, words, converged)
+        except TypeError:  # what has no weak references is forgotten
+            return
+
+
+def verdict_of(model: Any, guide: Any) -> dict[str, Any]:
+    """The last verdict as attributes of a data set: `verdict`, and `converged` where it is known.
+
+    Empty if there was no fit, or a parameter was written to since.
+    """
+    try:
+        said = _SAID.get(guide)
+    except TypeError:
+        return {}
+    if said is None or said.model() is not model or said.versions != _versions(model, guide):
+        return {}
+    known = {} if said.converged is None else {"converged": int(said.converged)}
+    return {"verdict": said.words, **known}
+
+
+def _versions(*programs: Any) -> list[tuple[int, int]]:
+    """Which parameters there are, and how often each was written to."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    return [(id(p), p._version) for module in modules for p in module.parameters()]
