@@ -220,8 +220,9 @@ def train(
     seconds = (time.perf_counter() - start) / len(engine.objectives)
     ends = seconds, steps.number, run.best_epoch, "stochastic gradient"
     results = []
-    for own, goal in zip(zip(*run.losses, strict=True), engine.objectives, strict=True):
-        verdict = _verdict(own, run, steps.number, ending)
+    columns = zip(zip(*run.losses, strict=True), engine.objectives, run.still, strict=True)
+    for own, goal, still in columns:
+        verdict = _verdict(own, still, run, steps.number, ending)
         results.append(Fit([*own], run.validation, *ends, goal, engine.execution, *verdict))
     return results
 
@@ -233,17 +234,17 @@ class _Epochs(NamedTuple):
         losses: of each epoch, for each replicate.
         validation: the validation losses.
         best_epoch: the epoch whose parameters are in place.
-        still: the first epoch from which on the objective stood still.
+        still: the first epoch from which on the objective of each replicate stood still.
     """
 
     losses: list[list[float]]
     validation: list[float]
     best_epoch: int
-    still: int
+    still: list[int]
 
 
 def _verdict(
-    losses: Sequence[float], run: _Epochs, steps: int, ending: Ending | None
+    losses: Sequence[float], still: int, run: _Epochs, steps: int, ending: Ending | None
 ) -> tuple[bool | None, str]:
     """Whether a stochastic training is at its end, None if that cannot be judged, and in words."""
     if run.best_epoch < len(losses) - 1:
@@ -251,9 +252,9 @@ def _verdict(
         return None, f"stopped by the validation loss, {lowest}"
     if ending is not None and ending.flat is not None:
         return ending.flat, ending.words
-    if run.still >= len(losses):
+    if still >= len(losses):
         return None, "the objective changed on the way, so that its values say little"
-    return course(losses[run.still :], steps)
+    return course(losses[still:], steps)
 
 
 def _epochs(
@@ -268,7 +269,7 @@ def _epochs(
     history: list[list[float]] = []
     validation: list[float] = []
     best: Snapshot | None = None
-    lowest, best_epoch, still = math.inf, -1, 0
+    lowest, best_epoch, still = math.inf, -1, [0] * count
     goals = steps.goals()
     for epoch in epochs:
         before, totals, size = goals, [0.0] * count, 0
@@ -279,8 +280,12 @@ def _epochs(
         steps.check()
         history.append([total / size for total in totals])
         goals = steps.goals()
-        if goals != before:  # what was lower before was lower for another objective
-            lowest, still = math.inf, epoch + 1
+        still = [
+            since if now == was else epoch + 1
+            for since, now, was in zip(still, goals, before, strict=True)
+        ]
+        if still[0] == epoch + 1:  # what was lower before was lower for another objective
+            lowest = math.inf
         shown = {"loss": f"{sum(totals) / size / count:.4g}"}
         if validate is not None:
             validation.append(validate(steps.number))
@@ -292,7 +297,7 @@ def _epochs(
         if (patience is not None and epoch - best_epoch >= patience) or not engine.parameters:
             break  # without parameters, of a family without channels, it is only measured
         if ending is not None:
-            losses = [own for (own,) in history[still:]]
+            losses = [own for (own,) in history[still[0] :]]
             if not ending.go_on(losses, epoch + 1, steps.number):
                 break
             steps.slow_down(ending.factor)
