@@ -86,7 +86,7 @@ def test_fitted_slope_is_minus_beta_within_five_per_cent(rate_distortion, name):
 
 def test_rate_distortion_runs(run, tmp_path):
     options = ["--steps", 2, "--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path]
-    out = run("rate_distortion.py", *options, rows=400)
+    out = run("rate_distortion.py", *options, rows=400, functions={"evaluate": {"num_samples": 8}})
     lines = [line.split() for line in out.splitlines()]
     for name, rows in {"mean_only_bounded": 10, "full_rank": 10, "noise_only": 1}.items():
         assert sum(line[:1] == [name] for line in lines) == rows
