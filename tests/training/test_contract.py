@@ -114,12 +114,12 @@ ALL = {"batch_size": None}  # one batch, which is one tensor for all replicates
 WAYS: dict[str, Any] = {
     **{name: (build, data, {"objective": goals}) for name, goals in OBJECTIVES.items()},
     "all, not vectorized": (function, data, {"objective": OBJECTIVES["all"]}),
-    "IWAE, not vectorized": (function, data, {"objective": OBJECTIVES["IWAE"]}),
+    "IWAE, not vectorized": (function, data, {"objective": [IWAE(2), IWAE(2)]}),
     "deterministic": autoencoder("deterministic", kinds.Bernoulli),
     "schedule": autoencoder("mean_scale", learned, **ALL, num_epochs=9, optimizer=falling),
     "full_rank": autoencoder("full_rank", kinds.Poisson, optimizer=sgd),
-    "low_rank": autoencoder("low_rank", learned, objective=[IWAE(3), IWAE(3)]),
-    "flow": autoencoder("flow", objective=[ELBO(free_bits=0.3, num_samples=2)] * 2),
+    "low_rank": autoencoder("low_rank", learned),
+    "flow": autoencoder("flow", objective=[ELBO(free_bits=0.3)] * 2),
     "positive": site("positive"),
     "left of pixels": site("left of pixels", "mean_only"),
     "told rows": site("told rows"),
@@ -161,7 +161,7 @@ def test_compiled_with_weights_of_the_rate_and_their_chains():
         assert np.array_equal(tree["posterior"].z.values[chain], alone["posterior"].z.values[0])
 
 
-@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily", "ignore::ppvae.NotConverged")
 def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
     def make():
         model = LinearRegression(3)
@@ -176,7 +176,7 @@ def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
     for seeds in (None, None, [1, 1]):  # by default from the stream of the caller
         pairs = made(make, 2)
         torch.manual_seed(0)
-        results = fit_replicates(pairs, args, seeds=seeds, **{**TOLD, **told})
+        results = fit_replicates(pairs, args, seeds=seeds, **{**TOLD, "batch_size": None})
         fits.append([result.losses for result in results])
     assert fits[0] == fits[1] and fits[0][0] != fits[0][1]
     assert fits[2][0] == fits[2][1]
@@ -263,10 +263,9 @@ def test_the_parameter_of_a_statement_is_trained_in_the_store(plain_pyro, early)
     assert 0.01 < abs(runs[0][-1].item() - 3.0) < 0.1
 
 
-@pytest.mark.parametrize("family", ["student_t", "full_rank"])
-def test_compiled_gradients_are_those_of_autograd(family):
+def test_compiled_gradients_are_those_of_autograd():
     """The same graph and noise through a compiler that may reorder sums: equal up to rounding."""
-    ((model, guide),) = made(lambda: build(family))
+    ((model, guide),) = made(lambda: build("student_t"))
     staged = stage(model, guide, data(8))
     function = Gradients(staged, compiled=True)
     for rows in (8, 5):
@@ -289,7 +288,7 @@ def test_compiled_training_is_eager_training():
     """Batches of four, four and two, with a schedule. Nothing is compiled a second time."""
     objective, runs = ELBO(beta=warm_up(8)), []
     for compile in (False, True):
-        ((model, guide),) = made()
+        ((model, guide),) = made(lambda: build("full_rank"))
         guide.encoder[0].eval()  # a mode of its own
         with traceless(model, guide), torch._dynamo.config.patch(error_on_recompile=True):
             result = quiet(model, guide, data(), num_epochs=5, objective=objective, compile=compile)
@@ -304,7 +303,8 @@ def test_compiled_training_is_eager_training():
 def test_a_staged_loss_compiles_as_one_graph_and_goes_into_a_loop_of_ones_own():
     staged = stage(*build(), data(8))
     with unchecked():  # torch.compile switches validation off for good
-        compiled = torch.compile(staged, fullgraph=True, options={"fallback_random": True})
+        options = {"fallback_random": True}
+        compiled = torch.compile(staged, fullgraph=True, dynamic=True, options=options)
         for rows in (8, 5, 3):
             torch.manual_seed(2)
             want = torch.autograd.grad(staged(data(rows)), list(staged.parameters()))
