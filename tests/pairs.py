@@ -25,6 +25,12 @@ def build(family="mean_scale", likelihood=None, encoder=None, **options):
     return model, FamilyGuide(model, KINDS[family], encoder=encoder or mlp(3, 4))
 
 
+def linear(family="mean_scale"):
+    """The same without hidden layers, for graphs that are soon made."""
+    model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(0.5))
+    return model, FamilyGuide(model, KINDS[family], encoder=nn.Identity())
+
+
 def made(build_one=build, count=1):
     """Pairs from seeds of their own."""
     built = []
