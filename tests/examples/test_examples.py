@@ -74,15 +74,21 @@ def test_ladder_linear_reaches_the_optimum(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        (["--families", "nonsense"], "invalid choice: 'nonsense'"),
-        (["--epochs", "0"], "expected at least 1"),
+        ("ladder", ["--families", "nonsense"], "invalid choice: 'nonsense'"),
+        ("ladder", ["--epochs", 0], "expected at least 1"),
+        ("rate_distortion", ["--steps", 0], "at least 1"),
+        ("when_does_noise_help", ["--seeds", 1], "--seeds of at least 2"),
+        ("when_does_noise_help", ["--few", 900], "--few <= 0.8"),
+        ("benchmark", ["--tables", "nonsense"], "invalid choice: 'nonsense'"),
+        ("benchmark", ["--steps", 0], "expected at least 1"),
+        ("benchmark", ["--sizes", "64-8"], "expected INPUTS-HIDDEN-LATENT or conv-LATENT"),
     ],
 )
-def test_ladder_refuses(run, options, message, capsys):
+def test_refusals(run, capsys, name, options, message):
     with pytest.raises(SystemExit):
-        run("ladder.py", *options)
+        run(f"{name}.py", *options)
     assert message in capsys.readouterr().err
 
 

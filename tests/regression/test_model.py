@@ -77,7 +77,7 @@ def test_a_point_is_ridge_lasso_or_least_squares():
     for prior, weight in expected.items():
         model = LinearRegression(10, weight=prior, noise=0.7)
         guide = FamilyGuide(model, families.deterministic)
-        fit(model, guide, (X, y), num_epochs=500, progress=False)
+        assert fit(model, guide, (X, y), num_epochs=500, progress=False).converged
         found = guide.heads["weight"](None).v.detach()
         assert (found - weight).abs().max() < 1e-7, prior
         if prior is not None and isinstance(prior, dist.Laplace):

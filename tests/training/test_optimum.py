@@ -32,13 +32,6 @@ def quiet(model, guide, args, **told):
     return fit(model, guide, args, **{"progress": False, "seed": 0, **told})
 
 
-@pytest.fixture
-def single():
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_default_dtype(torch.float64)
-
-
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -441,7 +434,7 @@ def test_latents_in_a_plate_are_free_parameters():
     guide = FamilyGuide(model, families.full_rank)
     assert quiet(model, guide, SCORES).converged
     with private_modules(), torch.no_grad():
-        mu = torch.stack([guide(*SCORES)["mu"] for _ in range(2000)])
+        mu = torch.stack([guide(*SCORES)["mu"] for _ in range(500)])
     assert mu.mean().item() == pytest.approx(4.4, abs=1.0)
     assert mu.std().item() == pytest.approx(3.3, rel=0.25)
 
@@ -502,23 +495,6 @@ def test_a_family_that_cannot_move_is_too_narrow():
         result = quiet(location, guide, noise(3))
     assert result.converged and caught[0].filename == __file__
     assert issubclass(NarrowFamily, UserWarning) and not issubclass(NarrowFamily, NotConverged)
-
-
-def test_a_point_on_a_kink_is_the_optimum():
-    """w ~ Laplace(0, 0.1), x ~ N(w, 1): the mode is at zero, or 10/40 below the mean."""
-
-    def lasso(x):
-        w = pyro.sample("w", dist.Laplace(torch.zeros(2), 0.1).to_event(1))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
-
-    x = noise(40, 2)
-    x += torch.tensor([0.1, 1.0]) - x.mean(0)
-    guide = FamilyGuide(lasso, families.deterministic)
-    result = quiet(lasso, guide, x)
-    point = guide.heads["w"](None).v.detach()
-    assert result.converged and abs(point[0]) < 1e-9
-    assert point[1].item() == pytest.approx(1.0 - 10 / 40, abs=1e-7)
 
 
 def test_kinks_are_left_out_of_what_is_minimised():
