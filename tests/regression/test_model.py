@@ -14,6 +14,7 @@ from sklearn.linear_model import Lasso
 
 from ppvae import FamilyGuide, closed_form, families, fit, from_pyro_svi
 from ppvae._scopes import private_modules
+from ppvae.objectives import ELBO
 from ppvae.programs.runs import draws_plate, trace_pair
 from ppvae.regression import (
     Horseshoe,
@@ -247,11 +248,13 @@ def test_bad_input(call, message):
 @pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 @pytest.mark.parametrize("name", ["diabetes", "unequal columns"])
 @pytest.mark.parametrize("family", [n for n in families.LADDER if n not in (*POINTS, *FAMILIES)])
-def test_no_objective_lies_above_the_evidence(name, family):
+def test_no_goallies_above_the_evidence(name, family):
     """A bound is a bound: also where densities lose digits (tails at their Gaussian end)."""
     known = Known(name)
     guide = FamilyGuide(known.model, families.LADDER[family])
-    told = {"num_epochs": 10 if family == "flow" else 40, "seed": 0, "progress": False}
+    told = {"num_epochs": 40, "seed": 0, "progress": False}
+    if family == "flow":  # whose draws would be taken one by one, if they were held fixed
+        told |= {"objective": ELBO(num_samples=2), "num_epochs": 300, "learning_rate": 0.01}
     fit(known.model, guide, (known.X, known.y), **told)
     value = objective(known.model, guide, known.X, known.y, num_samples=4000, seed=1)
     # log p - log q has a sd of a few nats, or of many far from the optimum, below the evidence
