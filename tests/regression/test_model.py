@@ -248,7 +248,7 @@ def test_bad_input(call, message):
 @pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 @pytest.mark.parametrize("name", ["diabetes", "unequal columns"])
 @pytest.mark.parametrize("family", [n for n in families.LADDER if n not in (*POINTS, *FAMILIES)])
-def test_no_goallies_above_the_evidence(name, family):
+def test_no_objective_lies_above_the_evidence(name, family):
     """A bound is a bound: also where densities lose digits (tails at their Gaussian end)."""
     known = Known(name)
     guide = FamilyGuide(known.model, families.LADDER[family])
