@@ -34,6 +34,14 @@ def guard():
 
 
 @pytest.fixture
+def single(guard):
+    """For tests in single precision."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
 def plain_pyro():
     """For tests that run plain Pyro, which registers parameters in its global store."""
     with pyro.get_param_store().scope():

@@ -196,7 +196,9 @@ def learn(values, name, latent):
 
     place = [*(0.5 + values[:latent].sqrt()).tolist(), -0.5]
     options = {"fatol": 1e-14, "xatol": 1e-9, "maxiter": 4000, "maxfev": 4000}
-    for _ in range(4):  # from where it stopped, until nothing changes
+    best, before = None, math.inf
+    while best is None or best.fun < before - 1e-12:  # from where it stopped
+        before = before if best is None else best.fun
         best = optimize.minimize(loss, place, method="Nelder-Mead", options=options)
         place = best.x
     gains = np.sort(abs(best.x[:-1]))[::-1].copy()

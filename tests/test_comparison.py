@@ -62,8 +62,8 @@ def test_linear_gaussian_data_want_one_shared_scale_and_no_more():
     """Two equal eigenvalues: shared_scale, mean_scale and full_rank have one and the same optimum.
 
     mean_only pays `sum(r - 1 - ln r)` above it at equal noise, and takes another noise. The data
-    are given, so that the gain is off by the training and by the draws only. 180,000 draws, with a
-    standard deviation of at most 3 nats, are off by 0.007; the training was by 0.02 at most for
+    are given, so that the gain is off by the training and by the draws only. 120,000 draws, with a
+    standard deviation of at most 3 nats, are off by 0.009; the training was by 0.02 at most for
     four sets of data.
     """
     x = rotated([4.0, 4.0, 0.5, 0.5, 0.5], 100)
@@ -73,7 +73,8 @@ def test_linear_gaussian_data_want_one_shared_scale_and_no_more():
         return model, nn.Linear(5, 32)
 
     names = ["mean_only", "shared_scale", "mean_scale", "full_rank"]
-    found = compare_families(build, names, x.repeat(10, 1), x, **slowing(200, 0.05, 0.01), **QUICK)
+    options = slowing(200, 0.05, 0.01) | QUICK | {"num_seeds": 2}
+    found = compare_families(build, names, x.repeat(10, 1), x, **options)
     assert verdicts(found) == ["", "yes", "no", "no"], f"\n{found}"
     best = [closed_form.learned_decoder(x, 2, families.LADDER[name]).objective for name in names]
     assert max(best[1:]) - min(best[1:]) < 1e-9 and best[1] - best[0] > 0.8
@@ -86,15 +87,15 @@ def test_no_third_channel_where_the_posterior_is_mean_field():
     frozen = Frozen(torch.linalg.qr(torch.randn(4, 2))[0], 0.8)
     assert abs(frozen.gap(torch.diag(frozen.best_sd**2))) < 1e-9
     names = ["mean_scale", "student_t", "flow"]
-    options = slowing(120, 0.01, 0.002)
+    options = slowing(60, 0.02, 0.002)
     found = compare_families(frozen, names, frozen.x, frozen.test, **options, **QUICK)
     assert verdicts(found) == ["", "no", "no"], f"\n{found}"
 
 
 def test_a_correlated_posterior_wants_full_rank():
-    """The exact gain is the gap of mean_scale, 0.62 nats; errors as above, with more training."""
+    """The exact gain is the gap of mean_scale, 0.62 nats; the training was off by 0.002."""
     frozen = Frozen([[1.0, 0.9], [0.9, 1.0], [0.5, 0.2], [1.0, 1.0]], 0.7)
-    names, options = ["mean_scale", "full_rank"], slowing(150, 0.03, 0.003)
+    names, options = ["mean_scale", "full_rank"], slowing(70, 0.05, 0.004)
     found = compare_families(frozen, names, frozen.x, frozen.test, **options, **QUICK)
     step, gap = found.dataset.sel(family="full_rank"), frozen.gap(torch.diag(frozen.best_sd**2))
     assert step.verdict == "yes", f"\n{found}"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ppvae import closed_form, data, families
+from ppvae import closed_form, data, families, fit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+FEW = {"num_samples": 20}
 LONGER = {
     "ladder": 165,
     "does_it_converge": 170,
@@ -24,16 +25,18 @@ def test_every_example_is_short_and_tested():
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
-        assert len(path.read_text().splitlines()) <= LONGER.get(path.stem, 150), path
+        lines = path.read_text().splitlines()
+        assert len(lines) <= LONGER.get(path.stem, 150), path
+        assert lines[-2:] == ['if __name__ == "__main__":', "    main()"]
 
 
 def test_ladder(run, tmp_path):
     options = ["--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path]
-    out = run("ladder.py", *options, rows=300)
+    out = run("ladder.py", *options, rows=300, functions={"evaluate": FEW, "from_pyro_svi": FEW})
     for name in families.LADDER:
-        assert f"\n{name} " in out
-        with xr.open_datatree(tmp_path / f"{name}.nc") as tree:
-            assert tree["posterior/z"].shape == (1, 200, 60, 3)
+        assert f"\n{name} " in out and (tmp_path / f"{name}.nc").exists()
+    with xr.open_datatree(tmp_path / "flow.nc") as tree:
+        assert tree["posterior/z"].shape == (1, 20, 60, 3)
     assert "It is no bound" in out
     pictures = {"encodings", "rate_distortion", "reconstructions", "samples"}
     assert {path.stem for path in tmp_path.glob("*.png")} == pictures
@@ -44,7 +47,7 @@ def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
     x = np.random.default_rng(0).normal(size=(150, 5)) * [3.0, 2.0, 1.0, 1.0, 1.0]
     np.save(tmp_path / "x.npy", x)
     options = ["--linear", "--seeds", 2, "--epochs", 1, "--latent", 2, "--out", tmp_path / "out"]
-    names = ["mean_scale", "deterministic", "flow"]
+    names = ["mean_scale", "deterministic", "student_t"]
     out = run("ladder.py", "--data", tmp_path / "x.npy", "--families", *names, *options)
     assert "120 training and 30 test data of length 5" in out
     rows = {n: [line for line in out.splitlines() if line.startswith(n)] for n in names}
@@ -53,7 +56,7 @@ def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
     train = data.split(data.load(str(tmp_path / "x.npy"), binary=False).float())[0]
     exact = closed_form.learned_decoder(train, 2, families.mean_scale)
     assert f"{exact.objective:.2f} (0.00)" in second and f"{exact.rate:.2f} (0.00)" in second
-    assert rows["flow"][1].split().count("-") == 3  # no closed form
+    assert rows["student_t"][1].split().count("-") == 3  # no closed form
     assert "deterministic has no optimum" in out
 
 
@@ -71,31 +74,48 @@ def test_ladder_linear_reaches_the_optimum(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        (["--families", "nonsense"], "invalid choice: 'nonsense'"),
-        (["--epochs", "0"], "expected at least 1"),
+        ("ladder", ["--families", "nonsense"], "invalid choice: 'nonsense'"),
+        ("ladder", ["--epochs", 0], "expected at least 1"),
+        ("rate_distortion", ["--steps", 0], "at least 1"),
+        ("when_does_noise_help", ["--seeds", 1], "--seeds of at least 2"),
+        ("when_does_noise_help", ["--few", 900], "--few <= 0.8"),
+        ("benchmark", ["--tables", "nonsense"], "invalid choice: 'nonsense'"),
+        ("benchmark", ["--steps", 0], "expected at least 1"),
+        ("benchmark", ["--sizes", "64-8"], "expected INPUTS-HIDDEN-LATENT or conv-LATENT"),
     ],
 )
-def test_ladder_refuses(run, options, message, capsys):
+def test_refusals(run, capsys, name, options, message):
     with pytest.raises(SystemExit):
-        run("ladder.py", *options)
+        run(f"{name}.py", *options)
     assert message in capsys.readouterr().err
 
 
 def test_guide_for_your_model(run):
-    out = run("guide_for_your_model.py", "--steps", 2)
+    functions = {"evaluate": FEW, "Predictive": FEW}
+    out = run("guide_for_your_model.py", "--steps", 2, functions=functions)
     assert all(name in out for name in families.LADDER)
 
 
 def test_inspect_with_arviz(run, tmp_path):
+    options = ["--epochs", 1, "--out", tmp_path]
+    functions = {"evaluate": FEW, "from_pyro_svi": {"num_samples": 50}}
     with arviz_base.rc_context({}):
-        out = run("inspect_with_arviz.py", "--epochs", 1, "--out", tmp_path, rows=500)
+        out = run("inspect_with_arviz.py", *options, rows=500, functions=functions)
     assert "elpd" in out and (tmp_path / "fit.nc").exists()
 
 
 def test_regression(run, tmp_path):
-    out = run("regression.py", "--draws", 50, "--nuts", 100, "--out", tmp_path)
+    """One row is trained, the one that is looked at."""
+
+    def trained(model, guide, args, *, progress, **told):
+        if progress == "full_rank":
+            fit(model, guide, args, progress=False, **told)
+        guide.setup(*args)
+
+    options = ["--draws", 50, "--nuts", 30, "--out", tmp_path]
+    out = run("regression.py", *options, fit=trained)
     assert "Log evidence of the 342 training data: -387.9509 nats" in out
     row = next(line for line in out.splitlines() if line.startswith("full_rank"))
     assert row.split()[1:3] == ["-387.9509", "0.0000"]
@@ -106,12 +126,15 @@ def test_regression(run, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # an sd of zero
 def test_does_it_converge(run, tmp_path):
-    """With a NUTS that is too short to be true; the linear one has the exact posterior."""
-    options = ["--nuts", 20, "--families", "full_rank", "--out", tmp_path]
-    lines = run("does_it_converge.py", *options).splitlines()
+    """With a NUTS that is too short to be true; the linear one has the exact posterior.
+
+    Means of 400 draws have an error of 0.05 sd, and sds one of 3.5 %: five of them are allowed.
+    """
+    options = ["--nuts", 5, "--families", "full_rank", "--out", tmp_path]
+    lines = run("does_it_converge.py", *options, SAMPLES=400).splitlines()
     assert sum("NUTS, " in line for line in lines) == 4
     rows = [line for line in lines if "full_rank" in line]
     assert len(rows) == 5 and all("at the optimum" in r or "too narrow" in r for r in rows)
     exact = rows[2].split()
-    assert float(exact[1]) < 0.1 and all(0.9 < float(v) < 1.1 for v in exact[2].split("-"))
+    assert float(exact[1]) < 0.25 and all(0.82 < float(v) < 1.18 for v in exact[2].split("-"))
     assert (tmp_path / "posteriors.png").exists()

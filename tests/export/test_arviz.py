@@ -154,6 +154,7 @@ def test_local_and_global_latents_share_one_density_per_draw(plain_pyro):
     def model(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         pyro.deterministic("double", 2 * w)
+        pyro.deterministic("pair", torch.stack([w, -w], -1)[None], event_dim=1)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z * w, 1.0), obs=x[:, 0])
@@ -169,6 +170,7 @@ def test_local_and_global_latents_share_one_density_per_draw(plain_pyro):
     expected += dist.Normal(z * w[:, None], 1.0).log_prob(x[:, 0]).sum(-1)
     assert np.allclose(tree.sample_stats.log_p.values[0], expected, atol=1e-9)
     assert np.allclose(tree.posterior.double.values, 2 * tree.posterior.w.values)
+    assert tree.posterior.pair.dims == (*SAMPLE, "pair_dim_0")
 
 
 def test_any_guide_of_pyro_and_an_improper_prior(plain_pyro):

@@ -18,6 +18,7 @@ from ppvae import VAE, FamilyGuide, NotStageable, families, likelihoods, stage
 from ppvae._scopes import private_modules
 from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.objectives import ELBO, negative_elbo
+from ppvae.staging.gradients import Gradients
 
 N = 10  # rows of `data()`
 
@@ -313,6 +314,20 @@ def test_arguments_of_every_sort_by_place_and_by_keyword():
     assert agree(lambda x, y: by_name(x, y=y), model, guide, x[:4], y[:4])
     with pytest.raises(TypeError, match=r"kwargs: expected those of stage, \['y'\], got \['z'\]"):
         by_name(x, z=y)
+
+
+def test_the_graph_with_gradients_is_for_data_of_any_size():
+    """Also where the number of data is a size of something else: the program is not run again."""
+    model, guide = build()
+    staged = stage(model, guide, data())
+    gradients = Gradients(staged, compiled=False)
+    for rows in (N, 3, 2, 7):
+        loss, *want = outcome(staged, staged.parameters(), data(rows))
+        torch.manual_seed(3)
+        batch = staged.data((data(rows),), staged.program.settings(0))
+        found, slopes = gradients(staged.state(), batch)
+        assert same([found.detach(), *slopes], [loss, *want])
+        gradients._plain = None
 
 
 def test_a_plate_of_fixed_size_fixes_the_batch():

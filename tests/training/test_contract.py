@@ -18,6 +18,7 @@ from pairs import (
     build,
     data,
     function,
+    linear,
     made,
     one_warning,
     same,
@@ -41,7 +42,7 @@ from ppvae.training.single import COMPILE, STAGE, how_to_run
 #: torch, on itself, while it compiles; an error would be taken for one of the compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
 
-SEEDS = [11, 16, 21]
+SEEDS = [11, 16, 21, 26]
 TOLD = {"num_epochs": 2, "batch_size": 4, "learning_rate": 0.01, "progress": False}
 
 
@@ -112,14 +113,14 @@ ALL = {"batch_size": None}  # one batch, which is one tensor for all replicates
 
 #: name -> how pairs are built, the data, and options; batches of four, the last one of two
 WAYS: dict[str, Any] = {
-    **{name: (build, data, {"objective": goals}) for name, goals in OBJECTIVES.items()},
+    **{name: (linear, data, {"objective": goals}) for name, goals in OBJECTIVES.items()},
     "all, not vectorized": (function, data, {"objective": OBJECTIVES["all"]}),
-    "IWAE, not vectorized": (function, data, {"objective": OBJECTIVES["IWAE"]}),
+    "IWAE, not vectorized": (function, data, {"objective": [IWAE(2), IWAE(2)]}),
     "deterministic": autoencoder("deterministic", kinds.Bernoulli),
     "schedule": autoencoder("mean_scale", learned, **ALL, num_epochs=9, optimizer=falling),
     "full_rank": autoencoder("full_rank", kinds.Poisson, optimizer=sgd),
-    "low_rank": autoencoder("low_rank", learned, objective=[IWAE(3), IWAE(3)]),
-    "flow": autoencoder("flow", objective=[ELBO(free_bits=0.3, num_samples=2)] * 2),
+    "low_rank": autoencoder("low_rank", learned),
+    "flow": autoencoder("flow", objective=[ELBO(free_bits=0.3)] * 2),
     "positive": site("positive"),
     "left of pixels": site("left of pixels", "mean_only"),
     "told rows": site("told rows"),
@@ -139,12 +140,13 @@ def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
     courses, ends = one_by_one(make, x, goals, **told)
     assert courses[0].execution == "eager" and goals[0] in (None, courses[0].objective)
     monkeypatch.setattr("ppvae.training.single.STAGE", 1)  # so many steps, and a loss is staged
-    (parts,) = made(make)
-    staged = fit(*parts[:2], x, seed=SEEDS[0], objective=goals[0], **{**TOLD, **told})
-    # a product with a tensor rounds once, one with a number of Python's twice
-    bound = 1e-13 if moving_fields(goals[:1]) else 0.0
-    assert staged.losses == pytest.approx(courses[0].losses, rel=bound, abs=0)
-    assert same(values(*parts), ends[0], bound) and staged.execution == "staged"
+    several = [*zip(made(make, len(goals)), goals, SEEDS, courses, ends, strict=False)]
+    for parts, goal, seed, course, end in several[:1] if goals[0] is None else several:
+        staged = fit(*parts[:2], x, seed=seed, objective=goal, **{**TOLD, **told})
+        # a product with a tensor rounds once, one with a number of Python's twice
+        bound = 1e-13 if moving_fields([goal]) else 0.0
+        assert staged.losses == pytest.approx(course.losses, rel=bound, abs=0)
+        assert same(values(*parts), end, bound) and staged.execution == "staged"
     side_by_side(make, x, goals, courses, ends, **told)
 
 
@@ -161,14 +163,14 @@ def test_compiled_with_weights_of_the_rate_and_their_chains():
         assert np.array_equal(tree["posterior"].z.values[chain], alone["posterior"].z.values[0])
 
 
-@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily", "ignore::ppvae.NotConverged")
 def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
     def make():
-        model = LinearRegression(3)
+        model = LinearRegression(1)
         return model, FamilyGuide(model, families.mean_scale)
 
-    x, told = data(), {"batch_size": None, "num_epochs": 1000}
-    args = (x, x.sum(-1) + 0.1 * x[:, 0] ** 2)
+    x, told = data()[:, :1], {"batch_size": None, "num_epochs": 1000}
+    args = (x, x[:, 0] + 0.1 * data()[:, 1] ** 2)
     courses, ends = one_by_one(make, args, [None, None], **told)
     assert courses[0].method == "L-BFGS"
     side_by_side(make, args, [None, None], courses, ends, "eager", 0.0, **told)
@@ -176,7 +178,7 @@ def test_a_regression_is_fitted_by_the_quasi_newton_method_without_a_word():
     for seeds in (None, None, [1, 1]):  # by default from the stream of the caller
         pairs = made(make, 2)
         torch.manual_seed(0)
-        results = fit_replicates(pairs, args, seeds=seeds, **{**TOLD, **told})
+        results = fit_replicates(pairs, args, seeds=seeds, **{**TOLD, "batch_size": None})
         fits.append([result.losses for result in results])
     assert fits[0] == fits[1] and fits[0][0] != fits[0][1]
     assert fits[2][0] == fits[2][1]
@@ -223,14 +225,14 @@ def test_what_no_graph_holds_is_trained_eagerly_and_one_after_the_other(name, mo
 
 
 def test_objectives_that_differ_in_more_than_a_schedule_have_no_common_graph():
-    elbo, bits = OBJECTIVES["free bits"][0], OBJECTIVES["all"][0]
+    elbo, bits = ELBO(free_bits=0.5), OBJECTIVES["all"][0]
     for goals in ([elbo, IWAE(2)], [elbo, bits], [IWAE(2), IWAE(3)], [print, max]):
         with pytest.raises(ValueError, match="objective: expected those that differ in their"):
             moving_fields(goals)
-    assert moving_fields([OBJECTIVES["beta"][0]]) == moving_fields([torch.sin, torch.sin]) == ()
+    assert moving_fields([ELBO(beta=2.0)]) == moving_fields([torch.sin, torch.sin]) == ()
     assert moving_fields(OBJECTIVES["beta"]) == ("beta",)
     assert moving_fields(OBJECTIVES["sampled"]) == ("free_bits",)
-    assert moving_fields([OBJECTIVES["warm up"][0]]) == ("beta",)
+    assert moving_fields([ELBO(beta=warm_up(4, 0.5, 2.0))]) == ("beta",)
 
 
 def quiet(*args, **kwargs):
@@ -263,10 +265,9 @@ def test_the_parameter_of_a_statement_is_trained_in_the_store(plain_pyro, early)
     assert 0.01 < abs(runs[0][-1].item() - 3.0) < 0.1
 
 
-@pytest.mark.parametrize("family", ["student_t", "full_rank"])
-def test_compiled_gradients_are_those_of_autograd(family):
+def test_compiled_gradients_are_those_of_autograd():
     """The same graph and noise through a compiler that may reorder sums: equal up to rounding."""
-    ((model, guide),) = made(lambda: build(family))
+    ((model, guide),) = made(lambda: build("student_t"))
     staged = stage(model, guide, data(8))
     function = Gradients(staged, compiled=True)
     for rows in (8, 5):
@@ -289,7 +290,7 @@ def test_compiled_training_is_eager_training():
     """Batches of four, four and two, with a schedule. Nothing is compiled a second time."""
     objective, runs = ELBO(beta=warm_up(8)), []
     for compile in (False, True):
-        ((model, guide),) = made()
+        ((model, guide),) = made(lambda: build("full_rank"))
         guide.encoder[0].eval()  # a mode of its own
         with traceless(model, guide), torch._dynamo.config.patch(error_on_recompile=True):
             result = quiet(model, guide, data(), num_epochs=5, objective=objective, compile=compile)
@@ -304,7 +305,8 @@ def test_compiled_training_is_eager_training():
 def test_a_staged_loss_compiles_as_one_graph_and_goes_into_a_loop_of_ones_own():
     staged = stage(*build(), data(8))
     with unchecked():  # torch.compile switches validation off for good
-        compiled = torch.compile(staged, fullgraph=True, options={"fallback_random": True})
+        options = {"fallback_random": True}
+        compiled = torch.compile(staged, fullgraph=True, dynamic=True, options=options)
         for rows in (8, 5, 3):
             torch.manual_seed(2)
             want = torch.autograd.grad(staged(data(rows)), list(staged.parameters()))
