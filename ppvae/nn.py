@@ -1,12 +1,24 @@
-"""Small networks for encoders and decoders: plain PyTorch, no Pyro."""
+"""Small networks for encoders and decoders, and layers for raw data: plain PyTorch, no Pyro.
+
+Data of any scale go through a first layer that knows it, and come back by its inverse:
+
+    standardize = Standardize.of(x)                          # or Log1p(), for counts
+    encoder = nn.Sequential(standardize, mlp(5, 64))
+    decoder = nn.Sequential(mlp(2, 64, out=5), standardize.inverse)
+    model = VAE(decoder, latent=2, likelihood=likelihoods.Normal(0.1 * standardize.scale))
+
+What they know is saved with the weights, so that new data are treated as the first ones were.
+"""
 
 from collections.abc import Callable
+from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ppvae._checks import expect
 
-__all__ = ["conv_decoder", "conv_encoder", "mlp"]
+__all__ = ["Affine", "Expm1", "Log1p", "Standardize", "conv_decoder", "conv_encoder", "mlp"]
 
 
 def mlp(
@@ -97,3 +109,161 @@ def _check_halving(shape: tuple[int, int, int], channels: tuple[int, ...]) -> No
     sides = f"(channels, height, width) with sides divisible by {factor}"
     expected = f"{sides}, for {len(channels)} convolutions (at least 1)"
     expect(fits, "shape", expected, tuple(shape))
+
+
+class _LocScale(nn.Module):
+    """A location and a scale for each number of an event: buffers, which are never trained."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: float | Tensor, scale: float | Tensor = 1.0) -> None:
+        super().__init__()
+        tensors = [value for value in (loc, scale) if isinstance(value, Tensor)]
+        near = tensors[0] if tensors else torch.zeros((), dtype=torch.get_default_dtype())
+        pair = [torch.as_tensor(v, dtype=near.dtype, device=near.device) for v in (loc, scale)]
+        for name, value in zip(("loc", "scale"), torch.broadcast_tensors(*pair), strict=True):
+            expect(torch.isfinite(value).all(), name, "finite numbers", value)
+            self.register_buffer(name, value.detach().clone())
+        expect((self.scale > 0).all(), "scale", "positive numbers", scale)
+
+    def extra_repr(self) -> str:
+        """The shape of an event, as `torch.nn` prints it."""
+        return str(tuple(self.loc.shape))
+
+    def _check(self, values: Tensor) -> None:
+        event, shape = tuple(self.loc.shape), tuple(values.shape)
+        fits = shape[len(shape) - len(event) :] == event
+        expect(fits, "input", f"a tensor of shape (*, {', '.join(map(str, event))})", shape)
+
+
+class Standardize(_LocScale):
+    """`(x - loc) / scale`: the first layer of an encoder, by which data are of size one.
+
+    `Standardize.of(data)` has the mean and the standard deviation of each column.
+    `Standardize(0.0, 255.0)` scales by a number of one's own, and
+    `Standardize(torch.zeros(5), torch.ones(5))` is ready to load what was saved.
+
+    Args:
+        loc: a number, or a tensor of the shape of an event.
+        scale: likewise, positive.
+
+    Attributes:
+        loc: the location, of the shape of an event; a buffer, saved and never trained.
+        scale: the scale, likewise.
+
+    Raises:
+        ValueError: a number is not finite, or a scale not positive; or, in a call, the input does
+            not end in the shape of an event.
+
+    Example:
+        >>> table = torch.tensor([[1.0, 2e6, 7.0], [3.0, 4e6, 7.0]])
+        >>> Standardize.of(table)(table)
+        tensor([[-1., -1.,  0.],
+                [ 1.,  1.,  0.]])
+    """
+
+    @classmethod
+    def of(cls, data: Any) -> Self:
+        """The layer by which these data have mean zero and standard deviation one in each column.
+
+        The moments are taken in double precision, about the first datum. A column that does not
+        vary, beyond the rounding of its numbers, gets scale one.
+
+        Args:
+            data: a tensor or array of shape `(N, *event)`. The layer takes its floating dtype, for
+                an array or whole numbers the default one.
+
+        Raises:
+            TypeError: the data are no tensor or array.
+            ValueError: there are none, or a number is not finite.
+        """
+        known = isinstance(data, Tensor) or hasattr(data, "__array__")
+        got = type(data).__name__
+        expect(known, "data", "a tensor or array of shape (N, *event)", got, TypeError)
+        values = torch.as_tensor(data).detach()
+        full = values.dim() > 0 and values.numel() > 0
+        expect(full, "data", "shape (N, *event) with at least one datum", tuple(values.shape))
+        bad = int((~torch.isfinite(values)).sum())
+        expect(bad == 0, "data", "finite numbers", f"{bad} that are NaN or infinite")
+        own = isinstance(data, Tensor) and values.is_floating_point()
+        dtype = values.dtype if own else torch.get_default_dtype()
+        values = values.double()
+        shifted = values - values[0]  # zero, without rounding, where nothing varies
+        centred = shifted - shifted.mean(0)
+        largest = centred.abs().amax(0)  # squares of numbers above 1e154 would overflow
+        unit = torch.where(largest > 0, largest, 1.0)
+        loc = values[0] + shifted.mean(0)
+        scale = unit * (centred / unit).square().mean(0).sqrt()
+        varies = scale > torch.finfo(dtype).eps * loc.abs()
+        return cls(loc.to(dtype), torch.where(varies, scale, 1.0).to(dtype))
+
+    @property
+    def inverse(self) -> "Affine":
+        """The layer that goes back, with a copy of the same numbers: a decoder saves its own."""
+        return Affine(self.loc, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Data `(*, *event)` -> the same shape."""
+        self._check(x)
+        return (x - self.loc) / self.scale
+
+
+class Affine(_LocScale):
+    """`loc + scale * y`: the inverse of `Standardize`, and the last layer of a decoder.
+
+    Args:
+        loc: as for `Standardize`.
+        scale: as for `Standardize`.
+    """
+
+    @property
+    def inverse(self) -> Standardize:
+        """The layer that goes back, with a copy of the same numbers."""
+        return Standardize(self.loc, self.scale)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Standardised numbers `(*, *event)` -> the same shape."""
+        self._check(y)
+        return self.loc + self.scale * y
+
+
+class Log1p(nn.Module):
+    """`log(1 + x)`: the first layer of an encoder of counts, however large.
+
+    Where counts still differ much between columns, `Standardize.of(x.log1p())` may follow.
+
+    Raises:
+        ValueError: in a call, a number is negative. A graph (`stage`, `torch.compile`) cannot look
+            at values: there it becomes NaN.
+
+    Example:
+        >>> Log1p()(torch.tensor([0.0, 1e6]))
+        tensor([ 0.0000, 13.8155])
+    """
+
+    @property
+    def inverse(self) -> "Expm1":
+        """The layer that goes back."""
+        return Expm1()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Counts `(*)` -> the same shape."""
+        negative = x < 0
+        if not torch.compiler.is_compiling():
+            count = int(negative.sum())
+            expect(count == 0, "input", "counts of at least 0", f"{count} below")
+        return torch.where(negative, torch.nan, torch.log1p(x))
+
+
+class Expm1(nn.Module):
+    """`exp(y) - 1`: the inverse of `Log1p`."""
+
+    @property
+    def inverse(self) -> Log1p:
+        """The layer that goes back."""
+        return Log1p()
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Logarithms `(*)` -> counts, of the same shape."""
+        return torch.expm1(y)

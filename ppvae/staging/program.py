@@ -64,8 +64,16 @@ class Program(nn.Module):
         """The loss, in the caller's param store; `size` is another number of data in all."""
         objective = objective or self.objective
         options = self.options if size is None else self.options | {"size": size}
-        with _Params(self) if self.constraints else nullcontext():
+        with self._params():
             return objective(self.model, self.guide, *batch, **options, step=step)
+
+    def traces(self, batch: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The traces of model and guide for one draw, in the caller's param store."""
+        with self._params():
+            return trace_pair(self.model, self.guide, *batch)
+
+    def _params(self) -> Any:
+        return _Params(self) if self.constraints else nullcontext()
 
     def settings(self, step: int) -> list[Tensor]:
         """What the loss depends on beside the data: the moving fields at a step, and the step."""

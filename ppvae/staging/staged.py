@@ -12,8 +12,8 @@ stages by itself.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,10 @@ def stage(
     Returns:
         A module `(*args, step=0, **kwargs) -> loss`, a scalar in nats per datum.
 
+    Warns:
+        UserWarning: the loss is not finite, so that the graph could not be compared with the
+            program.
+
     Raises:
         NotStageable: the loss is no graph, or the graph does not give the loss of the program.
 
@@ -74,7 +78,12 @@ def stage(
     """
     model, guide, args = with_keywords(model, guide, args, kwargs)
     program = program_of(model, guide, objective or ELBO(), args, size=size, plate=plate)
-    return record(program, args, tuple(kwargs or ()))
+    staged = record(program, args, tuple(kwargs or ()))
+    loss = _outcome(staged, program, *args, *program.settings(0))[0]
+    if not torch.isfinite(loss):
+        so = f"stage: the loss is {loss}, so that graph and program could not be compared"
+        warnings.warn(f"{so}; are the data scaled?", stacklevel=2)
+    return staged
 
 
 def record(program: Program, args: tuple[Any, ...], names: tuple[str, ...] = ()) -> "Staged":
@@ -178,17 +187,22 @@ class Staged(nn.Module):
         given = [*(value for value in batch if isinstance(value, Tensor)), *settings]
         return [*given, *self.noise(*given)]
 
+    def batch(self, data: list[Tensor]) -> tuple[Any, ...]:
+        """The arguments of model and guide, from data as `data` gives them."""
+        values = iter(data)
+        return tuple(next(values) if isinstance(like, Like) else like for like in self.shapes)
+
     def resized(self, data: list[Tensor], rows: int) -> list[Tensor] | None:
         """Data with so many rows, the same again and again; None if the graph is for others."""
-        values, batch = iter(data), []
-        for like in self.shapes:
-            value = next(values) if isinstance(like, Like) else like
+        batch = []
+        for value, like in zip(self.batch(data), self.shapes, strict=True):
             for dim, size in enumerate(getattr(like, "shape", ())):
                 if isinstance(size, str):
                     index = torch.arange(rows, device=value.device) % value.shape[dim]
                     value = value.index_select(dim, index)
             batch.append(value)
-        settings = list(islice(values, len(self.program.settings(0))))
+        after = sum(isinstance(like, Like) for like in self.shapes)
+        settings = data[after : after + len(self.program.settings(0))]
         return self.data(tuple(batch), settings) if self.covers(*batch) else None
 
     def trained(self) -> list[int]:

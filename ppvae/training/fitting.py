@@ -137,8 +137,8 @@ def fit(
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
             argument is out of its range; the model observes nothing, or the guide does not fit it.
-        Diverged: the loss became infinite or NaN. Its message names the step and the term;
-            parameters and buffers of at most ten steps before are in place.
+        Diverged: the loss became infinite or NaN. Its message names the number that overflowed and
+            what to do; parameters and buffers of at most ten steps before are in place.
 
     Example:
         >>> import torch

@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import expect
 from ppvae.objectives.base import at_step
+from ppvae.training.blame import blame
 from ppvae.training.course import Ending, course
 from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
-from ppvae.training.task import adam
+from ppvae.training.task import Task, adam
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
 
@@ -93,9 +94,9 @@ class Engine(ABC):
     def losses(self, data: Any, step: int) -> Tensor:
         """The losses in nats per datum; leaves the gradients in the parameters."""
 
-    def blame(self, data: Any) -> str:
-        """Why a loss is not finite, as ", from the term"; empty, if that is not known."""
-        return ""
+    @abstractmethod
+    def replicate(self, number: int, data: Any) -> tuple[Task, tuple[Any, ...]]:
+        """The task of one of `objectives`, with its parameters of now, and its minibatch."""
 
     def write_back(self) -> None:
         """Gives models and guides the values of the parameters, where those are copies."""
@@ -112,6 +113,7 @@ class Steps:
 
     def __init__(self, engine: Engine, optimizer: Any) -> None:
         self.engine, self.optimizer, self.number = engine, optimizer, 0
+        self._last: Any = None  # the data of the last step
         self.snapshot = Snapshot(engine.parameters, engine.modules)
 
     def take(self, minibatch: Any) -> tuple[list[float], int]:
@@ -121,6 +123,7 @@ class Steps:
             Diverged: a loss is not finite; parameters and buffers are those of the snapshot.
         """
         data, rows = self.engine.data(minibatch, self.number)
+        self._last = data
         values: list[list[float]] = []
 
         def evaluate() -> Tensor:
@@ -130,7 +133,7 @@ class Steps:
             values.append(losses.reshape(-1).tolist())
             for replicate, loss in enumerate(values[-1]):
                 if not math.isfinite(loss):
-                    self._diverge("the loss", replicate, f"is {loss}", self.engine.blame(data))
+                    self._diverge("the loss", replicate, f"is {loss}")
             if self.number % _EVERY == 0:
                 self.snapshot.take(self.number)
             return losses
@@ -161,16 +164,20 @@ class Steps:
             finite = torch.isfinite(rows).all(1).tolist()
             if not all(finite):
                 replicate = finite.index(False)
-                self._diverge("a parameter", replicate, "is not finite", ", from its gradient")
+                self._diverge("a parameter", replicate, "is not finite")
 
-    def _diverge(self, what: str, replicate: int, how: str, why: str) -> None:
-        self.snapshot.put_back()
-        self.engine.write_back()
+    def _diverge(self, what: str, replicate: int, how: str) -> None:
+        task, batch = self.engine.replicate(replicate, self._last)
+        why = blame(task, batch, self.number, self._put_back)
         which = f" of replicate {replicate}" if len(self.engine.objectives) > 1 else ""
         raise Diverged(
-            f"{what}{which} {how} at step {self.number}{why}; parameters and buffers are back at "
+            f"{what}{which} {how} at step {self.number}: {why}; parameters and buffers are back at "
             f"those of step {self.snapshot.step}"
         )
+
+    def _put_back(self) -> None:
+        self.snapshot.put_back()
+        self.engine.write_back()
 
 
 def progress_bar(num_epochs: int, progress: Any) -> Any:

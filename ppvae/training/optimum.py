@@ -23,6 +23,7 @@ from ppvae.programs.keywords import bare
 from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
 from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
+from ppvae.training.blame import first_culprit
 from ppvae.training.descent import descend_over_kinks, lbfgs
 from ppvae.training.mode import gaussian_near
 from ppvae.training.snapshots import Diverged
@@ -141,7 +142,9 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         value = potential.slope_and_value(near.mean)[1].item()
         if not math.isfinite(value):
             why = f"minus the log density of the model is {value} wherever it was tried"
-            raise Diverged(f"{why}, from {task.blame(batch)}; the parameters are unchanged")
+            raise Diverged(
+                f"{why}, from {first_culprit(task, batch)}; the parameters are unchanged"
+            )
         factor = near.factor
         if not average.normals:  # a point may lie on kinks, which are found along the axes
             factor = torch.diag(factor.square().sum(1).sqrt())

@@ -87,9 +87,9 @@ class Single(Engine):
                 program.loss(data, 0)
         return loss
 
-    def blame(self, data: tuple[Any, ...]) -> str:
-        """The terms that are not finite."""
-        return f", from {self.task.blame(data)}"
+    def replicate(self, number: int, data: tuple[Any, ...]) -> tuple[Task, tuple[Any, ...]]:
+        """The task, and the minibatch."""
+        return self.task, data
 
 
 def single(task: Task, how: str) -> Single:

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 
 class Diverged(ArithmeticError):
-    """The loss stopped being finite; all that was trained is as at most ten steps before."""
+    """The loss stopped being finite; all that was trained is as at most ten steps before.
+
+    The message names the first number that is not finite: whose it is (the guide's, the model's, or
+    that of a gradient), the site, the datum and the dimension, as far as they can be known; and
+    what to do about it.
+    """
 
 
 class Snapshot:

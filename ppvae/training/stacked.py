@@ -21,6 +21,7 @@ class Stacked(Engine):
     `stacked` makes it. The models and guides have their old values until `write_back`.
 
     Attributes:
+        tasks: what is trained.
         programs: the losses of the replicates; the first one was staged.
         gradients: the vectorized graph of losses and gradients.
         state: parameters and buffers of all, in the order of the graph's arguments.
@@ -33,7 +34,8 @@ class Stacked(Engine):
         gradients: Gradients,
         state: list[Tensor],
     ) -> None:
-        self.programs, self.gradients, self.state = [t.program for t in tasks], gradients, state
+        self.tasks, self.programs = tasks, [task.program for task in tasks]
+        self.gradients, self.state = gradients, state
         self.staged, self.batches = gradients.staged, tasks[0].batches
         self.streams, self.execution = [_Stream(seed) for seed in seeds], gradients.execution
         self.objectives = [program.objective for program in self.programs]
@@ -65,6 +67,11 @@ class Stacked(Engine):
             parameter.grad = slope
         self.execution = self.gradients.execution  # the compiler runs, or fails, in the first call
         return losses
+
+    def replicate(self, number: int, data: list[Tensor]) -> tuple[Task, tuple[Any, ...]]:
+        """The task of a replicate, with its parameters of now, and its minibatch."""
+        self.write_back()
+        return self.tasks[number], self.staged.batch([value[number] for value in data])
 
     def write_back(self) -> None:
         """Gives each pair its values."""

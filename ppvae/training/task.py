@@ -14,7 +14,6 @@ from ppvae._scopes import eval_mode, random_state, unchecked
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.runs import trace_pair
 from ppvae.staging.program import Program, program_of
 
 
@@ -51,19 +50,9 @@ class Task:
                 count += len(batch[0])
         return total / count
 
-    def blame(self, batch: tuple[Any, ...]) -> str:
-        """Names the terms of the objective that are not finite on a minibatch."""
-        with torch.no_grad(), unchecked():
-            parts = self.terms(batch)
-        kinds = ("log_likelihood", "kl", "log_prior", "log_guide")
-        values = [(kind, *item) for kind in kinds for item in getattr(parts, kind).items()]
-        bad = [f"{kind} of {site!r}" for kind, site, v in values if not torch.isfinite(v).all()]
-        return ", ".join(bad) or "their sum"
-
     def terms(self, batch: tuple[Any, ...]) -> Terms:
         """The terms of the objective on a minibatch, for one draw of the guide."""
-        pair = trace_pair(self.program.model, self.program.guide, *batch)
-        return terms(*pair, self.program.plate_name)
+        return terms(*self.program.traces(batch), self.program.plate_name)
 
     def check_support(self, *data: Batches) -> None:
         """Raises a ValueError unless every datum lies in the support of its likelihood."""
