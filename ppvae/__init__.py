@@ -11,7 +11,7 @@ from ppvae import closed_form, families, likelihoods, objectives
 from ppvae import data as data  # not in `__all__`: `from ppvae import *` must not replace
 from ppvae import nn as nn  # what others call `data` and `nn`
 from ppvae.families import Family
-from ppvae.guides import FamilyGuide
+from ppvae.guides import FamilyGuide, HeavyTails
 from ppvae.models import VAE
 from ppvae.programs.simulation import simulate
 from ppvae.staging import NotStageable, stage
@@ -31,6 +31,7 @@ __all__ = [
     "Family",
     "FamilyGuide",
     "Fit",
+    "HeavyTails",
     "NarrowFamily",
     "NotConverged",
     "NotStageable",

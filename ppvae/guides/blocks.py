@@ -1,5 +1,6 @@
 """How a family shares out the latent sites of a model among its heads."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -85,6 +86,48 @@ def representing(family: Any, site: Site) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{_misfit(family, site)}; {error}") from error
+
+
+class HeavyTails(UserWarning):
+    """A family has heavier tails than the map to the support of a latent site can bear."""
+
+
+def check_tails(fn: Any, block: Block) -> None:
+    """Warns if draws from a head have tails that some exponential map makes too heavy.
+
+    A quadratic log density, as of a Gaussian, bears the map to a positive number. Of one that falls
+    along a line, as Laplace's does, or more slowly, the image has no mean if its scale is above
+    one, or ever; then the ELBO has none, and draws overflow.
+
+    Args:
+        fn: what the head returned: a distribution in unconstrained space, or a point.
+        block: the sites that it is for.
+    """
+    if not block.over_reals or isinstance(fn, (Tensor, dist.Delta)):
+        return
+    steep = [site.name for site in block.sites if _grows_exponentially(site)]
+    if steep and _is_heavy(fn):
+        what = f"family: the tails of {block.family.name} are too heavy for the exponential map to"
+        warnings.warn(
+            f"{what} the support of {steep}: their draws may have no mean, nor the ELBO; a family "
+            "with Gaussian tails, as mean_scale, bears it",
+            HeavyTails,
+            stacklevel=4,
+        )
+
+
+def _grows_exponentially(site: Site) -> bool:
+    """Whether the map to the support of a site grows like exp."""
+    if is_real(site.support) or site.support.is_discrete:
+        return False
+    return bool(site.transform(torch.full(site.space, 60.0)).abs().max() > 1e20)
+
+
+def _is_heavy(fn: Any) -> bool:
+    """Whether minus the log density grows more slowly than a square, far out on either side."""
+    like = fn.sample()
+    tails = [[fn.log_prob(torch.full_like(like, s * at)) for at in (1e4, 1e8)] for s in (-1, 1)]
+    return any(bool((far / near < 1e6).any()) for near, far in tails)
 
 
 def _is_over_reals(family: Any, site: Site, joint_size: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules, random_state, unique_name
 from ppvae.families.ladder import as_family
-from ppvae.guides.blocks import Block, divide, representing, source_of
+from ppvae.guides.blocks import Block, check_tails, divide, representing, source_of
 from ppvae.guides.draws import draw, draw_from_model
 from ppvae.guides.encoding import encode
 from ppvae.guides.model_guide import ModelGuide
@@ -120,7 +120,8 @@ class FamilyGuide(ModelGuide):
             with representing(self.family, block.sites[0]):
                 self._build(block.key, block.shape, like)
                 with torch.no_grad(), random_state(None, keep=True), eval_mode(self):
-                    self.heads[block.key](None if features is None else features[:1])
+                    fn = self.heads[block.key](None if features is None else features[:1])
+                    check_tails(fn, block)
         self._plates = read_plates(trace, nodes, data, features)
         self._blocks = blocks
         return self

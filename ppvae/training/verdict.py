@@ -113,23 +113,34 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
 def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str, bool]:
     """What importance weights say of a family, and whether it is too narrow for the posterior.
 
-    Nearly equal weights may have a tail with a large k-hat, which nothing depends on.
+    Nearly equal weights may have a tail with a large k-hat, which nothing depends on. What a wider
+    family may gain is the log of the mean weight, an estimate of the log evidence from below, less
+    the ELBO.
     """
     shape, ess = khat(-losses).item(), effective_sample_size(-losses).item()
-    share = ess / len(losses)
+    share, off = ess / len(losses), []
     words = f"k-hat {shape:.2f}, {share:.0%} of the draws count"
+    if ess >= _FEW:
+        off = _off(torch.softmax(-losses, 0), states, labels)
     if not share >= _EQUAL and not shape <= TRUSTED or not ess >= _FEW:
-        return f"{words} (k-hat is trusted up to {TRUSTED})", True
-    weights = torch.softmax(-losses, 0)
-    mean, sd = states.mean(0), states.std(0)
+        off.insert(0, f"{words} (k-hat is trusted up to {TRUSTED})")
+    if not off:
+        return words, False
+    gain = (torch.logsumexp(-losses, 0) - math.log(len(losses)) + losses.mean()).item()
+    return "; ".join([*off, f"a wider one may gain {gain:.2g} nats or more"]), True
+
+
+def _off(weights: Tensor, states: Tensor, labels: list[str]) -> list[str]:
+    """Where the means or sds of draws are furthest from the reweighted ones, if that is too far."""
+    mean, sd, error = states.mean(0), states.std(0), weights.square().sum().sqrt().item()
     true = weights @ states
     spread = (weights @ (states - true).square()).sqrt()
-    off = (mean - true).abs() / spread - 2 / math.sqrt(ess)
-    ratio = (sd / spread).log().abs() - 2 / math.sqrt(2 * ess)
-    at, widest = int(off.argmax()), int(ratio.argmax())
+    off = (mean - true).abs() / spread - 2 * error
+    ratio = (sd / spread).log().abs() - math.sqrt(2) * error
+    at, widest, words = int(off.argmax()), int(ratio.argmax()), []
     if off[at] > _NARROW:
-        return f"the mean of {labels[at]} is {off[at]:.2f} sd from the reweighted one", True
+        words.append(f"the mean of {labels[at]} is {off[at]:.2f} sd from the reweighted one")
     if ratio[widest] > math.log(1 + _NARROW):
         times = (sd / spread)[widest].item()
-        return f"the sd of {labels[widest]} is {times:.2f} of the reweighted one", True
-    return words, False
+        words.append(f"the sd of {labels[widest]} is {times:.2f} of the reweighted one")
+    return words

@@ -1,6 +1,7 @@
 """One guide for every family: identities that hold for every draw, over the whole registry."""
 
 import copy
+import warnings
 from contextlib import ExitStack
 
 import pyro
@@ -14,7 +15,7 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 from torch.distributions import biject_to
 
-from ppvae import VAE, Family, FamilyGuide, evaluate, families, fit, likelihoods
+from ppvae import VAE, Family, FamilyGuide, HeavyTails, evaluate, families, fit, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.programs.runs import draws_plate, trace_pair
@@ -470,3 +471,27 @@ def test_a_fixed_tensor_fits_its_site_or_is_named():
     assert torch.equal(guide_trace.nodes["z"]["fn"].base_dist.scale, widths.expand(6, 2))
     with pytest.raises(ValueError, match=r"scale=\[1.* cannot represent .* 'z'"):
         FamilyGuide(ONE, Family(dist.Normal, scale=torch.ones(5)), mlp(3, 4)).setup(x)
+
+
+def scale_and_location(x):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    pyro.sample("x", dist.Normal(torch.zeros(len(x)), scale).to_event(1), obs=x)
+
+
+HEAVY = [dist.Laplace, dist.AsymmetricLaplace, dist.Cauchy, dist.Gumbel, dist.Logistic]
+
+
+@pytest.mark.parametrize(
+    ("family", "warned"),
+    [(family, name == "student_t") for name, family in families.LADDER.items()]
+    + [(Family(kind), True) for kind in HEAVY],
+    ids=[*families.LADDER, *(kind.__name__ for kind in HEAVY)],
+)
+def test_tails_that_the_exponential_map_does_not_bear_are_named(family, warned):
+    """Log densities that fall by the square alone are safe; over the reals all are."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HeavyTails)
+        FamilyGuide(scale_and_location, family).setup(torch.ones(3))
+    words = [str(each.message) for each in caught if each.category is HeavyTails]
+    assert len(words) == warned
+    assert all(family.name in each and "['scale']" in each for each in words)
