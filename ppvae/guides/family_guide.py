@@ -51,6 +51,10 @@ class FamilyGuide(ModelGuide):
         ValueError: when the parameters are made: the family cannot represent a site, the encoder's
             output does not fit, or the latent sites share no plate.
 
+    Warns:
+        HeavyTails: when the parameters are made: draws of the family are mapped to the support of a
+            site by an exponential function, for which their tails are too heavy.
+
     Example:
         >>> import pyro, pyro.distributions as dist, torch
         >>> from pyro.infer import SVI, Trace_ELBO

@@ -174,7 +174,8 @@ class _Places:
 
 def _name(node: Node) -> str:
     """The name of a site; that of a draw from which several sites are cut was made up."""
-    return "the joint draw" if node["infer"].get("is_auxiliary") else repr(node["name"])
+    joint = node["infer"].get("is_auxiliary") and not node["is_observed"]  # a factor is, too
+    return "the joint draw" if joint else repr(node["name"])
 
 
 def _arguments(fn: Any) -> Iterator[tuple[str, Tensor]]:
