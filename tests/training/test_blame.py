@@ -112,9 +112,24 @@ def test_a_divergence_that_overflows():
     nn.init.constant_(guide.heads["z"].scale.linear.weight, 0.0)
     nn.init.constant_(guide.heads["z"].scale.linear.bias, torch.tensor(1e200).log())
     message = said((model, guide), data())
-    start = "the KL divergence of 'z', of the guide from the model, is nan for row 0 of the data, "
+    start = "the KL divergence of the guide's 'z' from the model's is nan for row 0 of the data, "
     assert start + "dimension 0, the first of all 20, where loc = " in message
     assert f", scale = 1e+200; {START}; {BACK}" in message
+
+
+def test_a_sum_that_overflows_is_told_by_its_largest_term():
+    """Doubles end at 1.8e308; half the square of a datum over 0.1 is 4e307, or 7.2e307."""
+    x = torch.full((10, 3), 0.9e153)
+    x[7, 1] = 1.2e153
+    model, guide = bounded()
+    model.likelihood = likelihoods.Normal(0.1)
+    message = said((model, guide), x)
+    words = "the log density of the model's 'x', the sum of which overflows, is -7.2e+307 for row 7"
+    assert words in message
+    assert " of the data, dimension 1, where x = 1.2e+153, loc = " in message
+    x[7] = 1.2e153  # and this is one datum
+    words = "the log density of the model's 'x' is -inf for row 7 of the data; the columns"
+    assert words in said((model, guide), x)
 
 
 def test_the_density_of_a_joint_draw():
@@ -209,6 +224,17 @@ def test_parameters_of_plain_functions_are_named():
     assert 'the gradient of the parameter "user\'s" is nan, by the derivative of sqrt' in str(
         caught.value
     )
+
+
+def test_a_parameter_behind_keyword_arguments_has_its_own_name():
+    def model(x, *, shift):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + shift, 0.5), obs=x[:, 0])
+
+    guide = FamilyGuide(model, families.mean_scale, encoder=NanSlope(0.0)).setup(data(), shift=0.0)
+    message = said((model, guide), data(), kwargs={"shift": 1.0})
+    assert "the gradient of the guide's parameter 'encoder.weight' is nan, by the" in message
 
 
 def test_a_step_that_leaves_the_numbers():
@@ -309,12 +335,51 @@ def test_a_program_that_raises_on_what_is_not_finite():
 
 
 def test_images_outside_of_the_support_are_refused_before_any_step():
-    pair, x = build(likelihood=likelihoods.Bernoulli()), (255 * data().abs() / 4).round()
+    """By Pyro, in the first step; before it if asked for; and where that step is not finite."""
+    x = (255 * data().abs() / 4).round()
+    pair = build(likelihood=likelihoods.Bernoulli())
     with traceless(*pair, moved=False):
         with pytest.raises(ValueError, match=r"within the support \(Boolean"):
             fit(*pair, x, num_epochs=1, progress=False, seed=1)
         with pytest.raises(ValueError, match="^data: expected values in the support of 'x'"):
             fit(*pair, x, num_epochs=1, progress=False, seed=1, check_support=True)
+    model, guide = linear(weight=1e200)
+    model.likelihood = likelihoods.Bernoulli()
+    first = tuple(((x != 0) & (x != 1)).nonzero()[0].tolist())
+    count = int(((x != 0) & (x != 1)).sum())
+    where = f"for row {first[0]} of the data, dimension {first[1]}, the first of {count}"
+    end = "outside of the support of its likelihood, Boolean()"
+    words = f"the datum of 'x' is {x[first]:.4g} {where}, {end}; {BACK}"
+    assert said((model, guide), x) == f"the loss is nan at step 0: {words}"
+
+
+def test_a_datum_that_is_a_vector_and_a_distribution_without_a_support():
+    class Silent(dist.Normal):
+        @property
+        def support(self):
+            raise NotImplementedError
+
+    def model(x, hot):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", Silent(z, 1.0).to_event(1), obs=x)
+            pyro.sample("hot", dist.OneHotCategorical(logits=z), obs=hot)
+
+    hot = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+    guide = FamilyGuide(model, families.mean_scale, encoder=First()).setup(data(6), hot)
+    message = said((model, guide), (1e6 * data(6), hot))
+    assert "the guide's scale of 'z' is inf for row " in message
+    assert "the last layer of the decoder" in message  # since not all is known to be counts
+    hot[4] = 1.0
+    words = "the datum of 'hot' for row 4 of the data, outside of the support of its likelihood, On"
+    assert f"the loss is nan at step 0: {words}" in said((model, guide), (1e6 * data(6), hot))
+
+
+class First(nn.Module):
+    """The first of two arguments."""
+
+    def forward(self, x, _):
+        return x
 
 
 def test_stage_says_that_it_could_not_compare():
