@@ -339,9 +339,9 @@ def _layers(task: Task, *, counts: bool) -> str:
         return "standardise them beforehand"
     if counts:
         lacks = not kinds & {Log1p, Standardize}
-        return "take nn.Log1p() as the first layer of the encoder" if lacks else ""
+        return "take ppvae.nn.Log1p() as the first layer of the encoder" if lacks else ""
     ends = {
-        Standardize: "nn.Standardize.of(data) as the first layer of the encoder",
+        Standardize: "ppvae.nn.Standardize.of(data) as the first layer of the encoder",
         Affine: "its inverse as the last layer of the decoder",
     }
     lacking = [words for kind, words in ends.items() if kind not in kinds]

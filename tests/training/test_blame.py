@@ -21,12 +21,12 @@ from ppvae.training import Diverged
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
 
 STANDARDISE = (
-    "take nn.Standardize.of(data) as the first layer of the encoder, its inverse as the last "
+    "take ppvae.nn.Standardize.of(data) as the first layer of the encoder, its inverse as the last "
     "layer of the decoder, a likelihood whose scale is in their units"
 )
 SQUARES = "standardise them beforehand, since their squares overflow"
 LIKELIHOOD = "take a likelihood whose scale is in their units"
-LOG1P = "take nn.Log1p() as the first layer of the encoder"
+LOG1P = "take ppvae.nn.Log1p() as the first layer of the encoder"
 SLOWER = "the loss was finite at first: take a smaller learning rate"
 START = "it was so before any step, by the initial values"
 BACK = "parameters and buffers are back at those of step 0"
@@ -255,6 +255,22 @@ def test_a_learning_rate_that_is_too_large(likelihood):
         build(likelihood=likelihood), data().abs().round(), learning_rate=1e6, num_epochs=50
     )
     assert SLOWER in message and "sizes" not in message
+
+
+@pytest.mark.parametrize(
+    ("size", "unusual"),
+    [(29.0, False), (31.0, True), (1 / 29, False), (1 / 31, True), (0.0, False)],
+)
+def test_only_columns_of_an_unusual_size_are_told_of(size, unusual):
+    def objective(model, guide, *args, size=None, step=0):
+        return negative_elbo(model, guide, *args, size=size) * torch.nan
+
+    x = torch.tensor([[1.0, size, -1.0], [0.0, -size / 2, 0.5]])
+    message = said(build(), x, objective=objective)
+    sizes = sorted([1.0, size])
+    words = f"the columns of the data are of sizes {sizes[0]:.3g} to {sizes[1]:.3g}: {STANDARDISE}"
+    assert (f"; {words}; {BACK}" in message) == unusual
+    assert (f"; {START}; {BACK}" in message) != unusual
 
 
 def test_counts_are_told_of_their_logarithm():
