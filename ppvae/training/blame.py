@@ -37,6 +37,8 @@ _USUAL = 30.0
 def blame(task: Task, batch: tuple[Any, ...], step: int, put_back: Callable[[], None]) -> str:
     """Says why the loss or a parameter is not finite, and what to do about it.
 
+    Guide and model are run anew, with other noise than in the step.
+
     Args:
         task: what was trained, with the parameters of now.
         batch: the minibatch of the step.
@@ -74,30 +76,32 @@ def first_culprit(task: Task, batch: tuple[Any, ...]) -> str:
 def _culprits(task: Task, batch: tuple[Any, ...]) -> Iterator[str]:
     """What is not finite in one run: arguments and draws first, and then what follows from them."""
     model, guide = task.program.traces(batch)
-    site = _Places(task, batch, data_plate(model, task.program.plate_name))
+    places = _Places(task, batch, data_plate(model, task.program.plate_name))
     for whose, trace in (("guide", guide), ("model", model)):
         for node in [*latent_nodes(trace), *observed_nodes(trace)]:
             found = dict(_arguments(node["fn"]))
             found |= {"draw": node["value"]} if whose == "guide" else {}
             for name, value in found.items():
-                yield from site.words(f"the {whose}'s {name} of {_name(node)}", node, value)
+                yield from places.words(f"the {whose}'s {name} of {_name(node)}", node, value)
     parts = terms(model, guide, task.program.plate_name)
-    found_terms = [*_divergences(parts, model, guide), *_densities(parts, model, guide)]
-    for start, node, each, beside in found_terms:
-        yield from site.words(start, node, each, beside)
+    summands = [*_divergences(parts, model, guide), *_densities(parts, model, guide)]
+    for start, node, each, beside in summands:
+        yield from places.words(start, node, each, beside)
         by_batch = each.reshape(*node["fn"].batch_shape, -1).sum(-1)
-        yield from site.words(start, node, by_batch)
-    for start, node, each, beside in found_terms:
+        yield from places.words(start, node, by_batch)
+    for start, node, each, beside in summands:
         if not torch.isfinite(each.sum() * task.batches.size / len(batch[0])):
             largest = each.abs() == each.abs().max()
             start = f"{start}, the sum of which overflows,"
-            yield from site.words(start, node, each, beside, ok=~largest)
+            yield from places.words(start, node, each, beside, ok=~largest)
 
 
-_Term = tuple[str, Node, Tensor, dict[str, Tensor]]  # what it is, its site, by element, beside it
+#: What it is in words, its site, its values by element, and what is to be told beside them.
+_Summand = tuple[str, Node, Tensor, dict[str, Tensor]]
 
 
-def _divergences(parts: Terms, model: Any, guide: Any) -> Iterator[_Term]:
+def _divergences(parts: Terms, model: Any, guide: Any) -> Iterator[_Summand]:
+    """The divergences that have a closed form."""
     for name in parts.kl:
         q, p = guide.nodes[name], model.nodes[name]
         pair = by_coordinate(q["fn"], p["fn"]) or (q["fn"], p["fn"])
@@ -106,11 +110,12 @@ def _divergences(parts: Terms, model: Any, guide: Any) -> Iterator[_Term]:
         yield start, q, each, dict(_arguments(pair[0]))
 
 
-def _densities(parts: Terms, model: Any, guide: Any) -> Iterator[_Term]:
+def _densities(parts: Terms, model: Any, guide: Any) -> Iterator[_Summand]:
+    """The densities that the objective takes, those of the data first."""
     kinds = [("model", model, parts.log_likelihood)]
     kinds += [("guide", guide, parts.log_guide), ("model", model, parts.log_prior)]
     for whose, trace, values in kinds:
-        for name in values.keys() - parts.kl.keys():
+        for name in [name for name in values if name not in parts.kl]:
             node, fn = trace.nodes[name], _elements(trace.nodes[name]["fn"])
             drawn = "draw" if node["infer"].get("is_auxiliary") else name
             beside = {drawn: node["value"], **dict(_arguments(fn))}
@@ -144,14 +149,16 @@ def _support(node: Node) -> Any:
 
 def _outside(task: Task, batch: tuple[Any, ...], trace: Any) -> Iterator[str]:
     """Data that are outside of the support of their likelihood, which no step can change."""
-    site = _Places(task, batch, data_plate(trace, task.program.plate_name))
-    for node in observed_nodes(trace):
+    nodes = observed_nodes(trace)
+    frame = data_plate(trace, task.program.plate_name) if nodes else None
+    places = _Places(task, batch, frame)
+    for node in nodes:
         support = _support(node)
         bounds = [v for v in vars(support).values() if isinstance(v, Tensor)] if support else []
         if support and all(torch.isfinite(bound).all() for bound in bounds):
             end = f", outside of the support of its likelihood, {support}"
             start, inside = f"the datum of {_name(node)}", support.check(node["value"])
-            yield from site.words(start, node, node["value"], ok=inside, end=end)
+            yield from places.words(start, node, node["value"], ok=inside, end=end)
 
 
 def _elements(fn: Any) -> Any:
