@@ -6,20 +6,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.nn import Affine, Log1p, Standardize
 from ppvae.objectives.divergence import by_coordinate, closed_kl
-from ppvae.objectives.trace_terms import terms
+from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import bare
 from ppvae.programs.nodes import (
     Node,
     data_plate,
     is_point,
     latent_nodes,
-    log_prob,
     masked,
     observed_nodes,
 )
@@ -37,6 +37,8 @@ _USUAL = 30.0
 def blame(task: Task, batch: tuple[Any, ...], step: int, put_back: Callable[[], None]) -> str:
     """Says why the loss or a parameter is not finite, and what to do about it.
 
+    Guide and model are run anew, with other noise than in the step.
+
     Args:
         task: what was trained, with the parameters of now.
         batch: the minibatch of the step.
@@ -48,14 +50,15 @@ def blame(task: Task, batch: tuple[Any, ...], step: int, put_back: Callable[[], 
     put_back()
     before = _lost_parameters(task.program)
     lost = {name: value for name, value in lost.items() if name not in before}
-    if not lost:
-        return "; ".join([why, *_advice(task, batch, step)])
-    slope = _bad_slope(task, batch, step)
-    if slope:
-        return slope
-    name = next(iter(lost))
-    why = f"{name} is {lost[name]}: its gradient, or the step by it, was not finite"
-    return "; ".join([why, *_advice(task, batch, step)])
+    trace = _model_trace(task, batch)
+    outside = next(_outside(task, batch, trace), "")
+    slope = _bad_slope(task, batch, step) if lost else ""
+    if outside or slope:
+        return outside or slope
+    if lost:
+        name = next(iter(lost))
+        why = f"{name} is {lost[name]}: its gradient, or the step by it, was not finite"
+    return "; ".join([why, *_advice(task, batch, step, counts=_is_counted(trace))])
 
 
 def first_culprit(task: Task, batch: tuple[Any, ...]) -> str:
@@ -73,36 +76,96 @@ def first_culprit(task: Task, batch: tuple[Any, ...]) -> str:
 def _culprits(task: Task, batch: tuple[Any, ...]) -> Iterator[str]:
     """What is not finite in one run: arguments and draws first, and then what follows from them."""
     model, guide = task.program.traces(batch)
-    site = _Places(task, batch, data_plate(model, task.program.plate_name))
+    places = _Places(task, batch, data_plate(model, task.program.plate_name))
     for whose, trace in (("guide", guide), ("model", model)):
         for node in [*latent_nodes(trace), *observed_nodes(trace)]:
             found = dict(_arguments(node["fn"]))
             found |= {"draw": node["value"]} if whose == "guide" else {}
             for name, value in found.items():
-                yield from site.words(f"the {whose}'s {name} of {_name(node)}", node, value)
+                yield from places.words(f"the {whose}'s {name} of {_name(node)}", node, value)
     parts = terms(model, guide, task.program.plate_name)
-    log_probs = [("model", model, parts.log_likelihood)]
-    log_probs += [("guide", guide, parts.log_guide), ("model", model, parts.log_prior)]
-    for name, value in parts.kl.items():
-        if not torch.isfinite(value).all():
-            q, p = guide.nodes[name], model.nodes[name]
-            start = f"the KL divergence of {name!r}, of the guide from the model,"
-            pair = by_coordinate(q["fn"], p["fn"]) or (q["fn"], p["fn"])
-            each: Any = closed_kl(*pair)
-            yield from site.words(start, q, each, dict(_arguments(pair[0])))
-    for whose, trace, values in log_probs:
-        for name, value in values.items():
-            if name not in parts.kl and not torch.isfinite(value).all():
-                node = trace.nodes[name]
-                start = f"the log density of the {whose}'s {_name(node)}"
-                fn = node["fn"]
-                while isinstance(fn, Independent):
-                    fn = fn.base_dist
-                each = fn.log_prob(node["value"])
-                drawn = "draw" if node["infer"].get("is_auxiliary") else name
-                beside = {drawn: node["value"], **dict(_arguments(fn))}
-                yield from site.words(start, node, each, beside)
-                yield from site.words(start, node, log_prob(node))
+    summands = [*_divergences(parts, model, guide), *_densities(parts, model, guide)]
+    for start, node, each, beside in summands:
+        yield from places.words(start, node, each, beside)
+        by_batch = each.reshape(*node["fn"].batch_shape, -1).sum(-1)
+        yield from places.words(start, node, by_batch)
+    for start, node, each, beside in summands:
+        if not torch.isfinite(each.sum() * task.batches.size / len(batch[0])):
+            largest = each.abs() == each.abs().max()
+            start = f"{start}, the sum of which overflows,"
+            yield from places.words(start, node, each, beside, ok=~largest)
+
+
+#: What it is in words, its site, its values by element, and what is to be told beside them.
+_Summand = tuple[str, Node, Tensor, dict[str, Tensor]]
+
+
+def _divergences(parts: Terms, model: Any, guide: Any) -> Iterator[_Summand]:
+    """The divergences that have a closed form."""
+    for name in parts.kl:
+        q, p = guide.nodes[name], model.nodes[name]
+        pair = by_coordinate(q["fn"], p["fn"]) or (q["fn"], p["fn"])
+        each: Any = closed_kl(*pair)
+        start = f"the KL divergence of the guide's {name!r} from the model's"
+        yield start, q, each, dict(_arguments(pair[0]))
+
+
+def _densities(parts: Terms, model: Any, guide: Any) -> Iterator[_Summand]:
+    """The densities that the objective takes, those of the data first."""
+    kinds = [("model", model, parts.log_likelihood)]
+    kinds += [("guide", guide, parts.log_guide), ("model", model, parts.log_prior)]
+    for whose, trace, values in kinds:
+        for name in [name for name in values if name not in parts.kl]:
+            node, fn = trace.nodes[name], _elements(trace.nodes[name]["fn"])
+            drawn = "draw" if node["infer"].get("is_auxiliary") else name
+            beside = {drawn: node["value"], **dict(_arguments(fn))}
+            start = f"the log density of the {whose}'s {_name(node)}"
+            yield start, node, fn.log_prob(node["value"]), beside
+
+
+def _model_trace(task: Task, batch: tuple[Any, ...]) -> Any:
+    """A trace of the model; without nodes, if a program raises on what is not finite."""
+    try:
+        with torch.no_grad(), random_state(None, keep=True), unchecked():
+            with kept_buffers(task.program):
+                return task.program.traces(batch)[0]
+    except Exception:  # which has been told already
+        return poutine.Trace()
+
+
+def _is_counted(trace: Any) -> bool:
+    """Whether all that a model observes are counts, or classes."""
+    supports = [_support(node) for node in observed_nodes(trace)]
+    return bool(supports) and all(s is not None and s.is_discrete for s in supports)
+
+
+def _support(node: Node) -> Any:
+    """The support of the elements of a site; None, if its distribution does not say."""
+    try:
+        return _elements(node["fn"]).support
+    except NotImplementedError:
+        return None
+
+
+def _outside(task: Task, batch: tuple[Any, ...], trace: Any) -> Iterator[str]:
+    """Data that are outside of the support of their likelihood, which no step can change."""
+    nodes = observed_nodes(trace)
+    frame = data_plate(trace, task.program.plate_name) if nodes else None
+    places = _Places(task, batch, frame)
+    for node in nodes:
+        support = _support(node)
+        bounds = [v for v in vars(support).values() if isinstance(v, Tensor)] if support else []
+        if support and all(torch.isfinite(bound).all() for bound in bounds):
+            end = f", outside of the support of its likelihood, {support}"
+            start, inside = f"the datum of {_name(node)}", support.check(node["value"])
+            yield from places.words(start, node, node["value"], ok=inside, end=end)
+
+
+def _elements(fn: Any) -> Any:
+    """A distribution over single elements, where the event is made of independent ones."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
 
 
 class _Places:
@@ -120,7 +183,13 @@ class _Places:
         self.data = frame.name if follows else None
 
     def words(
-        self, start: str, node: Node, values: Tensor, beside: dict[str, Tensor] | None = None
+        self,
+        start: str,
+        node: Node,
+        values: Tensor,
+        beside: dict[str, Tensor] | None = None,
+        ok: Tensor | None = None,
+        end: str = "",
     ) -> Iterator[str]:
         """Says which of some numbers of a node is the first that is not finite, if there is one.
 
@@ -129,23 +198,26 @@ class _Places:
             node: whose batch dims they begin with; what is masked there does not count.
             values: the numbers.
             beside: name -> others; those of the same shape are told, too.
+            ok: whether each is as it should be; by default whether it is finite.
+            end: further words.
         """
         lead = len(node["fn"].batch_shape)
-        if values.shape[:lead] == node["fn"].batch_shape and node["mask"] is not None:
+        bad = ~(torch.isfinite(values) if ok is None else ok)
+        if bad.shape[:lead] == node["fn"].batch_shape and node["mask"] is not None:
             mask = torch.as_tensor(node["mask"])
-            mask = mask.reshape(mask.shape + (1,) * (values.dim() - lead))
-            values = masked(values, {**node, "mask": mask})
-        bad = ~torch.isfinite(values)
+            mask = mask.reshape(mask.shape + (1,) * (bad.dim() - lead))
+            bad = masked(bad, {**node, "mask": mask})
         count = int(bad.sum())
         if not count:
             return
         first = tuple(bad.nonzero()[0].tolist())
-        where = self._place(node, values, first)
+        where = self._place(node, bad, first)
         if count > 1:
             where += f", the first of {'all ' if count == bad.numel() else ''}{count}"
         told = {k: v[first] for k, v in (beside or {}).items() if v.shape == values.shape}
         others = ", ".join(f"{name} = {value:.4g}" for name, value in told.items())
-        yield f"{start} is {values[first]}{where}" + (f", where {others}" if others else "")
+        value = f" is {values[first]:.4g}" if bad.shape == values.shape else ""
+        yield f"{start}{value}{where}{f', where {others}' if others else ''}{end}"
 
     def _place(self, node: Node, values: Tensor, index: tuple[int, ...]) -> str:
         lead, words = len(node["fn"].batch_shape), []
@@ -248,16 +320,15 @@ def _bad_operations(loss: Tensor) -> list[str]:
     return names
 
 
-def _advice(task: Task, batch: tuple[Any, ...], step: int) -> list[str]:
+def _advice(task: Task, batch: tuple[Any, ...], step: int, *, counts: bool) -> list[str]:
     """What to do, by the scale of the data and by whether the start was fine."""
     advice, held = [], task.batches.tensors
     rows = [v for v in held or batch if isinstance(v, Tensor) and v.dim()]
-    data = [v.reshape(len(v), -1).double() for v in rows]
-    largest = [v.abs().amax(0) for v in data]
+    largest = [v.reshape(len(v), -1).double().abs().amax(0) for v in rows]
     sizes = torch.cat(largest)
     sizes = sizes[sizes > 0]
     if sizes.numel() and (sizes.max() > _USUAL or sizes.min() < 1 / _USUAL):
-        layers = _layers(task, counts=all(bool(((v >= 0) & (v == v.round())).all()) for v in data))
+        layers = _layers(task, counts=counts)
         floats = [(v, top) for v, top in zip(rows, largest, strict=True) if v.is_floating_point()]
         if not all(torch.isfinite(top.to(v.dtype) ** 2).all() for v, top in floats):
             layers = "standardise them beforehand, since their squares overflow"
@@ -276,9 +347,9 @@ def _layers(task: Task, *, counts: bool) -> str:
         return "standardise them beforehand"
     if counts:
         lacks = not kinds & {Log1p, Standardize}
-        return "take nn.Log1p() as the first layer of the encoder" if lacks else ""
+        return "take ppvae.nn.Log1p() as the first layer of the encoder" if lacks else ""
     ends = {
-        Standardize: "nn.Standardize.of(data) as the first layer of the encoder",
+        Standardize: "ppvae.nn.Standardize.of(data) as the first layer of the encoder",
         Affine: "its inverse as the last layer of the decoder",
     }
     lacking = [words for kind, words in ends.items() if kind not in kinds]

@@ -385,10 +385,12 @@ def test_what_cannot_be_staged_says_so_in_one_line(model, capfd):
     assert capfd.readouterr() == ("", "")  # no listing of a graph, no log
 
 
-def test_a_loss_that_is_not_finite_is_staged_like_any_other():
+def test_a_loss_that_is_not_finite_is_staged_with_a_warning():
     """It is for training to refuse it; and NaN in a gradient is the same in the graph."""
     model, guide = build()
-    staged = stage(model, guide, data() * 1e200)
+    said = "^stage: the loss is nan, so that graph and program could not be compared; are the data"
+    with pytest.warns(UserWarning, match=said):
+        staged = stage(model, guide, data() * 1e200)
     assert not staged(data() * 1e200).isfinite()
     assert agree(staged, model, guide, data())
 

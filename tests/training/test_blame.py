@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppvae import FamilyGuide, families, fit, fit_replicates, likelihoods, stage
+from ppvae import FamilyGuide, families, fit, fit_replicates, likelihoods
 from ppvae.nn import Log1p, Standardize, mlp
 from ppvae.objectives import negative_elbo
 from ppvae.training import Diverged
@@ -21,12 +21,12 @@ from ppvae.training import Diverged
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
 
 STANDARDISE = (
-    "take nn.Standardize.of(data) as the first layer of the encoder, its inverse as the last "
+    "take ppvae.nn.Standardize.of(data) as the first layer of the encoder, its inverse as the last "
     "layer of the decoder, a likelihood whose scale is in their units"
 )
 SQUARES = "standardise them beforehand, since their squares overflow"
 LIKELIHOOD = "take a likelihood whose scale is in their units"
-LOG1P = "take nn.Log1p() as the first layer of the encoder"
+LOG1P = "take ppvae.nn.Log1p() as the first layer of the encoder"
 SLOWER = "the loss was finite at first: take a smaller learning rate"
 START = "it was so before any step, by the initial values"
 BACK = "parameters and buffers are back at those of step 0"
@@ -112,9 +112,24 @@ def test_a_divergence_that_overflows():
     nn.init.constant_(guide.heads["z"].scale.linear.weight, 0.0)
     nn.init.constant_(guide.heads["z"].scale.linear.bias, torch.tensor(1e200).log())
     message = said((model, guide), data())
-    start = "the KL divergence of 'z', of the guide from the model, is nan for row 0 of the data, "
+    start = "the KL divergence of the guide's 'z' from the model's is nan for row 0 of the data, "
     assert start + "dimension 0, the first of all 20, where loc = " in message
     assert f", scale = 1e+200; {START}; {BACK}" in message
+
+
+def test_a_sum_that_overflows_is_told_by_its_largest_term():
+    """Doubles end at 1.8e308; half the square of a datum over 0.1 is 4e307, or 7.2e307."""
+    x = torch.full((10, 3), 0.9e153)
+    x[7, 1] = 1.2e153
+    model, guide = bounded()
+    model.likelihood = likelihoods.Normal(0.1)
+    message = said((model, guide), x)
+    words = "the log density of the model's 'x', the sum of which overflows, is -7.2e+307 for row 7"
+    assert words in message
+    assert " of the data, dimension 1, where x = 1.2e+153, loc = " in message
+    x[7] = 1.2e153  # and this is one datum
+    words = "the log density of the model's 'x' is -inf for row 7 of the data; the columns"
+    assert words in said((model, guide), x)
 
 
 def test_the_density_of_a_joint_draw():
@@ -211,6 +226,17 @@ def test_parameters_of_plain_functions_are_named():
     )
 
 
+def test_a_parameter_behind_keyword_arguments_has_its_own_name():
+    def model(x, *, shift):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + shift, 0.5), obs=x[:, 0])
+
+    guide = FamilyGuide(model, families.mean_scale, encoder=NanSlope(0.0)).setup(data(), shift=0.0)
+    message = said((model, guide), data(), kwargs={"shift": 1.0})
+    assert "the gradient of the guide's parameter 'encoder.weight' is nan, by the" in message
+
+
 def test_a_step_that_leaves_the_numbers():
     """All gradients are finite, but not times the learning rate."""
     pair = made(bounded)[0]
@@ -229,6 +255,22 @@ def test_a_learning_rate_that_is_too_large(likelihood):
         build(likelihood=likelihood), data().abs().round(), learning_rate=1e6, num_epochs=50
     )
     assert SLOWER in message and "sizes" not in message
+
+
+@pytest.mark.parametrize(
+    ("size", "unusual"),
+    [(29.0, False), (31.0, True), (1 / 29, False), (1 / 31, True), (0.0, False)],
+)
+def test_only_columns_of_an_unusual_size_are_told_of(size, unusual):
+    def objective(model, guide, *args, size=None, step=0):
+        return negative_elbo(model, guide, *args, size=size) * torch.nan
+
+    x = torch.tensor([[1.0, size, -1.0], [0.0, -size / 2, 0.5]])
+    message = said(build(), x, objective=objective)
+    sizes = sorted([1.0, size])
+    words = f"the columns of the data are of sizes {sizes[0]:.3g} to {sizes[1]:.3g}: {STANDARDISE}"
+    assert (f"; {words}; {BACK}" in message) == unusual
+    assert (f"; {START}; {BACK}" in message) != unusual
 
 
 def test_counts_are_told_of_their_logarithm():
@@ -297,30 +339,59 @@ def test_a_program_that_raises_on_what_is_not_finite():
                 raise KeyError("mine")
             return super().forward(x)
 
-    def objective(model, guide, *args, size=None, step=0):
+    def objective(model, guide, *args, size=None, plate=None, step=0):
         return negative_elbo(model, guide, *args, size=size) + torch.nan
 
     model, guide = build()
     model.decoder = Raises(2, 3)
-    model.decoder.register_buffer("broken", torch.ones(()))
     model.decoder.weight.requires_grad_(False).fill_(torch.inf)
-    message = said((model, guide), data(), objective=objective, moved=True)
+    message = said((model, guide), data(), objective=objective, plate="data", moved=True)
     assert "the loss is nan at step 0: a run of guide and model raises KeyError: 'mine'" in message
 
 
 def test_images_outside_of_the_support_are_refused_before_any_step():
-    pair, x = build(likelihood=likelihoods.Bernoulli()), (255 * data().abs() / 4).round()
+    """By Pyro, in the first step; before it if asked for; and where that step is not finite."""
+    x = (255 * data().abs() / 4).round()
+    pair = build(likelihood=likelihoods.Bernoulli())
     with traceless(*pair, moved=False):
         with pytest.raises(ValueError, match=r"within the support \(Boolean"):
             fit(*pair, x, num_epochs=1, progress=False, seed=1)
         with pytest.raises(ValueError, match="^data: expected values in the support of 'x'"):
             fit(*pair, x, num_epochs=1, progress=False, seed=1, check_support=True)
+    model, guide = linear(weight=1e200)
+    model.likelihood = likelihoods.Bernoulli()
+    first = tuple(((x != 0) & (x != 1)).nonzero()[0].tolist())
+    count = int(((x != 0) & (x != 1)).sum())
+    where = f"for row {first[0]} of the data, dimension {first[1]}, the first of {count}"
+    end = "outside of the support of its likelihood, Boolean()"
+    words = f"the datum of 'x' is {x[first]:.4g} {where}, {end}; {BACK}"
+    assert said((model, guide), x) == f"the loss is nan at step 0: {words}"
 
 
-def test_stage_says_that_it_could_not_compare():
-    pair, x = bounded(), with_one(1e200)
-    with pytest.warns(
-        UserWarning, match="^stage: the loss is inf, so that graph and program could not"
-    ):
-        loss = stage(*pair, x)
-    assert loss(data()).isfinite()
+def test_a_datum_that_is_a_vector_and_a_distribution_without_a_support():
+    class Silent(dist.Normal):
+        @property
+        def support(self):
+            raise NotImplementedError
+
+    def model(x, hot):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", Silent(z, 1.0).to_event(1), obs=x)
+            pyro.sample("hot", dist.OneHotCategorical(logits=z), obs=hot)
+
+    hot = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+    guide = FamilyGuide(model, families.mean_scale, encoder=First()).setup(data(6), hot)
+    message = said((model, guide), (1e6 * data(6), hot))
+    assert "the guide's scale of 'z' is inf for row " in message
+    assert "the last layer of the decoder" in message  # since not all is known to be counts
+    hot[4] = 1.0
+    words = "the datum of 'hot' for row 4 of the data, outside of the support of its likelihood, On"
+    assert f"the loss is nan at step 0: {words}" in said((model, guide), (1e6 * data(6), hot))
+
+
+class First(nn.Module):
+    """The first of two arguments."""
+
+    def forward(self, x, _):
+        return x
