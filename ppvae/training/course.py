@@ -169,5 +169,6 @@ class Ending:
         return (
             f"not flat after {self._before} epochs, when {lowered} since there are at most "
             f"{self.max_epochs}: {fell}, and three times as many would gain some "
-            f"{self._fall.expected:.2g}; give it more epochs, or a higher learning rate"
+            f"{self._fall.expected:.2g}; give it more epochs, or a higher learning rate, "
+            "or see by validation data whether that is worth it"
         )
