@@ -1,6 +1,7 @@
 """Process state, left as it was found: random numbers, modes, buffers, Pyro's store and checks."""
 
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,3 +221,11 @@ def without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def stacklevel() -> int:
+    """The `stacklevel` by which a warning points at the caller outside of this library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("ppvae", "pyro", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae._scopes import random_state
+from ppvae._scopes import random_state, stacklevel
 from ppvae.guides.sites import Site, read_site
 from ppvae.programs.nodes import is_real, same_support
 
@@ -112,7 +112,7 @@ def check_tails(fn: Any, block: Block) -> None:
             f"{what} the support of {steep}: their draws may have no mean, nor the ELBO; a family "
             "with Gaussian tails, as mean_scale, bears it",
             HeavyTails,
-            stacklevel=4,
+            stacklevel=stacklevel(),
         )
 
 

@@ -12,7 +12,7 @@ from ppvae._checks import check_choice, check_count, check_number, expect
 from ppvae.objectives.base import Objective, Run
 from ppvae.objectives.divergence import by_coordinate, closed_kl
 from ppvae.objectives.trace_terms import Terms, data_size
-from ppvae.programs.nodes import DRAWS, is_point
+from ppvae.programs.nodes import DRAWS, is_point, mask_of
 
 
 def negative_elbo(
@@ -217,8 +217,9 @@ def _coordinates(name: str, run: Run) -> Tensor:
         value = torch.as_tensor(value, device=rate.device)
         return value.reshape(value.shape + (1,) * depth)
 
-    if prior["mask"] is not None:
-        rate = torch.where(aligned(prior["mask"]), rate, torch.zeros_like(rate))
+    mask = mask_of(prior)
+    if mask is not None:
+        rate = torch.where(aligned(mask), rate, torch.zeros_like(rate))
     rate = (rate * aligned(terms.scales[name])).expand(node["fn"].shape())
     averaged = {f.dim for f in node["cond_indep_stack"] if f.name == DRAWS}
     if name in terms.local:

@@ -17,8 +17,10 @@ from ppvae.programs.nodes import (
     data_plate,
     has_density,
     is_inside,
+    is_point,
     latent_nodes,
     log_prob,
+    mask_of,
     masked,
     observed_nodes,
     per_datum,
@@ -134,15 +136,43 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
             kl[name] = read(node, masked(exact, node))
     observed = observed_nodes(model_trace)
     log_likelihood = {node["name"]: read(node, log_prob(node)) for node in observed}
-    for node in _dense_nodes(guide_trace):
+    points = [name for name in log_prior if is_point(guide_trace.nodes[name]["fn"])]
+    cut = [model_trace.nodes[name] for name in points]
+    for node in _dense_nodes(guide_trace):  # what the model masks counts nothing here
         name, value = node["name"], log_prob(node)
-        if name in log_prior:  # it is not auxiliary: what the model masks counts nothing here
-            value = masked(value, model_trace.nodes[name])
-        log_guide[name] = read(node, value)
+        owner = model_trace.nodes[name] if name in log_prior else _masked_alike(cut, value)
+        log_guide[name] = read(node, value if owner is None else masked(value, owner))
     pieces = common_scale([scales[name] for name in log_prior if name not in log_guide])
     if pieces is not None:
         scales |= {name: pieces for name in log_guide if name not in log_prior}
     return Terms(log_likelihood, log_prior, log_guide, kl, frame, frozenset(local), scales)
+
+
+def _masked_alike(nodes: list[Node], value: Tensor) -> Node | None:
+    """One of the latents that are cut from a joint draw, which are all masked as it is.
+
+    Args:
+        nodes: the latents.
+        value: the log density of the draw.
+
+    Returns:
+        The latent; None if none is masked.
+
+    Raises:
+        ValueError: they are masked differently, so that the density of a part would be wanted.
+    """
+    masks = [torch.as_tensor(True if mask_of(n) is None else mask_of(n)) for n in nodes]
+    if all(mask_of(node) is None for node in nodes):
+        return None
+    first, shape = masks[0], value.shape
+    alike = all(mask is first or torch.equal(mask, first) for mask in masks)
+    if alike and torch.broadcast_shapes(first.shape, shape) == shape:
+        return nodes[0]
+    if all(bool(mask.all()) for mask in masks):
+        return None
+    hidden = [node["name"] for node in nodes if mask_of(node) is not None]
+    wanted = "latents drawn one by one where the model masks some, as mean_scale draws them"
+    raise ValueError(f"guide: expected {wanted}; got a joint draw of {hidden} and others")
 
 
 def _dense_nodes(trace: Any) -> list[Node]:

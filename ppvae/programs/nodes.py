@@ -161,9 +161,17 @@ def log_prob(node: Node) -> Tensor:
     return masked(node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]), node)
 
 
+def mask_of(node: Node) -> Any:
+    """The mask of a node, by handlers around it or by its distribution; None if there is none."""
+    mask, fn = node["mask"], node["fn"]
+    while isinstance(fn, dist.MaskedDistribution):
+        mask, fn = fn._mask if mask is None else mask & fn._mask, fn.base_dist
+    return mask
+
+
 def masked(value: Tensor, node: Node) -> Tensor:
     """A value by batch element, made zero where the node's mask is false."""
-    mask = node["mask"]
+    mask = mask_of(node)
     if mask is None:
         return value
     return torch.where(torch.as_tensor(mask, device=value.device), value, torch.zeros_like(value))

@@ -20,6 +20,7 @@ from ppvae.programs.nodes import (
     data_plate,
     is_point,
     latent_nodes,
+    mask_of,
     masked,
     observed_nodes,
 )
@@ -203,8 +204,8 @@ class _Places:
         """
         lead = len(node["fn"].batch_shape)
         bad = ~(torch.isfinite(values) if ok is None else ok)
-        if bad.shape[:lead] == node["fn"].batch_shape and node["mask"] is not None:
-            mask = torch.as_tensor(node["mask"])
+        if bad.shape[:lead] == node["fn"].batch_shape and mask_of(node) is not None:
+            mask = torch.as_tensor(mask_of(node))
             mask = mask.reshape(mask.shape + (1,) * (bad.dim() - lead))
             bad = masked(bad, {**node, "mask": mask})
         count = int(bad.sum())

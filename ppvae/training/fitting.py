@@ -92,7 +92,7 @@ def fit(
         num_epochs: passes through the data, at least 1; by default as many as it takes. For global
             latents at most so many steps in each round of the method; by default 1,000.
         max_epochs: a bound on them where `num_epochs` is not given; by default 200, or as many as
-            make 50,000 steps.
+            make 50,000 steps. For global latents it is what `num_epochs` is.
         batch_size: size of a minibatch; by default all the data, or 128 of more than 1024 (but all,
             where all that the guide learns are free parameters). The last one of an epoch may be
             smaller.
@@ -175,7 +175,8 @@ def fit(
         if held_out is not None:
             task.held_out_loss(held_out, 0)  # fails before anything is trained, if it does
         if optimizer is None and held_out is None and is_global(task):
-            result = _fit_at_once(task, num_epochs or _ROUND, seed or 0, bar)
+            bounded = num_epochs is not None or max_epochs is not None
+            result = _fit_at_once(task, most if bounded else _ROUND, seed or 0, bar)
             if result is not None:
                 _remember(model, guide, result)
                 return result
