@@ -107,10 +107,8 @@ three times as many would gain some 38: train longer')
     if math.isnan(fall.size):
         return None, f"{after} there are too few to say whether the loss has stopped falling"
     if flat:
-        return (
-            True,
-            f"{after} the loss was flat: {more} less than {fall.to_come:.2g} nats per datum",
-        )
+        gain = f"less than {fall.to_come:.2g} nats per datum"
+        return True, f"{after} the loss was flat: {more} {gain}"
     if fall.size > 2 * fall.error and fall.expected > _FLAT:
         pace = f"by {fall.size / (len(losses) // 4):.2g} nats per datum and epoch"
         words = f"{after} the loss was still falling, {pace}, and {more} some {fall.expected:.2g}"
@@ -134,22 +132,32 @@ class Ending:
     def __init__(self, max_epochs: int) -> None:
         self.max_epochs, self.factor = max_epochs, 1.0
         self.flat: bool | None = None
-        self._before, self._left, self._fall = 0, 0, last_fall([])
+        self._losses: list[float] = []
+        self._epochs, self._next, self._before, self._left = 0, 0, 0, 0
+        self._fall = last_fall([])
 
-    def go_on(self, losses: Sequence[float], epochs: int, steps: int) -> bool:
+    def go_on(self, loss: float | None, steps: int) -> bool:
         """Whether there is another epoch, before which the rate is multiplied with `factor`.
 
         Args:
-            losses: of the epochs in which the objective stood still.
-            epochs: how many there were, with those in which it moved.
+            loss: of the epoch that has ended; None if the objective moved in it, so that the losses
+                before it were those of another.
             steps: how many steps of the optimizer there were.
         """
+        self._epochs += 1
+        self._losses = [] if loss is None else self._losses
+        if loss is not None:
+            self._losses.append(loss)
         if self.flat is None:
-            flat, self._fall = flatness(losses, steps)
-            if not flat and epochs < self.max_epochs - self.max_epochs // 5:
+            latest = self.max_epochs - self.max_epochs // 5
+            if self._epochs < min(self._next, latest):
                 return True
-            self.flat, self._before = flat, epochs
-            self._left = min(math.ceil(len(losses) / 4), self.max_epochs - epochs)
+            self._next = self._epochs + 1 + self._epochs // 50  # a look takes longer each time
+            flat, self._fall = flatness(self._losses, steps)
+            if not flat and self._epochs < latest:
+                return True
+            self.flat, self._before = flat, self._epochs
+            self._left = min(math.ceil(self._epochs / 4), self.max_epochs - self._epochs)
             self.factor = _LOWERED ** (1 / max(self._left, 1))
         self._left -= 1
         return self._left >= 0

@@ -304,8 +304,8 @@ def _epochs(
         if (patience is not None and epoch - best_epoch >= patience) or not engine.parameters:
             break  # without parameters, of a family without channels, it is only measured
         if ending is not None:
-            losses = [own for (own,) in history[still[0] :]]
-            if not ending.go_on(losses, epoch + 1, steps.number):
+            loss = None if still[0] == epoch + 1 else history[-1][0]
+            if not ending.go_on(loss, steps.number):
                 break
             steps.slow_down(ending.factor)
     epochs.close()

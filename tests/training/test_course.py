@@ -66,7 +66,7 @@ def ended(losses, max_epochs, steps=1000):
     """The ending of a training with such losses, the epochs before it slowed down, and all."""
     ending, factors = Ending(max_epochs), []
     for count in range(1, max_epochs + 2):
-        if not ending.go_on(losses[:count], count, steps * count):
+        if not ending.go_on(losses[count - 1], steps * count):
             break
         factors.append(ending.factor)
     return ending, factors.count(1.0) + 1, count, math.prod(factors)
@@ -85,6 +85,12 @@ def test_training_ends_when_the_loss_is_flat_with_a_hundredth_of_the_rate():
     assert "at most 100: the loss fell by 2 nats per datum in their last quarter" in ending.words
     assert "too few to say" in ended(-0.1 * epochs, 10)[0].words
     assert ended(np.zeros(100), 100, steps=20)[1] == 50  # no sooner than after 1000 steps
+
+
+def test_an_objective_that_moves_to_the_end_leaves_nothing_to_judge_by():
+    ending = Ending(100)
+    count = next(epoch for epoch in range(1, 200) if not ending.go_on(None, 1000 * epoch))
+    assert count == 100 and ending.flat is False and "too few to say" in ending.words
 
 
 def test_noise_delays_the_end_until_the_fall_is_seen_through_it():
