@@ -15,7 +15,17 @@ from linear import Linear
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ppvae import VAE, Family, FamilyGuide, closed_form, evaluate, families, fit, likelihoods
+from ppvae import (
+    VAE,
+    Family,
+    FamilyGuide,
+    NotConverged,
+    closed_form,
+    evaluate,
+    families,
+    fit,
+    likelihoods,
+)
 from ppvae.comparison import compare_families, crossed_interval, still_to_come, with_steps
 from ppvae.training.course import last_fall
 
@@ -289,6 +299,9 @@ def test_a_run_that_stopped_early_has_ended():
     fitted = fit(guide.model, guide, x[20:], seed=2, num_epochs=20, **options)
     fall = found.dataset.fall.sel(family="mean_scale", seed=2)
     assert float(fall) == pytest.approx(last_fall(fitted.validation_losses).size, abs=1e-9)
+    with pytest.warns(NotConverged, match="not flat after"):  # and without `num_epochs`
+        bounded = run(max_epochs=20).dataset
+    assert (bounded.fall != 0).all() and "still fell" in str(bounded.note[1].item())
 
 
 REFUSED = [
