@@ -1,6 +1,7 @@
 """What a fit said of a guide, for as long as model and guide are what the fit left."""
 
 import weakref
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,10 +27,8 @@ def remember(model: Any, guide: Any, *, words: str, converged: bool | None) -> N
     """
     versions = _versions(model, guide)
     if versions:
-        try:
+        with suppress(TypeError):  # what has no weak references is forgotten
             _SAID[guide] = _Said(weakref.ref(model), versions, words, converged)
-        except TypeError:  # what has no weak references is forgotten
-            return
 
 
 def verdict_of(model: Any, guide: Any) -> dict[str, Any]:

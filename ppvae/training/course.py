@@ -145,8 +145,9 @@ class Ending:
             steps: how many steps of the optimizer there were.
         """
         self._epochs += 1
-        self._losses = [] if loss is None else self._losses
-        if loss is not None:
+        if loss is None:
+            self._losses.clear()
+        else:
             self._losses.append(loss)
         if self.flat is None:
             latest = self.max_epochs - self.max_epochs // 5

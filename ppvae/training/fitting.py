@@ -36,10 +36,8 @@ from ppvae.training.verdict import Verdict, judge
 Pair = tuple[Any, Any]  # a model and its guide
 
 _ROUND = 1_000  # steps of a method for global latents in each round, where the user does not say
-_LONGEST, _FEWEST = (
-    50_000,
-    200,
-)  # steps until a training ends at the latest; at least so many epochs
+_LONGEST = 50_000  # steps of a training without `num_epochs`, at the latest, but ...
+_FEWEST = 200  # ... so many epochs at least
 
 
 def fit(
@@ -185,7 +183,7 @@ def fit(
         (result,) = train(single(task, how), optimizer, learning_rate, bar, **told)
     _remember(model, guide, result)
     if ending is not None:
-        Verdict(result.verdict, result.converged, result.losses[-1]).warn(stacklevel=2)
+        Verdict(result.verdict, result.converged, result.losses[-1]).warn()
     return result
 
 
@@ -219,7 +217,7 @@ def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
     bar.update(bar.total)
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
     bar.close()
-    verdict.warn(stacklevel=3)
+    verdict.warn()
     seconds, objective = time.perf_counter() - start, task.program.objective
     method = "L-BFGS" if optimum.draws else "stochastic gradient"
     end = seconds, number, number - 1, method, objective, "eager"

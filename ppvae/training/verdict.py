@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppvae._scopes import double_precision, private_modules, unchecked
+from ppvae._scopes import double_precision, private_modules, stacklevel, unchecked
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
@@ -47,11 +47,11 @@ class Verdict(NamedTuple):
     loss: float
     narrow: bool = False
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warns once, if there is a reason to."""
         kind = NotConverged if self.converged is False else NarrowFamily
         if self.converged is False or self.narrow:
-            warnings.warn(f"fit: {self.words}", kind, stacklevel=stacklevel + 1)
+            warnings.warn(f"fit: {self.words}", kind, stacklevel=stacklevel())
 
 
 def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
