@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal, StudentT, kl_divergence
+from torch.distributions import Normal, StudentT, kl_divergence
 
-from ppvae.programs.nodes import is_point
+from ppvae.programs.nodes import base_of, is_point
 
 
 def by_coordinate(guide: Any, prior: Any) -> tuple[Any, Any] | None:
     """Both distributions as those of single coordinates, so that the divergence splits, or None."""
-    q, p = _base_of(guide), _base_of(prior)
+    q, p = base_of(guide), base_of(prior)
     whole = len(guide.event_shape) == len(prior.event_shape)
     return (q, p) if whole and not (q.event_shape or p.event_shape) else None
 
@@ -29,7 +29,7 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
         return None
     with suppress(NotImplementedError):
         return kl_divergence(guide, prior)
-    normal = _base_of(prior)
+    normal = base_of(prior)
     if not isinstance(normal, Normal):
         return None
     try:
@@ -43,16 +43,9 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
 
 
-def _base_of(fn: Any) -> Any:
-    """A distribution without `Independent` around it."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
-
-
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:
     """Mean and variance, without the selection by value of a StudentT's, which has no graph."""
-    base = _base_of(fn)
+    base = base_of(fn)
     if not isinstance(base, StudentT):
         return fn.mean, fn.variance
     finite = base.df > 2

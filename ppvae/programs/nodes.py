@@ -186,6 +186,13 @@ def per_datum(value: Tensor, node: Node, frame: Any) -> Tensor:
     return value.sum(drop) if drop else value
 
 
+def base_of(fn: Any) -> Any:
+    """A distribution without the event dims that `to_event` has added to it."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
 def is_point(fn: Any) -> bool:
     """Whether a distribution is a point, which has no density."""
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):

@@ -15,7 +15,8 @@ from torch.distributions import Distribution
 from ppvae._checks import check_count, check_number, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
-from ppvae.regression.priors import base_of, read_positive
+from ppvae.programs.nodes import base_of
+from ppvae.regression.priors import read_positive
 
 
 class Horseshoe:

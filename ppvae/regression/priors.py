@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
+from torch.distributions import Distribution, Normal, TransformedDistribution
 
 from ppvae._checks import check_number, expect
 from ppvae.priors import moved
+from ppvae.programs.nodes import base_of
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -123,13 +124,6 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
     fits = np.isfinite(loc).all() and (np.isfinite(scale) & (scale > 0)).all()
     expect(fits, "weight", "a finite loc and a positive, finite scale", f"{loc} and {scale}")
     return np.broadcast_to(loc, columns).copy(), np.broadcast_to(scale, columns).copy()
-
-
-def base_of(distribution: Any) -> Any:
-    """Removes the event dims that `to_event` has added to a distribution."""
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    return distribution
 
 
 def _reaches_below_zero(prior: Any) -> bool:

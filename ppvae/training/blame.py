@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.nn import Affine, Log1p, Standardize
@@ -17,6 +17,7 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import bare
 from ppvae.programs.nodes import (
     Node,
+    base_of,
     data_plate,
     is_point,
     latent_nodes,
@@ -117,7 +118,7 @@ def _densities(parts: Terms, model: Any, guide: Any) -> Iterator[_Summand]:
     kinds += [("guide", guide, parts.log_guide), ("model", model, parts.log_prior)]
     for whose, trace, values in kinds:
         for name in [name for name in values if name not in parts.kl]:
-            node, fn = trace.nodes[name], _elements(trace.nodes[name]["fn"])
+            node, fn = trace.nodes[name], base_of(trace.nodes[name]["fn"])
             drawn = "draw" if node["infer"].get("is_auxiliary") else name
             beside = {drawn: node["value"], **dict(_arguments(fn))}
             start = f"the log density of the {whose}'s {_name(node)}"
@@ -143,7 +144,7 @@ def _is_counted(trace: Any) -> bool:
 def _support(node: Node) -> Any:
     """The support of the elements of a site; None, if its distribution does not say."""
     try:
-        return _elements(node["fn"]).support
+        return base_of(node["fn"]).support
     except NotImplementedError:
         return None
 
@@ -160,13 +161,6 @@ def _outside(task: Task, batch: tuple[Any, ...], trace: Any) -> Iterator[str]:
             end = f", outside of the support of its likelihood, {support}"
             start, inside = f"the datum of {_name(node)}", support.check(node["value"])
             yield from places.words(start, node, node["value"], ok=inside, end=end)
-
-
-def _elements(fn: Any) -> Any:
-    """A distribution over single elements, where the event is made of independent ones."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
 
 
 class _Places:
