@@ -13,6 +13,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+def matched(draws: int, size: int, seed: int) -> Tensor:
+    """Standard normal numbers `(draws, size)`, of which mean and, if it can be, covariance match.
+
+    They come in pairs of opposite sign, so that all odd moments are zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(draws // 2, size, generator=generator, dtype=torch.float64, device="cpu")
+    if draws // 2 > size:
+        triangle = torch.linalg.cholesky(half.T @ half / len(half))
+        half = torch.linalg.solve_triangular(triangle, half.T, upper=False).T
+    return torch.cat([half, -half]).to(torch.get_default_device())
+
+
 class MatchedNormals(TorchFunctionMode):
     """Makes the standard normal numbers of a run uncorrelated over its draws, exactly.
 

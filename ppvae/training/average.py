@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -18,50 +19,45 @@ from torch.overrides import TorchFunctionMode
 
 from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
 from ppvae.guides.chart import Chart
+from ppvae.programs.given_normals import GivenNormals
 from ppvae.programs.layout import Layout
+from ppvae.programs.matched_normals import matched
 from ppvae.programs.runs import BUDGET, largest_tensor
 from ppvae.training.task import Task
 
 
-class GivenNormals(TorchFunctionMode):
-    """Gives the random numbers that are drawn inside, one after the other, from normal ones.
+@dataclass(frozen=True)
+class _Chosen:
+    """The entries of a tensor at a mask; all that can be done with them is to write them."""
 
-    Normal, uniform and exponential numbers, as distributions draw them, are smooth functions of
-    standard normal ones. All others are drawn as ever.
+    tensor: Tensor
+    mask: Tensor
 
-    Attributes:
-        count: how many were drawn.
-        given: a vector of standard normal numbers; without one, zeros are taken.
+
+class _WholeWrites(TorchFunctionMode):
+    """Entries at a mask are written as a choice for every entry.
+
+    What a mask chooses has a size that depends on values, which `vmap` cannot have (Pyro's splines
+    do so, and many a model).
     """
-
-    def __init__(self, given: Tensor | None = None) -> None:
-        super().__init__()
-        self.count, self.given = 0, given
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs the function, or takes its numbers from those that are given."""
-        kwargs = kwargs or {}
-        if func is torch.Tensor.normal_ and len(args) == 1 and not kwargs:
-            return self._next(args[0])
-        if func is torch.Tensor.exponential_ and len(args) == 1 and not kwargs:
-            return -torch.special.ndtr(self._next(args[0])).log()
-        if func is torch.Tensor.uniform_ and not kwargs:
-            low, high = args[1:] or (0.0, 1.0)
-            return low + (high - low) * torch.special.ndtr(self._next(args[0]))
-        if func is torch.rand and set(kwargs) <= {"dtype", "device"}:
-            with torch._C.DisableTorchFunction():
-                like = torch.empty(*args, **kwargs)
-            return torch.special.ndtr(self._next(like))
-        return func(*args, **kwargs)
-
-    def _next(self, like: Tensor) -> Tensor:
-        """So many numbers as a tensor has, in its shape and dtype."""
-        first, self.count = self.count, self.count + like.numel()
-        if self.given is None:
-            return torch.zeros_like(like)
-        return self.given[first : self.count].reshape(like.shape).to(like.dtype)
+        """Runs the function, or puts off reading, and writes, by a mask."""
+        mask = args[1] if len(args) > 1 else None
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and mask.shape == args[0].shape:
+            return _Chosen(args[0], mask)
+        if func is Tensor.__setitem__ and mask.shape == args[0].shape:
+            value = args[2]
+            if isinstance(value, _Chosen) and value.mask is mask:
+                value = value.tensor
+            elif isinstance(value, Tensor) and value.dim():
+                raise TypeError("a tensor whose size depends on values")
+            return args[0].copy_(torch.where(mask, value, args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(Messenger):
@@ -142,7 +138,8 @@ class Average:
     def _each(self, one: Callable[[Tensor], Tensor], normals: Tensor, seed: int) -> Tensor:
         with random_state(seed):
             if self.at_once > 1 and len(normals) > 1:
-                return torch.func.vmap(one, randomness="different")(normals)
+                with _WholeWrites():
+                    return torch.func.vmap(one, randomness="different")(normals)
             return torch.stack([one(row) for row in normals])
 
     def slope(
@@ -185,7 +182,7 @@ def average_of(task: Task) -> Average:
         average.at_once = max(2, BUDGET // largest_tensor(average.batch))
         try:
             together = average.losses(values, torch.stack([row, other]))
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
             average.at_once = 1
             return average
         if average.smooth and not torch.allclose(alone, together, rtol=1e-6, equal_nan=True):
@@ -195,16 +192,3 @@ def average_of(task: Task) -> Average:
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def matched(draws: int, size: int, seed: int) -> Tensor:
-    """Standard normal numbers `(draws, size)`, of which mean and, if it can be, covariance match.
-
-    They come in pairs of opposite sign, so that all odd moments are zero.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(draws // 2, size, generator=generator, dtype=torch.float64, device="cpu")
-    if draws // 2 > size:
-        triangle = torch.linalg.cholesky(half.T @ half / len(half))
-        half = torch.linalg.solve_triangular(triangle, half.T, upper=False).T
-    return torch.cat([half, -half]).to(torch.get_default_device())

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import Potential
-from ppvae.training.average import matched
 from ppvae.training.descent import FAR, lbfgs
 
 _CANDIDATES = 20  # points on the way, of which the best is taken where there is no mode

@@ -21,22 +21,25 @@ from ppvae.guides.chart import Chart, pieces_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import bare
 from ppvae.programs.layout import Layout
+from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import potential_of
-from ppvae.training.average import Average, average_of, matched, without_fallback_warnings
+from ppvae.training.average import Average, average_of, without_fallback_warnings
 from ppvae.training.blame import first_culprit
 from ppvae.training.descent import descend_over_kinks, lbfgs
 from ppvae.training.mode import gaussian_near
 from ppvae.training.snapshots import Diverged
+from ppvae.training.surface import EXCESS, Curvature, Surface, spread_of, units_of
 from ppvae.training.task import Task
 
 _FEWEST, _MOST = 32, 1024  # draws
+_MORE = 8  # times as many, since parameters of which nothing is known are soon fitted to the draws
 _PARAMETERS = 500  # of which nothing is known beforehand: more would fit the draws
 _LATENTS = 1000
-_EXCESS = 0.01  # nats: what few draws may cost, unless they are as many as there may be
+_ROUGH = 1e-2  # slope of a minimum that is good enough to ask how many draws are needed
 _ANNEALED = 500  # steps of stochastic gradients, at most
 _BLOCKS = 20  # of fresh draws, whose mean gradients are compared
+_CONFIRMING = 2_000  # fresh draws that confirm those held fixed
 FRESH = 10_000  # draws by which an optimum is judged
-ERROR = 0.1  # posterior sds: the Monte Carlo error of a mean that is let pass
 
 
 def is_global(task: Task) -> bool:
@@ -95,30 +98,6 @@ class Optimum:
     layout: Layout
 
 
-@dataclass(frozen=True)
-class Surface:
-    """The mean loss of some draws, in nats for all data, over the coordinates of a chart.
-
-    Attributes:
-        average: the losses of draws.
-        chart: from coordinates to parameters.
-        normals: the normal numbers of the draws, shape `(draws, normals)`.
-    """
-
-    average: Average
-    chart: Chart
-    normals: Tensor
-
-    def __call__(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The slope, and the value."""
-        losses, slope = self.losses(place)
-        return slope, losses.mean()
-
-    def losses(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each draw, and the slope of their mean."""
-        return self.average.slope(self.chart, place, self.normals)
-
-
 def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
     """Minimises the objective over the parameters of a task, which are not moved.
 
@@ -162,34 +141,51 @@ def _with_fixed_draws(
     """Minimises the mean loss of draws that are held fixed, with more, until they are enough."""
     place, free = torch.zeros(chart.size), torch.ones(chart.size)
     draws = max(_FEWEST, 2 * average.normals + 2) if average.normals else 1
+    if draws > 1 and not chart.known().all():
+        draws *= _MORE
+    most = max(_MOST, 8 * average.normals)
     losses: list[float] = []
     while True:
         normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
         surface = Surface(average, chart, normals)
         if not losses:
             alone = ~chart.known()
-            chart.units[alone] = _units(surface, place, alone)
-        descend = partial(_descend, surface, steps, losses)
+            chart.units[alone] = units_of(surface, place, alone)
+        last = steps + len(losses)
+        descend = partial(_descend, surface, last, losses)
+        place = descend(place, free, tolerance=_ROUGH)
+        curvature = Curvature.at(surface, place, free)
+        if 1 < draws < most and curvature.needed > 1:
+            draws = min(draws * curvature.needed, most)
+            continue
         place = descend(place, free)
         if not losses:  # it started at the optimum
             losses.append(surface(place)[1].item() / average.size)
         if draws == 1 and surface(place)[0].abs().max() > 1e-4:
             place, free = descend_over_kinks(surface, descend, place)
-        step, at, error, excess = _judge(surface, place, free)
-        enough = error < ERROR and not excess >= _EXCESS
-        if enough and (draws == 1 or _holds(average, chart(place), losses[-1])):
-            break
-        if draws >= max(_MOST, 8 * average.normals):
+            curvature = Curvature.at(surface, place, free)
+        if draws == 1 or draws >= most or _holds(surface, place, losses[-1]):
             break
         draws *= 2
-    ends = draws, step, layout.free_labels[at], error, excess
+    step, at = curvature.step(surface(place)[0] * free)
+    ends = draws, step, layout.free_labels[at], curvature.error, curvature.excess
     return Optimum(chart(place), losses, *ends, others, layout)
 
 
 def _descend(
-    surface: Surface, steps: int, losses: list[float], place: Tensor, free: Tensor
+    surface: Surface,
+    last: int,
+    losses: list[float],
+    place: Tensor,
+    free: Tensor,
+    tolerance: float = 1e-6,
 ) -> Tensor:
-    """L-BFGS along the free coordinates; adds the loss per datum to `losses` after each step."""
+    """L-BFGS along the free coordinates, up to the step `last`.
+
+    It adds the loss per datum to `losses` after each step.
+    """
+    if len(losses) >= last:
+        return place
 
     def slope_and_value(moves: Tensor) -> tuple[Tensor, Tensor]:
         slope, value = surface(place + free * moves)
@@ -198,8 +194,8 @@ def _descend(
     moves = lbfgs(
         slope_and_value,
         torch.zeros_like(place),
-        steps=steps,
-        tolerance=1e-6,
+        steps=last - len(losses),
+        tolerance=tolerance,
         values=lambda value: losses.append(value / surface.average.size),
     )
     return place + free * moves
@@ -232,7 +228,7 @@ def _with_fresh_draws(
         scheduler.step()
         if step >= steps - last:
             mean += place.detach() / last
-    ends = [_fresh_loss(average, chart(end))[0] for end in (start, mean)]
+    ends = [_fresh_loss(average, chart(end), FRESH)[0] for end in (start, mean)]
     mean = mean if ends[1] < ends[0] else start
     drift, at = _drift(average, chart, mean, seed)
     site = layout.free_labels[at]
@@ -257,61 +253,6 @@ def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[fl
     return step.max().item() if len(step) else math.nan, at
 
 
-def _units(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:
-    """Lengths in which the curvature of parameters of which nothing is known is one."""
-    move, base, units = 1e-4, surface(place)[0], []
-    for index in alone.nonzero()[:, 0].tolist():
-        moved = place.clone()
-        moved[index] += move
-        units.append(((surface(moved)[0] - base)[index] / move).abs())
-    curvature = torch.stack(units).nan_to_num(1.0, 1.0, 1.0) if units else torch.ones(0)
-    lowest = 1e-8 * curvature.max().item() if units else 0.0
-    return curvature.clamp_min(lowest + 1e-300).rsqrt()
-
-
-def _judge(surface: Surface, place: Tensor, free: Tensor) -> tuple[float, int, float, float]:
-    """The Newton step and the Monte Carlo error of the locations, in posterior sds.
-
-    By differences of the losses and of their mean gradient, the location moved along each axis.
-
-    Args:
-        surface: what was minimised.
-        place: where that ended.
-        free: which coordinates are on no kink, as ones.
-
-    Returns:
-        The largest step, the coordinate that it is in, the largest error, and the nats that such
-        errors are expected to cost.
-    """
-    losses, slope = surface.losses(place)
-    slope = slope * free
-    located, move, factor = surface.chart.located(), 1e-4, surface.chart.factor
-    if located is None:
-        return slope.abs().max().item(), 0, 0.0, math.nan
-    others = torch.cat([slope[: located.start], slope[located.stop :]]) / 2
-    rows, scores = [], []
-    for index in range(located.start, located.stop):
-        moved = place.clone()
-        moved[index] += move
-        there, steeper = surface.losses(moved)
-        rows.append(((steeper * free - slope)[located]) / move)
-        scores.append((there - losses) / move)
-    still = free[located]
-    curvature = torch.stack(rows) * still[:, None] + torch.diag(1 - still)
-    inverse = torch.linalg.pinv((curvature + curvature.T) / 2, hermitian=True)
-    spread = torch.zeros_like(inverse)
-    if len(losses) > 2:
-        pairs = torch.stack(scores).unflatten(1, (2, -1)).mean(1)  # draws of opposite sign
-        spread = torch.cov(pairs).reshape(inverse.shape) / pairs.shape[1]
-    to_latents = factor @ inverse
-    sd = (to_latents @ factor.T).diagonal().clamp_min(1e-300).sqrt()
-    step = (to_latents @ slope[located]).abs() / sd
-    error = (to_latents @ spread @ to_latents.T).diagonal().clamp_min(0).sqrt() / sd
-    largest = max(step.max().item(), others.abs().max().item() if len(others) else 0.0)
-    excess = (spread * inverse).sum().item()  # half for the locations, half for all else
-    return largest, int(step.argmax()), error.max().item(), excess
-
-
 def allowed_gap(latents: int) -> float:
     """By how many nats the loss of fresh draws may be above that of the draws held fixed.
 
@@ -321,16 +262,22 @@ def allowed_gap(latents: int) -> float:
     return max(0.1, 0.025 * latents)
 
 
-def _holds(average: Average, values: list[Tensor], fixed: float) -> bool:
-    """Whether fresh draws confirm the loss per datum of those that were held fixed."""
-    fresh, error = _fresh_loss(average, values)
-    return fresh - fixed * average.size < allowed_gap(average.normals) + 3 * error
+def _holds(surface: Surface, place: Tensor, fixed: float) -> bool:
+    """Whether fresh draws confirm the loss per datum of those that were held fixed.
+
+    Parameters of which nothing is known are fitted to draws soon, and errors that are found near
+    where they went say little of it.
+    """
+    average, known = surface.average, surface.chart.known().all()
+    fresh, error = _fresh_loss(average, surface.chart(place), _CONFIRMING if known else FRESH)
+    allowed = allowed_gap(average.normals) if known else 2 * EXCESS
+    return fresh - fixed * average.size < allowed + 3 * error
 
 
-def _fresh_loss(average: Average, values: list[Tensor]) -> tuple[float, float]:
+def _fresh_loss(average: Average, values: list[Tensor], draws: int) -> tuple[float, float]:
     """The mean loss of fresh draws in nats, and its standard error."""
-    number = FRESH if average.at_once > 1 else FRESH // 33
-    normals = matched(number, average.normals, seed=1)
+    draws = draws if average.at_once > 1 else min(draws, FRESH // 33)
+    normals = matched(draws // 2 * 2, average.normals, seed=1)
     with torch.no_grad():
         fresh = torch.cat([average.losses(values, c) for c in average.chunks(normals)])
-    return fresh.mean().item(), fresh.std().item() / math.sqrt(number)
+    return fresh.mean().item(), spread_of(fresh.unsqueeze(0), normals).item() ** 0.5

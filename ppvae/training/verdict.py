@@ -12,9 +12,11 @@ from ppvae._scopes import double_precision, private_modules, stacklevel, uncheck
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
+from ppvae.programs.matched_normals import matched
 from ppvae.staging.program import program_of
-from ppvae.training.average import average_of, matched, without_fallback_warnings
-from ppvae.training.optimum import ERROR, FRESH, Optimum, allowed_gap
+from ppvae.training.average import average_of, without_fallback_warnings
+from ppvae.training.optimum import FRESH, Optimum, allowed_gap
+from ppvae.training.surface import ERROR
 from ppvae.training.task import Task
 
 _STEP = 0.01  # posterior sds: a Newton step that is as good as none

@@ -3,7 +3,9 @@
 import math
 import re
 from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,21 +13,24 @@ import torch
 from pairs import traceless
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
-from scipy import optimize
+from scipy import optimize, stats
 from torch import nn
 
 from ppvae import Diverged, FamilyGuide, NarrowFamily, NotConverged, families, fit
 from ppvae._scopes import double_precision, private_modules, unchecked
 from ppvae.guides.chart import Chart
 from ppvae.objectives.weights import khat
+from ppvae.programs.given_normals import GivenNormals
 from ppvae.programs.layout import Layout
+from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import potential_of
 from ppvae.regression import LinearRegression
 from ppvae.training import verdict
-from ppvae.training.average import GivenNormals, average_of, matched
+from ppvae.training.average import average_of
 from ppvae.training.descent import descend_over_kinks, lbfgs
 from ppvae.training.mode import gaussian_near
-from ppvae.training.optimum import Optimum, Surface, allowed_gap, is_free, is_global
+from ppvae.training.optimum import Optimum, allowed_gap, is_free, is_global
+from ppvae.training.surface import Surface, spread_of
 from ppvae.training.task import task_of, training_batches
 
 narrow = pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
@@ -85,6 +90,8 @@ def location(x):
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(w, 1.0), obs=x)
 
+
+SMALL_FLOW = families.Flow(layers=0, hidden=32, bins=4)
 
 SCORES = (
     torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]),
@@ -201,6 +208,36 @@ def test_random_numbers_follow_from_normal_ones():
     assert mode.count == 4
 
 
+def test_gamma_numbers_are_quantiles_and_smooth_in_their_shape():
+    """Held against SciPy's quantiles in both tails, and against slopes where they are closed.
+
+    With F for what is below, dx/da = -(dF/da) / f; of shape 1 that is an integral (here by the
+    trapezoid rule in log x) of log x, less the digamma function.
+    """
+    z = torch.linspace(-7, 7, 15)
+    shapes = torch.tensor([0.3, 1.0, 4.0, 60.0]).unsqueeze(1).expand(4, 15).requires_grad_()
+    with GivenNormals(z.repeat(4)) as mode:
+        x = dist.Gamma(shapes, torch.tensor(2.0)).rsample() * 2
+    assert mode.count == 60
+    a, n = shapes.detach(), z.expand(4, 15)
+    below, above = stats.gamma(a), stats.norm
+    exact = np.where(n < 0, below.ppf(above.cdf(n)), below.isf(above.sf(n)))
+    assert np.allclose(x.detach(), exact, rtol=1e-12)
+    (slope,) = torch.autograd.grad(x.sum(), shapes)
+    grid = torch.exp(torch.linspace(-60, 0, 100_001)) * x[1].detach().unsqueeze(1)
+    parts = (grid.log() - torch.digamma(torch.tensor(1.0))) * torch.exp(-grid) * grid
+    change = torch.trapezoid(parts, dx=60 / 100_000, dim=1)
+    assert torch.allclose(slope[1, :11], (-change * x[1].detach().exp())[:11], rtol=1e-5)
+
+    def one(shape, row):
+        with GivenNormals(row):
+            return torch._standard_gamma(shape).sum()
+
+    rows = noise(5, 3)
+    alone = torch.stack([one(a[:, 0][:3], row) for row in rows])
+    assert torch.equal(torch.func.vmap(one, in_dims=(None, 0))(a[:, 0][:3], rows), alone)
+
+
 def prepared(model, guide, args):
     with private_modules():
         return task_of(model, guide, None, training_batches(model, args, None, ()))
@@ -251,6 +288,48 @@ def test_a_slope_is_the_gradient_of_the_mean_loss_in_any_chunks():
     assert torch.allclose(slope, expected, rtol=1e-10) and torch.allclose(slope, same, rtol=1e-10)
     assert torch.allclose(losses, again) and torch.allclose(value[1], losses.mean())
     assert torch.equal(value[0], slope)
+
+
+def test_what_a_mask_chooses_may_be_written_in_many_draws_at_once():
+    """As Pyro's splines write; what is read by a mask and used otherwise is a loop over draws."""
+
+    def clipped(x, *, reads):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        tilted = 2 * w
+        tilted[w > 0] = w[w > 0] if reads else 0.0
+        mask = w < -1
+        tilted[mask] = w[mask]
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(tilted.sum(), 1.0), obs=x)
+
+    for reads in (False, True):
+        model = partial(clipped, reads=reads)
+        task = prepared(model, FamilyGuide(model, families.mean_scale), noise(4))
+        with double_precision(), private_modules(), torch.no_grad():
+            average, rows = average_of(task), matched(8, 2, seed=0)
+            assert (average.at_once > 1) == (not reads)
+            values = [parameter.detach() for parameter in task.parameters]
+            alone = torch.stack([average.loss(values, row) for row in rows])
+            assert torch.allclose(average.losses(values, rows), alone, rtol=1e-12)
+
+
+def test_the_error_of_a_mean_over_matched_draws_is_that_over_seeds():
+    """Of products of two numbers there is none.
+
+    A variance of 600 means has an error of 6 %, and what is told errs on the safe side.
+    """
+
+    def scores(normals):
+        x, y = normals.T
+        return torch.stack([1 + x * y - 3 * y.square(), x.cos() + x.pow(3), (x * y).square() + x])
+
+    runs = [matched(256, 2, seed) for seed in range(600)]
+    told = torch.stack([spread_of(scores(normals), normals).diagonal() for normals in runs]).mean(0)
+    true = torch.stack([scores(normals).mean(1) for normals in runs]).var(0)
+    assert told[0] < 1e-25 and true[0] < 1e-25
+    assert ((told / true)[1:] > 1 - 3 * 0.06).all() and ((told / true)[1:] < 1.5).all()
+    few = matched(8, 2, seed=0)  # which cannot tell one part of a score from another
+    assert spread_of(scores(few), few)[0, 0] > 0.01
 
 
 # ------------------------------------------------------------------------------------ known optima
@@ -381,18 +460,19 @@ def test_a_logistic_regression_is_within_the_promised_errors():
 
 
 @narrow
-@pytest.mark.parametrize(
-    ("auto", "family"),
-    [(AutoNormal, families.mean_scale), (AutoMultivariateNormal, families.full_rank)],
-)
-def test_autoguides_of_pyro_reach_the_same_optimum(auto, family):
-    args = labelled()
-    guide, other = FamilyGuide(logistic, family), auto(logistic)
-    losses = [quiet(logistic, each, args).losses[-1] for each in (guide, other)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+@pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal])
+def test_autoguides_of_pyro_reach_the_same_optimum(auto):
+    """Matched draws are without an error here, and the fit knows that few are enough."""
+    X, y = columns()
+    mean, precision, evidence = posterior(X, y)
+    guide = auto(linear)
+    result = quiet(linear, guide, (X, y))
+    gap = 0.5 * (precision.diagonal().log().sum() - precision.logdet()).item()
+    best = evidence - (gap if auto is AutoNormal else 0.0)
+    assert result.converged and -result.losses[-1] * 50 == pytest.approx(best, rel=1e-7)
     with private_modules():
-        median = other.median(*args)["w"]
-    assert torch.allclose(median, guide.heads["w"](None).mean, atol=1e-4)
+        median = guide.median(X, y)["w"]
+    assert ((median - mean).abs() * precision.diagonal().sqrt()).max() < 1e-4
 
 
 def test_a_point_guide_of_pyro_reaches_the_mode():
@@ -474,17 +554,25 @@ def test_latents_in_a_plate_are_free_parameters():
 
 
 @narrow
-def test_draws_that_cannot_be_held_fixed_are_fresh_ones():
-    """A Gaussian posterior, which a t with many degrees of freedom comes near to."""
+@pytest.mark.parametrize(("family", "allowed"), [("student_t", 0.03), (SMALL_FLOW, 0.1)])
+def test_families_that_come_near_to_a_gaussian_posterior(family, allowed):
+    """A t of 1000 degrees of freedom; a flow has so many parameters that its draws are fresh.
+
+    The loss of fresh draws is let pass if it is 0.02 nats and three errors, which are 0.003 each,
+    above that of the draws held fixed, which is below the best one.
+    """
     x = 1 + noise(20)
-    guide = FamilyGuide(location, families.student_t)
-    result = quiet(location, guide, x)
-    fn, sd = guide.heads["w"](None), 21**-0.5
-    assert result.converged and len(result.losses) == 500
-    assert abs(fn.mean.item() - x.sum().item() / 21) < 0.1 * sd
-    assert fn.stddev.item() == pytest.approx(sd, rel=0.1)
+    guide, sampled = FamilyGuide(location, family), family is SMALL_FLOW
+    result = quiet(location, guide, x, num_epochs=200)
     marginal = dist.MultivariateNormal(torch.zeros(20), torch.eye(20) + 1).log_prob(x).item()
-    assert -sum(result.losses[-100:]) / 100 * 20 == pytest.approx(marginal, abs=0.1)
+    with double_precision(), private_modules(), torch.no_grad():
+        w = torch.stack([guide(x)["w"] for _ in range(1000)])
+    # 5 standard errors of 1000 draws, beside a tenth of an sd, or of its own value
+    assert (w.mean() - x.sum() / 21).abs() < (5 / 1000**0.5 + 0.1) * 21**-0.5
+    assert w.std().item() * 21**0.5 == pytest.approx(1, rel=0.1 + 5 / 2000**0.5)
+    assert result.converged and (len(result.losses) == 200) == sampled
+    losses = result.losses[-50:] if sampled else result.losses[-1:]
+    assert -sum(losses) / len(losses) * 20 == pytest.approx(marginal, abs=allowed)
 
 
 def test_a_decision_on_values_is_a_loop_over_draws():
