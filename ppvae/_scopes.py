@@ -17,20 +17,24 @@ from torch.overrides import TorchFunctionMode
 _numbers = itertools.count()
 
 
-def unique_name(module: nn.Module) -> str:
-    """A name for a module's parameters: in Pyro's param store equal names are one parameter."""
-    return f"{type(module).__name__}_{next(_numbers)}"
-
-
 class UniquelyNamed(PyroModule):
-    """A module with a name of its own in Pyro's param store, and so has every copy of it."""
+    """A module with a name of its own, and so has every copy of it.
 
-    def __init__(self) -> None:
-        super().__init__(name=unique_name(self))
+    In Pyro's param store parameters of equal names are one parameter.
+
+    Args:
+        name: what a base class, as `AutoGuide`, would call the module; not used.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name=self._unique_name())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pyro_name = unique_name(self)
+        self._pyro_name = self._unique_name()
+
+    def _unique_name(self) -> str:
+        return f"{type(self).__name__}_{next(_numbers)}"
 
 
 @contextmanager
@@ -215,12 +219,9 @@ def unchecked() -> Any:
     return pyro.settings.context(**{f"validate_{name}": False for name in names})
 
 
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Those of a compiler, on its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def without_warnings() -> Any:
+    """No warnings inside, as those of a compiler on its own code."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def stacklevel() -> int:

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae._checks import expect
-from ppvae._scopes import eval_mode, private_modules, random_state, unique_name
+from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.families.ladder import as_family
 from ppvae.guides.blocks import Block, check_tails, divide, representing, source_of
 from ppvae.guides.draws import draw, draw_from_model
@@ -81,7 +81,6 @@ class FamilyGuide(ModelGuide):
         known = encoder is None or isinstance(encoder, nn.Module)
         expect(known, "encoder", "a torch.nn.Module", repr(encoder), TypeError)
         super().__init__(model, create_plates=create_plates)
-        self._pyro_name = unique_name(self)
         self.family, self.plate = as_family(family), plate
         self.encoder = encoder
         self.heads = nn.ModuleDict()
