@@ -42,9 +42,8 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
     Raises:
         ValueError: the guide misses a latent site of the model, or has one that the model lacks.
     """
-    with draws if draws is not None else nullcontext():
-        guide_trace = poutine.trace(guide).get_trace(*args)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
+    guide_trace = run_trace(guide, args, draws)
+    model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
     check_sites(model_trace, guide_trace)
     return model_trace, guide_trace
 
