@@ -152,13 +152,7 @@ def _writes_outside(node: fx.Node) -> bool:
         for value, argument in zip(node.args, arguments, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return not all(_is_fresh(w) and len(w.users) == 1 for w in written)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of its own, of which nothing else can be a view."""
-    tensors = [part for part in node.all_input_nodes if _is_tensor(part)]
-    return node.op == "call_function" and (not tensors or node.target is _NEW_EMPTY)
+    return not all(map(_is_alone, written))
 
 
 def _is_mutable(node: fx.Node) -> bool:
