@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -230,8 +229,7 @@ def _simulated(plan: _Plan, args: Args, seed: int, refit_seed: int) -> Arrays:
     if isinstance(frozen, nn.Module):
         frozen.requires_grad_(requires_grad=False)
     with param_store(copies=True):
-        with random_state(refit_seed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+        with random_state(refit_seed):
             plan.refit(frozen, trained, *simulation.args)
         return _measured(plan, trained, simulation)
 
