@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -144,7 +143,7 @@ class FamilyGuide(ModelGuide):
         def rows_in_model(plate: str) -> Tensor:
             return prototype(self.model, args, kwargs).nodes[plate]["value"]
 
-        plates = self._plates.make(features, self._given_plates(args, kwargs), rows_in_model)
+        plates = self._plates.make(features, self._create_plates(*args, **kwargs), rows_in_model)
         if features is not None:
             features = self._plates.rows(features, plates)
         draws: dict[str, Tensor] = {}
@@ -161,13 +160,6 @@ class FamilyGuide(ModelGuide):
             head = self.family.head(self._features, shape)
             near = like if self.encoder is None else next(self.encoder.parameters(), like)
             self.heads[key] = head if near is None else head.to(near.device, near.dtype)
-
-    def _given_plates(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The plates of the guide list that this guide is in, or those of the user."""
-        if self.master is not None:
-            return self.master().plates
-        given = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
-        return {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
 
     def get_extra_state(self) -> dict[str, Any]:
         """The family, and the shapes from which `load_state_dict` makes the heads."""
