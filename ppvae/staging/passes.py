@@ -128,18 +128,15 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     with graph.inserting_before(node):
         results = list(graph.graph_copy(inner.graph, into))  # type: ignore[arg-type]
         for at, result in enumerate(results):
-            if not enabled and isinstance(result, fx.Node) and _is_tensor(result):
+            value = result.meta.get("val") if isinstance(result, fx.Node) else None
+            if not enabled and isinstance(value, torch.Tensor):
                 results[at] = graph.call_function(torch.ops.aten.detach.default, (result,))
-                results[at].meta["val"] = result.meta["val"]
+                results[at].meta["val"] = value
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _writes_outside(node: fx.Node) -> bool:
