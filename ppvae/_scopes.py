@@ -4,8 +4,8 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Self
 
 import pyro
 import torch
@@ -127,12 +127,12 @@ def _mode(*programs: Any, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def eval_mode(*programs: Any) -> Any:
+def eval_mode(*programs: Any) -> AbstractContextManager[Any]:
     """Evaluation mode for those programs that are modules; their modes come back at the end."""
     return _mode(*programs, training=False)
 
 
-def train_mode(*programs: Any) -> Any:
+def train_mode(*programs: Any) -> AbstractContextManager[Any]:
     """Training mode for those programs that are modules; their modes come back at the end."""
     return _mode(*programs, training=True)
 
@@ -178,7 +178,7 @@ class double_precision(TorchFunctionMode):
         super().__init__()
         self.device = torch.device(device)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         """Enters; the default dtype is remembered."""
         self.before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
@@ -213,13 +213,13 @@ def _doubled(value: Any) -> Any:
     return value
 
 
-def unchecked() -> Any:
+def unchecked() -> AbstractContextManager[Any]:
     """Pyro's and PyTorch's argument checks are off inside, for speed."""
     names = ["poutine", "infer", "distributions_pyro", "distributions_torch"]
     return pyro.settings.context(**{f"validate_{name}": False for name in names})
 
 
-def without_warnings() -> Any:
+def without_warnings() -> AbstractContextManager[Any]:
     """No warnings inside, as those of a compiler on its own code."""
     return warnings.catch_warnings(action="ignore")
 

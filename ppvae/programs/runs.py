@@ -48,7 +48,7 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
     return model_trace, guide_trace
 
 
-def draws_plate(model: Program, *args: Any, draws: int) -> Any:
+def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:
     """A plate of draws to the left of all plates of a model, which is looked at once."""
     if model not in _leftmost:
         with random_state(None, keep=True), eval_mode(model):
@@ -74,7 +74,7 @@ def is_vectorized(model: Any) -> bool:
     return bool(getattr(model, "vectorized", False))
 
 
-def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Any:
+def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Program:
     """A program that takes the given values at its latent sites instead of drawing them.
 
     Args:
