@@ -47,13 +47,12 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and (number > 0 or number == 0 and not positive)):
-        kind = "positive number" if positive else "number of at least 0"
-        raise ValueError(f"{name}: expected a finite {kind}, got {value!r}")
+    kind = "positive number" if positive else "number of at least 0"
+    fits = math.isfinite(number) and (number > 0 or number == 0 and not positive)
+    expect(fits, name, f"a finite {kind}", repr(value))
     return number
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises a ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+    expect(value in choices, name, f"one of {list(choices)}", repr(value))

@@ -4,8 +4,8 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Self
 
 import pyro
 import torch
@@ -17,20 +17,24 @@ from torch.overrides import TorchFunctionMode
 _numbers = itertools.count()
 
 
-def unique_name(module: nn.Module) -> str:
-    """A name for a module's parameters: in Pyro's param store equal names are one parameter."""
-    return f"{type(module).__name__}_{next(_numbers)}"
-
-
 class UniquelyNamed(PyroModule):
-    """A module with a name of its own in Pyro's param store, and so has every copy of it."""
+    """A module with a name of its own, and so has every copy of it.
 
-    def __init__(self) -> None:
-        super().__init__(name=unique_name(self))
+    In Pyro's param store parameters of equal names are one parameter.
+
+    Args:
+        name: what a base class, as `AutoGuide`, would call the module; not used.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name=self._unique_name())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pyro_name = unique_name(self)
+        self._pyro_name = self._unique_name()
+
+    def _unique_name(self) -> str:
+        return f"{type(self).__name__}_{next(_numbers)}"
 
 
 @contextmanager
@@ -123,12 +127,12 @@ def _mode(*programs: Any, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def eval_mode(*programs: Any) -> Any:
+def eval_mode(*programs: Any) -> AbstractContextManager[Any]:
     """Evaluation mode for those programs that are modules; their modes come back at the end."""
     return _mode(*programs, training=False)
 
 
-def train_mode(*programs: Any) -> Any:
+def train_mode(*programs: Any) -> AbstractContextManager[Any]:
     """Training mode for those programs that are modules; their modes come back at the end."""
     return _mode(*programs, training=True)
 
@@ -174,7 +178,7 @@ class double_precision(TorchFunctionMode):
         super().__init__()
         self.device = torch.device(device)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         """Enters; the default dtype is remembered."""
         self.before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
@@ -209,18 +213,15 @@ def _doubled(value: Any) -> Any:
     return value
 
 
-def unchecked() -> Any:
+def unchecked() -> AbstractContextManager[Any]:
     """Pyro's and PyTorch's argument checks are off inside, for speed."""
     names = ["poutine", "infer", "distributions_pyro", "distributions_torch"]
     return pyro.settings.context(**{f"validate_{name}": False for name in names})
 
 
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Those of a compiler, on its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def without_warnings() -> AbstractContextManager[Any]:
+    """No warnings inside, as those of a compiler on its own code."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def stacklevel() -> int:

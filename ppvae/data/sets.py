@@ -1,7 +1,6 @@
 """Small data sets that need no download, and files of the user's."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ def split(x: Tensor, *, test: float = 0.2, seed: int = 0) -> tuple[Tensor, Tenso
     return x[order[held:]], x[order[:held]]
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> np.ndarray:
     if path.suffix == ".csv":
         return np.genfromtxt(path, delimiter=",", ndmin=2)
     try:
@@ -89,7 +88,7 @@ def _read(path: Path) -> Any:
     return values
 
 
-def _checked(values: Any, path: Path) -> Tensor:
+def _checked(values: np.ndarray, path: Path) -> Tensor:
     table = values.dtype.kind in "bifu" and values.ndim >= 2 and len(values) > 0
     got = f"{values.dtype} of shape {values.shape}"
     expect(table, "name", f"numbers of shape (N, D) in {str(path)!r}", got)

@@ -103,7 +103,7 @@ def gaps(  # noqa: D417
     measured = []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         _check_terms(terms(*runs.traces, plate), guide)
-        exact = None if log_likelihood is None else _checked(log_likelihood, runs.plate.size)
+        exact = None if log_likelihood is None else _as_array(log_likelihood, runs.plate.size)
         total = len(runs.batches) * num_steps
         with tqdm(total=total, desc=label, disable=not progress, delay=3.0) as bar:
             for number, batch in enumerate(runs.batches, 1):
@@ -136,7 +136,7 @@ def _check_terms(sites: Terms, guide: FamilyGuide) -> None:
     expect(encoded in (None, here), "plate", along, repr(here))
 
 
-def _checked(log_likelihood: Any, size: int) -> np.ndarray:
+def _as_array(log_likelihood: Any, size: int) -> np.ndarray:
     """The user's log p(x) as an array."""
     if isinstance(log_likelihood, Tensor):
         log_likelihood = log_likelihood.detach().cpu()

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from pyro.distributions import Normal
 
 from ppvae.programs.layout import Place
-from ppvae.programs.nodes import observed_nodes
+from ppvae.programs.nodes import base_of, observed_nodes
 
 WORTH = 0.05  # nats per datum: a direction that gains less is not worth a latent
 _WIDEST = 2000  # values per datum of which the covariance is looked at
@@ -22,9 +21,7 @@ Moments = tuple[int, np.ndarray, np.ndarray, float]
 def moments_of(model_trace: Any, plate: Any) -> Moments | None:
     """Reads the data of a minibatch off the one observed site; None unless it is Gaussian."""
     nodes = observed_nodes(model_trace)
-    fn = nodes[0]["fn"]
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
+    fn = base_of(nodes[0]["fn"])
     x = Place.of(nodes[0], plate).flat(nodes[0]["value"])[0]
     if len(nodes) > 1 or not isinstance(fn, Normal) or x.shape[1] > _WIDEST:
         return None

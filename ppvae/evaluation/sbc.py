@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,7 +119,7 @@ def calibration(  # noqa: D417
     vectorized = is_vectorized(model) if vectorized is None else vectorized
     model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
     with private_modules(), random_state(seed):
-        data, labels = _checked(model, guide, args, plate, local=refit is None)
+        data, labels = _plate_and_labels(model, guide, args, plate, local=refit is None)
         plan = _Plan(model, guide, data, num_samples, vectorized, arguments, refit)
         if num_simulations is None:
             num_simulations = min(data.size, 1000) if refit is None else 100
@@ -160,7 +159,7 @@ class _Plan(NamedTuple):
         return value.double().expand(size)
 
 
-def _checked(
+def _plate_and_labels(
     model: Any, guide: Any, args: Args, plate_name: str | None, *, local: bool
 ) -> tuple[Any, list[str]]:
     """The data plate, and the names of the coordinates of the latents.
@@ -230,8 +229,7 @@ def _simulated(plan: _Plan, args: Args, seed: int, refit_seed: int) -> Arrays:
     if isinstance(frozen, nn.Module):
         frozen.requires_grad_(requires_grad=False)
     with param_store(copies=True):
-        with random_state(refit_seed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+        with random_state(refit_seed):
             plan.refit(frozen, trained, *simulation.args)
         return _measured(plan, trained, simulation)
 

@@ -25,7 +25,7 @@ _RATE = 0.2  # first step size of a search, in the unconstrained space of an arg
 _FEATURE_RATE = 0.03  # the same for features, on which all of a network's output depends
 
 # Adam
-_BETAS, _EPSILON = (0.9, 0.99), 1e-8
+_BETAS = 0.9, 0.99
 _LAST = 0.003  # the last step size, relative to the first
 
 # L-BFGS
@@ -190,16 +190,14 @@ def adam(slope: Slope, x: Tensor, steps: int, learning_rate: Tensor | float) -> 
 
     Kingma and Ba, Adam: a method for stochastic optimization, 2015.
     """
-    mean, square = torch.zeros_like(x), torch.zeros_like(x)
+    moves = torch.zeros_like(x)  # in units of the first step size, which columns differ in
+    optimizer = torch.optim.Adam([moves], betas=_BETAS)
     for step in range(steps):
-        gradient = slope(x)[1]
-        gradient = torch.where(torch.isfinite(gradient).all(1, keepdim=True), gradient, 0.0)
-        mean = _BETAS[0] * mean + (1 - _BETAS[0]) * gradient
-        square = _BETAS[1] * square + (1 - _BETAS[1]) * gradient**2
-        ahead = mean / (1 - _BETAS[0] ** (step + 1))
-        scale = (square / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPSILON
-        x = x - learning_rate * _LAST ** (step / steps) * ahead / scale
-    return x
+        gradient = slope(x + learning_rate * moves)[1]
+        moves.grad = torch.where(torch.isfinite(gradient).all(1, keepdim=True), gradient, 0.0)
+        optimizer.param_groups[0]["lr"] = _LAST ** (step / steps)
+        optimizer.step()
+    return x + learning_rate * moves
 
 
 def quasi_newton(slope: Slope, x: Tensor, steps: int) -> Tensor:

@@ -87,7 +87,7 @@ class Family(GuideFamily):
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def _key(self) -> Any:
+    def _key(self) -> tuple[Any, ...]:
         rules = tuple((name, comparable(rule)) for name, rule in self.rules.items())
         return type(self), self.distribution, rules
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae._checks import expect
-from ppvae._scopes import eval_mode, private_modules, random_state, unique_name
+from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.families.ladder import as_family
 from ppvae.guides.blocks import Block, check_tails, divide, representing, source_of
 from ppvae.guides.draws import draw, draw_from_model
@@ -81,7 +80,6 @@ class FamilyGuide(ModelGuide):
         known = encoder is None or isinstance(encoder, nn.Module)
         expect(known, "encoder", "a torch.nn.Module", repr(encoder), TypeError)
         super().__init__(model, create_plates=create_plates)
-        self._pyro_name = unique_name(self)
         self.family, self.plate = as_family(family), plate
         self.encoder = encoder
         self.heads = nn.ModuleDict()
@@ -145,7 +143,7 @@ class FamilyGuide(ModelGuide):
         def rows_in_model(plate: str) -> Tensor:
             return prototype(self.model, args, kwargs).nodes[plate]["value"]
 
-        plates = self._plates.make(features, self._given_plates(args, kwargs), rows_in_model)
+        plates = self._plates.make(features, self._create_plates(*args, **kwargs), rows_in_model)
         if features is not None:
             features = self._plates.rows(features, plates)
         draws: dict[str, Tensor] = {}
@@ -162,13 +160,6 @@ class FamilyGuide(ModelGuide):
             head = self.family.head(self._features, shape)
             near = like if self.encoder is None else next(self.encoder.parameters(), like)
             self.heads[key] = head if near is None else head.to(near.device, near.dtype)
-
-    def _given_plates(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The plates of the guide list that this guide is in, or those of the user."""
-        if self.master is not None:
-            return self.master().plates
-        given = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
-        return {p.name: p for p in ([given] if isinstance(given, pyro.plate) else given)}
 
     def get_extra_state(self) -> dict[str, Any]:
         """The family, and the shapes from which `load_state_dict` makes the heads."""

@@ -5,10 +5,10 @@ from typing import Any, Self
 
 from pyro.infer.autoguide import AutoGuide
 
-from ppvae._scopes import unique_name
+from ppvae._scopes import UniquelyNamed
 
 
-class ModelGuide(AutoGuide):
+class ModelGuide(AutoGuide, UniquelyNamed):
     """An automatic guide that holds its model without owning it.
 
     The parameters of the model are not among those of the guide. Every copy has a name of its own
@@ -31,10 +31,6 @@ class ModelGuide(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "master": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pyro_name = unique_name(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A guide of the same model, or of its copy, where both are copied together."""

@@ -3,10 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import data_plate, from_reals, is_real, latent_nodes, plates_of
+from ppvae.programs.nodes import choose_plate, from_reals, is_real, latent_nodes, plates_of
 
 
 class Site(NamedTuple):
@@ -85,20 +84,14 @@ def encoder_plate(trace: Any, length: int, plate: str | None) -> Any:
     Raises:
         ValueError: there is no such plate, more than one of that length, or it has another length.
     """
-    nodes = latent_nodes(trace)
-    stacks = {node["name"]: plates_of(node) for node in nodes}
+    stacks = {node["name"]: plates_of(node) for node in latent_nodes(trace)}
     inside = next(iter(stacks.values()))
     shared = {n: f for n, f in inside.items() if all(n in stack for stack in stacks.values())}
     where = ", ".join(f"{name!r} in {list(stack)}" for name, stack in stacks.items())
     advice = "; give global latents a guide without encoder and combine the two by AutoGuideList"
     expect(shared, "encoder", "all latent sites in one plate", where + advice)
-    # The rule asks for the plates around data. But the model may be the part of another that holds
-    # these latents and no data: here the plates that they share count, and the encoder's batch.
-    seen = poutine.Trace()
-    seen.add_node("_INPUT", type="args", args=(torch.empty(length, 0),), kwargs={})
-    around = tuple(shared.values())
-    seen.add_node("z", **{**nodes[0], "name": "z", "is_observed": True, "cond_indep_stack": around})
-    frame = data_plate(seen, plate)
+    # Not the plates around data: the model may be the part of another that holds no data.
+    frame = choose_plate(shared, length, plate)
     fitting = [name for name, f in shared.items() if length in (f.size, f.full_size)]
     clear = plate is not None or frame.name == "data" or len(fitting) < 2
     expect(clear, "plate", f"one of {fitting}, which all have {length} members", plate)

@@ -113,9 +113,8 @@ class VAE(UniquelyNamed):
             fn = fn.to_event(self.event_dim - fn.event_dim)
             if x is not None:
                 fits = fn.shape()[-x.dim() :] == x.shape
-                expect(
-                    fits, "decoder", f"output of shape {tuple(x.shape)}, as x", tuple(fn.shape())
-                )
+                wanted = f"output of shape {tuple(x.shape)}, as x"
+                expect(fits, "decoder", wanted, tuple(fn.shape()))
             return pyro.sample("x", fn, obs=x)
 
     def decode(self, z: Tensor) -> Tensor:

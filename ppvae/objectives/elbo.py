@@ -121,7 +121,7 @@ class ELBO(Objective):
         if isinstance(self.free_bits, Tensor) or self.free_bits:
             rate = floored_rate(runs, self.free_bits, size)
             distortion = _mean([_distortion(run.terms, size) for run in runs])
-            return distortion + _like(self.beta, rate) * rate
+            return distortion + _in_dtype_of(self.beta, rate) * rate
         return _mean([_weighted(run.terms, size, self.beta) for run in runs])
 
 
@@ -134,7 +134,7 @@ def _weighted(terms: Terms, size: int | None, beta: Any) -> Tensor:
     if known and beta == 0:  # and not 0 * inf, for a point outside the support of the prior
         return distortion
     rate = loss_of(terms._replace(log_likelihood={}), size)
-    return distortion + _like(beta, rate) * rate
+    return distortion + _in_dtype_of(beta, rate) * rate
 
 
 def _distortion(terms: Terms, size: int | None) -> Tensor:
@@ -145,7 +145,7 @@ def _mean(losses: list[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
-def _like(weight: Any, value: Tensor) -> Any:
+def _in_dtype_of(weight: Any, value: Tensor) -> Any:
     """A weight that is a tensor in the dtype of what it weighs, as a number would be."""
     return weight.to(value.dtype) if isinstance(weight, Tensor) else weight
 
@@ -194,7 +194,7 @@ def _lowest(floor: float | Tensor, scale: Any, rate: Tensor) -> Any:
     scale = scale.mean() if isinstance(scale, Tensor) else scale
     if isinstance(floor, Tensor):
         # none for a floor of zero, as for the number: the estimate of a rate may be negative
-        return torch.where(floor > 0, _like(floor, rate) * scale, -math.inf)
+        return torch.where(floor > 0, _in_dtype_of(floor, rate) * scale, -math.inf)
     return floor * scale
 
 

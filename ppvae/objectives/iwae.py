@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -133,7 +133,7 @@ class _Cut(Messenger):
         super().__init__()
         self.runs: list[list[tuple[Tensor, Tensor]]] = []
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self.runs.append([])
         return super().__enter__()
 

@@ -1,6 +1,6 @@
 """Reads the nodes of a trace: which are latent or observed, in which plates, on which support."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import reduce
 from typing import Any
 
@@ -137,17 +137,24 @@ def data_plate(trace: Any, plate: str | None = None) -> Any:
         frames |= {name: f for name, f in plates_of(node).items() if name not in frames}
     latents = [plates_of(node) for node in latent_nodes(trace)]
     shared = {name for name in frames if latents and all(name in plates for plates in latents)}
+    call = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
+    inputs = [*call["args"], *call["kwargs"].values()]
+    length = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()), None)
+    return choose_plate(frames, length, plate, shared)
+
+
+def choose_plate(
+    frames: dict[str, Any], length: int | None, plate: str | None, preferred: Collection[str] = ()
+) -> Any:
+    """The rule of `data_plate` for plates by name, outermost first, and the length of the data."""
     if plate is not None:
         check_choice("plate", plate, list(frames))
         return frames[plate]
     if "data" in frames:
         return frames["data"]
-    call = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
-    inputs = [*call["args"], *call["kwargs"].values()]
-    length = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()), None)
     fitting = [name for name, f in frames.items() if length in (f.size, f.full_size)]
     names = fitting or list(frames)
-    names = [name for name in names if name in shared] or names
+    names = [name for name in names if name in preferred] or names
     return frames[names[0]] if names else None
 
 

@@ -42,14 +42,13 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
     Raises:
         ValueError: the guide misses a latent site of the model, or has one that the model lacks.
     """
-    with draws if draws is not None else nullcontext():
-        guide_trace = poutine.trace(guide).get_trace(*args)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
+    guide_trace = run_trace(guide, args, draws)
+    model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
     check_sites(model_trace, guide_trace)
     return model_trace, guide_trace
 
 
-def draws_plate(model: Program, *args: Any, draws: int) -> Any:
+def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:
     """A plate of draws to the left of all plates of a model, which is looked at once."""
     if model not in _leftmost:
         with random_state(None, keep=True), eval_mode(model):
@@ -75,7 +74,7 @@ def is_vectorized(model: Any) -> bool:
     return bool(getattr(model, "vectorized", False))
 
 
-def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Any:
+def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Program:
     """A program that takes the given values at its latent sites instead of drawing them.
 
     Args:

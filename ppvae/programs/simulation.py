@@ -127,11 +127,11 @@ def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any], count: int) ->
             both = f"{wanted} {taken.get(index)!r} and {name!r} observe the same one"
             expect(index not in taken, "arguments", both, None)
             taken[index] = name
-            new[index] = _like(node, args[index])
+            new[index] = _in_shape_of_data(node, args[index])
     return tuple(new)
 
 
-def _like(node: Any, data: Tensor) -> Tensor:
+def _in_shape_of_data(node: Any, data: Tensor) -> Tensor:
     """A drawn value in the shape of the data, and in their dtype where that loses nothing."""
     value = node["value"]
     wanted = f"data of shape {tuple(value.shape)} at {node['name']!r}, as its distribution"

@@ -133,7 +133,7 @@ class HyperPosterior(NamedTuple):
         for axis, number in enumerate(unknown):
             first, table = self._table()
             shares = table.sum(1 - axis) if table.ndim == 2 else table
-            place = _inverse(shares[None], levels)
+            place = _inverse_cdf(shares[None], levels)
             for _ in range(3):  # Newton steps on the series itself
                 away = place[:, None] - np.arange(len(shares))
                 below = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
@@ -149,11 +149,11 @@ class HyperPosterior(NamedTuple):
             uniforms = generator.random((2, size))
             first, table = self._table()
             shares = table.sum(0) if table.ndim == 2 else table
-            places[:, -1] = _inverse(shares[None], uniforms[0])
+            places[:, -1] = _inverse_cdf(shares[None], uniforms[0])
             for part in pieces(size, _FINER * len(table)) if table.ndim == 2 else ():
                 # the series across the lattice, at the scales that were drawn
                 across = np.sinc(places[part, 1:] - np.arange(len(shares)))
-                places[part, 0] = _inverse(across @ table.T, uniforms[1, part])
+                places[part, 0] = _inverse_cdf(across @ table.T, uniforms[1, part])
             places = (first + places) * self.steps
         return _on_lines(self.numbers, places)[0]
 
@@ -279,7 +279,7 @@ def _modes(indices: Integers, logs: Array) -> tuple[Integers, Array, Array]:
     return modes + low, heights, 2 * heights[:, None] - sides.sum(1).T
 
 
-def _inverse(densities: Array, levels: Array) -> Array:
+def _inverse_cdf(densities: Array, levels: Array) -> Array:
     """Finds the places below which densities have given probabilities, in steps of the lattice.
 
     The density between the points is its Fourier series, whose integral is tabulated on a finer

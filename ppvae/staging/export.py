@@ -3,7 +3,7 @@
 import builtins
 import logging
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -35,9 +35,7 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
 # Operations of which PyTorch does not say the shape of the result, so that it cannot trace them.
 _SHAPED: dict[str, Any] = {
     "aten::_standard_gamma_grad": lambda concentration, value: torch.empty_like(value),
-    "aten::_sample_dirichlet": lambda concentration, generator=None: concentration.new_empty(
-        concentration.shape
-    ),
+    "aten::_sample_dirichlet": lambda alpha, generator=None: torch.empty_like(alpha),
     "aten::_dirichlet_grad": lambda value, concentration, total: torch.empty_like(value),
 }
 
@@ -53,7 +51,7 @@ def _load() -> None:
     torch.export.export(nn.Identity(), (torch.zeros(2),), strict=False)
 
 
-def _symbolic_lengths() -> Any:
+def _symbolic_lengths() -> AbstractContextManager[Any]:
     """Makes `len(x)` of a tensor that is traced its first size, as `x.shape[0]` is.
 
     Models say `pyro.plate("data", len(x))`. Python makes a whole number of whatever `__len__`
@@ -72,7 +70,7 @@ def _symbolic_lengths() -> Any:
     return patch.object(builtins, "len", length)
 
 
-def _unsampled() -> Any:
+def _unsampled() -> AbstractContextManager[Any]:
     """Leaves out the checks of values by distributions that were made before, with checks on.
 
     They look at values, of which a graph has none. Other threads go on to check theirs.

@@ -1,15 +1,19 @@
 """The loss and its gradients as one graph, which can be compiled and vectorized."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae._scopes import random_state, unchecked, without_warnings
 from ppvae.staging.passes import drop_unused, spell_sizes
 from ppvae.staging.staged import NotStageable, Staged, alike, one_line
+
+# from leaves, state and data to the loss and its slopes at the leaves
+_Function = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 class Gradients:
@@ -32,7 +36,7 @@ class Gradients:
     def __init__(self, staged: Staged, *, compiled: bool, replicated: bool = False) -> None:
         self.staged, self.trained, self.replicated = staged, staged.trained(), replicated
         self.execution = "compiled" if compiled else "staged"
-        self._plain: Any = _value_and_slopes(staged, self.trained)
+        self._plain: _Function = _value_and_slopes(staged, self.trained)
         if replicated:
             self._plain = torch.vmap(self._plain, randomness="different")
         self._function: Any = None  # the graph of both passes, or that graph compiled
@@ -73,7 +77,7 @@ class Gradients:
                 warnings.warn(f"fit: staged, not compiled; {one_line(error)}", stacklevel=3)
                 self.execution = "staged"
 
-    def _compiled(self, graph: Any, leaves: Any, state: Any, data: list[Tensor]) -> Any:
+    def _compiled(self, graph: _Function, leaves: Any, state: Any, data: Any) -> _Function:
         """The graph compiled for data of any size, which must give what the graph gives."""
         if self._shapes is not None:
             raise NotStageable("the graph is for batches of one size only")
@@ -87,14 +91,14 @@ class Gradients:
                 raise NotStageable("the compiled graph gives other gradients")
         return function
 
-    def _traced(self, leaves: Any, state: Any, data: Any, mode: Any = "symbolic") -> Any:
+    def _traced(self, leaves: Any, state: Any, data: Any, mode: Any = "symbolic") -> fx.GraphModule:
         graph = make_fx(self._plain, tracing_mode=mode)(leaves, state, data)
         spell_sizes(graph.graph)
         drop_unused(graph.graph)
         graph.recompile()
         return graph
 
-    def _agree(self, one: Any, other: Any, leaves: Any, state: Any, data: Any) -> bool:
+    def _agree(self, one: _Function, other: _Function, leaves: Any, state: Any, data: Any) -> bool:
         """Whether two functions give the same losses and gradients; no buffer is moved."""
         outcomes: list[list[Tensor]] = []
         for function in (one, other):
@@ -119,7 +123,7 @@ class Gradients:
         raise NotStageable("the graph is for batches of one size only")
 
 
-def _value_and_slopes(staged: Staged, trained: list[int]) -> Any:
+def _value_and_slopes(staged: Staged, trained: list[int]) -> _Function:
     """A function of leaves, state and data, which gives the loss and its slopes at the leaves."""
 
     def call(leaves: Any, state: Any, data: Any) -> tuple[Tensor, list[Tensor]]:

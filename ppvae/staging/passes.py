@@ -128,18 +128,15 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     with graph.inserting_before(node):
         results = list(graph.graph_copy(inner.graph, into))  # type: ignore[arg-type]
         for at, result in enumerate(results):
-            if not enabled and isinstance(result, fx.Node) and _is_tensor(result):
+            value = result.meta.get("val") if isinstance(result, fx.Node) else None
+            if not enabled and isinstance(value, torch.Tensor):
                 results[at] = graph.call_function(torch.ops.aten.detach.default, (result,))
-                results[at].meta["val"] = result.meta["val"]
+                results[at].meta["val"] = value
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _writes_outside(node: fx.Node) -> bool:
@@ -152,13 +149,7 @@ def _writes_outside(node: fx.Node) -> bool:
         for value, argument in zip(node.args, arguments, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return not all(_is_fresh(w) and len(w.users) == 1 for w in written)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of its own, of which nothing else can be a view."""
-    tensors = [part for part in node.all_input_nodes if _is_tensor(part)]
-    return node.op == "call_function" and (not tensors or node.target is _NEW_EMPTY)
+    return not all(map(_is_alone, written))
 
 
 def _is_mutable(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -64,16 +64,13 @@ class Program(nn.Module):
         """The loss, in the caller's param store; `size` is another number of data in all."""
         objective = objective or self.objective
         options = self.options if size is None else self.options | {"size": size}
-        with self._params():
+        with _Params(self):
             return objective(self.model, self.guide, *batch, **options, step=step)
 
     def traces(self, batch: tuple[Any, ...]) -> tuple[Any, Any]:
         """The traces of model and guide for one draw, in the caller's param store."""
-        with self._params():
+        with _Params(self):
             return trace_pair(self.model, self.guide, *batch)
-
-    def _params(self) -> Any:
-        return _Params(self) if self.constraints else nullcontext()
 
     def settings(self, step: int) -> list[Tensor]:
         """What the loss depends on beside the data: the moving fields at a step, and the step."""
