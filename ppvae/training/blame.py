@@ -60,7 +60,11 @@ def blame(task: Task, batch: tuple[Any, ...], step: int, put_back: Callable[[], 
     if lost:
         name = next(iter(lost))
         why = f"{name} is {lost[name]}: its gradient, or the step by it, was not finite"
-    return "; ".join([why, *_advice(task, batch, step, counts=_is_counted(trace))])
+        why = why if step > 0 else f"{name} would be {lost[name]}"
+    advice = _advice(task, batch, step, counts=_is_counted(trace))
+    if not advice and not lost:
+        advice = ["it was so before any step, by the initial values"]
+    return "; ".join([why, *advice])
 
 
 def first_culprit(task: Task, batch: tuple[Any, ...]) -> str:
@@ -332,7 +336,7 @@ def _advice(task: Task, batch: tuple[Any, ...], step: int, *, counts: bool) -> l
         advice += [f"the columns of {what} of sizes {reach}: {layers}"] if layers else []
     if step > 0:
         advice.append("the loss was finite at first: take a smaller learning rate")
-    return advice or ["it was so before any step, by the initial values"]
+    return advice
 
 
 def _layers(task: Task, *, counts: bool) -> str:

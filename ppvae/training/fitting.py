@@ -24,9 +24,10 @@ from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import bare, with_keywords
 from ppvae.programs.verdicts import remember
 from ppvae.staging.staged import NotStageable
+from ppvae.training.blame import blame
 from ppvae.training.course import Ending
 from ppvae.training.loop import Fit, progress_bar, train
-from ppvae.training.optimum import is_free, is_global, optimise
+from ppvae.training.optimum import Optimum, is_free, is_global, optimise
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.snapshots import Diverged, undone_by_errors
 from ppvae.training.stacked import stacked
@@ -206,13 +207,15 @@ def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
         optimum = optimise(task, steps=steps, seed=seed)
         if optimum is None:
             return None
-        if not all(torch.isfinite(value).all() for value in optimum.values):
-            before.put_back()
-            raise Diverged("the optimum is not finite; the parameters are unchanged")
         with torch.no_grad():
             for parameter, value in zip(task.parameters, optimum.values, strict=True):
                 parameter.copy_(value.reshape(parameter.shape))
-        verdict = judge(task, optimum, seed)
+        verdict = _verdict(task, optimum, seed)
+        if verdict is None:  # the optimum was found in doubles, and is kept in less
+            (batch,) = task.batches
+            reach = f"the optimum is out of reach of {task.parameters[0].dtype}"
+            why = blame(task, batch, 0, before.put_back)
+            raise Diverged(f"{reach}: {why}; the parameters are unchanged")
     losses, number = [*optimum.losses[:-1], verdict.loss], len(optimum.losses)
     bar.update(bar.total)
     bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
@@ -222,6 +225,16 @@ def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
     method = "L-BFGS" if optimum.draws else "stochastic gradient"
     end = seconds, number, number - 1, method, objective, "eager"
     return Fit(losses, [], *end, verdict.converged, verdict.words)
+
+
+def _verdict(task: Task, optimum: Optimum, seed: int) -> Verdict | None:
+    """What is to be said of an optimum; None if the parameters, as they are stored, are useless."""
+    if not all(torch.isfinite(parameter).all() for parameter in task.parameters):
+        return None
+    try:
+        return judge(task, optimum, seed)
+    except torch.linalg.LinAlgError:
+        return None
 
 
 def _held_out(validation: Any, batches: Batches) -> Batches:

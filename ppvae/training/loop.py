@@ -218,8 +218,8 @@ def train(
     """
     start, parameters = time.perf_counter(), engine.parameters
     made: Any = (optimizer or adam)(parameters, lr=learning_rate) if parameters else None
-    moves = not parameters or hasattr(made, "step")
-    expect(moves, "optimizer", "a function that returns an optimizer", made, TypeError)
+    fits = not parameters or all(hasattr(made, name) for name in ("step", "param_groups"))
+    expect(fits, "optimizer", "a function that returns an optimizer", made, TypeError)
     steps = Steps(engine, made)
     with undone_by_errors(parameters, engine.modules):
         run = _epochs(steps, epochs, ending, validate, patience)

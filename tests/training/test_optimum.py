@@ -770,6 +770,18 @@ def test_a_density_that_is_never_finite_is_said_and_nothing_is_moved():
     assert all(map(torch.equal, guide.parameters(), before))
 
 
+def test_an_optimum_that_single_precision_cannot_hold_is_said(single):
+    """Weights of 1e-30 have variances of 1e-60, which float32 takes for zero."""
+    X, y = noise(50, 2) * 1e30, noise(50)
+    regression = LinearRegression(2)
+    guide = FamilyGuide(regression, "low_rank")
+    words = (
+        r"out of reach of torch.float32: .* sizes .*e\+30: standardise .*; the parameters"
+    )
+    with traceless(guide, moved=False), pytest.raises(Diverged, match=words):
+        quiet(regression, guide, (X, y))
+
+
 def test_keyword_arguments_make_no_difference():
     """All data in one batch, the same optimum; tensors of one row per datum, and numbers."""
     X, y = columns()
