@@ -1,0 +1,84 @@
+"""The mode of a posterior and its curvature, and the ways down to it."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from global_latents import SCORES, columns, linear, noise, posterior, schools, two_modes
+
+from ppvae.programs.matched_normals import matched
+from ppvae.programs.potential import potential_of
+from ppvae.training.descent import lbfgs
+from ppvae.training.mode import gaussian_near
+
+
+def test_a_gaussian_posterior_is_its_own_neighbour():
+    X, y = columns()
+    X = X * torch.tensor([1.0, 1.0, 0.1, 10.0])
+    mean, precision, _ = posterior(X, y)
+    near = gaussian_near(potential_of(linear, (X, y)), seed=0)
+    covariance = near.factor @ near.factor.T
+    assert ((near.mean - mean).abs() * precision.diagonal().sqrt()).max() < 1e-6
+    scale = precision.inverse().diagonal().sqrt()
+    error = (covariance - precision.inverse()) / (scale[:, None] * scale)
+    assert error.abs().max() < 1e-6 and torch.equal(near.factor, near.factor.tril())
+    assert near.others == []
+
+
+def test_another_mode_that_is_met_is_told():
+    near = gaussian_near(potential_of(two_modes, (4 + noise(9),)), seed=0)
+    assert abs(min(near.others)) < 1e-9
+    assert abs(near.mean.item()) == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_funnel_has_a_usable_neighbour_though_it_has_no_mode():
+    """Its density has no bound at tau = 0: the Gaussian stands where its own draws have some."""
+    potential = potential_of(schools(centred=True), SCORES)
+    near = gaussian_near(potential, seed=0)
+    assert torch.isfinite(near.mean).all() and torch.isfinite(near.factor).all()
+    assert torch.equal(near.factor, near.factor.tril()) and (near.factor.diagonal() > 0).all()
+    states = near.mean + matched(40, potential.size, seed=1) @ near.factor.T
+    assert all(torch.isfinite(potential(state)) for state in states)
+    assert near.others == []
+
+
+def test_a_saddle_is_no_other_mode_and_units_make_no_difference():
+    """`w * w` has its mode on both sides, and a stationary point between that is none."""
+
+    def squared(x):
+        w = pyro.sample("w", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w * w, 1.0), obs=x)
+
+    near = gaussian_near(potential_of(squared, (torch.full((4,), 1.5),)), seed=0)
+    assert near.others == pytest.approx([0.0], abs=1e-8)
+
+    X = torch.cat([torch.full((30, 1), 0.01), 1e6 * noise(30, 1)], 1)
+
+    def regression(X):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1e3).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(X @ w, 1.0), obs=X[:, 1])
+
+    factor = gaussian_near(potential_of(regression, (X,)), seed=0).factor
+    precision = X.T @ X + 1e-6 * torch.eye(2)
+    torch.testing.assert_close(factor @ factor.T, precision.inverse(), rtol=1e-6, atol=0)
+
+
+def test_a_descent_turns_back_where_the_value_is_not_finite():
+    """Minus log minus x: nothing beyond zero. Each step is reported."""
+
+    def barrier(place):
+        inside = place.clamp_min(0)
+        value = (inside - inside.log()).sum()
+        return 1 - 1 / inside, value if (place > 0).all() else torch.tensor(math.nan)
+
+    way, values = [], []
+    told = {"steps": 100, "tolerance": 1e-9, "way": way.append, "values": values.append}
+    end = lbfgs(barrier, torch.tensor([5.0, 0.1]), **told)
+    assert torch.allclose(end, torch.ones(2), atol=1e-6)
+    assert len(way) == len(values) > 2 and values[-1] == pytest.approx(2.0)
+    assert torch.equal(way[-1], end) and not torch.equal(way[0], end)
+    assert len(lbfgs(barrier, torch.tensor([5.0]), steps=1, tolerance=0.0)) == 1
