@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear import diabetes
+from linear import Regression, diabetes
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from sklearn.linear_model import Lasso
@@ -26,16 +26,17 @@ from ppvae.regression import (
 )
 
 
-class Known:
+class Known(Regression):
     """Known noise 0.7 and weights N(0, 0.25 I): every optimum is known."""
 
     def __init__(self, name):
-        self.X, self.y = map(torch.as_tensor, diabetes())
-        if name == "unequal columns":
-            self.X = self.X * torch.logspace(-1, 1, 10)
-        if name == "badly scaled":  # condition of X'X about 1e12 from the scales alone
-            self.X = self.X[:, :4] * torch.logspace(-3, 3, 4)
-        self.model = LinearRegression(self.X.shape[1], weight=dist.Normal(0.0, 0.5), noise=0.7)
+        columns, units = {
+            "diabetes": (10, 1.0),
+            "unequal columns": (10, torch.logspace(-1, 1, 10)),
+            "badly scaled": (4, torch.logspace(-3, 3, 4)),  # X'X: of condition 1e12 from these
+        }[name]
+        super().__init__(columns=columns, units=units)
+        self.X, self.y = self.args
 
     def optimum(self, family):
         return closed_form.regression(self.X, self.y, 0.7, 0.5, families.LADDER[family])

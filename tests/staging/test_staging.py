@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, FAMILIES, cases
+from cases import CASES, LIKELIHOODS, cases
 from pairs import KINDS, Normed, branch, build, data, latents_and_data, traceless, written
 from pyro import poutine
 from pyro.distributions import constraints
@@ -17,7 +17,7 @@ from torch import nn
 from ppvae import VAE, FamilyGuide, NotStageable, families, likelihoods, stage
 from ppvae._scopes import private_modules
 from ppvae.nn import conv_decoder, conv_encoder, mlp
-from ppvae.objectives import ELBO, negative_elbo
+from ppvae.objectives import negative_elbo
 from ppvae.staging.gradients import Gradients
 
 N = 10  # rows of `data()`
@@ -76,51 +76,17 @@ def latent_guide(encoder=None, model=latents_and_data):
 # ------------------------------------------------------------- models, families, likelihoods
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        *((name, "mean_scale") for name in CASES),
-        *((name, "full_rank") for name in ("positive", "steps inside", "hierarchy")),
-        # noise that is no normal, draws of the model, a factor of another shape
-        *[("regression", "student_t"), ("simplex", "noise_only"), ("hierarchy", "low_rank")],
-    ],
-)
-def test_every_model_gives_the_loss_and_the_gradients_of_the_program(name, family):
+def site(name, family="mean_scale"):
     case = cases()[name]
-    guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
-    hold(case.model, guide, case.args)
+    return case.model, FamilyGuide(case.model, KINDS[family], case.encoder), case.args
 
 
-LIKELIHOODS = {
-    "Bernoulli": likelihoods.Bernoulli,
-    "Poisson": likelihoods.Poisson,
-    "fixed scale": lambda: likelihoods.Normal(0.5),
-    "learned scale": lambda: likelihoods.Normal(torch.ones(3), learned=True),
-}
+def autoencoder(family):
+    return *build(family), (data(),), (data(3),), (data(1),)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.float32) for name in LIKELIHOODS), ("Poisson", torch.float64)],
-)
-def test_every_likelihood_in_both_precisions_and_at_every_batch_size(name, dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        model, guide = build(likelihood=LIKELIHOODS[name]())
-        x = (data(dtype=dtype) > 0).to(dtype)
-        staged = hold(model, guide, (x,), (x[:4],), (x[:2],), (x[:1],), (torch.cat([x, x]),))
-        assert staged(x).dtype == dtype
-    finally:
-        torch.set_default_dtype(torch.float64)
-
-
-@pytest.mark.parametrize("family", [name for name in KINDS if name != "big_flow"])
-def test_an_autoencoder_with_every_family(family):
-    model, guide = build(family)
-    hold(model, guide, (data(),), (data(3),), (data(1),))
-
-
-def single():
+def single_in_double():
+    """Under a default of double."""
     model, guide = build()
     x = data(dtype=torch.float32)
     return model.float(), guide.float(), (x,), (x[:3],)
@@ -156,19 +122,31 @@ def numbered():
     return model, latent_guide(), (data(),), (data() + 1.0,), (data(3),)
 
 
-@pytest.mark.parametrize(
-    ("programs", "options"),
-    [
-        (single, {"objective": ELBO(beta=2.0)}),  # under a default of double
-        (convolutions, {}),
-        (checked, {}),
-        (lambda: autoguide(AutoNormal), {}),
-        (lambda: autoguide(AutoDiagonalNormal), {}),
-        (numbered, {}),
-    ],
-)
-def test_programs_of_every_sort(programs, options):
-    hold(*programs(), **options)
+PROGRAMS = {
+    **{name: partial(site, name) for name in CASES},
+    **{f"joint {name}": partial(site, name, "full_rank") for name in ("positive", "steps inside")},
+    # noise that is no normal, draws of the model, a factor of another shape
+    "gammas": partial(site, "regression", "student_t"),
+    "of the model": partial(site, "simplex", "noise_only"),
+    "factor": partial(site, "hierarchy", "low_rank"),
+    **{name: partial(autoencoder, name) for name in KINDS if name != "big_flow"},
+    "AutoNormal": partial(autoguide, AutoNormal),
+    "AutoDiagonalNormal": partial(autoguide, AutoDiagonalNormal),
+    **{make.__name__: make for make in (single_in_double, convolutions, checked, numbered)},
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_has_its_loss_and_its_gradients(name):
+    hold(*PROGRAMS[name]())
+
+
+@pytest.mark.parametrize("name", [name for name in LIKELIHOODS if name != "per feature"])
+def test_every_likelihood_in_single_precision_and_at_every_batch_size(name, single):
+    model, guide = build(likelihood=LIKELIHOODS[name].make())
+    x = (data(dtype=torch.float32) > 0).float()
+    staged = hold(model, guide, (x,), (x[:4],), (x[:2],), (x[:1],), (torch.cat([x, x]),))
+    assert staged(x).dtype == torch.float32
 
 
 def test_pyros_modules_with_constrained_parameters_and_random_weights():
