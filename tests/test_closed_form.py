@@ -195,9 +195,9 @@ def learn(values, name, latent):
         return -found.objective.mean().item()
 
     place = [*(0.5 + values[:latent].sqrt()).tolist(), -0.5]
-    options = {"fatol": 1e-14, "xatol": 1e-9, "maxiter": 4000, "maxfev": 4000}
+    options = {"fatol": 1e-10, "xatol": 1e-6, "maxiter": 4000, "maxfev": 4000}
     best, before = None, math.inf
-    while best is None or best.fun < before - 1e-12:  # from where it stopped
+    while best is None or best.fun < before - 1e-9:  # from where it stopped
         before = before if best is None else best.fun
         best = optimize.minimize(loss, place, method="Nelder-Mead", options=options)
         place = best.x

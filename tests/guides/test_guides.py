@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES, DENSITIES, FAMILIES, cases
+from linear import local
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList
@@ -106,27 +107,28 @@ def test_log_density_is_that_of_the_head_less_the_log_determinant(family, case):
 
 @FAMILY
 @CASE
-@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
-def test_plain_pyro_trains_and_predicts(family, case, objective, plain_pyro):
+def test_plain_pyro_trains_and_predicts(family, case, plain_pyro):
     case, guide = build(family, case)
-    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    steps(case.model, guide, *case.args, objective=objective)
-    moved = {n for n, p in guide.named_parameters() if not torch.equal(p, before[n])}
-    assert {name for name in before if name.startswith("heads")} <= moved
+    # the networks of a flow move in the second step only, as they end in zeros to begin with
+    for objective, number in ((Trace_ELBO, 2), (TraceMeanField_ELBO, 1)):
+        before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+        steps(case.model, guide, *case.args, objective=objective, number=number)
+        moved = {n for n, p in guide.named_parameters() if not torch.equal(p, before[n])}
+        assert {name for name in before if name.startswith("heads")} <= moved
     draws = Predictive(case.model, guide=guide, num_samples=3)(*case.args)
     assert draws[next(iter(case.latents))].shape[0] == 3
 
 
 @pytest.mark.parametrize("family", list(DENSITIES))
 def test_both_objectives_of_pyro_agree_in_the_mean(family, plain_pyro):
-    """Analytic KL must not forget the log-determinant: 5 standard errors of 100 differences."""
+    """Analytic KL must not forget the log-determinant: 5 standard errors of 30 differences."""
     case, guide = build(family, "simplex")
     objectives = [TraceMeanField_ELBO(), Trace_ELBO()]
     values = torch.tensor(
-        [[o.loss(case.model, guide, *case.args) for o in objectives] for _ in range(100)]
+        [[o.loss(case.model, guide, *case.args) for o in objectives] for _ in range(30)]
     )
     difference = values[:, 0] - values[:, 1]
-    assert difference.mean().abs() < 5 * difference.std() / 100**0.5 + 1e-9
+    assert difference.mean().abs() < 5 * difference.std() / 30**0.5 + 1e-9
 
 
 SEVERAL = ["one vector", "one scalar", "positive", "left of pixels", "regression", "hierarchy"]
@@ -281,13 +283,6 @@ def test_rows_that_the_model_was_told_meet_their_features(rows):
     assert guide_trace.nodes["z"]["scale"] == model_trace.nodes["z"]["scale"]
 
 
-def test_an_encoder_of_the_rows_that_the_model_was_told_sees_no_others():
-    case, guide = build("mean_scale", "told rows")
-    model_trace, guide_trace = traces(case.model, guide, *case.args)
-    assert torch.equal(model_trace.nodes["data"]["value"], case.args[1])
-    assert guide_trace.nodes["z"]["scale"] == model_trace.nodes["z"]["scale"] == 4
-
-
 def test_batches_and_own_subsamples_may_have_any_size(plain_pyro):
     case, guide = build("mean_scale", "one vector")
     for size in (2, 11):
@@ -384,11 +379,8 @@ def test_families_over_another_support(plain_pyro):
 
 
 def test_student_t_trains_on_positive_latents(plain_pyro):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
-
+    prior = dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1)
+    model = local(prior, lambda z: dist.Normal(z, 0.1).to_event(1))
     steps(model, FamilyGuide(model, "student_t", mlp(3, 16)), torch.randn(200, 3), number=100)
 
 
@@ -424,22 +416,17 @@ BAD = {
     "latent sites, got none": (_model(None), "mean_scale", mlp(3, 4)),
     "one, since .* is subsampled": (cases()["own rows"].model, "mean_scale", None),
     "model: expected a vectorized plate .* 'z0'": (_sequential, "mean_scale", None),
+    "family: expected a guide family": (ONE, "bayes", None),
+    "encoder: expected a torch.nn.Module, got 3": (ONE, "mean_scale", 3),
 }
 
 
 @pytest.mark.parametrize("message", list(BAD))
 def test_bad_input(message):
     model, family, encoder = BAD[message]
-    encoder = None if encoder is None else encoder.double()
-    with pytest.raises(ValueError, match=message):
+    encoder = encoder.double() if isinstance(encoder, nn.Module) else encoder
+    with pytest.raises((ValueError, TypeError), match=message):
         FamilyGuide(model, family, encoder).setup(torch.randn(6, 3))
-
-
-def test_what_is_no_family_or_no_encoder():
-    with pytest.raises(TypeError, match="family: expected a guide family"):
-        FamilyGuide(ONE, "bayes")
-    with pytest.raises(TypeError, match="encoder: expected a torch.nn.Module, got 3"):
-        FamilyGuide(ONE, "mean_scale", 3)
 
 
 def test_a_plate_that_is_named_decides():
