@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, DENSITIES, FAMILIES, cases
+from cases import CASES, DENSITIES, FAMILIES, Own, cases
 from linear import local
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
@@ -16,10 +16,10 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 from torch.distributions import biject_to
 
-from ppvae import VAE, Family, FamilyGuide, HeavyTails, evaluate, families, fit, likelihoods
+from ppvae import VAE, Family, FamilyGuide, HeavyTails, families, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.runs import trace_pair
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 CASE = pytest.mark.parametrize("case", CASES)
@@ -32,9 +32,9 @@ def build(family, case):
     return case, guide.setup(*case.args)
 
 
-def traces(model, guide, *args, draws=None):
+def traces(model, guide, *args):
     with private_modules():
-        pair = trace_pair(model, guide, *args, draws=draws)
+        pair = trace_pair(model, guide, *args)
     for trace in pair:
         trace.compute_log_prob()
     return pair
@@ -131,24 +131,6 @@ def test_both_objectives_of_pyro_agree_in_the_mean(family, plain_pyro):
     assert difference.mean().abs() < 5 * difference.std() / 30**0.5 + 1e-9
 
 
-SEVERAL = ["one vector", "one scalar", "positive", "left of pixels", "regression", "hierarchy"]
-
-
-@FAMILY
-@pytest.mark.parametrize("case", SEVERAL)
-def test_draws_in_a_plate_are_like_single_ones(family, case):
-    case, guide = build(family, case)
-    with private_modules():
-        plate = draws_plate(case.model, *case.args, draws=5)
-    _, guide_trace = traces(case.model, guide, *case.args, draws=plate)
-    for name, shape in case.latents.items():
-        value = guide_trace.nodes[name]["value"]
-        assert value.shape[value.dim() - len(shape) :] == shape
-        if family not in ("deterministic", "zero"):  # a latent without plates is set apart by ones
-            assert value.shape == (5, *[1] * (value.dim() - 1 - len(shape)), *shape)
-            assert not torch.equal(value[0], value[1])
-
-
 @FAMILY
 @CASE
 def test_a_guide_built_anew_loads_before_its_first_call(family, case, tmp_path):
@@ -220,35 +202,11 @@ def test_setup_uses_up_no_random_numbers_of_the_model_and_changes_no_buffer():
     assert encoder.training
 
 
-class _Own:
-    """A family that is no `GuideFamily`, and does not say its support."""
-
-    channels, joint, name = ("loc",), False, "own"
-
-    def __init__(self, kind):
-        self.kind, self.asked = kind, []
-
-    def head(self, features, shape):
-        self.asked.append(features)
-        return _OwnHead(self.kind, features or 1, shape)
-
-
-class _OwnHead(nn.Module):
-    def __init__(self, kind, features, shape):
-        super().__init__()
-        self.kind, self.shape = kind, shape
-        self.net = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, shape.numel()))
-
-    def forward(self, features):
-        features = torch.ones(2, 1) if features is None else features
-        return self.kind(self.net(features).reshape(*features.shape[:-1], *self.shape))
-
-
 @pytest.mark.parametrize("kind", [lambda loc: loc, lambda loc: dist.Laplace(loc, 0.1)])
 @pytest.mark.parametrize("case", ["one vector", "positive", "steps inside"])
 def test_any_object_with_the_attributes_is_a_family(case, kind, plain_pyro):
     """Without a `support` a head for each site is asked for it; a tensor is a point."""
-    case, family = cases()[case], _Own(kind)
+    case, family = cases()[case], Own(kind)
     guide = FamilyGuide(case.model, family, case.encoder).setup(*case.args)
     assert family.asked == [None] * len(case.latents) + [8] * len(case.latents)
     assert all(head.net[0].num_batches_tracked == 0 for head in guide.heads.values())
@@ -302,14 +260,6 @@ def _steps_and_rows(x):
     with pyro.plate("steps", 2, dim=-2), pyro.plate("rows", len(x), dim=-1):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 0.5), obs=x.T)
-
-
-def test_guide_fit_and_evaluate_find_the_same_plate(plain_pyro):
-    x = torch.randn(5, 2)
-    guide = FamilyGuide(_steps_and_rows, "mean_scale", mlp(2, 8))
-    fit(_steps_and_rows, guide, x, num_epochs=2, batch_size=3, progress=False)
-    assert evaluate(_steps_and_rows, guide, x, num_samples=4, progress=False).sizes["datum"] == 5
-    assert guide(x)["z"].shape == (2, 5)
 
 
 def _local_global(x):
