@@ -176,7 +176,8 @@ TOLD = {"num_epochs": 30, "learning_rate": 0.02, "progress": False}
 def test_a_fit_to_a_raw_table_is_the_fit_to_the_standardised_one(way, monkeypatch):
     """The density changes by a constant, the log of the scales; all else is the same but rounding.
 
-    Thirty steps of Adam multiply a difference in the last place by far less than 1e6.
+    Thirty steps of Adam multiply a difference in the last place by far less than 1e6. What would
+    be compiled is what is staged.
     """
     monkeypatch.setattr("ppvae.training.single.STAGE", 1 if way == "staged" else 1000)
     x = table()
@@ -185,7 +186,7 @@ def test_a_fit_to_a_raw_table_is_the_fit_to_the_standardised_one(way, monkeypatc
     raw, plain = pair(True), pair(False)
     fixed = [(m, n) for p in raw for m, n in p.named_buffers()]
     before = [value.clone() for _, value in fixed]
-    ran = fit(*plain, layer(x), seed=1, compile=False, **TOLD)  # what is compiled is what is staged
+    ran = fit(*plain, layer(x), seed=1, compile=False, **TOLD)
     if way == "replicates":
         two = [raw, pair(True, 1)]
         result = fit_replicates(two, x, seeds=[1, 2], **TOLD)[0]
