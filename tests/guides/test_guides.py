@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 from ppvae import VAE, Family, FamilyGuide, HeavyTails, families, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
-from ppvae.programs.runs import trace_pair
+from ppvae.programs.runs import draws_plate, trace_pair
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 CASE = pytest.mark.parametrize("case", CASES)
@@ -32,9 +32,9 @@ def build(family, case):
     return case, guide.setup(*case.args)
 
 
-def traces(model, guide, *args):
+def traces(model, guide, *args, draws=None):
     with private_modules():
-        pair = trace_pair(model, guide, *args)
+        pair = trace_pair(model, guide, *args, draws=draws)
     for trace in pair:
         trace.compute_log_prob()
     return pair
@@ -129,6 +129,24 @@ def test_both_objectives_of_pyro_agree_in_the_mean(family, plain_pyro):
     )
     difference = values[:, 0] - values[:, 1]
     assert difference.mean().abs() < 5 * difference.std() / 30**0.5 + 1e-9
+
+
+SEVERAL = ["one vector", "one scalar", "positive", "left of pixels", "regression", "hierarchy"]
+
+
+@FAMILY
+@pytest.mark.parametrize("case", SEVERAL)
+def test_draws_in_a_plate_are_like_single_ones(family, case):
+    case, guide = build(family, case)
+    with private_modules():
+        plate = draws_plate(case.model, *case.args, draws=5)
+    _, guide_trace = traces(case.model, guide, *case.args, draws=plate)
+    for name, shape in case.latents.items():
+        value = guide_trace.nodes[name]["value"]
+        assert value.shape[value.dim() - len(shape) :] == shape
+        if family not in ("deterministic", "zero"):  # a latent without plates is set apart by ones
+            assert value.shape == (5, *[1] * (value.dim() - 1 - len(shape)), *shape)
+            assert not torch.equal(value[0], value[1])
 
 
 @FAMILY

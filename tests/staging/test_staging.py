@@ -17,7 +17,7 @@ from torch import nn
 from ppvae import VAE, FamilyGuide, NotStageable, families, likelihoods, stage
 from ppvae._scopes import private_modules
 from ppvae.nn import conv_decoder, conv_encoder, mlp
-from ppvae.objectives import negative_elbo
+from ppvae.objectives import ELBO, negative_elbo
 
 N = 10  # rows of `data()`
 
@@ -196,6 +196,12 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_program_has_its_loss_and_its_gradients(name):
     hold(*PROGRAMS[name]())
+
+
+@pytest.mark.parametrize("options", [{"size": 1000}, {"objective": ELBO(beta=2.0)}])
+def test_a_graph_is_of_the_number_of_data_and_of_the_objective_that_it_was_made_with(options):
+    model, guide, args = site("regression")
+    hold(model, guide, args, tuple(arg[:4] for arg in args), **options)
 
 
 @pytest.mark.parametrize("name", [name for name in LIKELIHOODS if name != "per feature"])

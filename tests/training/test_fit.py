@@ -1,5 +1,6 @@
 """Training reaches known optima, reports honestly, goes back after errors, and refuses the rest."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,7 +8,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import cases
 from linear import local
 from pairs import NanSlope, Normed, build, data, function, made, same, traceless, values
 from torch import nn
@@ -279,18 +279,10 @@ def test_gammas_have_the_distribution_of_a_run():
         assert 0.5 < np.std(result.losses) / np.std(single) < 2.0
 
 
-def dropped():
-    return build(encoder=nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)))
-
-
-def gammas():
-    case = cases()["positive"]
-    return case.model, FamilyGuide(case.model, families.student_t, encoder=case.encoder)
-
-
-@pytest.mark.parametrize("build_one", [dropped, gammas])
-def test_noise_of_every_kind_is_trained_with_and_differs_between_replicates(build_one):
-    pairs = [made(build_one)[0] for _ in range(2)]
+def test_dropout_is_trained_with_and_differs_between_replicates():
+    """As do Gammas, above."""
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    pairs = [made(lambda: build(encoder=copy.deepcopy(encoder)))[0] for _ in range(2)]
     with traceless(*pairs[0], *pairs[1]):
         one, two = run(fit_replicates, pairs, data(), num_epochs=3, learning_rate=0.01)
     assert one.execution == two.execution == "staged"
