@@ -290,6 +290,14 @@ def test_a_refit_cannot_train_the_model():
     assert linear.model.decoder.weight.requires_grad and found.sizes["latent"] == 6
 
 
+def test_with_a_refit_the_information_is_that_of_all_the_data():
+    linear = build(3)
+    options = {"num_simulations": 60, "num_samples": 9, "refit": lambda *args: None, **QUIET}
+    found = calibration(linear.model, linear.exact(), linear.x, **options)
+    exact = 3 * linear.information(linear.P.inverse())
+    assert within(found.information, exact, found.information_se) and exact > 1
+
+
 def _global(x):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 12, subsample=torch.arange(len(x))):
