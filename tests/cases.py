@@ -225,6 +225,30 @@ def cases() -> dict[str, Case]:
 CASES = list(cases())
 
 
+class Own:
+    """A family that is no `GuideFamily`, and does not say its support; `kind` is made of a mean."""
+
+    channels, joint, name = ("loc",), False, "own"
+
+    def __init__(self, kind):
+        self.kind, self.asked = kind, []
+
+    def head(self, features, shape):
+        self.asked.append(features)
+        return OwnHead(self.kind, features or 1, shape)
+
+
+class OwnHead(nn.Module):
+    def __init__(self, kind, features, shape):
+        super().__init__()
+        self.kind, self.shape = kind, shape
+        self.net = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, shape.numel()))
+
+    def forward(self, features):
+        features = torch.ones(2, 1) if features is None else features
+        return self.kind(self.net(features).reshape(*features.shape[:-1], *self.shape))
+
+
 def world():
     """What belongs to the process and not to a call."""
     return [

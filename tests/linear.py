@@ -8,6 +8,7 @@ from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
 from ppvae.nn import mlp
+from ppvae.regression import LinearRegression
 
 
 def diabetes(rows=442, columns=10):
@@ -90,6 +91,36 @@ class Linear:
         """E log q(z*|x) - log p(z*) of N(mean, covariance): I(x;z) less KL(posterior || q)."""
         inside = torch.linalg.solve(covariance, self.P.inverse()).trace()
         return 0.5 * (self.latents - inside - covariance.logdet()).item()
+
+
+class Regression:
+    """The diabetes data with noise 0.7 and weights N(0, 0.25 I), of which the posterior is known.
+
+    `P` is its precision. Columns may be multiplied by `units`.
+    """
+
+    def __init__(self, rows=442, columns=10, units=1.0):
+        X, y = map(torch.as_tensor, diabetes(rows, columns))
+        self.args, one = (X * units, y), torch.eye(columns)
+        self.priors = {"weight": dist.Normal(0.0, 0.5), "noise": 0.7}
+        self.model = LinearRegression(columns, **self.priors)
+        self.P = self.args[0].T @ self.args[0] / 0.49 + one / 0.25
+        self.factor = torch.linalg.cholesky(self.P.inverse())
+
+    def mean(self, X, y):
+        return torch.linalg.solve(self.P, X.T @ y) / 0.49
+
+    def guide(self, family):
+        """Of the family, mean_scale or full_rank, the best member."""
+        guide = FamilyGuide(self.model, family).setup(*self.args)
+        head, size = guide.heads["weight"], len(self.P)
+        head.loc.raw.data = self.mean(*self.args)
+        if family is families.full_rank:
+            logs = torch.where(torch.eye(size) > 0, self.factor.abs().log(), self.factor)
+            head.scale_tril.raw.data = logs[tuple(torch.tril_indices(size, size))]
+        else:
+            head.scale.raw.data = self.P.diagonal().rsqrt().log()
+        return guide
 
 
 def local(prior, observe):

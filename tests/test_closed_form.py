@@ -195,9 +195,9 @@ def learn(values, name, latent):
         return -found.objective.mean().item()
 
     place = [*(0.5 + values[:latent].sqrt()).tolist(), -0.5]
-    options = {"fatol": 1e-14, "xatol": 1e-9, "maxiter": 4000, "maxfev": 4000}
+    options = {"fatol": 1e-10, "xatol": 1e-6, "maxiter": 4000, "maxfev": 4000}
     best, before = None, math.inf
-    while best is None or best.fun < before - 1e-12:  # from where it stopped
+    while best is None or best.fun < before - 1e-9:  # from where it stopped
         before = before if best is None else best.fun
         best = optimize.minimize(loss, place, method="Nelder-Mead", options=options)
         place = best.x
@@ -210,6 +210,7 @@ APART = [9.0, 4.0, 2.0, 0.5, 0.2]
 SPECTRA = [APART, [18.0, 0.2, 0.18, 0.16, 0.14], [2.0] * 5, [9.0, *[1.0] * 4], [4.0, 2, 1, 0, 0]]
 LEARNED = [(name, values, 2) for name in FREE for values in SPECTRA]
 LEARNED += [(name, APART, 4) for name in FREE]
+LEARNED += [("mean_only", [0.09, 0.04, 0.02, 0.005, 0.002], 2)]  # a variance is no deviation
 LEARNED += [(name, APART, latent) for name in ("noise_only", "mean_only") for latent in (5, 7)]
 
 

@@ -29,7 +29,7 @@ from ppvae import (
 from ppvae.comparison import compare_families, crossed_interval, still_to_come, with_steps
 from ppvae.training.course import last_fall
 
-QUICK = {"progress": False, "num_samples": 600}
+QUICK = {"progress": False, "num_samples": 600, "num_seeds": 2}
 
 
 def slowing(epochs, first, last):
@@ -69,7 +69,7 @@ def verdicts(found):
 
 
 def test_linear_gaussian_data_want_one_shared_scale_and_no_more():
-    """Two equal eigenvalues: shared_scale, mean_scale and full_rank have one and the same optimum.
+    """Two equal eigenvalues: shared_scale and full_rank have one and the same optimum.
 
     mean_only pays `sum(r - 1 - ln r)` above it at equal noise, and takes another noise. The data
     are given, so that the gain is off by the training and by the draws only. 120,000 draws, with a
@@ -82,10 +82,9 @@ def test_linear_gaussian_data_want_one_shared_scale_and_no_more():
         model = VAE(nn.Linear(2, 5), 2, likelihoods.Normal(0.4, learned=True))
         return model, nn.Linear(5, 32)
 
-    names = ["mean_only", "shared_scale", "mean_scale", "full_rank"]
-    options = slowing(200, 0.05, 0.01) | QUICK | {"num_seeds": 2}
-    found = compare_families(build, names, x.repeat(10, 1), x, **options)
-    assert verdicts(found) == ["", "yes", "no", "no"], f"\n{found}"
+    names, options = ["mean_only", "shared_scale", "full_rank"], slowing(200, 0.05, 0.01)
+    found = compare_families(build, names, x.repeat(10, 1), x, **options, **QUICK)
+    assert verdicts(found) == ["", "yes", "no"], f"\n{found}"
     best = [closed_form.learned_decoder(x, 2, families.LADDER[name]).objective for name in names]
     assert max(best[1:]) - min(best[1:]) < 1e-9 and best[1] - best[0] > 0.8
     assert float(found.dataset.gain[1]) == pytest.approx(best[1] - best[0], abs=0.05)
@@ -97,8 +96,8 @@ def test_no_third_channel_where_the_posterior_is_mean_field():
     frozen = Frozen(torch.linalg.qr(torch.randn(4, 2))[0], 0.8)
     assert abs(frozen.gap(torch.diag(frozen.best_sd**2))) < 1e-9
     names = ["mean_scale", "student_t", "flow"]
-    options = slowing(60, 0.02, 0.002)
-    found = compare_families(frozen, names, frozen.x, frozen.test, **options, **QUICK)
+    options = slowing(60, 0.02, 0.002) | QUICK | {"num_seeds": 3}
+    found = compare_families(frozen, names, frozen.x, frozen.test, **options)
     assert verdicts(found) == ["", "no", "no"], f"\n{found}"
 
 
@@ -117,7 +116,7 @@ def test_a_correlated_posterior_wants_full_rank():
     more = found.dataset.seconds.median("seed").diff("family").item()
     per_second = float(step.gain) / more if more > 0 else math.nan
     assert float(step.gain_per_second) == pytest.approx(per_second, nan_ok=True)
-    assert len(frozen.models) == 6
+    assert len(frozen.models) == 4
     assert all(torch.equal(model.decoder.weight, frozen.W) for model in frozen.models)
 
 

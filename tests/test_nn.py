@@ -10,9 +10,6 @@ from torch import nn
 from ppvae import VAE, FamilyGuide, families, fit, fit_replicates, likelihoods, stage
 from ppvae.nn import Affine, Expm1, Log1p, Standardize, mlp
 
-#: torch, on itself, while it compiles
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
-
 SIZES = torch.tensor([1.0, 1e3, 1e6])
 
 
@@ -175,11 +172,12 @@ def encodings(guide, x):
 TOLD = {"num_epochs": 30, "learning_rate": 0.02, "progress": False}
 
 
-@pytest.mark.parametrize("way", ["eager", "staged", "compiled", "replicates"])
+@pytest.mark.parametrize("way", ["eager", "staged", "replicates"])
 def test_a_fit_to_a_raw_table_is_the_fit_to_the_standardised_one(way, monkeypatch):
     """The density changes by a constant, the log of the scales; all else is the same but rounding.
 
-    Thirty steps of Adam multiply a difference in the last place by far less than 1e6.
+    Thirty steps of Adam multiply a difference in the last place by far less than 1e6. What would
+    be compiled is what is staged.
     """
     monkeypatch.setattr("ppvae.training.single.STAGE", 1 if way == "staged" else 1000)
     x = table()
@@ -193,7 +191,7 @@ def test_a_fit_to_a_raw_table_is_the_fit_to_the_standardised_one(way, monkeypatc
         two = [raw, pair(True, 1)]
         result = fit_replicates(two, x, seeds=[1, 2], **TOLD)[0]
     else:
-        result = fit(*raw, x, seed=1, compile=True if way == "compiled" else "auto", **TOLD)
+        result = fit(*raw, x, seed=1, **TOLD)
     assert result.execution == {"replicates": "staged"}.get(way, way)
     assert result.losses == pytest.approx([loss + shift for loss in ran.losses], rel=1e-9)
     assert torch.allclose(encodings(raw[1], x), encodings(plain[1], layer(x)), atol=1e-9)

@@ -1,6 +1,6 @@
 """The benchmark, with tiny sizes: the same work for all, and numbers that fit together.
 
-What it compiles is left out: `test_staging` holds that against the program.
+What it compiles is left out: `test_contract` holds that against the program.
 """
 
 import argparse

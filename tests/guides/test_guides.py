@@ -8,14 +8,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, DENSITIES, FAMILIES, cases
+from cases import CASES, DENSITIES, FAMILIES, Own, cases
+from linear import local
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 from torch.distributions import biject_to
 
-from ppvae import VAE, Family, FamilyGuide, HeavyTails, evaluate, families, fit, likelihoods
+from ppvae import VAE, Family, FamilyGuide, HeavyTails, families, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.programs.runs import draws_plate, trace_pair
@@ -106,27 +107,28 @@ def test_log_density_is_that_of_the_head_less_the_log_determinant(family, case):
 
 @FAMILY
 @CASE
-@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
-def test_plain_pyro_trains_and_predicts(family, case, objective, plain_pyro):
+def test_plain_pyro_trains_and_predicts(family, case, plain_pyro):
     case, guide = build(family, case)
-    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    steps(case.model, guide, *case.args, objective=objective)
-    moved = {n for n, p in guide.named_parameters() if not torch.equal(p, before[n])}
-    assert {name for name in before if name.startswith("heads")} <= moved
+    # the networks of a flow move in the second step only, as they end in zeros to begin with
+    for objective, number in ((Trace_ELBO, 2), (TraceMeanField_ELBO, 1)):
+        before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+        steps(case.model, guide, *case.args, objective=objective, number=number)
+        moved = {n for n, p in guide.named_parameters() if not torch.equal(p, before[n])}
+        assert {name for name in before if name.startswith("heads")} <= moved
     draws = Predictive(case.model, guide=guide, num_samples=3)(*case.args)
     assert draws[next(iter(case.latents))].shape[0] == 3
 
 
 @pytest.mark.parametrize("family", list(DENSITIES))
 def test_both_objectives_of_pyro_agree_in_the_mean(family, plain_pyro):
-    """Analytic KL must not forget the log-determinant: 5 standard errors of 100 differences."""
+    """Analytic KL must not forget the log-determinant: 5 standard errors of 30 differences."""
     case, guide = build(family, "simplex")
     objectives = [TraceMeanField_ELBO(), Trace_ELBO()]
     values = torch.tensor(
-        [[o.loss(case.model, guide, *case.args) for o in objectives] for _ in range(100)]
+        [[o.loss(case.model, guide, *case.args) for o in objectives] for _ in range(30)]
     )
     difference = values[:, 0] - values[:, 1]
-    assert difference.mean().abs() < 5 * difference.std() / 100**0.5 + 1e-9
+    assert difference.mean().abs() < 5 * difference.std() / 30**0.5 + 1e-9
 
 
 SEVERAL = ["one vector", "one scalar", "positive", "left of pixels", "regression", "hierarchy"]
@@ -218,35 +220,11 @@ def test_setup_uses_up_no_random_numbers_of_the_model_and_changes_no_buffer():
     assert encoder.training
 
 
-class _Own:
-    """A family that is no `GuideFamily`, and does not say its support."""
-
-    channels, joint, name = ("loc",), False, "own"
-
-    def __init__(self, kind):
-        self.kind, self.asked = kind, []
-
-    def head(self, features, shape):
-        self.asked.append(features)
-        return _OwnHead(self.kind, features or 1, shape)
-
-
-class _OwnHead(nn.Module):
-    def __init__(self, kind, features, shape):
-        super().__init__()
-        self.kind, self.shape = kind, shape
-        self.net = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, shape.numel()))
-
-    def forward(self, features):
-        features = torch.ones(2, 1) if features is None else features
-        return self.kind(self.net(features).reshape(*features.shape[:-1], *self.shape))
-
-
 @pytest.mark.parametrize("kind", [lambda loc: loc, lambda loc: dist.Laplace(loc, 0.1)])
 @pytest.mark.parametrize("case", ["one vector", "positive", "steps inside"])
 def test_any_object_with_the_attributes_is_a_family(case, kind, plain_pyro):
     """Without a `support` a head for each site is asked for it; a tensor is a point."""
-    case, family = cases()[case], _Own(kind)
+    case, family = cases()[case], Own(kind)
     guide = FamilyGuide(case.model, family, case.encoder).setup(*case.args)
     assert family.asked == [None] * len(case.latents) + [8] * len(case.latents)
     assert all(head.net[0].num_batches_tracked == 0 for head in guide.heads.values())
@@ -281,13 +259,6 @@ def test_rows_that_the_model_was_told_meet_their_features(rows):
     assert guide_trace.nodes["z"]["scale"] == model_trace.nodes["z"]["scale"]
 
 
-def test_an_encoder_of_the_rows_that_the_model_was_told_sees_no_others():
-    case, guide = build("mean_scale", "told rows")
-    model_trace, guide_trace = traces(case.model, guide, *case.args)
-    assert torch.equal(model_trace.nodes["data"]["value"], case.args[1])
-    assert guide_trace.nodes["z"]["scale"] == model_trace.nodes["z"]["scale"] == 4
-
-
 def test_batches_and_own_subsamples_may_have_any_size(plain_pyro):
     case, guide = build("mean_scale", "one vector")
     for size in (2, 11):
@@ -307,14 +278,6 @@ def _steps_and_rows(x):
     with pyro.plate("steps", 2, dim=-2), pyro.plate("rows", len(x), dim=-1):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 0.5), obs=x.T)
-
-
-def test_guide_fit_and_evaluate_find_the_same_plate(plain_pyro):
-    x = torch.randn(5, 2)
-    guide = FamilyGuide(_steps_and_rows, "mean_scale", mlp(2, 8))
-    fit(_steps_and_rows, guide, x, num_epochs=2, batch_size=3, progress=False)
-    assert evaluate(_steps_and_rows, guide, x, num_samples=4, progress=False).sizes["datum"] == 5
-    assert guide(x)["z"].shape == (2, 5)
 
 
 def _local_global(x):
@@ -384,11 +347,8 @@ def test_families_over_another_support(plain_pyro):
 
 
 def test_student_t_trains_on_positive_latents(plain_pyro):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
-
+    prior = dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1)
+    model = local(prior, lambda z: dist.Normal(z, 0.1).to_event(1))
     steps(model, FamilyGuide(model, "student_t", mlp(3, 16)), torch.randn(200, 3), number=100)
 
 
@@ -424,22 +384,17 @@ BAD = {
     "latent sites, got none": (_model(None), "mean_scale", mlp(3, 4)),
     "one, since .* is subsampled": (cases()["own rows"].model, "mean_scale", None),
     "model: expected a vectorized plate .* 'z0'": (_sequential, "mean_scale", None),
+    "family: expected a guide family": (ONE, "bayes", None),
+    "encoder: expected a torch.nn.Module, got 3": (ONE, "mean_scale", 3),
 }
 
 
 @pytest.mark.parametrize("message", list(BAD))
 def test_bad_input(message):
     model, family, encoder = BAD[message]
-    encoder = None if encoder is None else encoder.double()
-    with pytest.raises(ValueError, match=message):
+    encoder = encoder.double() if isinstance(encoder, nn.Module) else encoder
+    with pytest.raises((ValueError, TypeError), match=message):
         FamilyGuide(model, family, encoder).setup(torch.randn(6, 3))
-
-
-def test_what_is_no_family_or_no_encoder():
-    with pytest.raises(TypeError, match="family: expected a guide family"):
-        FamilyGuide(ONE, "bayes")
-    with pytest.raises(TypeError, match="encoder: expected a torch.nn.Module, got 3"):
-        FamilyGuide(ONE, "mean_scale", 3)
 
 
 def test_a_plate_that_is_named_decides():

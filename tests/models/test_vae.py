@@ -1,6 +1,7 @@
 """The model, what it may say of itself, its priors and likelihoods, and the networks."""
 
 import math
+from itertools import product
 
 import pyro.distributions as dist
 import pytest
@@ -15,11 +16,13 @@ from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.priors import as_prior
 from ppvae.programs.runs import trace_pair
 
+#: priors with all families under one likelihood, and with all likelihoods under three families
+WHOLE = [(kind, *row) for kind in LIKELIHOODS for row in product(PRIORS, FAMILIES)]
+WHOLE = [row for row in WHOLE if row[0] == "normal" or row[2] in ("zero", "mean_scale", "flow")]
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("prior", list(PRIORS))
-@pytest.mark.parametrize("kind", list(LIKELIHOODS))
-def test_every_likelihood_with_every_prior_and_every_family(kind, prior, family):
+
+@pytest.mark.parametrize(("kind", "prior", "family"), WHOLE)
+def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family):
     """The densities are those written out, draws lie in the support, and a fit moves what it may.
 
     In the space of the reals, the density of the guide is that of its head.
@@ -60,7 +63,7 @@ def test_learned_scale_reaches_the_maximum_likelihood():
 
     model = VAE(Nothing(), 2, likelihoods.Normal(torch.ones(3), learned=True))
     guide = FamilyGuide(model, families.noise_only)
-    fit(model, guide, x, num_epochs=800, learning_rate=0.02, progress=False)
+    fit(model, guide, x, num_epochs=400, learning_rate=0.05, progress=False)
     assert torch.allclose(model.likelihood.scale, x.square().mean(0).sqrt(), rtol=1e-6)
 
 

@@ -6,12 +6,15 @@ Stochastic tests allow 5 standard errors of the mean over independent calls.
 import math
 import pickle
 from functools import partial
+from itertools import product
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES, DENSITIES, FAMILIES, cases
+from linear import Linear
+from pairs import data, linear
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -23,7 +26,7 @@ from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO, IWAE, at_step, negative_elbo, terms, trace_pair, warm_up
 from ppvae.objectives.divergence import closed_kl
-from ppvae.regression import LinearRegression
+from ppvae.regression import LinearRegression, exact_posterior
 
 KINDS = ["pathwise", "doubly_reparametrized"]
 LOSSES = [ELBO(kl="sampled", num_samples=3), ELBO(beta=0.5, num_samples=2)]
@@ -56,12 +59,8 @@ class Noise(TorchFunctionMode):
         return result
 
 
-def build(family="mean_scale", **options):
-    """A small VAE with a linear decoder, its guide, and data."""
-    torch.manual_seed(5)
-    model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(0.7), **options)
-    guide = FamilyGuide(model, families.LADDER[family], mlp(3, 4))
-    return model, guide, model(size=8).detach()
+def build(family="mean_scale"):
+    return *linear(family), data(8)
 
 
 def parameters(*modules):
@@ -81,12 +80,21 @@ def seeded(call, *args, seed=0, **options):
 # --- the terms -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+#: whose log-determinants stand in the `log_density` of a `Delta` on each constrained site
+AUTO = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [*product(FAMILIES, CASES), *product(AUTO, ["regression", "positive"])]
+)
 def test_terms_sum_to_the_elbo_of_pyro(family, case):
     """Sampled terms with the same seed are Pyro's Trace_ELBO, up to rounding."""
     case = cases()[case]
-    guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
+    if family in AUTO:
+        guide = AUTO[family](case.model)
+        guide(*case.args)
+    else:
+        guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
     with torch.no_grad():
         expected = -seeded(Trace_ELBO().loss, case.model, guide, *case.args)
         parts = terms(*seeded(trace_pair, case.model, guide, *case.args))
@@ -119,10 +127,6 @@ def test_closed_kl_is_the_mean_of_the_sampled_one(family):
         assert torch.allclose(exact, torch.distributions.kl_divergence(dense, twin), atol=1e-10)
 
 
-def test_a_point_has_no_divergence():
-    assert closed_kl(dist.Delta(torch.zeros(2), event_dim=1), dist.Normal(0, 1).expand([2])) is None
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_of_a_point_is_pyros_per_datum_at_every_batch_size(name):
     """Nothing but rows is random, so the mean over halves is the whole, where a model takes these.
@@ -139,34 +143,6 @@ def test_the_loss_of_a_point_is_pyros_per_datum_at_every_batch_size(name):
             parts = ([arg[rows] for arg in args] for rows in (slice(3), slice(3, None)))
             halves = [float(negative_elbo(model, guide, *part, size=6)) for part in parts]
             assert whole == pytest.approx(sum(halves) / 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
-def test_the_log_determinants_of_pyros_autoguides_count(kind, plain_pyro):
-    """They stand in the `log_density` of a `Delta` on each constrained site."""
-
-    def model(x):
-        w = pyro.sample("w", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
-        s = pyro.sample("s", dist.HalfNormal(1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(w.sum(), s), obs=x)
-
-    x = torch.randn(5)
-    guide = kind(model)
-    guide(x)
-    model_trace, guide_trace = trace_pair(model, guide, x)
-    parts = terms(model_trace, guide_trace)
-    assert sum(v.sum() for v in parts.log_guide.values()).item() == pytest.approx(
-        guide_trace.log_prob_sum().item(), rel=1e-12
-    )
-
-
-def test_a_guide_without_an_encoder_has_parameters_for_each_datum(plain_pyro):
-    model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Normal(1.0))
-    x = torch.randn(5, 3)
-    guide = FamilyGuide(model, families.mean_scale)
-    assert guide(x)["z"].shape == (5, 2)
-    assert guide.heads["z"].loc.raw.numel() == 10
 
 
 # --- the ELBO -------------------------------------------------------------------------------------
@@ -191,7 +167,7 @@ def test_beta_zero_and_a_point_is_the_plain_autoencoder():
     """Squared error and nothing else, even for points that the prior does not allow."""
     net = nn.Linear(3, 2)
     prior = dist.Uniform(2 * torch.ones(2), 3 * torch.ones(2), validate_args=False).to_event(1)
-    model, _, x = build(prior=prior)
+    model, x = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(0.7), prior), data(8)
     model.prior._validate_args = False
 
     def guide(x):
@@ -422,19 +398,10 @@ def test_one_draw_is_the_elbo_with_sampled_kl(case, family, kind):
 @pytest.mark.parametrize("loss", [IWAE(1), IWAE(7), ELBO(kl="sampled", num_samples=4)])
 def test_with_the_exact_guide_every_draw_gives_the_likelihood(loss):
     """A linear-Gaussian VAE has its posterior and its evidence in closed form."""
-    model, _, x = build()
-    weight, bias = model.decoder.weight.detach(), model.decoder.bias.detach()
-    covariance = (weight.T @ weight / 0.7**2 + torch.eye(2)).inverse()
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            loc = (x - bias) @ weight @ covariance / 0.7**2
-            pyro.sample("z", dist.MultivariateNormal(loc, covariance))
-
-    evidence = dist.MultivariateNormal(bias, weight @ weight.T + 0.7**2 * torch.eye(3))
-    value = torch.stack([seeded(loss, model, guide, x, seed=s) for s in range(3)])
-    expected = -evidence.log_prob(x).mean().expand(3)
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    known = Linear(size=8)
+    guide, expected = known.exact(), torch.as_tensor(-known.log_p.mean()).expand(3)
+    value = [seeded(loss, known.model, guide, known.x, seed=seed) for seed in range(3)]
+    torch.testing.assert_close(torch.stack(value), expected, rtol=1e-12, atol=0)
 
 
 def test_all_draws_are_for_the_rows_that_the_plate_drew():
@@ -460,23 +427,21 @@ def test_all_draws_are_for_the_rows_that_the_plate_drew():
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_global_latents_have_one_weight_for_all_the_data(vectorized):
     """With the exact posterior every draw gives the evidence; a part of the data cannot."""
-    X, y = torch.randn(9, 2), torch.randn(9)
-    covariance = (X.T @ X / 0.25 + torch.eye(2)).inverse()
+    X, y, priors = (
+        torch.randn(9, 2),
+        torch.randn(9),
+        {"weight": dist.Normal(0.0, 1.0), "noise": 0.5},
+    )
+    exact, model = exact_posterior(X, y, **priors), LinearRegression(2, **priors)
+    posterior = dist.MultivariateNormal(*map(torch.as_tensor, (exact.mean, exact.covariance)))
 
     def guide(X, y):
-        loc = covariance @ X.T @ y / 0.25
-        pyro.sample("w", dist.MultivariateNormal(loc, covariance))
-
-    def model(X, y):
-        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", len(X)):
-            pyro.sample("y", dist.Normal((w * X).sum(-1), 0.5), obs=y)
+        pyro.sample("weight", posterior)
 
     model.vectorized = vectorized
-    marginal = dist.MultivariateNormal(torch.zeros(9), X @ X.T + 0.25 * torch.eye(9))
     for kind in KINDS:
         value = IWAE(4, kind)(model, guide, X, y, size=9)
-        torch.testing.assert_close(value, -marginal.log_prob(y) / 9, rtol=1e-11, atol=0)
+        assert value.item() == pytest.approx(-exact.log_evidence / 9, rel=1e-11)
     with pytest.raises(ValueError, match="expected all 18 data in one batch.*got 9"):
         IWAE()(model, guide, X, y, size=18)
 
@@ -599,12 +564,6 @@ def test_a_floor_below_every_rate_changes_nothing(case, family, kl):
 # --- fit, and what is refused ---------------------------------------------------------------------
 
 
-def fitted(objective=None, **options):
-    *pair, x = build()
-    options = {"num_epochs": 3, "batch_size": 4, "seed": 0, "progress": False, **options}
-    return fit(*pair, x, objective=objective, **options)
-
-
 def test_an_objective_gets_the_number_of_data_and_of_steps():
     calls = []
 
@@ -612,7 +571,8 @@ def test_an_objective_gets_the_number_of_data_and_of_steps():
         calls.append((len(args[0]), size, step))
         return negative_elbo(model, guide, *args, size=size)
 
-    fitted(objective)
+    *pair, x = build()
+    fit(*pair, x, objective=objective, num_epochs=3, batch_size=4, progress=False)
     # one call before, and in the first step a second look, with Pyro's checks on
     assert calls == [(4, 8, 0), (4, 8, 0), *((4, 8, step) for step in range(6))]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import world
 from linear import diabetes
 from pyro.distributions import transforms
 from scipy import linalg, special, stats
@@ -357,11 +358,9 @@ def test_evidence_maximum_over_both_is_bayesian_ridge(unit):
 def test_draws_have_the_moments_and_touch_no_global_state():
     X, y = diabetes(rows=30, columns=3)
     post = exact_posterior(X, y, weight=dist.Normal(0.0, 1.0), noise=dist.HalfNormal(1.0))
-    before = (np.random.get_state()[1].copy(), torch.get_rng_state(), torch.get_default_dtype())
+    before, numbers = world(), np.random.get_state()[1].copy()
     draws = post.sample(40_000, seed=5)
-    np.testing.assert_array_equal(np.random.get_state()[1], before[0])
-    assert torch.equal(torch.get_rng_state(), before[1])
-    assert torch.get_default_dtype() == before[2]
+    assert world() == before and (np.random.get_state()[1] == numbers).all()
     np.testing.assert_array_equal(draws, post.sample(40_000, np.random.default_rng(5)))
     hold_draws(post, draws)
     assert post.sample(0).shape == (0, 4)

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, FAMILIES, cases
+from cases import CASES, LIKELIHOODS, cases
 from pairs import KINDS, Normed, branch, build, data, latents_and_data, traceless, written
 from pyro import poutine
 from pyro.distributions import constraints
@@ -18,7 +18,6 @@ from ppvae import VAE, FamilyGuide, NotStageable, families, likelihoods, stage
 from ppvae._scopes import private_modules
 from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.objectives import ELBO, negative_elbo
-from ppvae.staging.gradients import Gradients
 
 N = 10  # rows of `data()`
 
@@ -76,51 +75,17 @@ def latent_guide(encoder=None, model=latents_and_data):
 # ------------------------------------------------------------- models, families, likelihoods
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        *((name, "mean_scale") for name in CASES),
-        *((name, "full_rank") for name in ("positive", "steps inside", "hierarchy")),
-        # noise that is no normal, draws of the model, a factor of another shape
-        *[("regression", "student_t"), ("simplex", "noise_only"), ("hierarchy", "low_rank")],
-    ],
-)
-def test_every_model_gives_the_loss_and_the_gradients_of_the_program(name, family):
+def site(name, family="mean_scale"):
     case = cases()[name]
-    guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
-    hold(case.model, guide, case.args)
+    return case.model, FamilyGuide(case.model, KINDS[family], case.encoder), case.args
 
 
-LIKELIHOODS = {
-    "Bernoulli": likelihoods.Bernoulli,
-    "Poisson": likelihoods.Poisson,
-    "fixed scale": lambda: likelihoods.Normal(0.5),
-    "learned scale": lambda: likelihoods.Normal(torch.ones(3), learned=True),
-}
+def autoencoder(family):
+    return *build(family), (data(),), (data(3),), (data(1),)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.float32) for name in LIKELIHOODS), ("Poisson", torch.float64)],
-)
-def test_every_likelihood_in_both_precisions_and_at_every_batch_size(name, dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        model, guide = build(likelihood=LIKELIHOODS[name]())
-        x = (data(dtype=dtype) > 0).to(dtype)
-        staged = hold(model, guide, (x,), (x[:4],), (x[:2],), (x[:1],), (torch.cat([x, x]),))
-        assert staged(x).dtype == dtype
-    finally:
-        torch.set_default_dtype(torch.float64)
-
-
-@pytest.mark.parametrize("family", [name for name in KINDS if name != "big_flow"])
-def test_an_autoencoder_with_every_family(family):
-    model, guide = build(family)
-    hold(model, guide, (data(),), (data(3),), (data(1),))
-
-
-def single():
+def single_in_double():
+    """Under a default of double."""
     model, guide = build()
     x = data(dtype=torch.float32)
     return model.float(), guide.float(), (x,), (x[:3],)
@@ -156,22 +121,9 @@ def numbered():
     return model, latent_guide(), (data(),), (data() + 1.0,), (data(3),)
 
 
-@pytest.mark.parametrize(
-    ("programs", "options"),
-    [
-        (single, {"objective": ELBO(beta=2.0)}),  # under a default of double
-        (convolutions, {}),
-        (checked, {}),
-        (lambda: autoguide(AutoNormal), {}),
-        (lambda: autoguide(AutoDiagonalNormal), {}),
-        (numbered, {}),
-    ],
-)
-def test_programs_of_every_sort(programs, options):
-    hold(*programs(), **options)
+def pyros_modules():
+    """With a constrained parameter, and random weights."""
 
-
-def test_pyros_modules_with_constrained_parameters_and_random_weights():
     class Model(PyroModule):
         def __init__(self):
             super().__init__()
@@ -185,12 +137,10 @@ def test_pyros_modules_with_constrained_parameters_and_random_weights():
                 pyro.sample("x", dist.Normal(loc, self.sigma), obs=x[:, 0])
 
     model = Model()
-    guide = FamilyGuide(model, families.mean_scale, None).setup(data())
-    staged = hold(model, guide, (data(),), (data(3),))
-    assert any(p is model.sigma_unconstrained for p in staged.parameters())
+    return model, FamilyGuide(model, families.mean_scale, None).setup(data()), (data(),), (data(3),)
 
 
-def test_stretches_without_gradients_have_none_in_the_graph():
+def stretches_without_gradients():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -204,28 +154,12 @@ def test_stretches_without_gradients_have_none_in_the_graph():
             latents_and_data(x, still * self.weight[1] + moves)
 
     model = Model()
-    guide = latent_guide(model=model)
-    hold(model, guide, (data(),), (data(3),))
-    assert model.weight.grad[0] == 0 != model.weight.grad[1]
+    return model, latent_guide(model=model), (data(),), (data(3),)
 
 
-def test_a_subsample_is_weighted_as_in_the_program():
-    def regression(x):
-        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal((w * x).sum(-1), 1.0), obs=x[:, 0])
-
-    guide = FamilyGuide(regression, families.mean_scale, None).setup(data())
-    losses = []
-    for size in (None, N, 1000):
-        staged = hold(regression, guide, (data(),), (data(4),), size=size)
-        losses.append(outcome(staged, [], data())[0])
-    assert losses[0] == losses[1] != losses[2]  # the rate of w is shared among more data
-
-
-def test_scales_and_masks_of_a_model():
+def scales_and_masks():
+    """The mask is data, and no constant."""
     keep = data()[:, 1] > 0
-    assert 0 < keep.sum() < N
 
     def model(x, keep):
         with pyro.plate("data", len(x)):
@@ -240,9 +174,42 @@ def test_scales_and_masks_of_a_model():
             return super().forward(x)
 
     guide = FamilyGuide(model, families.full_rank, Encoder(3, 4)).setup(data(), keep)
-    staged = hold(model, guide, (data(), keep), (data()[:4], keep[:4]))
-    losses = [outcome(staged, [], data(), mask)[0] for mask in (keep, ~keep)]
-    assert losses[0] != losses[1]  # the mask is data, and no constant
+    return model, guide, (data(), keep), (data(), ~keep), (data()[:4], keep[:4])
+
+
+SORTS = [single_in_double, convolutions, checked, numbered, pyros_modules]
+SORTS += [stretches_without_gradients, scales_and_masks]
+PROGRAMS = {
+    **{name: partial(site, name) for name in CASES},
+    **{f"joint {name}": partial(site, name, "full_rank") for name in ("positive", "steps inside")},
+    # noise that is no normal, draws of the model, a factor of another shape
+    "gammas": partial(site, "regression", "student_t"),
+    "of the model": partial(site, "simplex", "noise_only"),
+    "factor": partial(site, "hierarchy", "low_rank"),
+    **{name: partial(autoencoder, name) for name in KINDS if name != "big_flow"},
+    "AutoNormal": partial(autoguide, AutoNormal),
+    "AutoDiagonalNormal": partial(autoguide, AutoDiagonalNormal),
+    **{make.__name__: make for make in SORTS},
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_has_its_loss_and_its_gradients(name):
+    hold(*PROGRAMS[name]())
+
+
+@pytest.mark.parametrize("options", [{"size": 1000}, {"objective": ELBO(beta=2.0)}])
+def test_a_graph_is_of_the_number_of_data_and_of_the_objective_that_it_was_made_with(options):
+    model, guide, args = site("regression")
+    hold(model, guide, args, tuple(arg[:4] for arg in args), **options)
+
+
+@pytest.mark.parametrize("name", [name for name in LIKELIHOODS if name != "per feature"])
+def test_every_likelihood_in_single_precision_and_at_every_batch_size(name, single):
+    model, guide = build(likelihood=LIKELIHOODS[name].make())
+    x = (data(dtype=torch.float32) > 0).float()
+    staged = hold(model, guide, (x,), (x[:4],), (x[:2],), (x[:1],), (torch.cat([x, x]),))
+    assert staged(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -314,20 +281,6 @@ def test_arguments_of_every_sort_by_place_and_by_keyword():
     assert agree(lambda x, y: by_name(x, y=y), model, guide, x[:4], y[:4])
     with pytest.raises(TypeError, match=r"kwargs: expected those of stage, \['y'\], got \['z'\]"):
         by_name(x, z=y)
-
-
-def test_the_graph_with_gradients_is_for_data_of_any_size():
-    """Also where the number of data is a size of something else: the program is not run again."""
-    model, guide = build()
-    staged = stage(model, guide, data())
-    gradients = Gradients(staged, compiled=False)
-    for rows in (N, 3, 2, 7):
-        loss, *want = outcome(staged, staged.parameters(), data(rows))
-        torch.manual_seed(3)
-        batch = staged.data((data(rows),), staged.program.settings(0))
-        found, slopes = gradients(staged.state(), batch)
-        assert same([found.detach(), *slopes], [loss, *want])
-        gradients._plain = None
 
 
 def test_a_plate_of_fixed_size_fixes_the_batch():

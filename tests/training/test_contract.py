@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -29,13 +28,12 @@ from pairs import (
 from pyro.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppvae import FamilyGuide, concat_chains, families, fit, fit_replicates, from_pyro_svi, stage
+from ppvae import FamilyGuide, families, fit, fit_replicates, stage
 from ppvae import likelihoods as kinds
 from ppvae._scopes import private_modules, unchecked
 from ppvae.objectives import ELBO, IWAE, negative_elbo, warm_up
 from ppvae.objectives.base import moving_fields
 from ppvae.regression import LinearRegression
-from ppvae.staging.gradients import Gradients
 from ppvae.training import Diverged
 from ppvae.training.single import COMPILE, STAGE, how_to_run
 
@@ -71,7 +69,6 @@ def side_by_side(make, x, goals, courses, ends, execution="staged", bound=1e-9, 
         assert same(values(*parts), end, bound)
         blank = {"losses": [], "seconds": 0.0, "execution": ""}
         assert result._replace(**blank) == alone._replace(**blank)
-    return pairs
 
 
 def falling(parameters, lr):
@@ -114,7 +111,7 @@ ALL = {"batch_size": None}  # one batch, which is one tensor for all replicates
 #: name -> how pairs are built, the data, and options; batches of four, the last one of two
 WAYS: dict[str, Any] = {
     **{name: (linear, data, {"objective": goals}) for name, goals in OBJECTIVES.items()},
-    "all, not vectorized": (function, data, {"objective": OBJECTIVES["all"]}),
+    "all, not vectorized": (function, data, {"objective": OBJECTIVES["all"][1:] * 2}),
     "IWAE, not vectorized": (function, data, {"objective": [IWAE(2), IWAE(2)]}),
     "deterministic": autoencoder("deterministic", kinds.Bernoulli),
     "schedule": autoencoder("mean_scale", learned, **ALL, num_epochs=9, optimizer=falling),
@@ -131,6 +128,10 @@ WAYS: dict[str, Any] = {
 }
 
 
+#: held by the tests of staging to have the same loss and gradients as the program
+STAGED = ["low_rank", "flow", "positive", "left of pixels"]
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
     make, x, told = WAYS[name]
@@ -141,7 +142,8 @@ def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
     assert courses[0].execution == "eager" and goals[0] in (None, courses[0].objective)
     monkeypatch.setattr("ppvae.training.single.STAGE", 1)  # so many steps, and a loss is staged
     several = [*zip(made(make, len(goals)), goals, SEEDS, courses, ends, strict=False)]
-    for parts, goal, seed, course, end in several[:1] if goals[0] is None else several:
+    alone = [] if name in STAGED else several[:1] if goals[0] == goals[-1] else several
+    for parts, goal, seed, course, end in alone:
         staged = fit(*parts[:2], x, seed=seed, objective=goal, **{**TOLD, **told})
         # a product with a tensor rounds once, one with a number of Python's twice
         bound = 1e-13 if moving_fields([goal]) else 0.0
@@ -150,17 +152,12 @@ def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
     side_by_side(make, x, goals, courses, ends, **told)
 
 
-def test_compiled_with_weights_of_the_rate_and_their_chains():
+def test_compiled_with_weights_of_the_rate():
     goals = [ELBO(beta=0.5), ELBO(), ELBO(beta=warm_up(5))]
     courses, ends = one_by_one(build, data(), goals)
     with torch._dynamo.config.patch(error_on_recompile=True):
         told = {"execution": "compiled", "compile": True, "bound": 1e-8}
-        pairs = side_by_side(build, data(), goals, courses, ends, **told)
-    trees = [from_pyro_svi(*pair, data(), num_samples=5) for pair in pairs]
-    tree = concat_chains(trees)
-    assert tree["posterior"].sizes["chain"] == 3
-    for chain, alone in enumerate(trees):
-        assert np.array_equal(tree["posterior"].z.values[chain], alone["posterior"].z.values[0])
+        side_by_side(build, data(), goals, courses, ends, **told)
 
 
 @pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily", "ignore::ppvae.NotConverged")
@@ -265,32 +262,15 @@ def test_the_parameter_of_a_statement_is_trained_in_the_store(plain_pyro, early)
     assert 0.01 < abs(runs[0][-1].item() - 3.0) < 0.1
 
 
-def test_compiled_gradients_are_those_of_autograd():
-    """The same graph and noise through a compiler that may reorder sums: equal up to rounding."""
-    ((model, guide),) = made(lambda: build("student_t"))
-    staged = stage(model, guide, data(8))
-    function = Gradients(staged, compiled=True)
-    for rows in (8, 5):
-        x = data(rows)
-        torch.manual_seed(2)
-        want = staged(x)
-        state = staged.state()
-        wanted = [state[at] for at in staged.trained()]
-        slopes = torch.autograd.grad(want, wanted)
-        torch.manual_seed(2)
-        loss, found = function(state, staged.data((x,), staged.program.settings(0)))
-        assert loss.item() == pytest.approx(want.item(), rel=1e-12)
-        assert {id(p) for p in wanted} == {id(p) for p in staged.parameters()}
-        assert function.execution == "compiled"
-        for a, b in zip(slopes, found, strict=True):
-            assert a.shape == b.shape and (a - b).abs().max() <= 1e-11 * a.abs().max()
-
-
 def test_compiled_training_is_eager_training():
-    """Batches of four, four and two, with a schedule. Nothing is compiled a second time."""
+    """Batches of four, four and two, with a schedule. Nothing is compiled a second time.
+
+    The compiler may reorder sums; fifteen steps multiply a difference in the last place by far
+    less than 1e6. The noise is of Gammas, too.
+    """
     objective, runs = ELBO(beta=warm_up(8)), []
     for compile in (False, True):
-        ((model, guide),) = made(lambda: build("full_rank"))
+        ((model, guide),) = made(lambda: build("student_t"))
         guide.encoder[0].eval()  # a mode of its own
         with traceless(model, guide), torch._dynamo.config.patch(error_on_recompile=True):
             result = quiet(model, guide, data(), num_epochs=5, objective=objective, compile=compile)
@@ -298,8 +278,8 @@ def test_compiled_training_is_eager_training():
     (eager, before), (compiled, after) = runs
     assert (eager.execution, compiled.execution) == ("eager", "compiled")
     assert compiled.num_steps == eager.num_steps == 15
-    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
-    assert same(before, after, 1e-5)
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-9)
+    assert same(before, after, 1e-9)
 
 
 def test_a_staged_loss_compiles_as_one_graph_and_goes_into_a_loop_of_ones_own():
