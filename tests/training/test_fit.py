@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -383,6 +384,8 @@ LOADER = DataLoader(Items(X), batch_size=4)
 NO_BATCH = DataLoader(Items(X), batch_size=7, drop_last=True, shuffle=True)
 NEGATIVE = ELBO(beta=lambda step: -1.0)
 
+NO_GROUPS = lambda parameters, lr: SimpleNamespace(step=print)  # noqa: E731
+
 #: data, options, and what the error says; both for `fit` and for `fit_replicates`
 BAD = {
     "nan": (NAN, {}, "data: expected finite numbers, got 3"),
@@ -405,7 +408,7 @@ BAD = {
     "optimizer": (X, {"optimizer": 3}, "optimizer: .* or function, got int"),
     "objective": (X, {"objective": ELBO}, "objective: expected a function, such as ELBO"),
     "no loss": (X, {"objective": lambda *args, **_: 1.0}, "objective: .* tensor, got float"),
-    "no optimizer": (X, {"optimizer": lambda p, lr: lr}, "optimizer: .* an optimizer, got 0.001"),
+    "no optimizer": (X, {"optimizer": NO_GROUPS}, "optimizer: .* an optimizer, got namespace"),
     "beta": (X, {"objective": NEGATIVE}, "beta: .* at least 0, got -1.0"),
     "compile": (X, {"compile": 1}, 'compile: expected "auto", True or False, got 1'),
     "compile text": (X, {"compile": "yes"}, "compile: .*, got 'yes'"),
