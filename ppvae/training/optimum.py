@@ -141,7 +141,7 @@ def _with_fixed_draws(
     """Minimises the mean loss of draws that are held fixed, with more, until they are enough."""
     place, free = torch.zeros(chart.size), torch.ones(chart.size)
     draws = max(_FEWEST, 2 * average.normals + 2) if average.normals else 1
-    if draws > 1 and not chart.known().all():
+    if draws > 1 and average.at_once > 1 and not chart.known().all():
         draws *= _MORE
     most = max(_MOST, 8 * average.normals)
     losses: list[float] = []

@@ -15,6 +15,7 @@ from ppvae.training.average import Average
 
 _ALONE = 100  # parameters of which nothing is known, which are looked at one by one
 _MOVE = 1e-4  # in the units of a coordinate
+_MANY = 1000  # coefficients, twice as many as are worth the work
 EXCESS = 0.01  # nats: what few draws may cost, unless they are as many as there may be
 ERROR = 0.1  # posterior sds: the Monte Carlo error of a mean that is let pass
 
@@ -127,7 +128,7 @@ def spread_of(scores: Tensor, normals: Tensor) -> Tensor:
     pairs = scores.unflatten(1, (2, -1)).mean(1).T
     half = normals[: len(pairs)]
     size, exact = half.shape[1], torch.ones(len(half), 1)
-    if size * (size + 1) < len(half):
+    if size * (size + 1) < min(len(half), _MANY):
         rows, columns = torch.tril_indices(size, size)
         exact = torch.cat([exact, half[:, rows] * half[:, columns]], 1)
     elif 2 * size < len(half):
