@@ -22,6 +22,8 @@ class Flow(GuideFamily):
     `T` chains affine couplings (which bend and correlate) and one elementwise spline (which
     reshapes the marginals). All parts have closed-form inverses, so both sampling and scoring cost
     one pass. It starts near the identity: the family contains `mean_scale` and begins there.
+    Without features, as for global latents, the scale is a triangular matrix, and the family
+    contains `full_rank`.
 
     Args:
         layers: number of affine couplings; used in pairs of opposite order, so an even number.
@@ -60,10 +62,12 @@ class FlowHead(nn.Module):
         super().__init__()
         self.size = size
         self.context = None if features is not None else nn.Parameter(torch.ones(1))
-        width = features or 1
-        shape, free = torch.Size([size]), features is None
+        width, shape = features or 1, torch.Size([size])
         self.loc = Argument(constraints.real, shape, features)
-        self.scale = Argument(constraints.positive, shape, features, 0.1 if free else None)
+        if features is None:
+            self.scale_tril = Argument(constraints.lower_cholesky, shape + shape, None, 0.1)
+        else:
+            self.scale = Argument(constraints.positive, shape, features)
         left, hidden = size // 2, [family.hidden]
         self.couplings = nn.ModuleList()
         for _ in range(family.layers if size > 1 else 0):
@@ -79,14 +83,19 @@ class FlowHead(nn.Module):
     def forward(self, features: Tensor | None = None) -> Any:
         """The distribution over vectors, of batch shape `(*)`."""
         context = self.context if features is None else features
-        loc, scale = self.loc(features), self.scale(features)
+        loc = self.loc(features)
         flip = torch.arange(self.size - 1, -1, -1, device=loc.device)
         chain: list[Any] = []
         couplings: Any = self.couplings
         for coupling in couplings:
             chain += [coupling.condition(context), transforms.Permute(flip)]
         chain.append(self.spline.condition(context))
-        chain.append(transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1))
+        if features is None:
+            tril = self.scale_tril(None)
+            chain.append(transforms.LowerCholeskyAffine(loc, tril, cache_size=1))
+        else:
+            scale = self.scale(features)
+            chain.append(transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1))
         base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
         return dist.TransformedDistribution(base, chain)
 

@@ -208,11 +208,15 @@ def _with_fresh_draws(
 
     For families whose draws are no smooth function of numbers that could be held fixed, or which
     would fit those (a flow). Adam, its rate falling from a tenth to a thousandth of an sd; the last
-    quarter of the way is averaged. It never ends worse than it began: at the Gaussian of the mode.
+    quarter of the way is averaged. It never ends worse than it began: at the Gaussian of the mode,
+    or, where draws can be held fixed, at the best one, with all else as it was.
     """
     steps, draws = min(steps, _ANNEALED), _FEWEST if average.at_once > 1 else 8
     chart.units[~chart.known()] = 0.1  # weights of networks: smaller steps
     start = torch.zeros(chart.size)
+    if average.smooth and average.normals and chart.located():
+        surface = Surface(average, chart, matched(_MORE * draws, average.normals, seed))
+        start = _descend(surface, steps, [], start, chart.known().double(), tolerance=_ROUGH)
     place = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([place], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))

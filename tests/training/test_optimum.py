@@ -281,6 +281,16 @@ def test_families_that_come_near_to_a_gaussian_posterior(family, allowed):
     assert -sum(losses) / len(losses) * 20 == pytest.approx(marginal, abs=allowed)
 
 
+def test_a_flow_starts_at_the_best_gaussian_and_ends_no_worse():
+    """Which here is the posterior: the loss of each draw is minus the log evidence."""
+    X, y = columns()
+    _, _, evidence = posterior(X, y)
+    guide = FamilyGuide(linear, families.Flow(hidden=32, bins=4))
+    result = quiet(linear, guide, (X, y), num_epochs=10)
+    assert result.method == "stochastic gradient" and len(result.losses) == 10
+    assert -result.losses[-1] * 50 == pytest.approx(evidence, abs=1e-3)
+
+
 def test_a_decision_on_values_is_a_loop_over_draws():
 
     def decides(x):
