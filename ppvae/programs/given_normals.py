@@ -35,18 +35,19 @@ class GivenNormals(TorchFunctionMode):
     ) -> Any:
         """Runs the function, or takes its numbers from those that are given."""
         kwargs = kwargs or {}
-        if func is torch.Tensor.normal_ and len(args) == 1 and not kwargs:
+        told = {name for name, value in kwargs.items() if value is not None}  # no generator, say
+        if func is torch.Tensor.normal_ and len(args) == 1 and not told:
             return self._next(args[0])
-        if func is torch.Tensor.exponential_ and len(args) == 1 and not kwargs:
+        if func is torch.Tensor.exponential_ and len(args) == 1 and not told:
             return -torch.special.ndtr(self._next(args[0])).log()
-        if func is torch.Tensor.uniform_ and not kwargs:
+        if func is torch.Tensor.uniform_ and not told:
             low, high = args[1:] or (0.0, 1.0)
             return low + (high - low) * torch.special.ndtr(self._next(args[0]))
-        if func is torch.rand and set(kwargs) <= {"dtype", "device"}:
+        if func is torch.rand and told <= {"dtype", "device"}:
             with torch._C.DisableTorchFunction():
                 like = torch.empty(*args, **kwargs)
             return torch.special.ndtr(self._next(like))
-        if func is torch._standard_gamma and len(args) == 1 and not kwargs:
+        if func is torch._standard_gamma and len(args) == 1 and not told:
             return _Gamma.apply(args[0], self._next(args[0]))[0]
         return func(*args, **kwargs)
 
