@@ -39,6 +39,7 @@ _ROUGH = 1e-2  # slope of a minimum that is good enough to ask how many draws ar
 _ANNEALED = 500  # steps of stochastic gradients, at most
 _BLOCKS = 20  # of fresh draws, whose mean gradients are compared
 _CONFIRMING = 2_000  # fresh draws that confirm those held fixed
+_ONE_BY_ONE = 302  # draws, where each is a run of the program
 FRESH = 10_000  # draws by which an optimum is judged
 
 
@@ -278,10 +279,14 @@ def _holds(surface: Surface, place: Tensor, fixed: float) -> bool:
     return fresh - fixed * average.size < allowed + 3 * error
 
 
+def affordable(average: Average, draws: int) -> int:
+    """So many draws, or fewer where each is a run of the program; an even number."""
+    return draws if average.at_once > 1 else min(draws, _ONE_BY_ONE)
+
+
 def _fresh_loss(average: Average, values: list[Tensor], draws: int) -> tuple[float, float]:
     """The mean loss of fresh draws in nats, and its standard error."""
-    draws = draws if average.at_once > 1 else min(draws, FRESH // 33)
-    normals = matched(draws // 2 * 2, average.normals, seed=1)
+    normals = matched(affordable(average, draws), average.normals, seed=1)
     with torch.no_grad():
         fresh = torch.cat([average.losses(values, c) for c in average.chunks(normals)])
     return fresh.mean().item(), spread_of(fresh.unsqueeze(0), normals).item() ** 0.5

@@ -43,14 +43,19 @@ class Surface:
         """The loss of each draw, and the slope of their mean."""
         return self.average.slope(self.chart, place, self.normals)
 
+    def losses_beside(self, place: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """The same, a small move away along one coordinate."""
+        moved = place.clone()
+        moved[axis] += _MOVE
+        return self.losses(moved)
+
 
 def units_of(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:
     """Lengths in which the curvature of parameters of which nothing is known is one."""
     base, units = surface(place)[0], []
     for index in alone.nonzero()[:, 0].tolist():
-        moved = place.clone()
-        moved[index] += _MOVE
-        units.append(((surface(moved)[0] - base)[index] / _MOVE).abs())
+        steeper = surface.losses_beside(place, index)[1]
+        units.append(((steeper - base)[index] / _MOVE).abs())
     curvature = torch.stack(units).nan_to_num(1.0, 1.0, 1.0) if units else torch.ones(0)
     lowest = 1e-8 * curvature.max().item() if units else 0.0
     return curvature.clamp_min(lowest + 1e-300).rsqrt()
@@ -86,9 +91,7 @@ class Curvature:
         losses, slope = surface.losses(place)
         curvature, scores = torch.diag(1 - free[axes]), torch.zeros(len(axes), len(losses))
         for row, axis in enumerate(axes):
-            moved = place.clone()
-            moved[axis] += _MOVE
-            there, steeper = surface.losses(moved)
+            there, steeper = surface.losses_beside(place, axis)
             curvature[row] += ((steeper - slope) * free)[axes] * free[axis] / _MOVE
             scores[row] = (there - losses) / _MOVE
         spread = torch.zeros_like(curvature)

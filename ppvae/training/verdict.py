@@ -15,7 +15,7 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import matched
 from ppvae.staging.program import program_of
 from ppvae.training.average import average_of, without_fallback_warnings
-from ppvae.training.optimum import FRESH, Optimum, allowed_gap
+from ppvae.training.optimum import FRESH, Optimum, affordable, allowed_gap
 from ppvae.training.surface import ERROR
 from ppvae.training.task import Task
 
@@ -105,8 +105,8 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
     with double_precision(device), scopes[0], scopes[1], scopes[2], scopes[3]:
         average = average_of(replace(task, program=program))
         values = [parameter.detach().double() for parameter in average.task.parameters]
-        number = FRESH if average.at_once > 1 else FRESH // 33
-        chunks = enumerate(average.chunks(matched(number, average.normals, seed + 1)), seed + 1)
+        normals = matched(affordable(average, FRESH), average.normals, seed + 1)
+        chunks = enumerate(average.chunks(normals), seed + 1)
         pieces = [average.draws(values, chunk, layout, own) for own, chunk in chunks]
     losses, states = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return losses, states
