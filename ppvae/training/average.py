@@ -49,7 +49,7 @@ class _WholeWrites(TorchFunctionMode):
         if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__ and mask.shape == args[0].shape:
-            return _Chosen(args[0], mask)
+            return _Chosen(args[0].clone(), mask)  # it may be written to before it is used
         if func is Tensor.__setitem__ and mask.shape == args[0].shape:
             value = args[2]
             if isinstance(value, _Chosen) and value.mask is mask:

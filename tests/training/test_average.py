@@ -69,8 +69,10 @@ def test_what_a_mask_chooses_may_be_written_in_many_draws_at_once():
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         tilted = 2 * w
         tilted[w > 0] = w[w > 0] if reads else 0.0
-        mask = w < -1
-        tilted[mask] = w[mask]
+        mask = w < 0
+        kept = tilted[mask]
+        tilted.mul_(3)
+        tilted[mask] = kept
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(tilted.sum(), 1.0), obs=x)
 
