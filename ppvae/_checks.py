@@ -37,6 +37,20 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return count
 
 
+def check_seed(value: Any, name: str = "seed") -> int:
+    """A seed as an `int`; NumPy's whole numbers are as good as Python's.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is not one of 64 bits.
+    """
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    expect(whole, name, "a whole number", repr(value), TypeError)
+    seed = operator.index(value)
+    expect(-(2**63) <= seed < 2**64, name, "a whole number of 64 bits", seed)
+    return seed
+
+
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """A finite number of at least 0, or above 0, as a `float`; NumPy's are as good as Python's.
 

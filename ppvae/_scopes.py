@@ -3,7 +3,7 @@
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -13,6 +13,8 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ppvae._checks import check_seed
 
 _numbers = itertools.count()
 
@@ -103,15 +105,33 @@ def random_state(seed: int | None, *, keep: bool = False) -> Iterator[None]:
     Args:
         seed: the seed; None draws from the caller's stream, which then moves on.
         keep: with no seed, leave the caller's stream where it was all the same.
+
+    Raises:
+        TypeError: the seed is no whole number.
+        ValueError: it is out of range.
     """
     if seed is None and not keep:
         yield
         return
+    seed = None if seed is None else check_seed(seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def random_numbers() -> list[Tensor]:
+    """Where the default generators stand: that of the CPU, then of each GPU that is in use."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def set_random_numbers(states: Sequence[Tensor]) -> None:
+    """Moves the default generators to where they stood when `random_numbers` was called."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 @contextmanager

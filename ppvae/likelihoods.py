@@ -56,6 +56,11 @@ class Normal(nn.Module):
         else:
             self.register_buffer("log_scale", log_scale)
 
+    def extra_repr(self) -> str:
+        """The scale, where it is fixed."""
+        learned = isinstance(self.log_scale, nn.Parameter)
+        return "learned=True" if learned else f"scale={self.scale.tolist()}"
+
     @property
     def scale(self) -> Tensor:
         """The standard deviation, of the shape it was given in."""

@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ppvae"
 FLOORS = [
-    ["_checks", "_scopes"],
+    ["_checks"],
+    ["_files", "_process", "_scopes"],
     ["families"],
     ["closed_form", "data", "likelihoods", "nn", "priors"],
     ["models", "programs"],

@@ -48,14 +48,27 @@ class Batches:
     @property
     def count(self) -> int:
         """Number of batches in a pass through the data."""
-        if self.loader is not None:
+        endless = self.loader is None or isinstance(self.loader.dataset, IterableDataset)
+        if self.loader is not None and not endless:
             return len(self.loader)
         return math.ceil(self.size / (self.batch_size or self.size))
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators of a loader of the user's own, which are moved by a pass."""
+        sampler = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
+        owners = (self.loader, getattr(self.loader, "sampler", None), sampler)
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(each): each for each in found if each is not None}.values())
+
     def example(self) -> tuple[Any, ...]:
         """The first batch of a pass, which uses up no random numbers."""
+        before = [generator.get_state() for generator in self.generators]
         with random_state(None, keep=True):
-            return next(iter(self))
+            first = next(iter(self))
+        for generator, state in zip(self.generators, before, strict=True):
+            generator.set_state(state)
+        return first
 
     def to(self, device: torch.device) -> None:
         """Moves the data, and every batch that is to come, to a device."""
@@ -90,6 +103,7 @@ def batches_of(
     training: bool,
     extra: tuple[Any, ...] = (),
     whole: bool = False,
+    size: int | None = None,
 ) -> Batches:
     """Minibatches of data.
 
@@ -102,6 +116,7 @@ def batches_of(
             of `extra` with as many rows are cut with the data.
         extra: further arguments, behind the data.
         whole: make one batch of all data, however many, where no size is given.
+        size: the number of data in an `IterableDataset`, which does not tell.
 
     Raises:
         TypeError: the data are of another kind.
@@ -110,8 +125,9 @@ def batches_of(
     """
     data = data.tensors if isinstance(data, TensorDataset) else data
     held = isinstance(data, (Dataset, DataLoader))
+    expect(held or size is None, "size", "none beside data that tell their number", size)
     tensors = () if held else as_tensors(name, data)
-    size = _length(data) if held else len(tensors[0]) if tensors[0].dim() else 0
+    size = _length(name, data, size) if held else len(tensors[0]) if tensors[0].dim() else 0
     expect(size, name, "at least one datum", "none")
     cut = tuple(training and isinstance(v, Tensor) and v.shape[:1] == (size,) for v in extra)
     expect(not (held and any(cut)), "kwargs", "no tensor with as many rows as a Dataset", "one")
@@ -125,15 +141,19 @@ def batches_of(
         batch_size = check_count("batch_size", batch_size)
         expect(batch_size <= size, "batch_size", f"at most {size}, the number of data", batch_size)
     batch_size = min(batch_size, size)
-    loader = DataLoader(data, batch_size, shuffle=training) if held else None
+    shuffled = training and not isinstance(data, IterableDataset)
+    loader = DataLoader(data, batch_size, shuffle=shuffled) if held else None
     return Batches(name, size, batch_size, tensors, loader, extra, cut, shuffle=training)
 
 
-def _length(data: Any) -> int:
+def _length(name: str, data: Any, size: int | None) -> int:
     """The number of data that pass through training: those of the sampler of a loader."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    endless = isinstance(dataset, IterableDataset)
-    expect(not endless, "data", "a Dataset with a length", "an IterableDataset", TypeError)
+    if isinstance(dataset, IterableDataset):
+        wanted = "the number of data beside an IterableDataset, which does not tell"
+        expect(size is not None, "size", wanted, "none")
+        return check_count("size", size)
+    expect(size is None, "size", f"none beside {name} that tell their number", size)
     if not isinstance(data, DataLoader):
         return len(dataset)
     batches = data.batch_sampler

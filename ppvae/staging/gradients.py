@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae._scopes import random_state, unchecked, without_warnings
+from ppvae._scopes import random_state, stacklevel, unchecked, without_warnings
 from ppvae.staging.passes import drop_unused, spell_sizes
 from ppvae.staging.staged import NotStageable, Staged, alike, one_line
 
@@ -20,7 +20,7 @@ class Gradients:
     """The loss and its gradients as a function of the state and the data of a staged loss.
 
     One graph holds both passes, so that nothing of autograd is left to run; nothing in it depends
-    on the number of data. It is made in the first call.
+    on the number of data. It is made in the first call, or by `make`.
 
     Args:
         staged: the loss.
@@ -52,15 +52,17 @@ class Gradients:
         leaves = [state[at] for at in self.trained]
         with torch.no_grad():
             if self._function is None:
-                self._make(leaves, state, data)
+                self.make(state, data)
             if self._shapes is None or self._shapes == _shapes(data):
                 return self._function(leaves, state, data)
             with without_warnings():  # of `torch.vmap`, that an operation goes one by one
                 return self._plain(leaves, state, data)
 
-    def _make(self, leaves: list[Tensor], state: list[Tensor], data: list[Tensor]) -> None:
+    def make(self, state: list[Tensor], data: list[Tensor]) -> None:
         """Makes the graph: for data of any size, or, where that fails, of the size at hand."""
-        with random_state(None, keep=True), unchecked(), without_warnings():
+        leaves = [state[at] for at in self.trained]
+        scopes = random_state(None, keep=True), unchecked(), without_warnings()
+        with torch.no_grad(), scopes[0], scopes[1], scopes[2]:
             try:
                 graph = self._traced(leaves, state, self._of_odd_size(state, data))
                 right = self._agree(graph, self._plain, leaves, state, data)
@@ -72,9 +74,11 @@ class Gradients:
         self._function = graph
         if self.execution == "compiled":
             try:
-                self._function = self._compiled(graph, leaves, state, data)
+                with torch.no_grad():
+                    self._function = self._compiled(graph, leaves, state, data)
             except Exception as error:  # whatever a compiler may raise, which is passed on
-                warnings.warn(f"fit: staged, not compiled; {one_line(error)}", stacklevel=3)
+                words = f"fit: staged, not compiled; {one_line(error)}"
+                warnings.warn(words, stacklevel=stacklevel())
                 self.execution = "staged"
 
     def _compiled(self, graph: _Function, leaves: Any, state: Any, data: Any) -> _Function:

@@ -182,6 +182,11 @@ class Staged(nn.Module):
         homes = self._state if program is None else self._homes(program)
         return [home[name] for home, name in homes]
 
+    @property
+    def names_of_state(self) -> list[str]:
+        """The names of `state` in the program; those of constants are their numbers."""
+        return [name for _, name in self._paths]
+
     def data(self, batch: tuple[Any, ...], settings: list[Tensor]) -> list[Tensor]:
         """The arguments after the state: the tensors of a batch, settings, and fresh noise."""
         given = [*(value for value in batch if isinstance(value, Tensor)), *settings]

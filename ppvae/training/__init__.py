@@ -1,8 +1,20 @@
 """Training: moves the parameters of a model and its guide, and leaves all else as it was."""
 
-from ppvae.training.fitting import fit, fit_replicates
+from ppvae.training.checkpoints import load_pair, save_pair
+from ppvae.training.fitting import fit
 from ppvae.training.loop import Fit
+from ppvae.training.replicates import fit_replicates
 from ppvae.training.snapshots import Diverged, Snapshot
 from ppvae.training.verdict import NarrowFamily, NotConverged
 
-__all__ = ["Diverged", "Fit", "NarrowFamily", "NotConverged", "Snapshot", "fit", "fit_replicates"]
+__all__ = [
+    "Diverged",
+    "Fit",
+    "NarrowFamily",
+    "NotConverged",
+    "Snapshot",
+    "fit",
+    "fit_replicates",
+    "load_pair",
+    "save_pair",
+]

@@ -9,7 +9,7 @@ log 3 / log(4/3) = 3.8 times as far if it were trained three times as long, and 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,6 +162,15 @@ class Ending:
             self.factor = _LOWERED ** (1 / max(self._left, 1))
         self._left -= 1
         return self._left >= 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that its later answers depend on, as plain numbers."""
+        return {**vars(self), "_losses": [*self._losses], "_fall": [*self._fall]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on as the one that was saved."""
+        vars(self).update(state)
+        self._losses, self._fall = [*state["_losses"]], Fall(*state["_fall"])
 
     @property
     def words(self) -> str:

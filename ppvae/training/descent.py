@@ -23,8 +23,7 @@ def lbfgs(
     *,
     steps: int,
     tolerance: float,
-    way: Callable[[Tensor], Any] | None = None,
-    values: Callable[[float], Any] | None = None,
+    after: Callable[[Tensor, float], Any] | None = None,
 ) -> Tensor:
     """Goes down from a start by SciPy's L-BFGS.
 
@@ -33,8 +32,7 @@ def lbfgs(
         start: where to begin.
         steps: at most so many.
         tolerance: of the gradient.
-        way: is called with the place after each step.
-        values: is called with the value after each step.
+        after: is called with place and value after each step; what is true ends the descent.
     """
     from scipy import optimize  # takes half a second to import
 
@@ -48,18 +46,17 @@ def lbfgs(
             return top + 1 + away @ away, 2 * away
         return value.item(), slope.numpy(force=True)
 
-    def after(intermediate_result: Any) -> None:
-        if way is not None:
-            way(torch.as_tensor(intermediate_result.x, device=start.device).clone())
-        if values is not None:
-            values(float(intermediate_result.fun))
+    def callback(intermediate_result: Any) -> None:
+        place = torch.as_tensor(intermediate_result.x, device=start.device).clone()
+        if after is not None and after(place, float(intermediate_result.fun)):
+            raise StopIteration
 
     result: Any = optimize.minimize(
         at,
         start.numpy(force=True),
         jac=True,
         method="L-BFGS-B",
-        callback=after,
+        callback=callback,
         options={"maxiter": steps, "maxcor": 50, "ftol": 1e-14, "gtol": tolerance},
     )
     return torch.as_tensor(result.x, device=start.device)

@@ -1,38 +1,29 @@
-"""`fit` trains a model and its guide; `fit_replicates` trains several pairs of them side by side.
+"""`fit` trains a model and its guide."""
 
-    pairs = [build(seed) for seed in range(4)]          # four models and their guides
-    results = fit_replicates(pairs, x, seeds=range(4))  # each trained as `fit` would
-
-The parameters of replicates are stacked and one step moves them all, so that four replicates take
-about the time of two.
-"""
-
-import operator
-import random
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ppvae._checks import check_count, expect
+from ppvae._checks import check_choice, check_count, expect
+from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import bare, with_keywords
 from ppvae.programs.verdicts import remember
-from ppvae.staging.staged import NotStageable
-from ppvae.training.blame import blame
+from ppvae.training.at_once import fit_at_once
+from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending
+from ppvae.training.identity import data_in_words, in_words, parts_of
 from ppvae.training.loop import Fit, progress_bar, train
-from ppvae.training.optimum import Optimum, is_free, is_global, optimise
+from ppvae.training.optimum import is_free, is_global
+from ppvae.training.options import Options
 from ppvae.training.single import COMPILE, how_to_run, single
-from ppvae.training.snapshots import Diverged, undone_by_errors
-from ppvae.training.stacked import stacked
-from ppvae.training.task import Task, check_options, task_of, training_batches
-from ppvae.training.verdict import Verdict, judge
+from ppvae.training.task import Task, task_of, training_batches
+from ppvae.training.verdict import Verdict
 
 Pair = tuple[Any, Any]  # a model and its guide
 
@@ -41,6 +32,7 @@ _LONGEST = 50_000  # steps of a training without `num_epochs`, at the latest, bu
 _FEWEST = 200  # ... so many epochs at least
 
 
+@exclusive
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -50,23 +42,28 @@ def fit(
     max_epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float = 1e-3,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: Any = None,
+    scheduler: Callable[[Any], Any] | None = None,
+    clip: float | None = None,
     objective: Callable[..., Tensor] | None = None,
     seed: int | None = None,
     validation: Any = None,
     patience: int | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    checkpoint: Any = None,
     check_support: bool = False,
     compile: bool | str = "auto",
     precision: str | None = None,
     progress: bool | str = True,
     plate: str | None = None,
+    size: int | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Trains the parameters of a model and its guide on the negative ELBO, or another objective.
 
     Works on any Pyro model and guide whose draws are reparametrized. The modules are trained in
-    training mode and left in the mode they had. Pyro's own checks run on the first step only. Fit
-    in one thread at a time: Pyro's handlers belong to the process.
+    training mode and left in the mode they had. Pyro's own checks run on the first step only. Fits
+    and evaluations in several threads wait for each other: Pyro's handlers belong to the process.
 
     **Global latents** (a `FamilyGuide` without encoder, another autoguide of Pyro's, or any guide
     whose latents are in no plate of the data) are fitted to the optimum, on all the data at once
@@ -80,6 +77,10 @@ def fit(
     three times as many epochs would gain less than 0.1 nats per datum (or than half of the noise in
     the loss of an epoch), after which the learning rate falls to a hundredth over a quarter as
     many epochs again.
+
+    **Ctrl-C** ends the training after its step: `fit` returns what was trained, and
+    `Fit.interrupted` says so; a second one raises, and takes back at most ten steps. With a
+    checkpoint nothing at all is lost, and SIGTERM, too, waits until it is written.
 
     Args:
         model: a Pyro model; called with one minibatch.
@@ -96,10 +97,18 @@ def fit(
             where all that the guide learns are free parameters). The last one of an epoch may be
             smaller.
         learning_rate: step size.
-        optimizer: called as `optimizer(parameters, lr=learning_rate)`; by default Adam, fused.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`; by default Adam, fused. A
+            function whose first argument is called `named_parameters` gets pairs of a name, such as
+            `model.decoder.weight`, and a parameter, so that groups can have rates of their own. Or
+            one of `pyro.optim` with a dict of settings, which has a rate of its own.
             Given one, global latents are trained by it, too, as they are with another objective,
             validation data, minibatches, or more than 500 parameters of which the mode says nothing
             (a flow).
+        scheduler: called as `scheduler(optimizer)`, returns a scheduler of
+            `torch.optim.lr_scheduler`, which is moved on after each epoch; beside `num_epochs`. A
+            `ReduceLROnPlateau` is told the validation loss, or else that of training.
+        clip: the largest norm of the gradient; a longer one is scaled down to it. None clips
+            nothing.
         objective: the loss, `objectives.ELBO(beta=4.0)` for one; by default `objectives.ELBO()`.
             Called as `objective(model, guide, *batch, size=N, step=s)`, with the number of data in
             all and the number of steps before this one (see `objectives.Objective`); returns a
@@ -111,6 +120,15 @@ def fit(
         patience: stop after this many epochs without a lower validation loss, and go back to the
             parameters and buffers of the best epoch. While the objective moves, as in a warm-up,
             its values cannot be compared, and none of its epochs is the best.
+        callback: called after each epoch with a dict of `epoch`, `loss`, `num_steps` and `seconds`,
+            and where there are such of `validation_loss` and `learning_rate`; True ends the
+            training. For global latents, after each step.
+        checkpoint: path of a file, in which the training is saved after each epoch (or less often,
+            where that would take more than 2 % of the time) and at its end. If the file is there,
+            the training goes on from it, and ends with the same bits as if it had not been stopped
+            (on a CPU); one that had ended is returned, or goes on to a larger `num_epochs`. A
+            `Dataset` or `DataLoader` must give the same data again. `ppvae.training.checkpoints`
+            says what is in it.
         check_support: check every datum against the support of its likelihood before training.
         compile: run the loss and its gradients as one compiled graph (see `stage`); "auto" does so
             for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
@@ -121,6 +139,7 @@ def fit(
         progress: show a progress bar; a string is its label.
         plate: name of the data plate; by default `data`, or else the one whose length is that of
             the data (see `data_plate`).
+        size: the number of data in an `IterableDataset`, which does not tell.
         kwargs: keyword arguments of model and guide. Tensors with as many rows as the data are cut
             into the minibatches with them, all else is passed as it is.
 
@@ -135,7 +154,8 @@ def fit(
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
-            argument is out of its range; the model observes nothing, or the guide does not fit it.
+            argument is out of its range; the model observes nothing, or the guide does not fit it;
+            or the checkpoint is that of another training.
         Diverged: the loss became infinite or NaN. Its message names the number that overflowed and
             what to do; parameters and buffers of at most ten steps before are in place.
 
@@ -148,47 +168,77 @@ def fit(
         >>> len(fit(model, guide, torch.randn(20, 5), num_epochs=3, progress=False).losses)
         3
     """
+    told = learning_rate, optimizer, scheduler, clip, callback, patience
+    options = Options(*told)
+    check_call(precision)
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
-    batches = training_batches(bare(model), data, batch_size, extra, whole=free)
+    batches = training_batches(bare(model), data, batch_size, extra, whole=free, size=size)
     held_out = None if validation is None else _held_out(validation, batches)
-    check_options(learning_rate, optimizer, precision)
     ending = None
     if num_epochs is None:
         ending = Ending(_max_epochs(max_epochs, batches))
+        expect(scheduler is None, "scheduler", "`num_epochs` beside it", "none")
         most, steps = ending.max_epochs, min(ending.max_epochs * batches.count, COMPILE - 1)
     else:
         expect(max_epochs is None, "max_epochs", "none beside num_epochs", max_epochs)
         most = check_count("num_epochs", num_epochs)
         steps = most * batches.count
-    if patience is not None:
-        patience = check_count("patience", patience)
-        expect(held_out is not None, "patience", "`validation` data beside it", "none")
+    expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
     how = how_to_run(compile, steps, batches.batch_size or 1)
     bar = progress_bar(most, progress)
-    modes = train_mode(model, guide), matmul_precision(precision)
-    with private_modules(), random_state(seed), modes[0], modes[1]:
+    scopes = private_modules(), random_state(seed), train_mode(model, guide)
+    with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
         task = task_of(model, guide, objective, batches, plate)
         if check_support:
             task.check_support(*filter(None, (batches, held_out)))
-        if held_out is not None:
-            task.held_out_loss(held_out, 0)  # fails before anything is trained, if it does
-        if optimizer is None and held_out is None and is_global(task):
-            bounded = num_epochs is not None or max_epochs is not None
-            result = _fit_at_once(task, most if bounded else _ROUND, seed or 0, bar)
-            if result is not None:
-                _remember(model, guide, result)
-                return result
-        validate = None if held_out is None else partial(task.held_out_loss, held_out)
-        told: dict[str, Any] = {"ending": ending, "validate": validate, "patience": patience}
-        (result,) = train(single(task, how), optimizer, learning_rate, bar, **told)
-    _remember(model, guide, result)
-    if ending is not None:
-        Verdict(result.verdict, result.converged, result.losses[-1]).warn()
+        if held_out is not None:  # what fails does so before anything is trained
+            first = task.held_out_loss(held_out, 0)
+            expect(math.isfinite(first), "validation", "data of a finite loss", first)
+        with deferred_interrupts(terminate=checkpoint is not None):
+            file = None
+            if checkpoint is not None:
+                run = {"epochs": "given" if ending is None else f"until flat, at most {most}"}
+                run |= {"seed": f"{seed}", "compile": f"{compile}", "precision": f"{precision}"}
+                run["validation"] = "none" if held_out is None else data_in_words(held_out)
+                file = checkpoint_of(checkpoint, task, options, run)
+                how = file.execution(how, most)
+            result = None
+            if optimizer is None and held_out is None and is_global(task):
+                bounded = num_epochs is not None or max_epochs is not None
+                rounds = most if bounded else _ROUND
+                result = fit_at_once(task, options, rounds, seed or 0, bar, file)
+            if result is None:
+                validate = None if held_out is None else partial(task.held_out_loss, held_out)
+                engine = single(task, how)
+                (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
+                if ending is not None and not result.interrupted:
+                    Verdict(result.verdict, result.converged, result.losses[-1]).warn()
+            result = result._replace(interrupted=answer_interrupt())
+    remember_fit(model, guide, result)
     return result
 
 
-def _remember(model: Any, guide: Any, result: Fit) -> None:
+def check_call(precision: Any) -> None:
+    """Raises a ValueError unless a training can be had here, in that precision."""
+    check_choice("precision", precision, ("highest", "high", "medium", None))
+    wanted = "a call outside of torch.inference_mode, in which nothing can be trained"
+    expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
+
+
+def checkpoint_of(path: Any, task: Task, options: Options, run: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint of a training, which must be of that training if it is there already."""
+    program = task.program
+    named = {"model": bare(program.model), "guide": bare(program.guide)}
+    parts = parts_of(program=program)
+    parts |= {name: in_words(p) for name, p in named.items() if not isinstance(p, nn.Module)}
+    chosen = {name: in_words(value) for name, value in vars(options).items() if name != "callback"}
+    own = {"objective": in_words(program.objective), "plate": f"{program.plate_name}"}
+    own |= {"data": data_in_words(task.batches), "batch_size": f"{task.batches.batch_size}"}
+    return Checkpoint(path, parts | chosen | own | dict(run))
+
+
+def remember_fit(model: Any, guide: Any, result: Fit) -> None:
     """Leaves the verdict to `evaluate` and to the export."""
     remember(bare(model), bare(guide), words=result.verdict, converged=result.converged)
 
@@ -200,184 +250,9 @@ def _max_epochs(max_epochs: Any, batches: Batches) -> int:
     return check_count("max_epochs", max_epochs)
 
 
-def _fit_at_once(task: Task, steps: int, seed: int, bar: Any) -> Fit | None:
-    """Fits global latents to the optimum; None if they have to be fitted in steps."""
-    start = time.perf_counter()
-    with undone_by_errors(task.parameters, [task.program]) as before:
-        optimum = optimise(task, steps=steps, seed=seed)
-        if optimum is None:
-            return None
-        with torch.no_grad():
-            for parameter, value in zip(task.parameters, optimum.values, strict=True):
-                parameter.copy_(value.reshape(parameter.shape))
-        verdict = _verdict(task, optimum, seed)
-        if verdict is None:  # the optimum was found in doubles, and is kept in less
-            (batch,) = task.batches
-            reach = f"the optimum is out of reach of {task.parameters[0].dtype}"
-            why = blame(task, batch, 0, before.put_back)
-            raise Diverged(f"{reach}: {why}; the parameters are unchanged")
-    losses, number = [*optimum.losses[:-1], verdict.loss], len(optimum.losses)
-    bar.update(bar.total)
-    bar.set_postfix({"loss": f"{losses[-1]:.6g}"}, refresh=False)
-    bar.close()
-    verdict.warn()
-    seconds, objective = time.perf_counter() - start, task.program.objective
-    method = "L-BFGS" if optimum.draws else "stochastic gradient"
-    end = seconds, number, number - 1, method, objective, "eager"
-    return Fit(losses, [], *end, verdict.converged, verdict.words)
-
-
-def _verdict(task: Task, optimum: Optimum, seed: int) -> Verdict | None:
-    """What is to be said of an optimum; None if the parameters, as they are stored, are useless."""
-    if not all(torch.isfinite(parameter).all() for parameter in task.parameters):
-        return None
-    try:
-        return judge(task, optimum, seed)
-    except torch.linalg.LinAlgError:
-        return None
-
-
 def _held_out(validation: Any, batches: Batches) -> Batches:
     """The validation data, with the further arguments of those that are trained on."""
     wanted = "no tensor with as many rows as the data, beside validation data"
     expect(not any(batches.cut), "kwargs", wanted, "one")
     size = batches.batch_size or 1024
     return batches_of("validation", validation, size, training=False, extra=batches.extra)
-
-
-def fit_replicates(
-    pairs: Sequence[Pair],
-    data: Any,
-    *,
-    num_epochs: int = 100,
-    batch_size: int | None = None,
-    learning_rate: float = 1e-3,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-    objective: Any = None,
-    seeds: Sequence[int] | None = None,
-    compile: bool | str = "auto",
-    precision: str | None = None,
-    progress: bool | str = True,
-    plate: str | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-) -> list[Fit]:
-    """Trains several models and guides of the same make at once, in one vectorized program.
-
-    Replicate k is trained as `fit(*pairs[k], data, seed=seeds[k], objective=objective[k], ...)`
-    would train it: with its own minibatches and its own noise, the same up to rounding. (The gammas
-    of `student_t` and the masks of dropout, whose noise is made from what was computed, are other
-    numbers of the same distribution.) Replicates do not influence each other, but one that diverges
-    ends them all. Convolutions, `student_t`, `low_rank`, `full_rank` and `flow` are
-    vectorized but, for now, not compiled: `torch.vmap` ties their graphs to one size of minibatch.
-
-    Pairs that cannot be trained in one program are trained one after the other, and a warning says
-    why.
-
-    Args:
-        pairs: models and their guides, equal but for the values of their parameters, of which none
-            is shared. Build each under its own seed, for results that are independent.
-        data: a tensor or array, or a tuple of them, as for `fit`.
-        num_epochs: passes through the data, at least 1.
-        batch_size: size of a minibatch, as for `fit`.
-        learning_rate: step size.
-        optimizer: called as `optimizer(parameters, lr=learning_rate)`, with parameters that have a
-            first dimension of replicates, so it must treat every number on its own, as Adam does;
-            by default Adam, fused.
-        objective: one objective for all, or one for each: those that differ in their scheduled
-            fields only, as `ELBO`s in `beta` and `free_bits`, are trained at once.
-        seeds: a seed for each; by default drawn from the caller's stream.
-        compile: as for `fit`.
-        precision: as for `fit`.
-        progress: show a progress bar; a string is its label.
-        plate: as for `fit`.
-        kwargs: as for `fit`; the same for all.
-
-    Returns:
-        The course of each training; `seconds` is its share of the time.
-
-    Raises:
-        TypeError: `pairs` or `seeds` is not what it should be.
-        ValueError: an argument is out of its range, the models differ or share a parameter.
-        Diverged: a loss became infinite or NaN. The message names the replicate.
-
-    Example:
-        >>> import torch
-        >>> from ppvae import VAE, FamilyGuide, families, fit_replicates, likelihoods
-        >>> from ppvae.nn import mlp
-        >>> def build(seed):
-        ...     torch.manual_seed(seed)
-        ...     model = VAE(mlp(2, 16, out=5), latent=2, likelihood=likelihoods.Normal(0.1))
-        ...     return model, FamilyGuide(model, families.mean_scale, encoder=mlp(5, 16))
-        >>> pairs = [build(seed) for seed in range(4)]
-        >>> len(fit_replicates(pairs, torch.randn(20, 5), num_epochs=3, progress=False))
-        4
-    """
-    pairs, seeds, objectives = _checked(pairs, seeds, objective)
-    check_options(learning_rate, optimizer, precision)
-    num_epochs = check_count("num_epochs", num_epochs)
-    named = [with_keywords(*pair, (), kwargs) for pair in pairs]
-    batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
-    how = how_to_run(compile, num_epochs * batches.count, 2)
-    programs = [program for pair in named for program in pair[:2]]
-    with private_modules(), train_mode(*programs), matmul_precision(precision):
-        tasks = []
-        for (model, guide, _), own, seed in zip(named, objectives, seeds, strict=True):
-            # parameters are made as `fit` would, and those of equal names stay apart
-            with private_modules(), random_state(seed):
-                tasks.append(task_of(model, guide, own, batches, plate))
-        _check_parameters([list(task.program.parameters()) for task in tasks])
-        at_once = optimizer is None and any(is_global(task) for task in tasks)
-        if tasks[0].parameters and len(tasks) > 1 and not at_once:
-            try:
-                engine = stacked(tasks, seeds, compiled=how == "compiled")
-            except NotStageable as error:
-                warnings.warn(f"fit_replicates: one after the other; {error}", stacklevel=2)
-            else:
-                bar = progress_bar(num_epochs, progress)
-                with random_state(random.Random(repr(seeds)).getrandbits(62)):
-                    results = train(engine, optimizer, learning_rate, bar)
-                for pair, result in zip(pairs, results, strict=True):
-                    _remember(*pair, result)
-                return results
-    options: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size}
-    options |= {"learning_rate": learning_rate, "optimizer": optimizer, "compile": compile}
-    options |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
-    return [
-        fit(*pair, data, objective=own, seed=seed, **options)
-        for pair, own, seed in zip(pairs, objectives, seeds, strict=True)
-    ]
-
-
-def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[int], list[Any]]:
-    """The pairs, and a seed and an objective for each.
-
-    Raises:
-        TypeError: one of them is of a wrong kind.
-        ValueError: there are no pairs, or not as many of the others.
-    """
-    pairs = list(pairs)
-    expect(pairs, "pairs", "at least one model and its guide", "none")
-    paired = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
-    expect(paired, "pairs", "pairs of a model and its guide", "something else", TypeError)
-    objectives = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
-    if seeds is None:
-        seeds = torch.randint(2**62, (len(pairs),)).tolist()
-    whole = all(hasattr(seed, "__index__") for seed in seeds)
-    expect(whole, "seeds", "whole numbers, one for each pair", repr(seeds), TypeError)
-    for name, values in {"objective": objectives, "seeds": seeds}.items():
-        wanted = f"{len(pairs)}, one for each pair"
-        expect(len(values) == len(pairs), name, wanted, len(values))
-    return pairs, [operator.index(seed) for seed in seeds], objectives
-
-
-def _check_parameters(parameters: Sequence[list[Tensor]]) -> None:
-    """Raises a ValueError if pairs share a parameter, or those of one have other shapes."""
-    seen: dict[int, int] = {}
-    kinds = [[(p.shape, p.requires_grad) for p in own] for own in parameters]
-    for number, own in enumerate(parameters):
-        got = f"other shapes, or other parameters frozen, in pair {number} than in pair 0"
-        expect(kinds[number] == kinds[0], "pairs", "models and guides of the same make", got)
-        for p in filter(lambda p: p.requires_grad, own):
-            other = seen.setdefault(id(p), number)
-            got = f"one of shape {tuple(p.shape)} that pair {number} shares with pair {other}"
-            expect(other == number, "pairs", "parameters of their own", got)

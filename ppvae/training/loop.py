@@ -1,21 +1,30 @@
-"""The one loop of training: steps of an optimizer, which are taken back where they diverge."""
+"""The one loop of training: steps of an optimizer, which are taken back where they diverge.
 
+Between two steps a training is a `Training`, whose state can be saved and loaded: then it goes on
+as if nothing had been, to the last bit.
+"""
+
+import itertools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae._checks import expect
+from ppvae._process import interrupted
+from ppvae._scopes import random_numbers, set_random_numbers
 from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
+from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending, course
-from ppvae.training.snapshots import Diverged, Snapshot, undone_by_errors
-from ppvae.training.task import Task, adam
+from ppvae.training.options import Named, Options, clip_gradients, step_scheduler
+from ppvae.training.snapshots import Diverged, Snapshot
+from ppvae.training.task import Task
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
 
@@ -26,7 +35,8 @@ class Fit(NamedTuple):
     Attributes:
         losses: values of the objective in each epoch, averaged over its data while they were
             trained on: the negative ELBO, if no other was asked for. For global latents, after each
-            step, by the draws that are held fixed; the last one by 10,000 fresh draws.
+            step, by the draws that are held fixed; the last one by 10,000 fresh draws. The last one
+            of an interrupted training may be of a part of an epoch.
         validation_losses: the objective on the validation data after each epoch; empty without.
         seconds: time in the loop.
         num_steps: steps of the optimizer.
@@ -38,6 +48,8 @@ class Fit(NamedTuple):
         converged: whether it ended at the optimum of its objective, or stochastic training where
             the loss was flat; None if that cannot be judged.
         verdict: the same in one sentence, with numbers.
+        interrupted: whether Ctrl-C ended it.
+        optimizer: the optimizer at the end; None where there was none.
     """
 
     losses: list[float]
@@ -50,11 +62,13 @@ class Fit(NamedTuple):
     execution: str
     converged: bool | None = None
     verdict: str = ""
+    interrupted: bool = False
+    optimizer: Any = None
 
     def __repr__(self) -> str:
         how = f"{self.method} ({self.execution})"
         course = f"Fit by {how}: {self.num_steps} steps, {self.seconds:.3g} s"
-        loss = f"loss {self.losses[-1]:.6g} nats per datum"
+        loss = f"loss {self.losses[-1]:.6g} nats per datum" if self.losses else "no loss"
         return "\n".join([course, loss, self.verdict or "not judged"])
 
     @property
@@ -62,7 +76,8 @@ class Fit(NamedTuple):
         """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
         columns: dict[str, list[Any]] = {"epoch": [*range(len(self.losses))], "loss": self.losses}
         if self.validation_losses:
-            columns["validation_loss"] = self.validation_losses
+            missing = [math.nan] * (len(self.losses) - len(self.validation_losses))
+            columns["validation_loss"] = self.validation_losses + missing
         return columns
 
 
@@ -70,6 +85,7 @@ class Engine(ABC):
     """What computes losses and gradients: for one model and its guide, or for several at once.
 
     Attributes:
+        tasks: what is trained.
         objectives: the loss of each replicate.
         parameters: what the optimizer moves; the first dimension is that of replicates, if there
             are several.
@@ -77,10 +93,21 @@ class Engine(ABC):
         execution: how it runs, "eager", "staged" or "compiled".
     """
 
+    tasks: Sequence[Task]
     objectives: list[Any]
     parameters: list[Tensor]
     modules: list[nn.Module]
     execution: str
+
+    @abstractmethod
+    def values(self) -> dict[str, Tensor]:
+        """Everything that a loss depends on beside the data, by name: also what is not trained."""
+
+    @property
+    def named(self) -> Named:
+        """The parameters with their names."""
+        names = {id(value): name for name, value in self.values().items()}
+        return [(names[id(parameter)], parameter) for parameter in self.parameters]
 
     @abstractmethod
     def minibatches(self) -> Iterable[Any]:
@@ -102,17 +129,40 @@ class Engine(ABC):
         """Gives models and guides the values of the parameters, where those are copies."""
         return
 
+    def first_losses(self) -> list[float]:
+        """The loss of each replicate on the first minibatch, by the same random numbers always."""
+        self.write_back()
+        return [task.first_loss() for task in self.tasks]
+
+    def random_numbers(self) -> list[Tensor]:
+        """Where all the random numbers stand that a training draws."""
+        generators = self.tasks[0].batches.generators
+        return [*(each.get_state() for each in generators), *random_numbers()]
+
+    def set_random_numbers(self, states: Sequence[Tensor]) -> None:
+        """Moves them to where they stood."""
+        generators = self.tasks[0].batches.generators
+        for generator, state in zip(generators, states, strict=False):
+            generator.set_state(state)
+        set_random_numbers(states[len(generators) :])
+
 
 class Steps:
     """Steps of an optimizer on the losses of an engine.
 
     Attributes:
         number: how many were taken.
+        optimizer: None if there is nothing to move.
+        scheduler: of its learning rate, or None.
         snapshot: parameters and buffers of before the training, or of one of the last ten steps.
     """
 
-    def __init__(self, engine: Engine, optimizer: Any) -> None:
-        self.engine, self.optimizer, self.number = engine, optimizer, 0
+    def __init__(self, engine: Engine, options: Options) -> None:
+        self.engine, self.options, self.number = engine, options, 0
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        if engine.parameters:
+            self.optimizer, self.scheduler = options.descent(engine.named)
         self._last: Any = None  # the data of the last step
         self.snapshot = Snapshot(engine.parameters, engine.modules)
 
@@ -122,23 +172,26 @@ class Steps:
         Raises:
             Diverged: a loss is not finite; parameters and buffers are those of the snapshot.
         """
-        data, rows = self.engine.data(minibatch, self.number)
+        engine = self.engine
+        data, rows = engine.data(minibatch, self.number)
         self._last = data
         values: list[list[float]] = []
 
         def evaluate() -> Tensor:
-            for parameter in self.engine.parameters:
+            for parameter in engine.parameters:
                 parameter.grad = None
-            losses = self.engine.losses(data, self.number)
+            losses = engine.losses(data, self.number)
             values.append(losses.reshape(-1).tolist())
             for replicate, loss in enumerate(values[-1]):
                 if not math.isfinite(loss):
                     self._diverge("the loss", replicate, f"is {loss}")
             if self.number % _EVERY == 0:
                 self.snapshot.take(self.number)
+            if self.options.clip is not None:
+                clip_gradients(engine.parameters, self.options.clip, len(engine.objectives))
             return losses
 
-        if self.optimizer is not None and len(self.engine.objectives) == 1:
+        if self.optimizer is not None and len(engine.objectives) == 1:
             self.optimizer.step(evaluate)
         else:  # replicates have no loss in common, by which a step of one could be judged
             evaluate()
@@ -147,9 +200,9 @@ class Steps:
         self.number += 1
         return values[0], rows
 
-    def goals(self) -> list[Any]:
-        """The objectives of the next step, without what moves in them."""
-        return [at_step(objective, self.number) for objective in self.engine.objectives]
+    def goals(self, step: int) -> list[Any]:
+        """The objectives of a step, without what moves in them."""
+        return [at_step(objective, step) for objective in self.engine.objectives]
 
     def slow_down(self, factor: float) -> None:
         """Multiplies the learning rate."""
@@ -166,149 +219,348 @@ class Steps:
                 replicate = finite.index(False)
                 self._diverge("a parameter", replicate, "is not finite")
 
+    def put_back(self) -> None:
+        """Goes back to the snapshot."""
+        self.snapshot.put_back()
+        self.engine.write_back()
+
     def _diverge(self, what: str, replicate: int, how: str) -> None:
         task, batch = self.engine.replicate(replicate, self._last)
-        why = blame(task, batch, self.number, self._put_back)
+        why = blame(task, batch, self.number, self.put_back)
         which = f" of replicate {replicate}" if len(self.engine.objectives) > 1 else ""
         raise Diverged(
             f"{what}{which} {how} at step {self.number}: {why}; parameters and buffers are back at "
             f"those of step {self.snapshot.step}"
         )
 
-    def _put_back(self) -> None:
-        self.snapshot.put_back()
-        self.engine.write_back()
-
 
 def progress_bar(num_epochs: int, progress: Any) -> Any:
     """A progress bar over epochs; a string is its label, False hides it."""
     label = progress if isinstance(progress, str) else "fit"
-    return tqdm(range(num_epochs), desc=label, disable=not progress, unit="epoch")
+    return tqdm(total=num_epochs, desc=label, disable=not progress, unit="epoch")
+
+
+@dataclass
+class Numbers:
+    """The numbers of the course of a training.
+
+    Attributes:
+        totals: the losses of what was seen of the epoch that has not ended, each times its number
+            of data, summed for each replicate.
+        still: the first epoch from which on the objective of each replicate stood still.
+        epoch: epochs that have ended.
+        position: minibatches that were seen of the one that has not.
+        size: the data in these.
+        losses: of each epoch, for each replicate.
+        validation: the validation losses.
+        lowest: the lowest of them since the objective stood still.
+        best_epoch: the epoch of that one.
+        stopped: why it ended before its last epoch; empty if it has not.
+        seconds: the time in the loop, up to the end of the last epoch or the last save.
+    """
+
+    totals: list[float]
+    still: list[int]
+    epoch: int = 0
+    position: int = 0
+    size: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    lowest: float = math.inf
+    best_epoch: int = -1
+    stopped: str = ""
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> list[float]:
+        """The losses of what was seen of the epoch, in nats per datum."""
+        return [total / self.size for total in self.totals]
+
+
+class Training:
+    """A training that stands between two steps, and goes on from there.
+
+    Attributes:
+        steps: with the parameters, the optimizer and its scheduler.
+        ending: ends the training of one model when its loss is flat; None goes through all epochs.
+        validate: returns the validation loss after a number of steps; it is called after each
+            epoch. None does without.
+        numbers: the numbers of its course so far.
+        best: parameters and buffers of the best epoch, with early stopping.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        *,
+        ending: Ending | None = None,
+        validate: Callable[[int], float] | None = None,
+    ) -> None:
+        self.steps, self.ending, self.validate = steps, ending, validate
+        count = len(steps.engine.objectives)
+        self.numbers = Numbers(totals=[0.0] * count, still=[0] * count)
+        self._since = time.perf_counter()
+        self.best: Snapshot | None = None
+        self._began: list[Tensor] = []  # where the random numbers stood when the epoch began
+
+    def go_on(self, bar: Any, file: Checkpoint | None = None) -> None:
+        """Goes through the epochs that are left, or until there is a reason to stop.
+
+        An interrupt ends it behind the next step.
+
+        Args:
+            bar: a progress bar, over all epochs.
+            file: where it is saved after an epoch.
+        """
+        numbers = self.numbers
+        bar.update(numbers.epoch - bar.n)
+        while numbers.epoch < bar.total and not numbers.stopped:
+            self._go_through_epoch()
+            if interrupted():
+                self.steps.check()
+                break
+            shown = self._end_epoch()
+            bar.update()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+            if file is not None and file.is_due(numbers.epoch):
+                self.save(file)
+            if interrupted():
+                break
+        bar.close()
+
+    def _go_through_epoch(self) -> None:
+        """Takes the steps of an epoch that are left, unless it is interrupted."""
+        numbers, engine = self.numbers, self.steps.engine
+        if not numbers.position:
+            self._began = engine.random_numbers()
+        for minibatch in self._minibatches():
+            values, rows = self.steps.take(minibatch)
+            numbers.totals = [t + v * rows for t, v in zip(numbers.totals, values, strict=True)]
+            numbers.size += rows
+            numbers.position += 1
+            if interrupted():
+                return
+
+    def _minibatches(self) -> Iterator[Any]:
+        """The minibatches of the epoch that are left."""
+        engine, done = self.steps.engine, self.numbers.position
+        if not done:
+            yield from engine.minibatches()
+            return
+        now = engine.random_numbers()
+        engine.set_random_numbers(self._began)
+        left = iter(engine.minibatches())
+        for minibatch in itertools.islice(left, done):
+            engine.data(minibatch, self.steps.number)
+        engine.set_random_numbers(now)
+        yield from left
+
+    def _end_epoch(self) -> dict[str, float]:
+        """What comes after the last step of an epoch; returns the losses that are shown."""
+        numbers, steps = self.numbers, self.steps
+        epoch, engine = numbers.epoch, steps.engine
+        steps.check()
+        numbers.losses.append(numbers.mean)
+        goals = [steps.goals(step) for step in (steps.number - numbers.position, steps.number)]
+        numbers.still = [
+            since if now == was else epoch + 1
+            for since, was, now in zip(numbers.still, *goals, strict=True)
+        ]
+        moved = numbers.still[0] == epoch + 1
+        if moved:  # what was lower before was lower for another objective
+            numbers.lowest = math.inf
+        shown = {"loss": sum(numbers.losses[-1]) / len(engine.objectives)}
+        patience = steps.options.patience
+        if self.validate is not None:
+            shown["validation"] = self.validate(steps.number)
+            if not math.isfinite(shown["validation"]):
+                so = f"the validation loss is {shown['validation']} after epoch {epoch}"
+                raise Diverged(f"{so}, and that of the training data finite; all stays as it is")
+            numbers.validation.append(shown["validation"])
+            if shown["validation"] < numbers.lowest:
+                numbers.lowest, numbers.best_epoch = shown["validation"], epoch
+                self.best = Snapshot(engine.parameters, engine.modules) if patience else None
+        numbers.epoch, numbers.position, numbers.size = epoch + 1, 0, 0
+        numbers.totals = [0.0] * len(engine.objectives)
+        self._look_at_clock()
+        numbers.stopped = self._reason_to_stop(epoch, moved=moved)
+        step_scheduler(steps.scheduler, shown.get("validation", shown["loss"]))
+        return shown
+
+    def _look_at_clock(self) -> None:
+        now = time.perf_counter()
+        self.numbers.seconds += now - self._since
+        self._since = now
+
+    def _reason_to_stop(self, epoch: int, *, moved: bool) -> str:
+        """Why the training ends before its last epoch; empty if it does not."""
+        numbers, steps = self.numbers, self.steps
+        if steps.options.stops(self._row(epoch)):
+            return f"stopped by the callback after epoch {epoch}"
+        if not steps.engine.parameters:
+            return "there is nothing to train"  # of a family without channels: only measured
+        patience = steps.options.patience
+        if patience is not None and epoch - numbers.best_epoch >= patience:
+            lowest = f"which was lowest in epoch {numbers.best_epoch}"
+            return f"stopped by the validation loss, {lowest}"
+        if self.ending is not None:
+            loss = None if moved else numbers.losses[-1][0]
+            if not self.ending.go_on(loss, steps.number):
+                return self.ending.words
+            steps.slow_down(self.ending.factor)
+        return ""
+
+    def _row(self, epoch: int) -> dict[str, Any]:
+        """What is told to a callback."""
+        numbers, steps = self.numbers, self.steps
+        losses = numbers.losses[-1]
+        row: dict[str, Any] = {"epoch": epoch, "loss": losses if len(losses) > 1 else losses[0]}
+        if numbers.validation:
+            row["validation_loss"] = numbers.validation[-1]
+        if steps.optimizer is not None:
+            row["learning_rate"] = steps.optimizer.param_groups[0]["lr"]
+        return row | {"num_steps": steps.number, "seconds": numbers.seconds}
+
+    def save(self, file: Checkpoint) -> None:
+        """Writes down where it stands."""
+        engine = self.steps.engine
+        state = self.state_dict()
+        file.write(execution=engine.execution, loss=engine.first_losses(), state=state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the training depends on: tensors and plain numbers."""
+        steps, engine = self.steps, self.steps.engine
+        self._look_at_clock()
+        return {
+            "values": {name: value.detach() for name, value in engine.values().items()},
+            "best": None if self.best is None else self._by_name(self.best),
+            "optimizer": None if steps.optimizer is None else steps.optimizer.state_dict(),
+            "scheduler": None if steps.scheduler is None else steps.scheduler.state_dict(),
+            "ending": None if self.ending is None else self.ending.state_dict(),
+            "step": steps.number,
+            "began": self._began if self.numbers.position else [],
+            "random_numbers": engine.random_numbers(),
+            "numbers": asdict(self.numbers),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to where another training of the same make stood."""
+        steps, engine = self.steps, self.steps.engine
+        with torch.no_grad():
+            for name, value in engine.values().items():
+                value.copy_(state["values"][name])
+        if state["best"] is not None:
+            self.best = Snapshot(engine.parameters, engine.modules)
+            names = self._by_name(self.best)
+            self.best.values = [state["best"][name] for name in names]
+        for part in ("optimizer", "scheduler"):
+            if state[part] is not None:
+                getattr(steps, part).load_state_dict(state[part])
+        if steps.scheduler is not None:  # which asks whether there was a step before its own
+            steps.optimizer._opt_called = True
+        if self.ending is not None:
+            self.ending.load_state_dict(state["ending"])
+        self.numbers = Numbers(**state["numbers"])
+        self._began = state["began"]
+        engine.set_random_numbers(state["random_numbers"])
+        steps.number = state["step"]
+        steps.snapshot.take(steps.number)
+
+    def _by_name(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """The values of a snapshot, each with the name that the engine has for it."""
+        names = {id(value): name for name, value in self.steps.engine.values().items()}
+        return {names[id(n)]: v for n, v in zip(snapshot.now(), snapshot.values, strict=True)}
+
+    def results(self, *, interrupted: bool = False) -> list[Fit]:
+        """The course of each replicate, and its share of the time; goes to the best epoch."""
+        numbers, steps = self.numbers, self.steps
+        if self.best is not None:
+            self.best.put_back()
+        steps.engine.write_back()
+        columns = [*numbers.losses, *([numbers.mean] if numbers.size else [])]
+        best_epoch = len(columns) - 1 if self.best is None else numbers.best_epoch
+        self._look_at_clock()
+        seconds = numbers.seconds / len(steps.engine.objectives)
+        ends = seconds, steps.number, best_epoch, "stochastic gradient"
+        results = []
+        for number, goal in enumerate(steps.engine.objectives):
+            own = [losses[number] for losses in columns]
+            how = ends[0], ends[1], ends[2], ends[3], goal, steps.engine.execution
+            said = self._verdict(own, number, interrupted=interrupted)
+            fit = Fit(own, [*numbers.validation], *how, *said, interrupted, steps.optimizer)
+            results.append(fit)
+        return results
+
+    def _verdict(
+        self, losses: Sequence[float], number: int, *, interrupted: bool
+    ) -> tuple[bool | None, str]:
+        """Whether a training is at its end, None if that cannot be judged, and in words."""
+        numbers, ending = self.numbers, self.ending
+        if interrupted:
+            done = f"interrupted in epoch {numbers.epoch}, after {self.steps.number} steps"
+            return None, f"{done}; {self._course(losses, number)[1]}"
+        if self.best is not None and numbers.best_epoch < len(losses) - 1:
+            lowest = f"which was lowest in epoch {numbers.best_epoch}"
+            return None, f"stopped by the validation loss, {lowest}"
+        if numbers.stopped.startswith("stopped"):
+            return None, numbers.stopped
+        if ending is not None and ending.flat is not None:
+            return ending.flat, ending.words
+        return self._course(losses, number)
+
+    def _course(self, losses: Sequence[float], number: int) -> tuple[bool | None, str]:
+        still = self.numbers.still[number]
+        if still >= len(losses):
+            return None, "the objective changed on the way, so that its values say little"
+        return course(losses[still:], self.steps.number)
 
 
 def train(
     engine: Engine,
-    optimizer: Callable[..., torch.optim.Optimizer] | None,
-    learning_rate: float,
-    epochs: Any,
+    options: Options,
+    bar: Any,
     *,
     ending: Ending | None = None,
     validate: Callable[[int], float] | None = None,
-    patience: int | None = None,
+    file: Checkpoint | None = None,
 ) -> list[Fit]:
-    """Trains for some epochs, or until the loss is flat, or the validation loss falls no longer.
+    """Trains for some epochs, or until there is a reason to stop.
 
     An error puts parameters and buffers back to where they were before the training, but `Diverged`
-    to where they were at most ten steps before it.
+    and a second Ctrl-C to where they were at most ten steps before it.
 
     Args:
         engine: what computes losses and gradients.
-        optimizer: called as `optimizer(parameters, lr=learning_rate)`, if there are any parameters;
-            None is Adam.
-        learning_rate: step size.
-        epochs: a progress bar over the epochs.
-        ending: ends the training of one model when its loss is flat; None goes through all epochs.
-        validate: returns the validation loss after a number of steps; it is called after each
-            epoch.
-        patience: the training stops after so many epochs without a lower validation loss, and goes
-            back to the best epoch. While the objective moves every epoch is a new beginning.
+        options: of the descent.
+        bar: a progress bar over the epochs.
+        ending: see `Training`.
+        validate: see `Training`.
+        file: where the training is saved, and from where it goes on.
 
     Returns:
         The course of the training of each replicate, and its share of the time.
     """
-    start, parameters = time.perf_counter(), engine.parameters
-    made: Any = (optimizer or adam)(parameters, lr=learning_rate) if parameters else None
-    fits = not parameters or all(hasattr(made, name) for name in ("step", "param_groups"))
-    expect(fits, "optimizer", "a function that returns an optimizer", made, TypeError)
-    steps = Steps(engine, made)
-    with undone_by_errors(parameters, engine.modules):
-        run = _epochs(steps, epochs, ending, validate, patience)
-    engine.write_back()
-    seconds = (time.perf_counter() - start) / len(engine.objectives)
-    ends = seconds, steps.number, run.best_epoch, "stochastic gradient"
-    results = []
-    columns = zip(zip(*run.losses, strict=True), engine.objectives, run.still, strict=True)
-    for own, goal, still in columns:
-        verdict = _verdict(own, still, run, steps.number, ending)
-        results.append(Fit([*own], run.validation, *ends, goal, engine.execution, *verdict))
-    return results
-
-
-class _Epochs(NamedTuple):
-    """What came of the epochs.
-
-    Attributes:
-        losses: of each epoch, for each replicate.
-        validation: the validation losses.
-        best_epoch: the epoch whose parameters are in place.
-        still: the first epoch from which on the objective of each replicate stood still.
-    """
-
-    losses: list[list[float]]
-    validation: list[float]
-    best_epoch: int
-    still: list[int]
-
-
-def _verdict(
-    losses: Sequence[float], still: int, run: _Epochs, steps: int, ending: Ending | None
-) -> tuple[bool | None, str]:
-    """Whether a stochastic training is at its end, None if that cannot be judged, and in words."""
-    if run.best_epoch < len(losses) - 1:
-        lowest = f"which was lowest in epoch {run.best_epoch}"
-        return None, f"stopped by the validation loss, {lowest}"
-    if ending is not None and ending.flat is not None:
-        return ending.flat, ending.words
-    if still >= len(losses):
-        return None, "the objective changed on the way, so that its values say little"
-    return course(losses[still:], steps)
-
-
-def _epochs(
-    steps: Steps,
-    epochs: Any,
-    ending: Ending | None,
-    validate: Callable[[int], float] | None,
-    patience: int | None,
-) -> _Epochs:
-    """Goes through the epochs, and back to the best one."""
-    engine, count = steps.engine, len(steps.engine.objectives)
-    history: list[list[float]] = []
-    validation: list[float] = []
-    best: Snapshot | None = None
-    lowest, best_epoch, still = math.inf, -1, [0] * count
-    goals = steps.goals()
-    for epoch in epochs:
-        before, totals, size = goals, [0.0] * count, 0
-        for minibatch in engine.minibatches():
-            values, rows = steps.take(minibatch)
-            totals = [total + value * rows for total, value in zip(totals, values, strict=True)]
-            size += rows
-        steps.check()
-        history.append([total / size for total in totals])
-        goals = steps.goals()
-        still = [
-            since if now == was else epoch + 1
-            for since, now, was in zip(still, goals, before, strict=True)
-        ]
-        if still[0] == epoch + 1:  # what was lower before was lower for another objective
-            lowest = math.inf
-        shown = {"loss": f"{sum(totals) / size / count:.4g}"}
-        if validate is not None:
-            validation.append(validate(steps.number))
-            shown["validation"] = f"{validation[-1]:.4g}"
-            if validation[-1] < lowest:
-                lowest, best_epoch = validation[-1], epoch
-                best = Snapshot(engine.parameters, engine.modules) if patience else None
-        epochs.set_postfix(shown, refresh=False)
-        if (patience is not None and epoch - best_epoch >= patience) or not engine.parameters:
-            break  # without parameters, of a family without channels, it is only measured
-        if ending is not None:
-            loss = None if still[0] == epoch + 1 else history[-1][0]
-            if not ending.go_on(loss, steps.number):
-                break
-            steps.slow_down(ending.factor)
-    epochs.close()
-    if best is not None:
-        best.put_back()
-    return _Epochs(history, validation, epoch if best is None else best_epoch, still)
+    before = Snapshot(engine.parameters, engine.modules)
+    steps = Steps(engine, options)
+    training = Training(steps, ending=ending, validate=validate)
+    try:
+        if file is not None and file.state is not None:
+            training.load_state_dict(file.state)
+            file.check_losses(engine.first_losses())
+            if file.is_done(bar.total):
+                bar.close()
+                how = file.saved["execution"]
+                return [fit._replace(execution=how) for fit in training.results()]
+        training.go_on(bar, file)
+        if file is not None:
+            training.save(file)
+        return training.results(interrupted=interrupted())
+    except KeyboardInterrupt:
+        steps.put_back()
+        raise
+    except Diverged:
+        raise
+    except BaseException:
+        before.put_back()
+        engine.write_back()
+        raise

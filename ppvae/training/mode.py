@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae._process import interrupted
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import Potential
 from ppvae.training.descent import FAR, lbfgs
@@ -31,6 +32,8 @@ class Gaussian(NamedTuple):
 def gaussian_near(potential: Potential, seed: int) -> Gaussian:
     """The Laplace approximation at the best mode that is met from several starts.
 
+    An interrupt ends the search where it stands.
+
     A density may have no mode, or have it where there is no mass (a funnel). Then the point on the
     way is taken at which the Gaussian of the local curvature has the highest ELBO.
     """
@@ -39,12 +42,18 @@ def gaussian_near(potential: Potential, seed: int) -> Gaussian:
     away = away.to(torch.get_default_device())
     ends = []
     for start in (0 * away, away, -away):
-        ways: list[Tensor] = [start]
-        end = lbfgs(potential.slope_and_value, start, steps=500, tolerance=1e-8, way=ways.append)
-        ends.append((potential.slope_and_value(end)[1].item(), end, ways))
+        way: list[Tensor] = [start]
+
+        def after(place: Tensor, _: float, way: list[Tensor] = way) -> bool:
+            way.append(place)
+            return interrupted()
+
+        end = lbfgs(potential.slope_and_value, start, steps=500, tolerance=1e-8, after=after)
+        ends.append((potential.slope_and_value(end)[1].item(), end, way))
     lowest, end, way = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else FAR)
     mode, factor, found = _newton(potential, end)
     if not found:
+        way = way[-1:] if interrupted() else way
         few = way[:: max(1, len(way) // _CANDIDATES)] + [end]
         local = [(place, _factor(potential.hessian(place))) for place in few]
         return Gaussian(*max(local, key=lambda each: _elbo(potential, *each)), others=[])
@@ -76,7 +85,7 @@ def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
             if moved:
                 state, slope, value = state + share * step, new_slope, new
             share /= 2
-        if not moved:
+        if not moved or interrupted():
             return state, factor, gain <= 1e-6 and _is_bowl(curvature)
     return state, factor, False
 

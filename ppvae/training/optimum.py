@@ -7,6 +7,8 @@ curvature there, with more draws as long as their error is felt in a posterior m
 """
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from ppvae._process import interrupted
 from ppvae._scopes import double_precision, kept_buffers, private_modules, random_state, unchecked
 from ppvae.guides import FamilyGuide
 from ppvae.guides.chart import Chart, pieces_of
@@ -99,11 +102,38 @@ class Optimum:
     layout: Layout
 
 
-def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
+class Way:
+    """The way to an optimum: the losses in nats per datum after each step, and whether to go on.
+
+    Args:
+        size: the number of data.
+        stops: is told of each step, as a callback of `fit`, and returns True to end the way.
+    """
+
+    def __init__(self, size: int, stops: Callable[[dict[str, Any]], bool]) -> None:
+        self.size, self.losses, self.stopped, self.stops = size, list[float](), False, stops
+        self._start = time.perf_counter()
+
+    def add(self, value: float) -> None:
+        """Adds the loss of all data in nats, after a step."""
+        epoch, loss = len(self.losses), value / self.size
+        self.losses.append(loss)
+        seconds = time.perf_counter() - self._start
+        row = {"epoch": epoch, "loss": loss, "num_steps": epoch + 1, "seconds": seconds}
+        self.stopped = self.stops(row) or self.stopped
+
+    @property
+    def ended(self) -> bool:
+        """Whether the callback or an interrupt has ended it."""
+        return self.stopped or interrupted()
+
+
+def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
     """Minimises the objective over the parameters of a task, which are not moved.
 
     Args:
         task: one that `is_global`.
+        way: is told of each step; where it ends, so does the minimisation, where it stands.
         steps: at most so many of the method in each round.
         seed: chooses starts and draws.
 
@@ -133,11 +163,17 @@ def optimise(task: Task, *, steps: int, seed: int) -> Optimum | None:
         )
         few = (~chart.known()).sum() <= _PARAMETERS
         method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
-        return method(average, chart, steps, seed, potential.layout, near.others)
+        return method(average, chart, way, steps, seed, potential.layout, near.others)
 
 
 def _with_fixed_draws(
-    average: Average, chart: Chart, steps: int, seed: int, layout: Layout, others: list[float]
+    average: Average,
+    chart: Chart,
+    way: Way,
+    steps: int,
+    seed: int,
+    layout: Layout,
+    others: list[float],
 ) -> Optimum:
     """Minimises the mean loss of draws that are held fixed, with more, until they are enough."""
     place, free = torch.zeros(chart.size), torch.ones(chart.size)
@@ -145,65 +181,75 @@ def _with_fixed_draws(
     if draws > 1 and average.at_once > 1 and not chart.known().all():
         draws *= _MORE
     most = max(_MOST, 8 * average.normals)
-    losses: list[float] = []
     while True:
         normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
         surface = Surface(average, chart, normals)
-        if not losses:
+        if not way.losses:
             alone = ~chart.known()
             chart.units[alone] = units_of(surface, place, alone)
-        last = steps + len(losses)
-        descend = partial(_descend, surface, last, losses)
+        descend = partial(_descend, surface, steps + len(way.losses), way)
         place = descend(place, free, tolerance=_ROUGH)
+        if way.ended:
+            if not way.losses:
+                way.add(surface(place)[1].item())
+            ends = draws, math.nan, "", math.nan, math.nan
+            return Optimum(chart(place), way.losses, *ends, others, layout)
         curvature = Curvature.at(surface, place, free)
         if 1 < draws < most and curvature.needed > 1:
             draws = min(draws * curvature.needed, most)
             continue
         place = descend(place, free)
-        if not losses:  # it started at the optimum
-            losses.append(surface(place)[1].item() / average.size)
+        if not way.losses:  # it started at the optimum
+            way.add(surface(place)[1].item())
         if draws == 1 and surface(place)[0].abs().max() > 1e-4:
             place, free = descend_over_kinks(surface, descend, place)
             curvature = Curvature.at(surface, place, free)
-        if draws == 1 or draws >= most or _holds(surface, place, losses[-1]):
+        if draws == 1 or draws >= most or _holds(surface, place, way.losses[-1]):
             break
         draws *= 2
     step, at = curvature.step(surface(place)[0] * free)
     ends = draws, step, layout.free_labels[at], curvature.error, curvature.excess
-    return Optimum(chart(place), losses, *ends, others, layout)
+    return Optimum(chart(place), way.losses, *ends, others, layout)
 
 
 def _descend(
     surface: Surface,
     last: int,
-    losses: list[float],
+    way: Way,
     place: Tensor,
     free: Tensor,
     tolerance: float = 1e-6,
 ) -> Tensor:
-    """L-BFGS along the free coordinates, up to the step `last`.
-
-    It adds the loss per datum to `losses` after each step.
-    """
-    if len(losses) >= last:
+    """L-BFGS along the free coordinates, up to the step `last` or where the way is ended."""
+    if len(way.losses) >= last or way.ended:
         return place
 
     def slope_and_value(moves: Tensor) -> tuple[Tensor, Tensor]:
         slope, value = surface(place + free * moves)
         return slope * free, value
 
+    def after(_: Tensor, value: float) -> bool:
+        way.add(value)
+        return way.ended
+
     moves = lbfgs(
         slope_and_value,
         torch.zeros_like(place),
-        steps=last - len(losses),
+        steps=last - len(way.losses),
         tolerance=tolerance,
-        values=lambda value: losses.append(value / surface.average.size),
+        after=after,
     )
     return place + free * moves
 
 
 def _with_fresh_draws(
-    average: Average, chart: Chart, steps: int, seed: int, layout: Layout, others: list[float]
+    average: Average,
+    chart: Chart,
+    way: Way,
+    steps: int,
+    seed: int,
+    layout: Layout,
+    others: list[float],
 ) -> Optimum:
     """Stochastic gradients, with fresh draws in each step and steps that become small.
 
@@ -217,27 +263,30 @@ def _with_fresh_draws(
     start = torch.zeros(chart.size)
     if average.smooth and average.normals and chart.located():
         surface = Surface(average, chart, matched(_MORE * draws, average.normals, seed))
-        start = _descend(surface, steps, [], start, chart.known().double(), tolerance=_ROUGH)
+        first = Way(average.size, way.stops)
+        start = _descend(surface, steps, first, start, chart.known().double(), tolerance=_ROUGH)
     place = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([place], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))
-    losses: list[float] = []
     mean, last = torch.zeros(chart.size), max(1, steps // 4)
     for step in range(steps):
         normals = matched(draws, average.normals, seed + step)
         values, place.grad = average.slope(chart, place, normals, seed + step)
-        losses.append(values.mean().item() / average.size)
+        way.add(values.mean().item())
         if not torch.isfinite(place.grad).all():
             place.grad = torch.zeros_like(place)  # one draw too far out: the step is left out
         optimizer.step()
         scheduler.step()
         if step >= steps - last:
             mean += place.detach() / last
-    ends = [_fresh_loss(average, chart(end), FRESH)[0] for end in (start, mean)]
-    mean = mean if ends[1] < ends[0] else start
+        if way.ended:
+            ends = 0, math.nan, "", math.nan, math.nan
+            return Optimum(chart(place.detach()), way.losses, *ends, others, layout)
+    before, after = (_fresh_loss(average, chart(end), FRESH)[0] for end in (start, mean))
+    mean = mean if after < before else start
     drift, at = _drift(average, chart, mean, seed)
     site = layout.free_labels[at]
-    return Optimum(chart(mean), losses, 0, drift, site, 0.0, math.nan, others, layout)
+    return Optimum(chart(mean), way.losses, 0, drift, site, 0.0, math.nan, others, layout)
 
 
 def _drift(average: Average, chart: Chart, place: Tensor, seed: int) -> tuple[float, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae._scopes import kept_buffers, random_state, unchecked
+from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
 from ppvae.training.loop import Engine
@@ -54,9 +54,14 @@ class Single(Engine):
         self, task: Task, staged: Staged | None = None, gradients: Gradients | None = None
     ) -> None:
         self.task, self.staged, self.gradients = task, staged, gradients
-        self.objectives, self.modules = [task.program.objective], [task.program]
+        self.tasks, self.objectives, self.modules = [task], [task.program.objective], [task.program]
         self.parameters = task.parameters
         self.execution = gradients.execution if gradients else "staged" if staged else "eager"
+
+    def values(self) -> dict[str, Tensor]:
+        """Parameters and buffers by their names in the program."""
+        program = self.task.program
+        return dict(program.named_parameters()) | dict(program.named_buffers())
 
     def minibatches(self) -> Iterable[tuple[Any, ...]]:
         """Goes once through the data."""
@@ -102,8 +107,15 @@ def single(task: Task, how: str) -> Single:
     if how == "eager":
         return Single(task)
     try:
-        staged = record(task.program, task.batches.example())
+        staged = record(task.program, task.example)
     except NotStageable as error:
-        warnings.warn(f"fit: runs eagerly; {error}", stacklevel=3)
+        warnings.warn(f"fit: runs eagerly; {error}", stacklevel=stacklevel())
         return Single(task)
-    return Single(task, staged, Gradients(staged, compiled=True) if how == "compiled" else None)
+    if how == "staged":
+        return Single(task, staged)
+    gradients = Gradients(staged, compiled=True)
+    if staged.covers(*task.example):  # made for the first minibatch, wherever training goes on
+        with random_state(None, keep=True):
+            data = staged.data(task.example, task.program.settings(0))
+        gradients.make(staged.state(), data)
+    return Single(task, staged, gradients)

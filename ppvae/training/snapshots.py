@@ -34,23 +34,24 @@ class Snapshot:
         # a buffer may be replaced as well as written to, so it is looked up by its name
         self._buffers = [(part, n) for part in parts.values() for n in part if part[n] is not None]
         self._parameters, self.step = list(parameters), 0
-        self.values = [value.detach().clone() for value in self._now()]
+        self.values = [value.detach().clone() for value in self.now()]
 
     def take(self, step: int) -> None:
         """Copies the values of now."""
         self.step = step
         if self.values:
             with torch.no_grad():
-                torch._foreach_copy_(self.values, self._now())
+                torch._foreach_copy_(self.values, self.now())
 
     def put_back(self) -> None:
         """Gives parameters and buffers the values of the copy, in place."""
         with torch.no_grad():
-            for now, before in zip(self._now(), self.values, strict=True):
+            for now, before in zip(self.now(), self.values, strict=True):
                 if not torch.equal(now, before):  # one that was expanded cannot be written to
                     now.copy_(before)
 
-    def _now(self) -> list[Tensor]:
+    def now(self) -> list[Tensor]:
+        """The parameters and buffers themselves, in the order of `values`."""
         buffers: list[Any] = [part[name] for part, name in self._buffers]
         return self._parameters + buffers
 
@@ -63,6 +64,6 @@ def undone_by_errors(parameters: list[Tensor], modules: list[nn.Module]) -> Iter
         yield before
     except Diverged:
         raise
-    except Exception:
+    except BaseException:
         before.put_back()
         raise

@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppvae._scopes import kept_buffers, random_state, unchecked
+from ppvae._scopes import (
+    kept_buffers,
+    random_numbers,
+    random_state,
+    set_random_numbers,
+    unchecked,
+)
 from ppvae.objectives.base import moving_fields
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.program import Program
@@ -46,6 +52,10 @@ class Stacked(Engine):
                 held.register_buffer(f"value_{at}", value)
         self.modules: list[nn.Module] = [held]
 
+    def values(self) -> dict[str, Tensor]:
+        """The stacked parameters and buffers, by their names in the programs."""
+        return dict(zip(self.staged.names_of_state, self.state, strict=True))
+
     def minibatches(self) -> Iterable[Any]:
         """Yields, once for each step, the iterators of all replicates over their minibatches."""
         passes = [iter(self.batches) for _ in self.streams]
@@ -73,6 +83,18 @@ class Stacked(Engine):
         self.write_back()
         return self.tasks[number], self.staged.batch([value[number] for value in data])
 
+    def random_numbers(self) -> list[Tensor]:
+        """Where the streams of the replicates stand, and then all else that is drawn from."""
+        return [*(s for each in self.streams for s in each.states), *super().random_numbers()]
+
+    def set_random_numbers(self, states: Sequence[Tensor]) -> None:
+        """Moves them to where they stood."""
+        states = list(states)
+        for stream in self.streams:
+            count = len(stream.states)
+            stream.states, states = states[:count], states[count:]
+        super().set_random_numbers(states)
+
     def write_back(self) -> None:
         """Gives each pair its values."""
         with torch.no_grad():
@@ -93,7 +115,7 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
         NotStageable: the loss is no graph, or not the same for all.
     """
     batches = tasks[0].batches
-    example = batches.example()
+    example = tasks[0].example
     rows = len(example[0])
     dropped = batches.loader is not None and batches.loader.drop_last
     if rows < 2 or (batches.size % rows == 1 and not dropped):
@@ -156,24 +178,15 @@ class _Stream:
 
     def __init__(self, seed: int) -> None:
         with random_state(seed):
-            self.state = self._now()
+            self.states = random_numbers()
 
     def __enter__(self) -> None:
-        self.outside = self._now()
-        self._set(self.state)
+        self.outside = random_numbers()
+        set_random_numbers(self.states)
 
     def __exit__(self, *_: object) -> None:
-        self.state = self._now()
-        self._set(self.outside)
-
-    def _now(self) -> tuple[Tensor, list[Tensor]]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return torch.get_rng_state(), cuda
-
-    def _set(self, state: tuple[Tensor, list[Tensor]]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1]:
-            torch.cuda.set_rng_state_all(state[1])
+        self.states = random_numbers()
+        set_random_numbers(self.outside)
 
 
 def _stacked(drawn: Sequence[list[Tensor]]) -> list[Tensor]:

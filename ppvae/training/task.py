@@ -1,7 +1,6 @@
 """What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae._checks import check_choice, check_number, expect
-from ppvae._scopes import eval_mode, random_state, unchecked
+from ppvae._checks import expect
+from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.trace_terms import Terms, terms
@@ -24,10 +23,12 @@ class Task:
     Attributes:
         program: the loss.
         batches: the data to train on.
+        example: the first minibatch of a pass.
     """
 
     program: Program
     batches: Batches
+    example: tuple[Any, ...]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -42,13 +43,18 @@ class Task:
         held_out.to(self.batches.device)
         total = count = 0.0
         program = self.program
-        modes = eval_mode(program.model, program.guide)
-        with torch.no_grad(), random_state(0), modes, unchecked():
+        # the modules that plain functions call, too
+        with torch.no_grad(), random_state(0), eval_mode(program), unchecked():
             for batch in held_out:
                 loss = program.loss(batch, step, size=held_out.size)
                 total += loss.item() * len(batch[0])
                 count += len(batch[0])
         return total / count
+
+    def first_loss(self) -> float:
+        """The loss on the first minibatch, by the same random numbers every time."""
+        with torch.no_grad(), random_state(0), kept_buffers(self.program), unchecked():
+            return self.program.loss(self.example, 0).item()
 
     def terms(self, batch: tuple[Any, ...]) -> Terms:
         """The terms of the objective on a minibatch, for one draw of the guide."""
@@ -69,10 +75,10 @@ class Task:
 
 
 def training_batches(
-    model: Any, data: Any, batch_size: int | None, extra: Any, *, whole: bool = False
+    model: Any, data: Any, batch_size: int | None, extra: Any, **told: Any
 ) -> Batches:
     """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
-    batches = batches_of("data", data, batch_size, training=True, extra=extra, whole=whole)
+    batches = batches_of("data", data, batch_size, training=True, extra=extra, **told)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     return batches
@@ -110,24 +116,4 @@ def task_of(
         sizes, rows = (program.plate.size, program.plate.full_size), len(batch[0])
         wanted = f"{sizes[0]} rows, the size of the plate {program.plate.name!r} of the model"
         expect(rows in sizes, "data", wanted, rows)
-    return Task(program, batches)
-
-
-def check_options(learning_rate: Any, optimizer: Any, precision: Any) -> None:
-    """Checks options of `fit`.
-
-    Raises:
-        TypeError: an argument is of a wrong kind.
-        ValueError: an argument is out of its range.
-    """
-    check_number("learning_rate", learning_rate, positive=True)
-    fits = optimizer is None or callable(optimizer)
-    expect(fits, "optimizer", "a class or function", type(optimizer).__name__, TypeError)
-    check_choice("precision", precision, ("highest", "high", "medium", None))
-    wanted = "a call outside of torch.inference_mode, in which nothing can be trained"
-    expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
-
-
-def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """The default optimizer: Adam, all parameters in one kernel."""
-    return torch.optim.Adam(parameters, lr=lr, fused=True)
+    return Task(program, batches, batch)

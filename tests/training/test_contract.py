@@ -67,7 +67,7 @@ def side_by_side(make, x, goals, courses, ends, execution="staged", bound=1e-9, 
         assert result.execution == execution and goal in (None, result.objective)
         assert result.losses == pytest.approx(alone.losses, rel=bound, abs=0)
         assert same(values(*parts), end, bound)
-        blank = {"losses": [], "seconds": 0.0, "execution": ""}
+        blank = {"losses": [], "seconds": 0.0, "execution": "", "optimizer": None}
         assert result._replace(**blank) == alone._replace(**blank)
 
 

@@ -469,7 +469,7 @@ def two():
         (frozen, {}, ValueError, "pairs: expected models and guides of the same make"),
         (flat, {"data": (torch.ones(10, 3), torch.ones(10))}, ValueError, "a proper prior"),
         (two, {"seeds": [1]}, ValueError, "seeds: expected 2, one for each pair, got 1"),
-        (two, {"seeds": [None, None]}, TypeError, "seeds: expected whole numbers"),
+        (two, {"seeds": [None, None]}, TypeError, "seeds: expected a whole number"),
         (two, {"objective": [ELBO()] * 3}, ValueError, "objective: expected 2, .*, got 3"),
         (two, {"objective": [ELBO(), 3]}, TypeError, "objective: expected a function"),
     ],

@@ -75,10 +75,13 @@ def test_a_descent_turns_back_where_the_value_is_not_finite():
         value = (inside - inside.log()).sum()
         return 1 - 1 / inside, value if (place > 0).all() else torch.tensor(math.nan)
 
-    way, values = [], []
-    told = {"steps": 100, "tolerance": 1e-9, "way": way.append, "values": values.append}
-    end = lbfgs(barrier, torch.tensor([5.0, 0.1]), **told)
+    way = []
+    told = {"steps": 100, "tolerance": 1e-9}
+    after = {"after": lambda *step: way.append(step)}
+    end = lbfgs(barrier, torch.tensor([5.0, 0.1]), **told, **after)
     assert torch.allclose(end, torch.ones(2), atol=1e-6)
-    assert len(way) == len(values) > 2 and values[-1] == pytest.approx(2.0)
-    assert torch.equal(way[-1], end) and not torch.equal(way[0], end)
+    assert len(way) > 2 and way[-1][1] == pytest.approx(2.0)
+    assert torch.equal(way[-1][0], end) and not torch.equal(way[0][0], end)
+    second = lbfgs(barrier, torch.tensor([5.0, 0.1]), **told, after=lambda _, v: v == way[1][1])
+    assert torch.equal(second, way[1][0])
     assert len(lbfgs(barrier, torch.tensor([5.0]), steps=1, tolerance=0.0)) == 1

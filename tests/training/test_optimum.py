@@ -340,7 +340,7 @@ def test_an_error_puts_parameters_back(monkeypatch):
     def fails(*_):
         raise KeyError("mine")
 
-    monkeypatch.setattr("ppvae.training.fitting.judge", fails)
+    monkeypatch.setattr("ppvae.training.at_once.judge", fails)
     guide = FamilyGuide(logistic, families.full_rank)
     with traceless(guide, moved=False), pytest.raises(KeyError, match="mine"):
         quiet(logistic, guide, labelled())

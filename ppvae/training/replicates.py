@@ -1,0 +1,221 @@
+"""`fit_replicates` trains several pairs of a model and its guide side by side.
+
+    pairs = [build(seed) for seed in range(4)]          # four models and their guides
+    results = fit_replicates(pairs, x, seeds=range(4))  # each trained as `fit` would
+
+The parameters of replicates are stacked and one step moves them all, so that four replicates take
+about the time of two.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae._checks import check_count, check_seed, expect
+from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
+from ppvae._scopes import (
+    matmul_precision,
+    private_modules,
+    random_state,
+    stacklevel,
+    train_mode,
+)
+from ppvae.objectives.elbo import ELBO
+from ppvae.programs.keywords import with_keywords
+from ppvae.staging.staged import NotStageable
+from ppvae.training.fitting import Pair, check_call, checkpoint_of, fit, remember_fit
+from ppvae.training.identity import in_words
+from ppvae.training.loop import Fit, progress_bar, train
+from ppvae.training.optimum import is_global
+from ppvae.training.options import Options
+from ppvae.training.single import how_to_run
+from ppvae.training.stacked import stacked
+from ppvae.training.task import task_of, training_batches
+
+
+@exclusive
+def fit_replicates(
+    pairs: Sequence[Pair],
+    data: Any,
+    *,
+    num_epochs: int = 100,
+    batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    optimizer: Any = None,
+    scheduler: Callable[[Any], Any] | None = None,
+    clip: float | None = None,
+    objective: Any = None,
+    seeds: Sequence[int] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    checkpoint: Any = None,
+    compile: bool | str = "auto",
+    precision: str | None = None,
+    progress: bool | str = True,
+    plate: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[Fit]:
+    """Trains several models and guides of the same make at once, in one vectorized program.
+
+    Replicate k is trained as `fit(*pairs[k], data, seed=seeds[k], objective=objective[k], ...)`
+    would train it: with its own minibatches and its own noise, the same up to rounding. (The gammas
+    of `student_t` and the masks of dropout, whose noise is made from what was computed, are other
+    numbers of the same distribution.) Replicates do not influence each other, but one that diverges
+    ends them all. Convolutions, `student_t`, `low_rank`, `full_rank` and `flow` are
+    vectorized but, for now, not compiled: `torch.vmap` ties their graphs to one size of minibatch.
+
+    Pairs that cannot be trained in one program are trained one after the other, and a warning says
+    why.
+
+    Args:
+        pairs: models and their guides, equal but for the values of their parameters, of which none
+            is shared. Build each under its own seed, for results that are independent.
+        data: a tensor or array, or a tuple of them, as for `fit`.
+        num_epochs: passes through the data, at least 1.
+        batch_size: size of a minibatch, as for `fit`.
+        learning_rate: step size.
+        optimizer: called as `optimizer(parameters, lr=learning_rate)`, with parameters that have a
+            first dimension of replicates, so it must treat every number on its own, as Adam does;
+            by default Adam, fused.
+        scheduler: as for `fit`; one for all.
+        clip: as for `fit`; of the gradient of each replicate.
+        objective: one objective for all, or one for each: those that differ in their scheduled
+            fields only, as `ELBO`s in `beta` and `free_bits`, are trained at once.
+        seeds: a seed for each; by default drawn from the caller's stream.
+        callback: as for `fit`; `loss` is a list, of the replicates in their order. Where they are
+            trained one after the other it is a number, and the epochs of each come in their turn.
+        checkpoint: as for `fit`; a file for all. Where they are trained one after the other,
+            replicate k has a file of its own, `run-k.pt` for `run.pt`.
+        compile: as for `fit`.
+        precision: as for `fit`.
+        progress: show a progress bar; a string is its label.
+        plate: as for `fit`.
+        kwargs: as for `fit`; the same for all.
+
+    Returns:
+        The course of each training; `seconds` is its share of the time. After an interrupt all say
+        so; one that had not begun has no losses.
+
+    Raises:
+        TypeError: `pairs` or `seeds` is not what it should be.
+        ValueError: an argument is out of its range, the models differ or share a parameter.
+        Diverged: a loss became infinite or NaN. The message names the replicate.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import VAE, FamilyGuide, families, fit_replicates, likelihoods
+        >>> from ppvae.nn import mlp
+        >>> def build(seed):
+        ...     torch.manual_seed(seed)
+        ...     model = VAE(mlp(2, 16, out=5), latent=2, likelihood=likelihoods.Normal(0.1))
+        ...     return model, FamilyGuide(model, families.mean_scale, encoder=mlp(5, 16))
+        >>> pairs = [build(seed) for seed in range(4)]
+        >>> len(fit_replicates(pairs, torch.randn(20, 5), num_epochs=3, progress=False))
+        4
+    """
+    pairs, seeds, objectives = _checked(pairs, seeds, objective)
+    told: dict[str, Any] = {"learning_rate": learning_rate, "optimizer": optimizer}
+    told |= {"scheduler": scheduler, "clip": clip, "callback": callback}
+    options = Options(**told)
+    check_call(precision)
+    num_epochs = check_count("num_epochs", num_epochs)
+    named = [with_keywords(*pair, (), kwargs) for pair in pairs]
+    batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
+    how = how_to_run(compile, num_epochs * batches.count, 2)
+    programs = [program for pair in named for program in pair[:2]]
+    with private_modules(), train_mode(*programs), matmul_precision(precision):
+        tasks = []
+        for (model, guide, _), own, seed in zip(named, objectives, seeds, strict=True):
+            # parameters are made as `fit` would, and those of equal names stay apart
+            with private_modules(), random_state(seed):
+                tasks.append(task_of(model, guide, own, batches, plate))
+        _check_parameters([list(task.program.parameters()) for task in tasks])
+        at_once = optimizer is None and any(is_global(task) for task in tasks)
+        if tasks[0].parameters and len(tasks) > 1 and not at_once:
+            file = None
+            if checkpoint is not None:
+                run = {"seeds": f"{seeds}", "compile": f"{compile}", "precision": f"{precision}"}
+                run["objectives"] = in_words(objectives)
+                file = checkpoint_of(checkpoint, tasks[0], options, run)
+                how = file.execution(how, num_epochs)
+            try:
+                engine = stacked(tasks, seeds, compiled=how == "compiled")
+            except NotStageable as error:
+                words = f"fit_replicates: one after the other; {error}"
+                warnings.warn(words, stacklevel=stacklevel())
+            else:
+                bar = progress_bar(num_epochs, progress)
+                stream = random_state(random.Random(repr(seeds)).getrandbits(62))
+                with stream, deferred_interrupts(terminate=checkpoint is not None):
+                    results = train(engine, options, bar, file=file)
+                    came = answer_interrupt()
+                results = [result._replace(interrupted=came) for result in results]
+                for pair, result in zip(pairs, results, strict=True):
+                    remember_fit(*pair, result)
+                return results
+    told |= {"num_epochs": num_epochs, "batch_size": batch_size, "compile": compile}
+    told |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
+    return _one_by_one(pairs, data, objectives, seeds, checkpoint, told)
+
+
+def _one_by_one(
+    pairs: Sequence[Pair],
+    data: Any,
+    objectives: Sequence[Any],
+    seeds: Sequence[int],
+    checkpoint: Any,
+    told: Mapping[str, Any],
+) -> list[Fit]:
+    """Trains pairs one after the other, each with a checkpoint of its own."""
+    results: list[Fit] = []
+    for number, (pair, own, seed) in enumerate(zip(pairs, objectives, seeds, strict=True)):
+        if results and results[-1].interrupted:
+            ends = 0.0, 0, -1, "stochastic gradient", own or ELBO(), "eager", None
+            results.append(Fit([], [], *ends, "interrupted before it began", interrupted=True))
+            continue
+        file = checkpoint
+        if checkpoint is not None:
+            path = Path(checkpoint)
+            file = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        results.append(fit(*pair, data, objective=own, seed=seed, checkpoint=file, **told))
+    return results
+
+
+def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[int], list[Any]]:
+    """The pairs, and a seed and an objective for each.
+
+    Raises:
+        TypeError: one of them is of a wrong kind.
+        ValueError: there are no pairs, or not as many of the others.
+    """
+    pairs = list(pairs)
+    expect(pairs, "pairs", "at least one model and its guide", "none")
+    paired = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    expect(paired, "pairs", "pairs of a model and its guide", "something else", TypeError)
+    objectives = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(pairs),)).tolist()
+    several = isinstance(seeds, Iterable) and not isinstance(seeds, str)
+    expect(several, "seeds", "whole numbers, one for each pair", repr(seeds), TypeError)
+    seeds = [check_seed(seed, "seeds") for seed in seeds]
+    for name, values in {"objective": objectives, "seeds": seeds}.items():
+        wanted = f"{len(pairs)}, one for each pair"
+        expect(len(values) == len(pairs), name, wanted, len(values))
+    return pairs, seeds, objectives
+
+
+def _check_parameters(parameters: Sequence[list[Tensor]]) -> None:
+    """Raises a ValueError if pairs share a parameter, or those of one have other shapes."""
+    seen: dict[int, int] = {}
+    kinds = [[(p.shape, p.requires_grad) for p in own] for own in parameters]
+    for number, own in enumerate(parameters):
+        got = f"other shapes, or other parameters frozen, in pair {number} than in pair 0"
+        expect(kinds[number] == kinds[0], "pairs", "models and guides of the same make", got)
+        for p in filter(lambda p: p.requires_grad, own):
+            other = seen.setdefault(id(p), number)
+            got = f"one of shape {tuple(p.shape)} that pair {number} shares with pair {other}"
+            expect(other == number, "pairs", "parameters of their own", got)
