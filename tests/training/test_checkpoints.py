@@ -442,9 +442,10 @@ def test_a_killed_process_goes_on_and_sigterm_writes_first(tmp_path):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
         with process.stdout as out:
             assert out.readline() == b"begins\n"
-        while not path.exists():
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while not path.exists() or path.stat().st_mtime_ns == before:
             time.sleep(0.05)
-        time.sleep(0.5)
+        time.sleep(0.3)
         process.send_signal(kind)
         assert process.wait() == -kind
         saved = torch.load(path, weights_only=True)
