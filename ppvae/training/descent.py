@@ -102,9 +102,14 @@ def _put_on_kinks(slope: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Ten
         below, above = at(low), at(high)
         if not below < 0 < above:
             continue
-        while high - low > 1e-11:
+        jump = 1e-3 * (above - below)  # less than that within a part of the way: it is smooth
+        while high - low > 1e-11 and above - below > jump:
             middle = (low + high) / 2
-            low, high = (middle, high) if at(middle) < 0 else (low, middle)
-        if at(high) - at(low) > 1e-3 * (above - below):  # the slope jumps
+            slope_there = at(middle)
+            if slope_there < 0:
+                low, below = middle, slope_there
+            else:
+                high, above = middle, slope_there
+        if above - below > jump:
             start[index], free[index] = high if abs(high) < abs(low) else low, 0.0
     return start, free

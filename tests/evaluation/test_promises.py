@@ -111,25 +111,28 @@ def test_seeds(name):
     assert alike(free[0], run(x, seed=None)) and not alike(*free)
 
 
-def _shifted(x, offset):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z + offset, 0.5).to_event(1), obs=x)
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_keywords_give_the_numbers_of_positional_arguments(name):
-    """Tensors among them are cut into the same minibatches."""
-    x, offset = torch.randn(6, 3), torch.randn(6, 1)
+    """Tensors with a row for each datum are cut into the same minibatches, and others are not."""
+    x, offset, weight, sizes = torch.randn(6, 3), torch.randn(6, 1), torch.randn(3), []
+
+    def model(x, offset, weight):
+        sizes.append((len(x), len(offset), len(weight)))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + offset * weight, 0.5).to_event(1), obs=x)
+
     encoder = cases()["one vector"].encoder  # looks at x only
-    guide = FamilyGuide(_shifted, families.mean_scale, encoder).setup(x, offset)
-    run = partial(call, name, _shifted, guide, vectorized=True, batch_size=4, seed=0)
-    assert alike(run(x, offset), run(x, kwargs={"offset": offset.numpy()}))
+    guide = FamilyGuide(model, families.mean_scale, encoder).setup(x, offset, weight)
+    run = partial(call, name, model, guide, vectorized=True, batch_size=4, seed=0)
+    given = {"offset": offset.numpy(), "weight": weight}
+    assert alike(run(x, offset, weight), run(x, kwargs=given))
+    assert {*sizes} == {(6, 6, 3), (4, 4, 3), (2, 2, 3)}  # once all, to find the plate
     for wrong in (3, {1: offset}):
         with pytest.raises(TypeError, match="kwargs: expected a mapping from names to arguments"):
             run(x, kwargs=wrong)
     with pytest.raises(ValueError, match="args: expected finite numbers, got 6"):
-        run(x, kwargs={"offset": offset * math.nan})
+        run(x, kwargs={**given, "offset": offset * math.nan})
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

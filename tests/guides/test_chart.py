@@ -4,8 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 
-from ppvae import FamilyGuide, families
+from ppvae import Family, FamilyGuide, families
 from ppvae.guides.chart import Chart, Piece, pieces_of
 
 MEAN = torch.tensor([0.5, -2.0, 100.0, 0.1], dtype=torch.float64)
@@ -170,6 +171,8 @@ def test_parameters_of_which_nothing_is_known_move_alone():
     assert value.tolist() == [[1.0, 2.5], [3.0, 3.0]] and value.dtype == torch.float64
     lone = Chart([weight], [], torch.eye(0))
     assert lone.located() is None and not lone.known().any() and lone.slices() == [slice(0, 4)]
+    unit = Family(dist.MultivariateNormal, scale_tril=constraints.unit_lower_cholesky)
+    assert charted(one, unit)[1].known().tolist() == [True] * 4 + [False] * 16  # a whole matrix
     encoder = FamilyGuide(one, families.mean_scale, encoder=torch.nn.Linear(1, 1))
     assert pieces_of(encoder, MEAN, _ROOT) == [] == pieces_of(one, MEAN, _ROOT)
 

@@ -15,6 +15,7 @@ from scipy import linalg, special, stats
 from sklearn.linear_model import BayesianRidge
 
 from ppvae.regression import evidence_maximum, exact_posterior, log_evidence_curve
+from ppvae.regression.priors import Unknown
 
 
 def double(value):
@@ -541,3 +542,13 @@ def test_bad_requests_are_named():
     for name, call in requests:
         with pytest.raises(ValueError, match=f"^{name}"):
             call()
+
+
+@pytest.mark.parametrize("ends", [(0.0, np.inf), (5.0, np.inf), (5.0, 7.0), (0.0, 7.0)])
+def test_the_line_of_an_unknown_number_is_finest_around_a_guess(ends):
+    """Where the map to the number is the inverse of the one that placed the middle."""
+    for number in (5.1, 6.5):
+        log_number, _ = Unknown(None, *ends).around(number).on_line(np.zeros(1))
+        assert np.exp(log_number) == pytest.approx(number, rel=1e-14)
+    for outside in ends:
+        assert Unknown(None, *ends).around(outside) == Unknown(None, *ends)

@@ -44,6 +44,21 @@ def test_many_draws_at_once_are_a_loop_over_them_in_doubles(single):
     assert torch.allclose(together, exact, rtol=1e-6)  # the parameters are of 24 bits
 
 
+def test_operands_are_doubles_and_what_is_written_to_stays(single):
+    """As tensors of a program's closure; with numbers that float32 would round."""
+    narrow, wide = torch.ones(2, 2), torch.full((2,), 1 / 3, dtype=torch.float64)
+    written = narrow.clone()
+    with double_precision():
+        assert narrow.dtype == torch.float32 and narrow.mT.dtype == torch.float32
+        products = [narrow @ wide, torch.mv(narrow, wide), torch.cat([narrow[0], wide]), narrow / 3]
+        written[0] = 3 * wide
+        written.mul_(wide)
+        written += wide
+    assert all(product.dtype == torch.float64 for product in products)
+    assert torch.equal(products[0], wide + wide) and torch.equal(products[3][0], wide)
+    assert written.dtype == torch.float32 and torch.equal(written, torch.full((2, 2), 2 / 3))
+
+
 def test_a_slope_is_the_gradient_of_the_mean_loss_in_any_chunks():
     task = prepared(logistic, FamilyGuide(logistic, families.full_rank), labelled())
     with double_precision(), private_modules():

@@ -121,7 +121,7 @@ WAYS: dict[str, Any] = {
     "positive": site("positive"),
     "left of pixels": site("left of pixels", "mean_only"),
     "told rows": site("told rows"),
-    "regression": site("regression"),
+    "regression": (*site("regression")[:2], {"batch_size": 2}),
     "modules in functions": (written, data, {}),
     "statistics": (lambda: build(encoder=Normed(dropout=False).eval()), data, {}),
     "loader": (build, loader, ALL),

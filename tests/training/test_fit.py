@@ -153,11 +153,11 @@ def test_an_optimizer_may_ask_for_the_loss_several_times_in_a_step():
     assert losses[-1] < losses[0]
 
 
-def test_nothing_to_train_beside_an_idle_encoder():
+def test_nothing_to_train_with_an_idle_encoder_or_no_parameter_at_all():
     prior = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     model = local(prior, lambda z: dist.Normal(z, 1.0).to_event(1))
-    for family in (families.noise_only, families.zero):
-        guide = FamilyGuide(model, family, mlp(3, 8))
+    for family, encoder in ((families.noise_only, mlp(3, 8)), (families.zero, nn.Identity())):
+        guide = FamilyGuide(model, family, encoder)
         with traceless(guide, moved=False):
             result = quiet(model, guide, data(6), num_epochs=2)
         assert all(map(math.isfinite, result.losses))

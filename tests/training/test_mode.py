@@ -67,21 +67,42 @@ def test_a_saddle_is_no_other_mode_and_units_make_no_difference():
     torch.testing.assert_close(factor @ factor.T, precision.inverse(), rtol=1e-6, atol=0)
 
 
-def test_a_descent_turns_back_where_the_value_is_not_finite():
-    """Minus log minus x: nothing beyond zero. Each step is reported."""
+class LogCosh:
+    """Of the distance from 3, beyond 1.1 of which Newton's full steps go further and further."""
 
-    def barrier(place):
-        inside = place.clamp_min(0)
-        value = (inside - inside.log()).sum()
-        return 1 - 1 / inside, value if (place > 0).all() else torch.tensor(math.nan)
+    size = 1
+
+    def slope_and_value(self, state):
+        return (state - 3).tanh(), (state - 3).cosh().log().sum()
+
+    def hessian(self, state):
+        return torch.diag((state - 3).cosh() ** -2)
+
+
+def test_newton_steps_are_damped(monkeypatch):
+    """From where a descent that goes nowhere leaves it."""
+    monkeypatch.setattr("ppvae.training.mode.lbfgs", lambda _, start, **told: start)
+    near = gaussian_near(LogCosh(), seed=0)
+    assert near.mean.item() == pytest.approx(3.0, abs=1e-6)
+    assert near.factor.item() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["slope", "value", "slope and value"])
+def test_a_descent_turns_back_where_the_objective_is_not_finite(broken):
+    """Hyperbolas, nearly straight far out: the second step leads to where a coordinate is < 0."""
+
+    def hyperbolas(place):
+        away, beyond = place - 1, 0.0 if (place > 0).all() else math.nan
+        value = (1 + away**2).sqrt().sum() + (beyond if "value" in broken else 0.0)
+        return away / (1 + away**2).sqrt() + (beyond if "slope" in broken else 0.0), value
 
     way = []
     told = {"steps": 100, "tolerance": 1e-9}
     after = {"after": lambda *step: way.append(step)}
-    end = lbfgs(barrier, torch.tensor([5.0, 0.1]), **told, **after)
+    end = lbfgs(hyperbolas, torch.tensor([5.0, 0.1]), **told, **after)
     assert torch.allclose(end, torch.ones(2), atol=1e-6)
     assert len(way) > 2 and way[-1][1] == pytest.approx(2.0)
     assert torch.equal(way[-1][0], end) and not torch.equal(way[0][0], end)
-    second = lbfgs(barrier, torch.tensor([5.0, 0.1]), **told, after=lambda _, v: v == way[1][1])
+    second = lbfgs(hyperbolas, torch.tensor([5.0, 0.1]), **told, after=lambda _, v: v == way[1][1])
     assert torch.equal(second, way[1][0])
-    assert len(lbfgs(barrier, torch.tensor([5.0]), steps=1, tolerance=0.0)) == 1
+    assert len(lbfgs(hyperbolas, torch.tensor([5.0]), steps=1, tolerance=0.0)) == 1
