@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_count, check_number, expect
+from ppvae._process import exclusive
 from ppvae._scopes import private_modules, random_state
 from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.evaluation import evaluate
@@ -62,6 +63,7 @@ class Comparison:
         return "\n".join([text, *(f"{name}: {note}" for name, note in notes if note)])
 
 
+@exclusive
 def compare_families(
     build: Callable[[], tuple[Any, nn.Module]],
     families: Sequence[Any],
@@ -209,6 +211,8 @@ def _run(
 ) -> xr.Dataset:
     """Trains and measures one guide."""
     fitted = fit(model, guide, train, seed=seed, progress=False, **options)
+    if fitted.interrupted:  # half a training is no ground for a comparison
+        raise KeyboardInterrupt
     parameters = _parameters(guide, model)
     test = [part.to(parameters[0].device) for part in test] if parameters else test
     same = {name: options[name] for name in ("plate", "kwargs") if name in options}

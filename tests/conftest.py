@@ -1,5 +1,8 @@
 """What every test gets: double precision, Pyro's checks on, and a guard against traces left."""
 
+import signal
+import threading
+
 import pyro
 import pytest
 import torch
@@ -46,3 +49,14 @@ def plain_pyro():
     """For tests that run plain Pyro, which registers parameters in its global store."""
     with pyro.get_param_store().scope():
         yield
+
+
+@pytest.fixture
+def ctrl_c():
+    """The handler of Ctrl-C that Python starts with; test runners may have another."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_count, expect
+from ppvae._process import exclusive
 from ppvae.evaluation.search import ShiftedGuide, adam, quasi_newton, shifted_guide
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
@@ -24,6 +25,7 @@ _MOST = 64  # draws in a step, where a datum has many coordinates to match
 _CHOICE = 64  # draws that choose between two answers of the search
 
 
+@exclusive
 def gaps(  # noqa: D417
     model: Callable[..., Any],
     guide: Any,

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ppvae import families
 from ppvae._checks import check_choice, check_count, expect
+from ppvae._process import exclusive
 from ppvae.evaluation.hmc import Schedule, anneal, tune
 from ppvae.evaluation.path import Densities, densities
 from ppvae.guides.family_guide import FamilyGuide
@@ -28,6 +29,7 @@ from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import Runs, opened
 
 
+@exclusive
 def annealed_importance(  # noqa: D417
     model: Callable[..., Any],
     guide: Callable[..., Any] | None,

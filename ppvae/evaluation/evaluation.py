@@ -10,6 +10,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_count
+from ppvae._process import exclusive
 from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import directions, moments_of
 from ppvae.evaluation.information import draws_needed, draws_of, information
@@ -20,6 +21,7 @@ from ppvae.programs.runs import Args, Runs, opened
 from ppvae.programs.verdicts import verdict_of
 
 
+@exclusive
 def evaluate(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_count, expect
+from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
 from ppvae.evaluation.ranks import ALPHA, coverage, uniformity, verdict
@@ -31,6 +32,7 @@ Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 Arrays = dict[str, np.ndarray]
 
 
+@exclusive
 def calibration(  # noqa: D417
     model: Callable[..., Any],
     guide: Callable[..., Any],

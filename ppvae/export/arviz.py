@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._checks import check_count, expect
+from ppvae._process import exclusive
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, is_data, is_inside, latent_nodes, plates_of, prototype
@@ -24,6 +25,7 @@ Groups = dict[str, dict[str, np.ndarray]]
 Dims = dict[str, list[str]]
 
 
+@exclusive
 def from_pyro_svi(  # noqa: D417
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._checks import check_count, expect
+from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
 from ppvae.programs.keywords import with_keywords
@@ -94,6 +95,7 @@ def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Program
 
 def run_trace(program: Program, args: Args, draws: Any = None) -> Any:
     """A trace of a program, inside a plate of draws where there is one."""
+    safe_point()
     with draws if draws is not None else nullcontext():
         return poutine.trace(program).get_trace(*args)
 

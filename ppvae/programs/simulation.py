@@ -10,6 +10,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from ppvae._checks import expect
+from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.data.adapters import prepared
 from ppvae.programs.keywords import with_keywords
@@ -37,6 +38,7 @@ class Uncondition(UnconditionMessenger):
             super()._pyro_sample(msg)
 
 
+@exclusive
 def simulate(
     model: Callable[..., Any],
     *args: Any,

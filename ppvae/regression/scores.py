@@ -9,6 +9,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from ppvae._checks import expect
+from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules
 from ppvae.objectives.matched import average_loss
 
@@ -27,6 +28,7 @@ class PredictiveScores(NamedTuple):
     coverage: float
 
 
+@exclusive
 def objective(
     model: nn.Module, guide: Any, X: Tensor, y: Tensor, *, num_samples: int = 256, seed: int = 0
 ) -> float:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ppvae._checks import expect
-from ppvae._scopes import kept_buffers, random_state, unchecked
+from ppvae._process import exclusive
+from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.staging.export import export
@@ -32,6 +33,7 @@ class NotStageable(ValueError):
     """A model or guide does what a graph cannot hold; the message says what, in one line."""
 
 
+@exclusive
 def stage(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -82,7 +84,7 @@ def stage(
     loss = _outcome(staged, program, *args, *program.settings(0))[0]
     if not torch.isfinite(loss):
         so = f"stage: the loss is {loss}, so that graph and program could not be compared"
-        warnings.warn(f"{so}; are the data scaled?", stacklevel=2)
+        warnings.warn(f"{so}; are the data scaled?", stacklevel=stacklevel())
     return staged
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -40,17 +39,6 @@ from ppvae.training.optimum import Way
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
 
 TOLD = {"num_epochs": 4, "batch_size": 4, "learning_rate": 0.01, "progress": False}
-
-
-@pytest.fixture
-def ctrl_c():
-    """The handler of Ctrl-C that Python starts with; test runners may have another."""
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("signals reach the main thread only")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
