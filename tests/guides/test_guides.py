@@ -198,8 +198,7 @@ def test_two_copies_of_a_guide_are_guides_of_their_own(plain_pyro, tmp_path):
     loaded = torch.load(tmp_path / "guide.pt", weights_only=False)
     x, again = torch.randn(6, 5), FamilyGuide(model, "mean_scale", mlp(5, 4))
     assert loaded(x)["z"].shape == (6, 2) and guide.model is model
-    with pytest.raises(RuntimeError, match="which pickle leaves out"):
-        loaded.model  # noqa: B018
+    assert type(loaded.model) is VAE and loaded.model is not model
     for pair in ((twin_model, twin), (model, guide), (model, again)):
         before = [p.detach().clone() for module in pair for p in module.parameters()]
         steps(*pair, x, objective=TraceMeanField_ELBO, rate=0.1)
