@@ -369,6 +369,28 @@ def _sequential(x):
         pyro.sample(f"z{row}", dist.Normal(0.0, 1.0))
 
 
+class _Mixed(nn.Module):
+    """An encoder whose first parameter has another dtype than its features."""
+
+    def __init__(self, first, last=lambda features: features):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(3, dtype=first), requires_grad=False)
+        self.net, self.last = mlp(3, 4), last
+
+    def forward(self, x):
+        return self.last(self.net(x * self.first.real))
+
+
+@pytest.mark.parametrize("first", [torch.complex128, torch.float32, torch.int64])
+def test_heads_have_the_dtype_of_the_last_layer(first):
+    guide = FamilyGuide(ONE, "mean_scale", _Mixed(first)).setup(torch.randn(6, 3))
+    assert {p.dtype for p in guide.heads.parameters()} == {torch.float64}
+    with private_modules():
+        assert guide(torch.randn(6, 3))["z"].dtype == torch.float64
+
+
+TURNED = _Mixed(torch.float64, lambda features: features * 1j)
+WHOLE = _Mixed(torch.float64, torch.Tensor.long)
 ONE, PLATES = cases()["one vector"].model, _model(dist.Normal(0.0, 1.0), "ab")
 FLAT, NINE = nn.Flatten(0), nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (9, 2)))
 FEATURES = r"encoder: expected features of shape \(batch, features\).*"
@@ -385,6 +407,8 @@ BAD = {
     "model: expected a vectorized plate .* 'z0'": (_sequential, "mean_scale", None),
     "family: expected a guide family": (ONE, "bayes", None),
     "encoder: expected a torch.nn.Module, got 3": (ONE, "mean_scale", 3),
+    "encoder: .* real numbers, got torch.complex": (ONE, "mean_scale", TURNED),
+    "encoder: .* real numbers, got torch.int64": (ONE, "mean_scale", WHOLE),
 }
 
 
