@@ -82,6 +82,17 @@ def test_a_staged_loss_is_that_of_the_parameters_beside_it():
         assert told(other) != told(loss)
 
 
+@pytest.mark.parametrize("family", ["mean_scale", "noise_only"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_pair_stays_one_in_any_order(copied, family):
+    model, guide = _pair(family)
+    twin, twin_model = copied((guide, model))
+    assert twin.model is twin_model is not model and guide.model is model
+    assert copied(copied({"guide": guide, "model": model}))["guide"].model is not model
+    alone = copy.deepcopy(guide)
+    assert alone.model is model and copy.deepcopy(alone).model is model
+
+
 def test_a_guide_that_plain_pyro_trained_can_be_pickled(plain_pyro):
     model, guide = build()
     SVI(model, guide, Adam({"lr": 1e-2}), Trace_ELBO()).step(data())

@@ -17,13 +17,27 @@ class ModelGuide(AutoGuide, UniquelyNamed):
     function must then be one that pickle finds by its name, and is not defined inside another.
     """
 
+    @property
+    def model(self) -> Any:
+        """The model that is guided."""
+        (model,), copies = self._model, self.__dict__.pop("_copies", {})
+        if id(model) in copies:
+            self._model = (copies[id(model)],)
+        return self._model[0]
+
     def __getstate__(self) -> dict[str, Any]:
+        _ = self.model  # looked up, so that the copies are not kept
         return {**PyroModule.__getstate__(self), "master": None}  # weak, and the list's to set
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A guide of the same model, or of its copy, where that was copied before."""
+        """A guide of the same model, or of its copy, where both are copied together.
+
+        The model may be copied after the guide, so that its copy is looked up when it is wanted.
+        """
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        memo[id(self._model)] = (memo.get(id(self.model), self.model),)
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        state = self.__getstate__()
+        memo[id(self._model)] = self._model
+        new.__setstate__(copy.deepcopy(state, memo))
+        new.__dict__["_copies"] = memo
         return new
