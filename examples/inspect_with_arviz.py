@@ -30,6 +30,7 @@ from ppvae import (
     from_pyro_svi,
     likelihoods,
     reading,
+    to_netcdf,
 )
 from ppvae.nn import mlp
 
@@ -76,7 +77,7 @@ def main() -> None:
     low, high = np.quantile(drawn, [0.05, 0.95])
     inside = float(((ink >= low) & (ink <= high)).mean())
     print(f"\nImages whose number of black pixels lies in the model's 90 % interval: {inside:.0%}")
-    tree.to_netcdf(args.out / "fit.nc")
+    to_netcdf(tree, args.out / "fit.nc")
     print(f"Everything is kept in {args.out / 'fit.nc'}\n")
 
     print("A regression on the diabetes data: two guides, compared by leave-one-out")

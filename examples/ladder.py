@@ -15,6 +15,7 @@ from ppvae import VAE, FamilyGuide, data, evaluate, families, fit_replicates, li
 from ppvae.closed_form import learned_decoder
 from ppvae.export.arviz import from_pyro_svi
 from ppvae.export.chains import concat_chains
+from ppvae.export.files import to_netcdf
 from ppvae.nn import mlp
 
 COLUMNS = ("rate", "distortion", "objective", "log p(x)", "+-", "active", "seconds")
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             for pair, result in zip(pairs, results, strict=True)
         ]
         chains = [from_pyro_svi(*pair, test[:100], num_samples=200) for pair in pairs]
-        concat_chains(chains).to_netcdf(args.out / f"{name}.nc")
+        to_netcdf(concat_chains(chains), args.out / f"{name}.nc")
         epochs = args.epochs // (8 if args.linear else 2) or 1
         ((_, flat),), _ = train(name, x, 2, epochs, seeds[:1], args)
         with torch.no_grad():

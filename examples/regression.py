@@ -24,7 +24,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Lasso, Ridge, lasso_path
 from sklearn.linear_model import LinearRegression as LeastSquares
 
-from ppvae import FamilyGuide, families, fit, from_pyro_svi
+from ppvae import FamilyGuide, families, fit, from_pyro_svi, to_netcdf
 from ppvae.regression import (
     LinearRegression,
     evidence_maximum,
@@ -217,7 +217,7 @@ def main() -> None:
         print(arviz_stats.compare(trusted).round(2))
     draw(rows, exact, X, y, args.out)
     for name, row in rows.items():
-        row["tree"].to_netcdf(args.out / f"{name.replace(' ', '_')}.nc")
+        to_netcdf(row["tree"], args.out / f"{name.replace(' ', '_')}.nc")
     print(f"\nPictures and ArviZ files are in {args.out}")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ppvae import plots, regression
     from ppvae.comparison import compare_families
     from ppvae.evaluation import annealed_importance, calibration, evaluate, gaps, reading, summary
-    from ppvae.export import concat_chains, from_pyro_svi
+    from ppvae.export import concat_chains, from_pyro_svi, to_netcdf
 
 __version__ = "0.1.0"
 
@@ -54,13 +54,14 @@ __all__ = [
     "simulate",
     "stage",
     "summary",
+    "to_netcdf",
 ]
 
 #: Where the names are that are imported when they are first used; the last two are modules.
 _AT_FIRST_USE = {
     "comparison": ["compare_families"],
     "evaluation": ["annealed_importance", "calibration", "evaluate", "gaps", "reading", "summary"],
-    "export": ["concat_chains", "from_pyro_svi"],
+    "export": ["concat_chains", "from_pyro_svi", "to_netcdf"],
     "plots": ["plots"],
     "regression": ["regression"],
 }

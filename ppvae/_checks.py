@@ -3,7 +3,16 @@
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Sizes of which the square, and that of their inverse, is a number in double precision.
+LEAST, MOST = 1e-100, 1e100
 
 
 def expect(
@@ -64,6 +73,90 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     kind = "positive number" if positive else "number of at least 0"
     fits = math.isfinite(number) and (number > 0 or number == 0 and not positive)
     expect(fits, name, f"a finite {kind}", repr(value))
+    return number
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number between 0 and 1, both left out, as a `float`.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    try:
+        share = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    expect(0 < share < 1, name, "a number between 0 and 1", repr(value))
+    return share
+
+
+def check_real(name: str, values: Any) -> Tensor:
+    """Real numbers as a dense tensor; arrays, lists and tables keep their dtype and share memory.
+
+    Nothing is made a number that is none, such as text or a date, and no part of one is dropped.
+
+    Raises:
+        TypeError: there is something else among them, or the tensor is sparse, nested, quantized,
+            or on the device `meta`.
+        ValueError: entries of an array are masked.
+    """
+    wanted, kind = "real numbers in a dense array or tensor", type(values).__name__
+    if isinstance(values, Tensor):
+        dense = values.layout is torch.strided and not (values.is_nested or values.is_quantized)
+        real = not (values.is_complex() or values.is_meta)
+        got = f"{values.dtype} with layout {values.layout} on {values.device}"
+        expect(dense and real, name, wanted, got, TypeError)
+        return values
+    hidden = np.ma.count_masked(values) if np.ma.is_masked(values) else 0
+    expect(not hidden, name, "no masked entries", f"{hidden}")
+    try:
+        array = np.asarray(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected {wanted}, got {kind}: {error}") from None
+    if array.dtype == object and all(isinstance(each, (Real, np.bool_)) for each in array.flat):
+        array = array.astype(float)
+    expect(array.dtype.kind in "biuf", name, wanted, f"{kind} of {array.dtype}", TypeError)
+    if array.dtype.kind == "u" and array.itemsize > 1:  # which PyTorch cannot calculate with
+        array = array.astype(float if array.itemsize > 4 else np.int64)
+    native = float if array.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.require(array, native, ["C", "W"]))
+
+
+def check_array(name: str, values: Any, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
+    """Finite real numbers as an array in double precision, of a given shape.
+
+    Args:
+        name: of the argument.
+        values: an array, a tensor, a list or a table.
+        shape: the length of each dimension; where it may be any, a word that says what it counts.
+
+    Raises:
+        TypeError: they are no real numbers; see `check_real`.
+        ValueError: they have another shape, or one is not finite.
+    """
+    array = as_doubles(check_real(name, values))
+    lengths = [n if isinstance(m, int) else m for n, m in zip(array.shape, shape, strict=False)]
+    fits = array.ndim == len(shape) and tuple(lengths) == shape
+    expect(fits, name, f"shape ({', '.join(map(str, shape))})", array.shape)
+    bad = int((~np.isfinite(array)).sum())
+    expect(not bad, name, "finite numbers", f"{bad} that are NaN or infinite")
+    return array
+
+
+def as_doubles(values: Tensor) -> NDArray[np.float64]:
+    """The values of a tensor as an array in double precision."""
+    array: NDArray[np.float64] = values.detach().cpu().double().numpy()
+    return array
+
+
+def check_size(name: str, value: Any) -> float:
+    """A positive number of which the square and its inverse are numbers in double precision.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    number = check_number(name, value, positive=True)
+    expect(LEAST <= number <= MOST, name, f"a number from {LEAST} to {MOST}", repr(value))
     return number
 
 

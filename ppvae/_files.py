@@ -1,30 +1,54 @@
 """Files that are whole at any moment, whatever ends the process that writes them."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_numbers = itertools.count()
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside another, and puts the file that was written there in its place.
+    """Gives the path of a hidden file beside another, and puts what is written there in its place.
 
     Until then the old file is there, and afterwards the new one, also if the machine stops. An
-    error inside leaves the old one.
+    error inside leaves the old one. What a killed process left half-written is removed by the next
+    that writes the same file.
     """
-    beside = path.with_name(path.name + ".part")
+    target = path.resolve()  # a link stays one
+    for left in target.parent.glob(f".{target.name}.*.part"):
+        if not _is_alive(left.name.split(".")[-3]):
+            left.unlink(missing_ok=True)
+    hidden = target.with_name(f".{target.name}.{os.getpid()}.{next(_numbers)}.part")
     try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
+        yield hidden
+        _flush(hidden, os.O_RDWR)
+        hidden.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
+        hidden.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _flush(target.parent, os.O_RDONLY)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is a process of that number, as far as that can be asked."""
+    if os.name != "posix":
+        return True
     try:
-        os.fsync(folder)  # the name, too, is on the disk
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # there is, and it is another user's
+        return True
+    return True
+
+
+def _flush(path: Path, flags: int) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -9,14 +9,13 @@ in the mean, so every family with a free mean takes `m`, and what is left choose
 import math
 from typing import NamedTuple
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ppvae import families
-from ppvae._checks import check_count, check_number, expect
+from ppvae._checks import LEAST, MOST, check_count, check_real, check_size, expect
 from ppvae.families import GuideFamily
 
 __all__ = ["LearnedDecoder", "Optimum", "fixed_decoder", "learned_decoder", "regression"]
@@ -111,8 +110,9 @@ def fixed_decoder(
             fixed. In a (closed) interval each datum has its best mean: no encoder is better.
 
     Raises:
-        ValueError: the family has no closed form here, an array is empty, not finite or does not
-            fit the others, or the noise is not positive.
+        TypeError: an array has others than real numbers.
+        ValueError: the family has no closed form here; an array is empty, not finite or does not
+            fit the others; the noise is not positive; or a square of them would not be a number.
 
     Example:
         >>> x, weight, bias = torch.randn(4, 3), torch.ones(3, 2), torch.zeros(3)
@@ -138,8 +138,7 @@ def regression(
         family: see `fixed_decoder`; `deterministic` is ridge with penalty `noise^2 / t^2`.
 
     Raises:
-        ValueError: the family has no closed form here, an array is empty or not finite, X and y
-            differ in rows, or a scale is not positive and finite.
+        TypeError, ValueError: as for `fixed_decoder`, or X and y differ in rows.
     """
     X, y = _array("X", X, 2), _array("y", y, 1)
     expect(len(X) == len(y), "y", f"{len(X)} rows, as X", len(y))
@@ -149,18 +148,20 @@ def regression(
 
 def _array(name: str, value: ArrayLike | Tensor, dims: int) -> Tensor:
     """An argument as a tensor of its own dtype."""
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    tensor = check_real(name, value)
     shape = tuple(tensor.shape)
     expect(len(shape) == dims and tensor.numel(), name, f"{dims} dimensions, none empty", shape)
-    real = not tensor.is_complex() and tensor.isfinite().all()
-    expect(real, name, "finite real numbers", "others among them")
+    expect(tensor.isfinite().all(), name, "finite real numbers", "others among them")
+    largest = tensor.abs().max().item()
+    fits = largest == 0 or LEAST <= largest <= MOST
+    expect(fits, name, f"numbers of a size from {LEAST} to {MOST}", largest)
     return tensor
 
 
 def _optimum(x: Tensor, W: Tensor, noise: float, scale: float, family: GuideFamily) -> Optimum:
     """The optimum for data `x` less their bias and a prior of mean zero and this scale."""
-    variance = check_number("noise", noise, positive=True) ** 2
-    W, size, prior = W.double(), W.shape[1], check_number("prior_scale", scale, positive=True) ** 2
+    variance = check_size("noise", noise) ** 2
+    W, size, prior = W.double(), W.shape[1], check_size("prior_scale", scale) ** 2
     G = W.T @ W / variance
     P = G + torch.eye(size).to(G) / prior
     mode = torch.linalg.solve(P, W.T @ x.T / variance).T
@@ -257,6 +258,7 @@ def learned_decoder(x: Tensor, latent: int, family: GuideFamily) -> LearnedDecod
         family: of the ladder, up to `mean_scale` without `mean_only_bounded`, or `full_rank`.
 
     Raises:
+        TypeError: there are others than real numbers among the data.
         ValueError: the family has no closed form here; the data are empty or not finite; `latent`
             is below 1, or, for `shared_scale`, above the number of features.
 

@@ -6,11 +6,13 @@ elements, of that batch shape; `VAE` declares which of them are the event. Param
 are learned with the decoder.
 """
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import expect
+from ppvae._checks import check_real, expect
 
 __all__ = ["Bernoulli", "Normal", "Poisson"]
 
@@ -42,13 +44,16 @@ class Normal(nn.Module):
         learned: whether training moves it.
 
     Raises:
-        ValueError: `scale` is not positive and finite.
+        TypeError: `scale` is no number, or `learned` no bool.
+        ValueError: `scale` is not positive and finite; in `load_state_dict`, the state is that of
+            another fixed scale.
     """
 
     def __init__(self, scale: float | Tensor = 1.0, *, learned: bool = False) -> None:
         super().__init__()
-        value = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-        fine = (torch.isfinite(value) & (value > 0)).all()
+        expect(isinstance(learned, bool), "learned", "True or False", repr(learned), TypeError)
+        value = check_real("scale", scale).to(torch.get_default_dtype())
+        fine = not isinstance(scale, bool) and (torch.isfinite(value) & (value > 0)).all()
         expect(fine, "scale", "positive finite numbers", scale)
         log_scale = value.detach().clone().log()
         if learned:
@@ -65,6 +70,13 @@ class Normal(nn.Module):
     def scale(self) -> Tensor:
         """The standard deviation, of the shape it was given in."""
         return self.log_scale.exp()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        own, saved = self.log_scale, state_dict.get(prefix + "log_scale")
+        if not isinstance(own, nn.Parameter) and saved is not None and saved.shape == own.shape:
+            same = torch.allclose(saved.to(own), own, atol=1e-5)
+            expect(same, "scale", f"a state of scale {self.scale}", f"one of {saved.exp()}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One Normal distribution per element."""

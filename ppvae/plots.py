@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from ppvae._checks import expect
+from ppvae._checks import check_array, check_count, check_share, expect
 from ppvae.evaluation.ranks import ecdf_band, ecdf_of
 
 __all__ = ["calibration", "encodings", "images", "rate_distortion", "rate_distortion_curves"]
@@ -32,8 +32,14 @@ def calibration(found: xr.Dataset, *, level: float = 0.95) -> Figure:
 
     Args:
         found: a result of `ppvae.calibration`.
-        level: of the band, for one latent.
+        level: of the band, for one latent, in (0, 1).
+
+    Raises:
+        ValueError: `level` is not in (0, 1), or `found` is no result of `calibration`.
     """
+    level = check_share("level", level)
+    known = isinstance(found, xr.Dataset) and "rank" in found
+    expect(known, "found", "a result of ppvae.calibration", type(found).__name__)
     rank, num_samples = found["rank"].values, found.attrs["num_samples"]
     points, low, high = ecdf_band(len(rank), num_samples, level)
     ends = np.concatenate([[0.0], points, [1.0]])
@@ -62,11 +68,17 @@ def encodings(draws: Mapping[str, ArrayLike], *, columns: int = 4) -> Figure:
     Args:
         draws: family -> codes of shape `(data, repeats, 2)`.
         columns: panels in a row.
+
+    Raises:
+        TypeError: there are others than real numbers among the codes.
+        ValueError: there are none, their shape is another, or one is not finite.
     """
-    arrays = {name: np.asarray(codes) for name, codes in draws.items()}
-    for name, codes in arrays.items():
-        pairs = codes.ndim == 3 and codes.shape[-1] == 2
-        expect(pairs, "draws", "shape (data, repeats, 2)", f"{codes.shape} for {name}")
+    expect(draws, "draws", "at least one family", "none")
+    arrays = {
+        name: check_array(f"draws of {name}", codes, ("data", "repeats", 2))
+        for name, codes in draws.items()
+    }
+    columns = check_count("columns", columns)
     rows = math.ceil(len(arrays) / columns)
     figure = Figure(figsize=(2.6 * columns, 2.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -90,11 +102,18 @@ def images(rows: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
     Args:
         rows: label -> images of shape `(count, height * width)` with height = width.
         title: a line above.
+
+    Raises:
+        TypeError: there are others than real numbers among the pixels.
+        ValueError: there are none, the images are not square, or a pixel is not finite.
     """
-    arrays = {name: np.asarray(row) for name, row in rows.items()}
+    expect(rows, "rows", "at least one row", "none")
+    arrays = {
+        name: check_array(f"rows, {name}", row, ("count", "side^2")) for name, row in rows.items()
+    }
     side = math.isqrt(next(iter(arrays.values())).shape[-1])
     for name, row in arrays.items():
-        square = row.ndim == 2 and row.shape[-1] == side * side
+        square = row.shape[-1] == side * side
         expect(square, "rows", "square images (count, side^2)", f"{row.shape} for {name}")
     count = max(len(row) for row in arrays.values())
     figure = Figure(figsize=(1.8 + 0.55 * count, 0.62 * len(arrays) + 0.4), layout="constrained")
@@ -115,9 +134,14 @@ def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
 
     Args:
         points: family -> (rate, distortion), in nats per datum.
+
+    Raises:
+        TypeError, ValueError: there are none, or they are no pairs of finite numbers.
     """
+    expect(points, "points", "at least one family", "none")
+    values = check_array("points", list(points.values()), ("families", 2)).T
     figure, axes = _plane((6.4, 4.8), "Rate and distortion (grey: lines of equal ELBO)")
-    rates, distortions = values = np.array(list(points.values())).T
+    rates, distortions = values
     reach = np.array([-0.08, 1.25]) * max(rates.max(), 1.0)
     for total in np.unique(np.round(rates + distortions)):
         axes.plot(reach, total - reach, color="0.88", linewidth=0.8, zorder=0)
@@ -158,13 +182,15 @@ def rate_distortion_curves(
         title: a line above.
 
     Raises:
-        ValueError: rates and distortions are not vectors of the same length.
+        TypeError: there are others than real numbers.
+        ValueError: rates and distortions are not vectors of the same length, or not finite.
     """
     figure, axes = _plane((6.8, 5.0), title)
     for kind, lines in (("bounds", bounds or {}), ("curves", curves)):
         for index, (name, pair) in enumerate(lines.items()):
-            rates, distortions = (np.asarray(part) for part in pair)
-            alike = rates.ndim == 1 and rates.shape == distortions.shape
+            expect(len(pair) == 2, kind, f"a pair (rates, distortions) for {name}", pair)
+            rates, distortions = (check_array(f"{kind}, {name}", part, ("k",)) for part in pair)
+            alike = rates.shape == distortions.shape
             wanted = f"two vectors of the same length for {name}"
             expect(alike, kind, wanted, f"shapes {rates.shape} and {distortions.shape}")
             style: Style = {"color": "0.55", "linewidth": 2.5}

@@ -12,9 +12,12 @@ import torch
 from cases import FAMILIES, world
 from torch import nn
 
-from ppvae import VAE, FamilyGuide, families, likelihoods
+from ppvae import VAE, FamilyGuide, evaluate, families, likelihoods
+from ppvae.families import GuideFamily
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO, IWAE, Objective, at_step, negative_elbo, warm_up
+from ppvae.regression import ExactPosterior
+from ppvae.staging.staged import Staged
 
 KINDS: dict[str, Any] = {**FAMILIES, "flow": families.Flow(layers=0, hidden=4, bins=3)}
 
@@ -181,3 +184,20 @@ OBJECTIVES: dict[str, tuple[Any, ...]] = {
     "user's loss": (Distortion(2.0), Distortion(warm_up(4, start=0.5))),
     "function": (stepped, stepped),
 }
+
+
+def told(thing):
+    """What a thing of the library says when it is used, whichever of its kinds it is."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)  # another process has its own
+    if type(thing) is tuple:
+        model, guide = thing
+        assert guide.model is model
+        measured = evaluate(model, guide, data(), num_samples=32, progress=False)
+        return measured.objective.values.tolist(), measured.attrs
+    if isinstance(thing, Staged):
+        assert thing.program.guide.model is thing.program.model and thing.covers(data())
+        return thing(data()).item()
+    if isinstance(thing, ExactPosterior):
+        return thing.quantile(0.3).tolist(), thing.loo().total
+    return (thing.name, hash(thing)) if isinstance(thing, GuideFamily) else repr(thing)

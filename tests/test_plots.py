@@ -40,7 +40,7 @@ def test_encodings_and_images():
     axes = plots.images(rows, title="t").axes
     assert len(axes) == 8
     assert np.array_equal(axes[5].images[0].get_array(), rows["again"][1].reshape(2, 2))
-    with pytest.raises(ValueError, match=r"draws: expected shape \(data, repeats, 2\), .* for a"):
+    with pytest.raises(ValueError, match=r"draws of a: expected shape \(data, repeats, 2\)"):
         plots.encodings({"a": np.zeros((3, 50, 3))})
     with pytest.raises(ValueError, match=r"rows: expected square images .* got \(3, 5\) for a"):
         plots.images({"a": np.zeros((3, 5))})

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae._checks import expect
+from ppvae._checks import check_real, expect
 
 
 def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
@@ -17,8 +17,9 @@ def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
         data: a tensor or array, or a tuple or list of them. Floating arrays take the default dtype.
 
     Raises:
-        TypeError: there is something else among them.
-        ValueError: there is none, a number is not finite, or the first dimensions differ.
+        TypeError: there is something else among them, such as text or a sparse tensor.
+        ValueError: there is none, a number is not finite or is masked, or the first dimensions
+            differ.
     """
     items = tuple(data) if isinstance(data, (tuple, list)) else (data,)
     expect(items, name, "at least one tensor or array", "none")
@@ -29,13 +30,15 @@ def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
 
 
 def _as_tensor(name: str, item: Any) -> Tensor:
-    if isinstance(item, np.ndarray) and item.dtype.kind in "bifu":
-        item = torch.from_numpy(np.ascontiguousarray(item))
-        item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
     kinds = "tensors, arrays of numbers, a Dataset or a DataLoader"
-    got = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
-    expect(isinstance(item, Tensor), name, kinds, got, TypeError)
-    bad = int((~torch.isfinite(item)).sum()) if item.is_floating_point() else 0
+    expect(isinstance(item, (np.ndarray, Tensor)), name, kinds, type(item).__name__, TypeError)
+    if isinstance(item, np.ndarray):
+        item = check_real(name, item)
+        item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
+    elif not item.is_complex():  # which a model may take, but not observe
+        check_real(name, item)
+    inexact = item.is_floating_point() or item.is_complex()
+    bad = int((~torch.isfinite(item)).sum()) if inexact else 0
     expect(not bad, name, "finite numbers", f"{bad} that are NaN or infinite")
     return item
 
@@ -46,7 +49,8 @@ def prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:
     Arguments of other kinds are returned as they are.
 
     Raises:
-        ValueError: a number is not finite, or a first dimension is zero.
+        TypeError: an array holds something else, or a tensor is not dense.
+        ValueError: a number is not finite or is masked, or a first dimension is zero.
     """
     ready = [_as_tensor("args", a) if isinstance(a, (np.ndarray, Tensor)) else a for a in args]
     for arg in ready:

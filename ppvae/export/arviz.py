@@ -7,6 +7,7 @@ import arviz_base
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import torch
 import xarray as xr
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -23,6 +24,9 @@ from ppvae.programs.verdicts import verdict_of
 
 Groups = dict[str, dict[str, np.ndarray]]
 Dims = dict[str, list[str]]
+
+_DRAWN = ["chain", "draw"]  # the dims that every variable of a draw has
+_STATS = ["log_p", "log_q"]  # the variables that are no sites
 
 
 @exclusive
@@ -48,10 +52,11 @@ def from_pyro_svi(  # noqa: D417
     - `posterior`: draws of the guide, and the model's deterministic sites; its attributes
       `verdict` and `converged` are those of the last `fit`, if there was one;
     - `posterior_predictive`: the observed sites drawn anew, given those draws;
-    - `log_likelihood`: log p(x | z) per datum, in nats;
-    - `sample_stats`: `log_p` = log p(x, z) and `log_q` = log q(z) of the draws, per datum where all
-      latents are local and one number per draw otherwise, as `loo_approximate_posterior` wants them
-      (there is no `log_q` for a point guide, which has no density);
+    - `log_likelihood`: log p(x | z) per datum, in nats, whatever `poutine.scale` says;
+    - `sample_stats`: `log_p` = log p(x, z), in which `poutine.scale` counts, and `log_q` = log q(z)
+      of the draws, per datum where all latents are local and one number per draw otherwise, as
+      `loo_approximate_posterior` wants them (there is no `log_q` for a point guide, which has no
+      density);
     - `prior` and `prior_predictive`: draws of the model alone, its observations taken off (left
       out where a prior is improper);
     - `observed_data`, without the two dims;
@@ -76,9 +81,11 @@ def from_pyro_svi(  # noqa: D417
         A tree in ArviZ's schema; on arviz 0.x, `arviz.from_datatree` gives `InferenceData`.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: an argument is out of its range, `coords` or `dims` have a name that is not in
-            the tree, a site has the name of a dim, the data are not finite, guide and model do not
-            fit, or the model draws its own subsample.
+            the tree, a site has the name of a dim or one with "/" in it, the data are not finite or
+            not in the support of their likelihood, guide and model do not fit, or the model draws
+            its own subsample.
 
     Example:
         >>> import torch
@@ -90,14 +97,20 @@ def from_pyro_svi(  # noqa: D417
         ('chain', 'draw', 'datum', 'latent')
     """
     num_samples = check_count("num_samples", num_samples)
+    coords, renamed = (
+        _named("coords", coords),
+        {k: list(v) for k, v in _named("dims", dims).items()},
+    )
+    known = evaluation is None or isinstance(evaluation, xr.Dataset)
+    got = type(evaluation).__name__
+    expect(known, "evaluation", "a result of evaluate", got, TypeError)
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         local = terms(*runs.traces, plate).is_local
         batches = runs.batches if local else [runs.args]
         events = {node["name"]: _event_dims(node) for node in _shown(runs.traces[0])}
-        pieces = [_draw_batch(runs, batch, num_samples, events) for batch in batches]
         names = _dims(runs, events, local=local)
-    coords, renamed = dict(coords or {}), {k: list(v) for k, v in (dims or {}).items()}
-    _check_names(names, coords, renamed)
+        _check_names(names, coords, renamed)
+        pieces = [_draw_batch(runs, batch, num_samples, events) for batch in batches]
     groups = {
         group: {k: v[0] if group == "observed_data" else v[None] for k, v in values.items()}
         for group, values in _concatenated(pieces, 1).items()
@@ -111,21 +124,37 @@ def from_pyro_svi(  # noqa: D417
     return tree
 
 
+def _named(name: str, given: Any) -> dict[str, Any]:
+    """`coords` or `dims`, where each name comes with a sequence, and a word is none."""
+    given = {} if given is None else given
+    fits = isinstance(given, Mapping) and not any(isinstance(v, str) for v in given.values())
+    expect(fits, name, "a mapping from names to sequences", repr(given), TypeError)
+    return dict(given)
+
+
 def _check_names(names: Dims, coords: Mapping[str, Any], dims: Dims) -> None:
-    """Refuses names that ArviZ would ignore, or that xarray would take for a coordinate."""
+    """Refuses names that ArviZ would ignore, or that xarray would take for others."""
     unknown = [name for name in dims if name not in names]
     expect(not unknown, "dims", f"variables among {list(names)}", unknown)
-    used = {"chain", "draw"}.union(*{**names, **dims}.values())
+    for name, given in dims.items():
+        twice = [dim for dim in given if [*_DRAWN, *given].count(dim) > 1]
+        expect(not twice, "dims", f"names for {name!r} that differ, also from {_DRAWN}", twice)
+    used = {*_DRAWN}.union(*{**names, **dims}.values())
     unknown = [dim for dim in coords if dim not in used]
     expect(not unknown, "coords", f"dims among {sorted(used)}", unknown)
-    clash = [name for name in names if name in used]
+    sites = [name for name in names if name not in _STATS]
+    clash = [name for name in sites if name in used]
     expect(not clash, "model", f"sites of other names than the dims {sorted(used)}", clash)
+    paths = [name for name in [*sites, *used] if "/" in name]
+    expect(not paths, "model", "names without '/', which separates the groups of a tree", paths)
 
 
 def _dims(runs: Runs, events: Mapping[str, int], *, local: bool) -> Dims:
     """Variable -> names of its dims behind `chain` and `draw`."""
     latents = latent_nodes(runs.traces[0])
-    dims: Dims = {name: ["datum"] * local for name in ("log_p", "log_q")}
+    dims: Dims = {name: ["datum"] * local for name in _STATS}
+    clash = [node["name"] for node in _shown(runs.traces[0]) if node["name"] in _STATS]
+    expect(not clash, "model", f"sites of other names than {_STATS}", clash)
     for node in _shown(runs.traces[0]):
         name, plates = node["name"], sorted(plates_of(node).values(), key=lambda plate: plate.dim)
         inside, data = is_inside(node, runs.plate), getattr(runs.plate, "name", None)
@@ -190,8 +219,13 @@ def _values(
             place = Place.of({**node, "value": value}, plate, draws, events=count)
             sizes = [place.batch[dim] for dim in (place.datum, *place.plates) if dim is not None]
             value = place.front(value).reshape(place.batch[0], *sizes, *place.event)
-            arrays[node["name"]] = value.cpu().numpy()
+            arrays[node["name"]] = _array(value)
     return arrays
+
+
+def _array(value: Tensor) -> np.ndarray:
+    """A tensor as an array, in single precision where NumPy has not its dtype."""
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
 
 
 def _densities(traces: tuple[Any, Any], plate: Any, draws: Any) -> Groups:
@@ -201,9 +235,11 @@ def _densities(traces: tuple[Any, Any], plate: Any, draws: Any) -> Groups:
     def stacked(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         count = 1 if draws is None else draws.size
         rows = {k: v[None] if draws is None else v for k, v in values.items()}
-        return {k: v.expand(count, *v.shape[1:]).cpu().numpy() for k, v in rows.items()}
+        return {k: _array(v.expand(count, *v.shape[1:])) for k, v in rows.items()}
 
-    stats = {"log_p": sites.log_joint} | ({"log_q": sites.log_q} if sites.log_guide else {})
+    parts = {**sites.log_likelihood, **sites.log_prior}
+    scaled = {name: value * sites.scales[name] for name, value in parts.items()}
+    stats = {"log_p": sites.total(scaled)} | ({"log_q": sites.log_q} if sites.log_guide else {})
     return {"log_likelihood": stacked(sites.log_likelihood), "sample_stats": stacked(stats)}
 
 

@@ -97,10 +97,12 @@ class Family(GuideFamily):
 
 
 def _check_draws(family: Family) -> None:
-    """Raises unless a head of the family, tried once, returns a distribution over a vector."""
+    """Raises unless a head, tried once, returns a distribution over a vector with a density."""
     try:
         with torch.random.fork_rng(devices=()), torch.no_grad():
-            shape = family.head(None, torch.Size([2]))(None).shape()
+            fn = family.head(None, torch.Size([2]))(None)
+            shape = fn.shape()
+            fn.log_prob(fn.sample())
         if shape != (2,):
             raise ValueError(f"for a latent of shape (2,) it draws shape {tuple(shape)}")
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from ppvae._checks import expect
+from ppvae._checks import check_real, expect
 
 Constraint = constraints.Constraint
 
@@ -97,7 +97,7 @@ def rules_of(distribution: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def _rule(name: str, rule: Any, own: Constraint) -> Any:
     """A rule or a fixed value, checked, from what was given."""
-    if isinstance(rule, (Real, Tensor)):
+    if isinstance(rule, (Real, Tensor)) and not isinstance(rule, bool):
         _check_value(name, rule, own)
         return rule if isinstance(rule, Tensor) else float(rule)
     rule = Channel(rule) if isinstance(rule, Constraint) else rule
@@ -112,6 +112,7 @@ def _rule(name: str, rule: Any, own: Constraint) -> Any:
 
 
 def _check_value(name: str, value: Any, constraint: Any) -> None:
+    check_real(name, value)
     tensor = fixed(value, constraint.event_dim, torch.Size([1]))
     ok = torch.isfinite(tensor).all() and constraint.check(tensor).all()
     expect(ok, name, f"a finite value in {constraint}", value)

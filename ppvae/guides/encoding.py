@@ -19,6 +19,7 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
         The features, of shape `(batch, features)`.
 
     Raises:
+        TypeError: the features are complex or whole numbers.
         ValueError: the encoder does not take the arguments, or its output has another shape.
     """
     came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
@@ -31,4 +32,6 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
     fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)
     wanted = f"features of shape (batch, {width or 'features'}), with the batch of the arguments"
     expect(fits, "encoder", f"{wanted} {came}", shape or type(features).__name__)
+    real = features.is_floating_point()
+    expect(real, "encoder", "features that are real numbers", features.dtype, TypeError)
     return features

@@ -154,11 +154,12 @@ class FamilyGuide(ModelGuide):
         return draws
 
     def _build(self, key: str, shape: torch.Size, like: Tensor | None = None) -> None:
-        """Makes a head that is not there yet, beside the encoder or like a latent."""
+        """Makes a head that is not there yet, like the encoder's last layer or like a latent."""
         self._head_shapes[key] = shape
         if key not in self.heads:
             head = self.family.head(self._features, shape)
-            near = like if self.encoder is None else next(self.encoder.parameters(), like)
+            weights = () if self.encoder is None else self.encoder.parameters()
+            near = [like, *(weight for weight in weights if weight.is_floating_point())][-1]
             self.heads[key] = head if near is None else head.to(near.device, near.dtype)
 
     def get_extra_state(self) -> dict[str, Any]:

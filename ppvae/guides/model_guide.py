@@ -1,9 +1,10 @@
-"""A guide that can be copied together with its model, and pickled without it."""
+"""A guide that is copied and pickled together with its model."""
 
 import copy
 from typing import Any, Self
 
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
 
 from ppvae._scopes import UniquelyNamed
 
@@ -12,31 +13,31 @@ class ModelGuide(AutoGuide, UniquelyNamed):
     """An automatic guide that holds its model without owning it.
 
     The parameters of the model are not among those of the guide. Every copy has a name of its own
-    in Pyro's param store. A pickle leaves the model out.
+    in Pyro's param store. A pickle has the model in it, so that a pair stays one; a model that is a
+    function must then be one that pickle finds by its name, and is not defined inside another.
     """
 
     @property
     def model(self) -> Any:
-        """The model that is guided.
-
-        Raises:
-            RuntimeError: the guide comes from a pickle.
-        """
-        if self._model is None:
-            raise RuntimeError(
-                "model: expected the guide's model, which pickle leaves out; build the guide anew "
-                "and load its state_dict"
-            )
+        """The model that is guided."""
+        (model,), copies = self._model, self.__dict__.pop("_copies", {})
+        if id(model) in copies:
+            self._model = (copies[id(model)],)
         return self._model[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "master": None}
+        _ = self.model  # looked up, so that the copies are not kept
+        return {**PyroModule.__getstate__(self), "master": None}  # weak, and the list's to set
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A guide of the same model, or of its copy, where both are copied together."""
+        """A guide of the same model, or of its copy, where both are copied together.
+
+        The model may be copied after the guide, so that its copy is looked up when it is wanted.
+        """
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self._model is not None:
-            new._model = (memo.get(id(self.model), self.model),)
+        state = self.__getstate__()
+        memo[id(self._model)] = self._model
+        new.__setstate__(copy.deepcopy(state, memo))
+        new.__dict__["_copies"] = memo
         return new

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
 from ppvae._scopes import UniquelyNamed, eval_mode, random_state
-from ppvae.priors import as_prior, distribution_of, moved
+from ppvae.priors import as_prior, distribution_of, moved, parts_of
 
 
 class VAE(UniquelyNamed):
@@ -30,10 +30,11 @@ class VAE(UniquelyNamed):
 
     Raises:
         TypeError: `decoder` or `likelihood` is no module, or what the likelihood or the prior
-            returns is no Pyro distribution.
+            returns is no Pyro distribution, or the decoder's output no real numbers.
         ValueError: `latent` is no whole number of at least 1, the prior has another shape, the
             decoder does not take the latent or returns no tensor of one datum, or, in a call, its
-            output has not the shape of `x`.
+            output has not the shape of `x`; and in `load_state_dict`, the state is that of another
+            kind of likelihood or prior, or of another fixed prior.
 
     Kingma and Welling, Auto-encoding variational Bayes, 2014.
 
@@ -92,9 +93,19 @@ class VAE(UniquelyNamed):
             came = getattr(output, "shape", type(output).__name__)
             whole = isinstance(output, Tensor) and output.shape[:1] == (1,)
             expect(whole, "decoder", "an output of shape (1, *event) for one latent", came)
-            fn = self.likelihood(output)
+            real = output.is_floating_point()
+            expect(real, "decoder", "an output of real numbers", output.dtype, TypeError)
+            try:
+                fn = self.likelihood(output)
+            except RuntimeError as error:
+                shape = tuple(output.shape)
+                raise ValueError(
+                    f"likelihood: expected a module that takes shape {shape}; {error}"
+                ) from error
         kind = "a module that returns a Pyro distribution"
         expect(isinstance(fn, dist.Distribution), "likelihood", kind, repr(fn), TypeError)
+        one = fn.shape()[:1] == (1,)
+        expect(one, "likelihood", "a distribution of shape (1, *event) for one datum", fn.shape())
         return (output.new_zeros(fn.shape()),)
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
@@ -117,6 +128,24 @@ class VAE(UniquelyNamed):
                 expect(fits, "decoder", wanted, tuple(fn.shape()))
             return pyro.sample("x", fn, obs=x)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What of prior and likelihood is no parameter: their kinds, and a fixed prior's values."""
+        learned = [name for name, _ in self.likelihood.named_parameters()]
+        learned_prior = isinstance(self.prior, nn.Module)
+        return {
+            "likelihood": [type(self.likelihood).__qualname__, *learned],
+            "prior": [type(self.prior).__qualname__] if learned_prior else parts_of(self.prior),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Does nothing: a state of another prior or likelihood was refused before."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        own, saved = self.get_extra_state(), state_dict.setdefault(prefix + "_extra_state", {})
+        for name in saved.keys() & own.keys():
+            expect(_alike(own[name], saved[name]), name, f"a state of {own[name]}", saved[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output for latents with any number of leading dims, `(*, latent)`."""
         if z.dim() == 2:
@@ -131,3 +160,13 @@ class VAE(UniquelyNamed):
     def draw_prior(self, size: int) -> Tensor:
         """Draws of the latent from the prior, of shape `(size, latent)`."""
         return self._prior().expand([size]).sample()
+
+
+def _alike(some: list[Any], others: list[Any]) -> bool:
+    """Whether two lists have the same words and, up to the rounding of a dtype, numbers."""
+    return len(some) == len(others) and all(
+        isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double())
+        if isinstance(a, Tensor)
+        else a == b
+        for a, b in zip(some, others, strict=True)
+    )

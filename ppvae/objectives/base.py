@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from pyro import poutine
 from torch import Tensor
 
-from ppvae._checks import expect
+from ppvae._checks import check_count, expect
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_trace
 
@@ -136,7 +136,11 @@ class Objective(ABC):
 
         Returns:
             A scalar in nats per datum that can be differentiated.
+
+        Raises:
+            ValueError: `size` is no whole number of at least 1.
         """
+        size = None if size is None else check_count("size", size)
         return at_step(self, step).loss(partial(runs_of, model, guide, args, plate), size)
 
 

@@ -8,6 +8,6 @@ distribution itself.
 **To add a prior**, write such a module; `as_prior` is how a model checks what it is given.
 """
 
-from ppvae.priors.reading import as_prior, distribution_of, moved
+from ppvae.priors.reading import as_prior, distribution_of, moved, parts_of
 
-__all__ = ["as_prior", "distribution_of", "moved"]
+__all__ = ["as_prior", "distribution_of", "moved", "parts_of"]

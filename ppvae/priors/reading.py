@@ -60,3 +60,24 @@ def moved(part: Any, move: Callable[[Tensor], Tensor], **attributes: Any) -> Any
         part = copy.copy(part)
         part.__dict__ = held | attributes
     return part
+
+
+def parts_of(part: Any) -> list[Any]:
+    """The names of the classes that a distribution is made of and their numbers, at any depth.
+
+    Args:
+        part: a distribution; the recursion also passes what it holds.
+    """
+    if isinstance(part, (int, float, Tensor)):
+        return [torch.as_tensor(part).detach().cpu()]
+    if isinstance(part, (list, tuple)):
+        return [each for one in part for each in parts_of(one)]
+    if not isinstance(part, (torch.distributions.Distribution, Transform)):
+        return []
+    if isinstance(part, Transform):  # what begins with a line is memory of its last call
+        held = [value for name, value in vars(part).items() if not name.startswith("_")]
+    else:  # its attributes may be memory too, but not its arguments
+        kinds = (list, torch.distributions.Distribution)
+        held = [value for value in vars(part).values() if isinstance(value, kinds)]
+        held += [getattr(part, name) for name in sorted(part.arg_constraints)]
+    return [type(part).__name__, *parts_of(held)]

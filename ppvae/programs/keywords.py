@@ -45,8 +45,10 @@ def with_keywords(
     """Model, guide and arguments without keywords; unchanged where there are none.
 
     Raises:
-        TypeError: `kwargs` is no mapping from names.
+        TypeError: `kwargs` is no mapping from names, or model or guide cannot be called.
     """
+    for name, program in {"model": model, "guide": guide}.items():
+        expect(callable(program), name, "a function or module", type(program).__name__, TypeError)
     if not kwargs:
         return model, guide, args
     named = isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
-from ppvae._checks import check_choice
+from ppvae._checks import check_choice, expect
 
 Node = dict[str, Any]
 
@@ -156,6 +156,41 @@ def choose_plate(
     names = fitting or list(frames)
     names = [name for name in names if name in preferred] or names
     return frames[names[0]] if names else None
+
+
+def check_observed(trace: Any) -> None:
+    """Raises unless a model observes something, and its data are such as its sites can produce.
+
+    Supports that depend on latents, as that of a uniform distribution, do not count: there a draw
+    may leave the data out, and the density says so.
+
+    Args:
+        trace: a trace of the model, on all the data.
+
+    Raises:
+        ValueError: nothing is observed, or data are complex or outside of a support.
+    """
+    nodes = observed_nodes(trace)
+    none = "none (is an `obs=` missing, or are model and guide the wrong way round?)"
+    expect(nodes, "model", "observed sites", none)
+    for node in nodes:
+        value, name, fn = node["value"], node["name"], base_of(node["fn"])
+        while isinstance(fn, dist.MaskedDistribution):
+            fn = base_of(fn.base_dist)
+        if isinstance(fn, dist.Unit):
+            continue
+        expect(not value.is_complex(), "data", f"real numbers at {name!r}", value.dtype)
+        support = getattr(type(fn), "support", None)
+        if isinstance(support, property) and fn.has_enumerate_support:
+            support = fn.support
+        if not isinstance(support, property) and support is not None:
+            outside = ~support.check(value)
+            depth = len(node["fn"].event_shape) - support.event_dim
+            outside = masked(outside.flatten(-depth).any(-1) if depth else outside, node)
+            count = f"{int(outside.sum())} of {outside.numel()} data outside"
+            expect(
+                not outside.any(), "data", f"values in the support of {name!r}, {support}", count
+            )
 
 
 def counts(node: Any) -> bool:

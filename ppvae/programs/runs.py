@@ -1,7 +1,7 @@
 """Runs a Pyro model and its guide: one pair of traces, many draws, and the data in minibatches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,16 @@ from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import prepared
 from ppvae.programs.keywords import with_keywords
-from ppvae.programs.nodes import DRAWS, data_plate, draws_its_rows, latent_nodes, prototype
+from ppvae.programs.nodes import (
+    DRAWS,
+    check_observed,
+    data_plate,
+    draws_its_rows,
+    is_data,
+    latent_nodes,
+    observed_nodes,
+    prototype,
+)
 
 Program = Callable[..., Any]  # a Pyro model or guide
 Args = tuple[Any, ...]  # the arguments of a program
@@ -51,17 +60,32 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
 
 def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:
     """A plate of draws to the left of all plates of a model, which is looked at once."""
-    if model not in _leftmost:
+    leftmost = None
+    with suppress(TypeError):  # of a model without weak references or a hash nothing is kept
+        leftmost = _leftmost.get(model)
+    if leftmost is None:
         with random_state(None, keep=True), eval_mode(model):
-            trace = prototype(model, args, {})
-        nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
-        dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
-        _leftmost[model] = min(dims, default=0)
-    return pyro.plate(DRAWS, draws, dim=_leftmost[model] - 1)
+            leftmost = _look_at(model, prototype(model, args, {}))
+    return pyro.plate(DRAWS, draws, dim=leftmost - 1)
+
+
+def _look_at(model: Program, trace: Any) -> int:
+    """The dim of a model's leftmost plate, which is kept for later calls."""
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
+    leftmost = min(dims, default=0)
+    with suppress(TypeError):
+        _leftmost[model] = leftmost
+    return leftmost
 
 
 def check_sites(model_trace: Any, guide_trace: Any) -> None:
-    """Raises a ValueError unless model and guide have the same latent sites."""
+    """Raises a ValueError unless model and guide have the same latents, and one of them data."""
+    data = [
+        {n["name"] for n in observed_nodes(t) if is_data(n)} for t in (model_trace, guide_trace)
+    ]
+    both = sorted(data[0] & data[1])
+    expect(not both, "guide", "no site that observes data (is it a model?)", both)
     latent = {node["name"] for node in latent_nodes(model_trace)}
     nodes = latent_nodes(guide_trace)
     drawn = {node["name"] for node in nodes if not node["infer"].get("is_auxiliary")}
@@ -214,7 +238,9 @@ def opened(
         plate: name of the data plate, see `data_plate`.
 
     Raises:
-        ValueError: the data are not finite, or guide and model do not fit.
+        TypeError: a program is no function, or data are no numbers.
+        ValueError: the data are not finite or not in the support of their likelihood, nothing is
+            observed, or guide and model do not fit.
     """
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size)
@@ -223,6 +249,8 @@ def opened(
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
             traces = trace_pair(model, guide, *args)
+            check_observed(traces[0])
+            _look_at(model, traces[0])  # it may have other plates than before
             frame = data_plate(traces[0], plate)
             batches = [args]
             if frame is not None and batch_size is not None:

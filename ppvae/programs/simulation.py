@@ -136,6 +136,7 @@ def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any], count: int) ->
 def _in_shape_of_data(node: Any, data: Tensor) -> Tensor:
     """A drawn value in the shape of the data, and in their dtype where that loses nothing."""
     value = node["value"]
+    expect(not data.is_complex(), "args", f"real numbers at {node['name']!r}", data.dtype)
     wanted = f"data of shape {tuple(value.shape)} at {node['name']!r}, as its distribution"
     expect(value.numel() == data.numel(), "model", wanted, tuple(data.shape))
     value = value.reshape(data.shape)

@@ -8,7 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 from torch.distributions import Distribution
 
-from ppvae._checks import expect
+from ppvae._checks import check_array, check_real, expect
 from ppvae.regression.exact import ExactPosterior, problem_of
 from ppvae.regression.hyper import Problem
 from ppvae.regression.linear_algebra import Data, Values, factorize
@@ -60,9 +60,9 @@ def log_evidence_curve(
     Raises:
         ValueError: a scale is not positive, or as for `exact_posterior`.
     """
-    grid = np.atleast_1d(np.asarray(scales, dtype=float))
-    positive = grid.ndim == 1 and (np.isfinite(grid) & (grid > 0)).all()
-    expect(positive, "scales", "positive, finite numbers", repr(scales))
+    given = check_real("scales", scales)
+    grid = check_array("scales", given, ("k",)[: given.dim()]).reshape(-1)
+    expect((grid > 0).all(), "scales", "positive, finite numbers", repr(scales))
     problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
     return _curve(problem, np.log(grid))
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 from torch.distributions import Distribution
 
-from ppvae._checks import check_count, expect
+from ppvae._checks import check_array, check_count, check_real, expect
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem, mixture_quantiles
 from ppvae.regression.linear_algebra import Data, Factor, Values, factorize, pieces
 from ppvae.regression.priors import Array, Given, read_positive, weight_prior
@@ -214,10 +214,12 @@ class ExactPosterior:
             Shape `(names,)` for a number, `(k, names)` for several.
 
         Raises:
-            ValueError: a probability is not between 0 and 1.
+            TypeError: there are others than numbers among the probabilities.
+            ValueError: one is not between 0 and 1.
         """
-        levels = np.atleast_1d(np.asarray(q, dtype=float))
-        inside = levels.ndim == 1 and ((levels > 0) & (levels < 1)).all()
+        given = check_real("q", q)
+        levels = check_array("q", given, ("k",)[: given.dim()]).reshape(-1)
+        inside = ((levels > 0) & (levels < 1)).all()
         expect(inside, "q", "probabilities between 0 and 1", repr(q))
         shares, (means, variances) = self.hyper.shares, self._mixture
         weights = np.empty((len(levels), self.problem.factor.columns))
@@ -226,7 +228,7 @@ class ExactPosterior:
             sds = np.sqrt(variances @ basis**2)
             weights[:, part] = mixture_quantiles(shares, means @ basis, sds, levels)
         table = self._loc + np.hstack([weights, self.hyper.quantiles(levels)])
-        return table[0] if np.ndim(q) == 0 else table
+        return table if given.dim() else table[0]
 
     def sample(
         self, num_samples: int | None = None, seed: Seed = None, *, n: int | None = None

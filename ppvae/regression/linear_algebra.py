@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 from torch import Tensor
 
-from ppvae._checks import expect
+from ppvae._checks import LEAST, MOST, as_doubles, check_real, expect
 from ppvae.regression.priors import Array, NormalPrior
 
 Values = ArrayLike | Tensor
@@ -69,8 +69,10 @@ def factorize(X: Data, y: Values | None, *, intercept: bool = False) -> Factor:
 
     Raises:
         ValueError: shapes do not fit, there are no columns, or a value is not finite.
-        TypeError: X is neither an array nor an iterable of pairs.
+        TypeError: X is neither an array nor an iterable of pairs, or there are others than real
+            numbers, or `intercept` is no bool.
     """
+    expect(isinstance(intercept, bool), "intercept", "True or False", repr(intercept), TypeError)
     pairs = y is not None or (isinstance(X, Iterable) and not hasattr(X, "shape"))
     expected = "the target values, or X to be an iterable of pairs (X, y) of blocks"
     expect(pairs, "y", expected, type(X).__name__, TypeError)
@@ -96,7 +98,8 @@ def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[Array]:
         arrays = tuple(pair) if isinstance(pair, Iterable) else ()
         got = f"{type(pair).__name__} as block {number}"
         expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
-        design, target = (_array(values, name) for values in arrays)
+        named = zip(arrays, ("X", "y"), strict=True)
+        design, target = (as_doubles(check_real(name, values)) for values, name in named)
         fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
         shapes = f"{design.shape} and {target.shape}"
         expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
@@ -105,15 +108,6 @@ def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[Array]:
         expected = f"{columns} columns in every block, as in the first"
         expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
         yield np.column_stack([*[np.ones(len(target))] * intercept, design, target])
-
-
-def _array(values: Values, name: str) -> Array:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected numbers, got {type(values).__name__}: {error}") from None
 
 
 def _fold(waiting: list[Array]) -> Array:
@@ -232,13 +226,23 @@ def decompose(factor: Factor, prior: NormalPrior) -> GaussianPosterior:
         prior: location and sd of the weights that have a prior: the last ones.
 
     Raises:
-        ValueError: the flat prior is not made proper by the data.
+        ValueError: the flat prior is not made proper by the data, or numbers are so large or small
+            that their squares are none.
     """
     size, rows, sds = factor.columns, factor.rows, prior[1]
     flat = size - len(sds)
     loc = np.append(np.zeros(flat), prior[0])
+    sizes = np.abs(factor.triangle).max(0, initial=0.0)
+    name = "X" if (sizes[:size] > MOST).any() else "y"
+    expect((sizes <= MOST).all(), name, f"numbers of a size of {MOST} at most", sizes.max())
+    seen = sizes[:flat][sizes[:flat] > 0].min(initial=1.0)
+    expect(
+        seen >= LEAST, "X", f"columns of a size of {LEAST} at least where the prior is flat", seen
+    )
     triangle, spare = factor.triangle[:size, :size], factor.triangle[size:, size]
     target = factor.triangle[:size, size] - triangle @ loc
+    far = np.abs(target).max(initial=0.0)
+    expect(far <= MOST, "y", f"a distance from the prior mean of {MOST} at most", far)
     rounding = 10 * _EPSILON * math.sqrt(max(rows, size))
     lengths = np.maximum(np.linalg.norm(triangle, axis=0), 1e-300)
     rank = np.linalg.matrix_rank(triangle[:, :flat] / lengths[:flat], rounding)

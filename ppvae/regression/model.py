@@ -66,7 +66,7 @@ class LinearRegression(UniquelyNamed):
         errors: the former name of `likelihood`.
 
     Raises:
-        TypeError: `weight` or `noise` is of another kind.
+        TypeError: `weight`, `noise` or `likelihood` is of another kind.
         ValueError: `columns` is below 1, a known noise or a prior scale is not positive, a prior
             has the wrong shape or support, or, in a call, X and y do not fit.
     """
@@ -92,6 +92,10 @@ class LinearRegression(UniquelyNamed):
         self.noise_prior = known if isinstance(known, float) else noise
         as_it_is = weight is None or isinstance(weight, Horseshoe)
         self.weight_prior = weight if as_it_is else _univariate(weight, self.columns)
+        fits = not isinstance(noise, Distribution) or isinstance(noise, TorchDistributionMixin)
+        expect(fits, "noise", "a distribution of pyro.distributions", repr(noise), TypeError)
+        kind = "a function from location and scale to a distribution"
+        expect(callable(likelihood), "likelihood", kind, repr(likelihood), TypeError)
         self.likelihood = likelihood
 
     def check_data(self, X: Tensor, y: Tensor | None = None) -> None:
@@ -149,9 +153,10 @@ class LinearRegression(UniquelyNamed):
 
 def _univariate(prior: Any, columns: int) -> Distribution:
     """Checks the prior of single weights, and returns it without event dims."""
-    kinds, kind = "a distribution, a Horseshoe or None", type(prior).__name__
-    expect(isinstance(prior, Distribution), "weight", kinds, kind, TypeError)
+    kinds, kind = "a distribution of pyro.distributions, a Horseshoe or None", type(prior).__name__
+    expect(isinstance(prior, TorchDistributionMixin), "weight", kinds, kind, TypeError)
     prior = base_of(prior)
+    expect(not prior.support.is_discrete, "weight", "a continuous prior", prior)
     shape = tuple(prior.shape())
     fits = not prior.event_shape and shape in ((), (1,), (columns,))
     expect(fits, "weight", f"a univariate prior of shape () or ({columns},)", shape)

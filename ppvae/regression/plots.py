@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ppvae._checks import check_array, check_share, check_size
 from ppvae.regression.hyper import mixture_quantiles
 
 if TYPE_CHECKING:
@@ -87,9 +88,15 @@ def band(means: ArrayLike, noise: float, *, level: float = 0.9) -> Interval:
     Args:
         means: mean of each draw of the weights, shape `(k, draws)`.
         noise: sd of the noise.
-        level: of the interval.
+        level: of the interval, in (0, 1).
+
+    Raises:
+        TypeError: there are others than real numbers among the means.
+        ValueError: they have another shape, or one is not finite; `noise` is not positive, or
+            `level` not in (0, 1).
     """
-    means = np.asarray(means, dtype=float)
+    means, level = check_array("means", means, ("k", "draws")), check_share("level", level)
+    noise = check_size("noise", noise)
     levels = np.array([1 - level, 1 + level]) / 2
     shares, sds = np.full(means.shape[1], 1 / means.shape[1]), np.full(means.T.shape, noise)
     low, high = mixture_quantiles(shares, means.T, sds, levels)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution, Normal, TransformedDistribution
 
-from ppvae._checks import check_number, expect
+from ppvae._checks import LEAST, MOST, check_size, expect
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
 
@@ -92,7 +92,7 @@ def read_positive(value: Any, name: str) -> Number:
     if isinstance(value, np.floating | np.ndarray | Tensor) and not isinstance(value, float):
         value = _double(torch.as_tensor(value)).squeeze().tolist()
     if isinstance(value, int | float | np.integer | list):
-        return check_number(name, value, positive=True)
+        return check_size(name, value)
     kinds = "a positive number, a distribution on the positive reals or None"
     expect(isinstance(value, Distribution), name, kinds, f"{value!r:.60}", TypeError)
     prior = moved(value, _double, _validate_args=False)
@@ -123,6 +123,8 @@ def weight_prior(weight: Any, columns: int) -> NormalPrior:
     expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")
     fits = np.isfinite(loc).all() and (np.isfinite(scale) & (scale > 0)).all()
     expect(fits, "weight", "a finite loc and a positive, finite scale", f"{loc} and {scale}")
+    fits = (abs(loc) <= MOST).all() and ((scale >= LEAST) & (scale <= MOST)).all()
+    expect(fits, "weight", f"numbers of a size from {LEAST} to {MOST}", f"{loc} and {scale}")
     return np.broadcast_to(loc, columns).copy(), np.broadcast_to(scale, columns).copy()
 
 

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor, nn
 
-from ppvae._checks import expect
+from ppvae._checks import check_array, check_real, check_share, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules
 from ppvae.objectives.matched import average_loss
@@ -66,15 +66,19 @@ def predictive_scores(
         level: of the interval, in (0, 1).
 
     Raises:
-        ValueError: shapes do not fit, or `level` is not in (0, 1).
+        TypeError: there are others than real numbers among the arguments.
+        ValueError: shapes do not fit, a number is not finite, a noise is not positive, there are no
+            data or no draws, or `level` is not in (0, 1).
     """
-    X, y, weight = (np.asarray(a, dtype=float) for a in (X, y, weight))
-    shape = f"shape (draws, columns) for X of shape {X.shape} and y of shape {y.shape}"
-    fits = weight.ndim == 2 and X.shape == (len(y), weight.shape[1])
-    expect(fits, "weight", shape, weight.shape)
-    expect(0 < level < 1, "level", "a number between 0 and 1", level)
-    means = X @ weight.T
-    z = (y[:, None] - means) / np.asarray(noise, dtype=float)
+    X = check_array("X", X, ("rows", "columns"))
+    y, weight = check_array("y", y, (len(X),)), check_array("weight", weight, ("draws", X.shape[1]))
+    expect(len(y), "y", "at least one datum", "none")
+    expect(len(weight), "weight", "at least one draw", "none")
+    sds = check_real("noise", noise)
+    noise = check_array("noise", sds, (len(weight),)[: sds.dim()])
+    expect((noise > 0).all(), "noise", "positive numbers", noise.min())
+    level, means = check_share("level", level), X @ weight.T
+    z = (y[:, None] - means) / noise
     log_density = -(z**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
     below = special.ndtr(z).mean(1)
     return PredictiveScores(

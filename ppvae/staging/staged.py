@@ -109,21 +109,44 @@ def record(program: Program, args: tuple[Any, ...], names: tuple[str, ...] = ())
     except Exception as error:  # a program that is traced may fail in ways of its own
         raise NotStageable(f"model, guide: cannot be staged: {one_line(error)}") from error
     _check(staged, args)
+    staged.recorded_on = args, [module.training for module in program.modules()]
     return staged
+
+
+def _record_again(
+    program: Program, recorded_on: tuple[tuple[Any, ...], list[bool]], names: tuple[str, ...]
+) -> "Staged":
+    """Stages a copy of a program on the batch and in the modes of the first time."""
+    args, modes = recorded_on
+    now = [module.training for module in program.modules()]
+    _set_modes(program, modes)
+    try:
+        return record(program, args, names)
+    finally:
+        _set_modes(program, now)
+
+
+def _set_modes(program: Program, modes: list[bool]) -> None:
+    for module, mode in zip(program.modules(), modes, strict=True):
+        module.training = mode
 
 
 class Staged(nn.Module):
     """The loss of a model and its guide as a graph; made by `stage`.
 
-    A call that the graph does not cover, such as a batch of one datum, runs the program itself.
+    A call that the graph does not cover, such as a batch of one datum, runs the program itself. A
+    copy or a pickle has the program and the batch that it was recorded on, and records it anew.
 
     Attributes:
         program: what was recorded.
         names: of the last arguments, which come as keywords.
+        recorded_on: the minibatch, and the training mode of each module of the program.
         shapes: for each argument a `Like` if it is a tensor, else its value.
         noise: the graph that draws random numbers; it takes the tensors of a batch and settings.
         rest: the graph of the loss; it takes state, tensors, settings and noise.
     """
+
+    recorded_on: tuple[tuple[Any, ...], list[bool]]
 
     def __init__(
         self,
@@ -142,6 +165,9 @@ class Staged(nn.Module):
             self.register_buffer(f"constant_{number}", value, persistent=False)
         self._guard, self._paths = guard, paths
         self._state = self._homes(program)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _record_again, (self.program, self.recorded_on, self.names)
 
     def forward(self, *args: Any, step: int = 0, **kwargs: Any) -> Tensor:
         """The loss.

@@ -62,7 +62,54 @@ def test_dims_and_coords():
     assert tree.posterior.sizes == {"chain": 1, "draw": 3, "datum": 9, "latent": 2}
 
 
-@pytest.mark.parametrize("name", ["latent", "datum", "chain", "draw"])
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_a_scale_counts_in_log_p_and_not_in_log_likelihood(vectorized):
+    """It belongs to what a fit draws towards, and not to the probability of data."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with poutine.scale(scale=3.0):
+                loc = z.sum(-1, keepdim=True) + torch.zeros(4)
+                pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+    x = torch.randn(9, 4)
+    guide = FamilyGuide(model, "mean_scale", mlp(4, 8)).setup(x)
+    tree = from_pyro_svi(model, guide, x, num_samples=5, vectorized=vectorized)
+    z = torch.as_tensor(tree.posterior.z.values[0])
+    log_x = dist.Normal(z.sum(-1, keepdim=True), 0.5).log_prob(x).sum(-1)
+    log_z = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    assert np.allclose(tree.log_likelihood.x.values[0], log_x, atol=1e-10)
+    assert np.allclose(tree.sample_stats.log_p.values[0], 3.0 * log_x + log_z, atol=1e-10)
+
+
+def test_half_precision_is_exported():
+    for dtype, wanted in {torch.bfloat16: "float32", torch.float16: "float16"}.items():
+        model, guide, x = build()
+        tree = from_pyro_svi(model.to(dtype), guide.to(dtype), x.to(dtype), num_samples=3)
+        assert tree.posterior.z.dtype == wanted and np.isfinite(tree.sample_stats.log_p).all()
+
+
+BAD = [
+    ({"dims": {"nothing": ["a"]}}, "dims: expected variables among .*, got .'nothing'.$"),
+    ({"dims": {"z": "ab"}}, "dims: expected a mapping from names to sequences"),
+    ({"dims": ["a"]}, "dims: expected a mapping"),
+    ({"dims": {"z": ["draw", "k"]}}, "dims: expected names for 'z' that differ, also from"),
+    ({"dims": {"z": ["k", "k"]}}, "dims: expected names for 'z' that differ"),
+    ({"dims": {"z": ["datum", "a/b"]}}, "model: expected names without '/'"),
+    ({"coords": {"nothing": [1]}}, "coords: expected dims among .*, got .'nothing'.$"),
+    ({"coords": 3}, "coords: expected a mapping"),
+    ({"evaluation": 3}, "evaluation: expected a result of evaluate, got int"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_names_that_nothing_has_are_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        from_pyro_svi(*build(), num_samples=2, **options)
+
+
+@pytest.mark.parametrize("name", ["latent", "datum", "chain", "draw", "log_p", "log_q", "a/b"])
 @pytest.mark.parametrize("local", [True, False])
 def test_sites_with_the_name_of_a_dim_are_refused(name, local, plain_pyro):
     """Xarray would take them for coordinates, and their draws would be gone."""
@@ -76,7 +123,7 @@ def test_sites_with_the_name_of_a_dim_are_refused(name, local, plain_pyro):
         if not local:
             pyro.sample(name, fn)
 
-    with pytest.raises(ValueError, match=rf"model: expected sites of other .* \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"model: expected .* \['{name}'"):
         from_pyro_svi(model, AutoNormal(model), torch.randn(6), num_samples=2)
 
 

@@ -125,6 +125,35 @@ def test_what_models_say_of_themselves():
     assert asked == [(1, 2)]
 
 
+MEANINGS = {
+    "one": lambda: {"likelihood": likelihoods.Normal(1.0)},
+    "three": lambda: {"likelihood": likelihoods.Normal(3.0)},
+    "learned": lambda: {"likelihood": likelihoods.Normal(1.0, learned=True)},
+    "bernoulli": lambda: {"likelihood": likelihoods.Bernoulli()},
+    "poisson": lambda: {"likelihood": likelihoods.Poisson()},
+    "wide prior": lambda: {"prior": dist.Normal(torch.zeros(2), 3.0).to_event(1)},
+    "narrow prior": lambda: {"prior": dist.Normal(torch.zeros(2), 0.3).to_event(1)},
+    "other prior": lambda: {"prior": dist.Laplace(torch.zeros(2), 3.0).to_event(1)},
+}
+
+
+@pytest.mark.parametrize("one", MEANINGS)
+@pytest.mark.parametrize("other", MEANINGS)
+def test_a_state_of_another_meaning_is_refused(one, other, tmp_path):
+    """Also where all shapes are the same; a state that does not say what it is loads as before."""
+    model, target = (_vae(**MEANINGS[name]())() for name in (one, other))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    if one == other:
+        target.load_state_dict(state)
+        assert torch.equal(target.decoder[0].weight, model.decoder[0].weight)
+        del state["_extra_state"]
+        target.float().load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match="^(likelihood|prior|scale): expected a state of "):
+            target.load_state_dict(state)
+
+
 def _vae(decoder=None, latent=2, likelihood=None, **prior):
     return lambda: VAE(decoder or mlp(2, 3), latent, likelihood or likelihoods.Bernoulli(), **prior)
 
@@ -134,8 +163,21 @@ class _Sum(nn.Module):
         return z.sum()
 
 
+class _Complex(nn.Module):
+    def forward(self, z):
+        return z + 1j
+
+
 NORMAL = dist.Normal(torch.zeros(4, 2), 1.0)
+ROWS = likelihoods.Normal(torch.ones(12, 3))
 BAD = [
+    (_vae(decoder=_Complex()), TypeError, "decoder: expected an output of real numbers"),
+    (_vae(likelihood=likelihoods.Normal([1.0, 2.0])), ValueError, r"likelihood: .* \(1, 3\)"),
+    (_vae(likelihood=ROWS), ValueError, r"likelihood: .* one datum, got torch.Size\(\[12, 3\]\)"),
+    (lambda: likelihoods.Normal("a"), TypeError, "scale: expected real numbers"),
+    (lambda: likelihoods.Normal(torch.tensor(1 + 0j)), TypeError, "scale: expected real numbers"),
+    (lambda: likelihoods.Normal(True), ValueError, "scale: expected positive"),
+    (lambda: likelihoods.Normal(1.0, learned=1), TypeError, "learned: expected True or False"),
     (lambda: mlp(3), ValueError, "two or more widths"),
     (lambda: mlp(3, 0), ValueError, r"above 0, got \[3, 0\]"),
     (lambda: conv_encoder((1, 9, 8), 4), ValueError, "sides divisible by 2"),

@@ -634,3 +634,10 @@ def test_programs_that_do_not_fit_are_refused(loss):
     ]:
         with pytest.raises(ValueError, match=message):
             loss(model, partial(guide, fn=fn, names=names), torch.randn(4), **options)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, math.nan, "x", True])
+@pytest.mark.parametrize("loss", [negative_elbo, ELBO(), IWAE(2)])
+def test_the_number_of_data_is_a_whole_one(loss, size):
+    with pytest.raises(ValueError, match="^size: expected a whole number of at least 1, got"):
+        loss(*build(), data(), size=size)

@@ -479,7 +479,8 @@ FLAT = dict(weight=None, noise=1.0)
 BAD_SDS = [dist.Normal(0.0, sd, validate_args=False) for sd in (0.0, -1.0, np.inf)]
 #: arguments beside X3 and Y3, and the words of the refusal
 BAD_KINDS = [
-    (dict(X=[["a"]], y=[1.0]), "X, y: expected numbers"),
+    (dict(X=[["a"]], y=[1.0]), "^X: expected real numbers"),
+    (dict(intercept=2), "^intercept: expected True or False, got 2"),
     (dict(y=None), "^y: "),
     (dict(X=[1.0], y=None), "pairs"),
     (dict(noise="small"), "^noise: .*None, got 'small'"),
@@ -492,6 +493,12 @@ BAD_VALUES = [
     (dict(X=NAN), "^X: .*NaN"),
     (dict(y=np.append(Y3[:5], np.inf)), "^y: .*infinity"),
     (dict(y=Y3 * 1e-150, weight=None, noise=None), "^y: .*size"),
+    (dict(X=X3 * 1e200), "^X: .*size of 1e.100 at most"),
+    (dict(X=X3 * 1e-200, **FLAT), "^X: .*size of 1e-100 at least"),
+    (dict(y=Y3 * 1e200), "^y: .*size of 1e.100 at most"),
+    (dict(noise=1e-200), "^noise: .*from 1e-100 to 1e.100, got 1e-200"),
+    (dict(weight=dist.Normal(double(1e90), 1.0), X=X3 * 1e20), "^y: .*distance from the prior"),
+    (dict(weight=dist.Normal(0.0, double(1e200))), "^weight: .*from 1e-100 to 1e.100"),
     (dict(X=np.zeros((6, 0))), "at least one column"),
     (dict(X=[], y=None), "at least one block"),
     (dict(X=[(X3, Y3), (X3[:, :2], Y3)], y=None), "3 columns .* block 1"),
@@ -529,7 +536,7 @@ def test_bad_requests_are_named():
     post, few = exact_posterior(X3, Y3), exact_posterior(X3[:5], Y3[:5], weight=None, noise=None)
     line, wave = np.linspace(-1, 1, 20)[:, None], 0.01 * np.cos(40 * np.linspace(-1, 1, 20))
     requests = [
-        *(("q", lambda q=q: post.quantile(q)) for q in (0.0, 1.0, [0.5, -1], np.nan)),
+        *(("q", lambda q=q: post.quantile(q)) for q in (0.0, 1.0, [0.5, -1], np.nan, [[0.5]])),
         *(("num_samples", lambda n=n: post.sample(n)) for n in (-1, 2.5, None)),
         ("num_samples", lambda: post.to_datatree(0)),
         ("features", lambda: post.to_datatree(5, features=["a"])),

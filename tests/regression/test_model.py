@@ -1,6 +1,7 @@
 """The regression twin: the program, and every family's fit against its closed-form optimum."""
 
 import functools
+import math
 
 import numpy as np
 import pyro.distributions as dist
@@ -201,7 +202,7 @@ def test_pictures_hold_what_they_were_given():
     assert np.allclose(distance, -2 * np.log(0.1)) and np.allclose(away[:-1].mean(0), 0)
 
 
-X3, Y3 = np.zeros((4, 3)), np.zeros(4)
+X3, Y3, TORCH = np.zeros((4, 3)), np.zeros(4), torch.distributions
 WIDE, ZERO = dist.Normal(torch.zeros(3), 1.0), dist.Normal(0.0, 0.0, validate_args=False)
 MATRIX = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
 BAD = [
@@ -217,6 +218,17 @@ BAD = [
     (lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5)), r"y: .*\(4,\), .* got \(5,\)"),
     (lambda: predictive_scores(X3, Y3, np.zeros((1, 2)), 1.0), r"weight: .* got \(1, 2\)"),
     (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 1.0, level=1.0), "level: .* got 1.0"),
+    (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 1.0, level="a"), "level: .* got 'a'"),
+    (lambda: predictive_scores(X3, Y3[:, None], np.zeros((1, 3)), 1.0), r"y: .* got \(4, 1\)"),
+    (lambda: predictive_scores(X3, Y3, np.zeros((0, 3)), 1.0), "weight: .* got none"),
+    (lambda: predictive_scores(X3, Y3, np.zeros((2, 3)), np.ones(4)), r"noise: .* got \(4,\)"),
+    (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), 0.0), "noise: .* positive .* got 0.0"),
+    (lambda: predictive_scores(X3, Y3, np.zeros((1, 3)), math.nan), "noise: .* finite"),
+    (lambda: plots.band(np.zeros((4, 2)), 1.0, level=1.5), "level: .* got 1.5"),
+    (lambda: LinearRegression(2, likelihood=3), "likelihood: .* got 3"),
+    (lambda: LinearRegression(2, weight=dist.Poisson(1.0)), "weight: expected a continuous prior"),
+    (lambda: LinearRegression(2, noise=TORCH.HalfNormal(1.0)), "noise: .* pyro.distributions"),
+    (lambda: LinearRegression(2, weight=TORCH.Normal(0.0, 1.0)), "weight: .* pyro.distributions"),
 ]
 
 
