@@ -31,7 +31,9 @@ def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
 
 def _as_tensor(name: str, item: Any) -> Tensor:
     kinds = "tensors, arrays of numbers, a Dataset or a DataLoader"
-    expect(isinstance(item, (np.ndarray, Tensor)), name, kinds, type(item).__name__, TypeError)
+    numbers = not isinstance(item, np.ndarray) or item.dtype.kind in "biufO"
+    got = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
+    expect(isinstance(item, (np.ndarray, Tensor)) and numbers, name, kinds, got, TypeError)
     if isinstance(item, np.ndarray):
         item = check_real(name, item)
         item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
