@@ -1,7 +1,7 @@
 """Minibatches, from whatever the data came as."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Batches:
         cut: for each of `extra`, whether its rows are those of the data.
         shuffle: whether each pass goes through the tensors in an order of its own.
         device: where minibatches are moved to.
+        check: is called with each minibatch of a loader, until it has given all once.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Batches:
     cut: tuple[bool, ...] = ()
     shuffle: bool = False
     device: torch.device = torch.device("cpu")
+    check: Callable[[tuple[Any, ...]], None] | None = None
 
     @property
     def whole(self) -> bool:
@@ -81,7 +83,11 @@ class Batches:
             item = None
             for item in self.loader:
                 tensors = as_tensors(self.name, item)
-                yield (*(tensor.to(self.device) for tensor in tensors), *self.extra)
+                batch = (*(tensor.to(self.device) for tensor in tensors), *self.extra)
+                if self.check is not None:
+                    self.check(batch)
+                yield batch
+            self.check = None
             expect(item is not None, self.name, "a DataLoader with at least one batch", "none")
         elif self.whole:
             yield (*self.tensors, *self.extra)

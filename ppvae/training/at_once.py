@@ -63,9 +63,15 @@ def fit_at_once(
         result = Fit(losses, [], *end, verdict.converged, verdict.words)
         if file is not None:
             kept = {k: v for k, v in result._asdict().items() if k != "objective"}
-            values = [parameter.detach() for parameter in task.parameters]
-            done = {"steps": 0 if interrupted() else steps, "loss": [task.first_loss()]}
-            file.write(execution="eager", fit=kept, start=first, values=values, **done)
+            parts: dict[str, Any] = {
+                "execution": "eager",
+                "loss": [task.first_loss()],
+                "fit": kept,
+                "start": first,
+            }
+            parts["values"] = [parameter.detach() for parameter in task.parameters]
+            parts["steps"] = 0 if interrupted() else steps
+            file.write(lambda: parts)
     verdict.warn()
     return result
 

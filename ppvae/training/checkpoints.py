@@ -19,7 +19,7 @@ them.
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class Checkpoint:
         self.saved = _read("checkpoint", self.path, "run") if self.path.exists() else {}
         if self.saved:
             check_same("checkpoint", self.saved["run"], self.run)
-        self._seconds, self._last = 0.0, time.perf_counter()  # of the last save: how long, and when
+        self._opened = time.perf_counter()
+        self._last = self._spent = 0.0  # seconds of the last save, and of all
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -87,15 +88,20 @@ class Checkpoint:
 
     def is_due(self, epoch: int) -> bool:
         """Whether saving now would take no more than its share of the time; so after the first."""
-        return epoch == 1 or self._seconds <= _SHARE * (time.perf_counter() - self._last)
+        since = time.perf_counter() - self._opened
+        return epoch == 1 or self._spent + self._last <= _SHARE * since
 
-    def write(self, **parts: Any) -> None:
-        """Writes the file; the old one is there until the new one is whole."""
+    def write(self, parts: Callable[[], Mapping[str, Any]]) -> None:
+        """Writes the file; the old one is there until the new one is whole.
+
+        Args:
+            parts: makes what is written, which takes its time, too.
+        """
         start = time.perf_counter()
         with replacing(self.path) as path:
-            torch.save({"format": _FORMAT, "run": self.run, **parts}, path)
-        self._last = time.perf_counter()
-        self._seconds = self._last - start
+            torch.save({"format": _FORMAT, "run": self.run, **parts()}, path)
+        self._last = time.perf_counter() - start
+        self._spent += self._last
 
     def check_losses(self, losses: Sequence[float]) -> None:
         """Raises a ValueError unless the values of the file give the losses that they gave.

@@ -51,7 +51,7 @@ def fit(
     patience: int | None = None,
     callback: Callable[[dict[str, Any]], Any] | None = None,
     checkpoint: Any = None,
-    check_support: bool = False,
+    check_support: bool = True,
     compile: bool | str = "auto",
     precision: str | None = None,
     progress: bool | str = True,
@@ -129,7 +129,8 @@ def fit(
             (on a CPU); one that had ended is returned, or goes on to a larger `num_epochs`. A
             `Dataset` or `DataLoader` must give the same data again. `ppvae.training.checkpoints`
             says what is in it.
-        check_support: check every datum against the support of its likelihood before training.
+        check_support: check every datum against the support of its likelihood before training, or,
+            where a `DataLoader` gives them, in the first epoch; it takes a run of the programs.
         compile: run the loss and its gradients as one compiled graph (see `stage`); "auto" does so
             for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
             The result is the same up to rounding. What cannot be staged runs eagerly, and a warning
@@ -190,8 +191,10 @@ def fit(
     scopes = private_modules(), random_state(seed), train_mode(model, guide)
     with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
         task = task_of(model, guide, objective, batches, plate)
-        if check_support:
-            task.check_support(*filter(None, (batches, held_out)))
+        for checked in (batches, held_out) if check_support else ():
+            if checked is not None:
+                checked.to(batches.device)
+                task.check_support(checked)
         if held_out is not None:  # what fails does so before anything is trained
             first = task.held_out_loss(held_out, 0)
             expect(math.isfinite(first), "validation", "data of a finite loss", first)

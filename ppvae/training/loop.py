@@ -424,8 +424,13 @@ class Training:
     def save(self, file: Checkpoint) -> None:
         """Writes down where it stands."""
         engine = self.steps.engine
-        state = self.state_dict()
-        file.write(execution=engine.execution, loss=engine.first_losses(), state=state)
+        file.write(
+            lambda: {
+                "execution": engine.execution,
+                "loss": engine.first_losses(),
+                "state": self.state_dict(),
+            }
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the training depends on: tensors and plain numbers."""

@@ -134,6 +134,7 @@ def fit_replicates(
             with private_modules(), random_state(seed):
                 tasks.append(task_of(model, guide, own, batches, plate))
         _check_parameters([list(task.program.parameters()) for task in tasks])
+        tasks[0].check_support(batches)
         at_once = optimizer is None and any(is_global(task) for task in tasks)
         if tasks[0].parameters and len(tasks) > 1 and not at_once:
             file = None

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae._checks import expect
@@ -13,6 +12,7 @@ from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.nodes import check_observed
 from ppvae.staging.program import Program, program_of
 
 
@@ -60,18 +60,24 @@ class Task:
         """The terms of the objective on a minibatch, for one draw of the guide."""
         return terms(*self.program.traces(batch), self.program.plate_name)
 
-    def check_support(self, *data: Batches) -> None:
-        """Raises a ValueError unless every datum lies in the support of its likelihood."""
-        model = self.program.model
-        with torch.no_grad(), random_state(None, keep=True), eval_mode(model):
-            for batch in (batch for batches in data for batch in batches):
-                trace = poutine.trace(model).get_trace(*batch)
-                for name in trace.observation_nodes:
-                    node = trace.nodes[name]
-                    ok = node["fn"].support.check(node["value"])
-                    wanted = f"values in the support of {name!r}, {node['fn'].support}"
-                    got = f"{int((~ok).sum())} of {ok.numel()} data outside"
-                    expect(ok.all(), "data", wanted, got)
+    def check_support(self, data: Batches) -> None:
+        """Raises a ValueError unless every datum lies in the support of its likelihood.
+
+        Of data that a loader gives, the first minibatch is looked at now, and the others in the
+        first pass.
+        """
+        if data.loader is not None:
+            data.check = self._check_batch
+            self._check_batch(data.example())
+            return
+        with random_state(None, keep=True):  # of the order of the minibatches
+            for batch in data:
+                self._check_batch(batch)
+
+    def _check_batch(self, batch: tuple[Any, ...]) -> None:
+        program = self.program
+        with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
+            check_observed(program.traces(batch)[0])
 
 
 def training_batches(
