@@ -158,14 +158,16 @@ def choose_plate(
     return frames[names[0]] if names else None
 
 
-def check_observed(trace: Any) -> None:
+def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
     """Raises unless a model observes something, and its data are such as its sites can produce.
 
     Supports that depend on latents, as that of a uniform distribution, do not count: there a draw
     may leave the data out, and the density says so.
 
     Args:
-        trace: a trace of the model, on all the data.
+        trace: a trace of the model on data.
+        name: of the argument that the data came as.
+        start: the number of their first row.
 
     Raises:
         ValueError: nothing is observed, or data are complex or outside of a support.
@@ -174,12 +176,12 @@ def check_observed(trace: Any) -> None:
     none = "none (is an `obs=` missing, or are model and guide the wrong way round?)"
     expect(nodes, "model", "observed sites", none)
     for node in nodes:
-        value, name, fn = node["value"], node["name"], base_of(node["fn"])
+        value, site, fn = node["value"], node["name"], base_of(node["fn"])
         while isinstance(fn, dist.MaskedDistribution):
             fn = base_of(fn.base_dist)
         if isinstance(fn, dist.Unit):
             continue
-        expect(not value.is_complex(), "data", f"real numbers at {name!r}", value.dtype)
+        expect(not value.is_complex(), name, f"real numbers at {site!r}", value.dtype)
         support = getattr(type(fn), "support", None)
         if isinstance(support, property) and fn.has_enumerate_support:
             support = fn.support
@@ -188,9 +190,10 @@ def check_observed(trace: Any) -> None:
             depth = len(node["fn"].event_shape) - support.event_dim
             outside = masked(outside.flatten(-depth).any(-1) if depth else outside, node)
             count = f"{int(outside.sum())} of {outside.numel()} data outside"
-            expect(
-                not outside.any(), "data", f"values in the support of {name!r}, {support}", count
-            )
+            if outside.any():
+                row = int(outside.nonzero()[0, -1]) if outside.dim() else 0
+                count += f", first in row {start + row}"
+            expect(not outside.any(), name, f"values in the support of {site!r}, {support}", count)
 
 
 def counts(node: Any) -> bool:

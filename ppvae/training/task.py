@@ -1,7 +1,8 @@
 """What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,17 +68,18 @@ class Task:
         first pass.
         """
         if data.loader is not None:
-            data.check = self._check_batch
-            self._check_batch(data.example())
+            data.check = partial(self._check_batch, data.name)
+            self._check_batch(data.name, data.example())
             return
-        with random_state(None, keep=True):  # of the order of the minibatches
-            for batch in data:
-                self._check_batch(batch)
+        start = 0
+        for batch in replace(data, shuffle=False):
+            self._check_batch(data.name, batch, start)
+            start += len(batch[0])
 
-    def _check_batch(self, batch: tuple[Any, ...]) -> None:
+    def _check_batch(self, name: str, batch: tuple[Any, ...], start: int = 0) -> None:
         program = self.program
         with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
-            check_observed(program.traces(batch)[0])
+            check_observed(program.traces(batch)[0], name, start)
 
 
 def training_batches(

@@ -489,8 +489,8 @@ def test_bad_arguments_move_nothing(pairs, told, error, message):
         ({"validation": NAN}, "validation: expected finite"),
         ({"validation": X[:, :2]}, r"encoder: .*\(6, 2\)"),
         ({"validation": DataLoader(EMPTY)}, "validation: .* at least one datum, got none"),
-        ({"validation": HALF, "check_support": True}, "data: .* of 'x'.* got 1 of 6 data outside"),
-        ({"data": HALF, "check_support": True}, "data: .* of 'x'.* got 1 of 6 data outside"),
+        ({"validation": HALF}, "validation: .* of 'x'.* got 1 of 6 .* outside, first in row 2"),
+        ({"data": HALF}, "data: .* of 'x'.* got 1 of 6 data outside, first in row 2"),
     ],
 )
 def test_bad_validation_and_data_outside_of_the_support_change_nothing(options, message):
