@@ -218,10 +218,18 @@ class double_precision(TorchFunctionMode):
     ) -> Any:
         """Runs the function on doubles; what is asked of a tensor, or written to it, stays."""
         name = getattr(func, "__name__", "")
-        if name != "__get__":
+        if name != "__get__" and name not in _VIEWS:
             kept = 1 if name == "__setitem__" or name.endswith("_") and name[:2] != "__" else 0
             args = (*args[:kept], *(_doubled(arg) for arg in args[kept:]))
         return func(*args, **(kwargs or {}))
+
+
+#: Methods that give a view of a tensor, to which may be written. What reads it makes doubles of it.
+_VIEWS = frozenset(
+    "__getitem__ chunk diagonal expand expand_as flatten movedim narrow permute reshape select "
+    "split squeeze swapaxes swapdims t transpose unbind unflatten unfold unsqueeze view view_as"
+    "".split()
+)
 
 
 def _doubled(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.guides.blocks import Block
 from ppvae.guides.plates import Plates
-from ppvae.programs.nodes import is_real, latent_nodes
+from ppvae.programs.nodes import is_real, latent_nodes, trace_of
 
 
 def draw(
@@ -103,7 +103,7 @@ def draw_from_model(
             return plates is not None or msg["name"] not in drawn
         return msg["type"] != "sample" or msg["is_observed"]
 
-    trace = poutine.trace(poutine.block(model, hide_fn=hide)).get_trace(*args, **kwargs)
+    trace = trace_of(poutine.block(model, hide_fn=hide), args, kwargs)
     return {node["name"]: node["value"] for node in latent_nodes(trace)}
 
 

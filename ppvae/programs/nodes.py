@@ -1,6 +1,6 @@
 """Reads the nodes of a trace: which are latent or observed, in which plates, on which support."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from typing import Any
 
@@ -67,7 +67,27 @@ def prototype(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             return transform(zeros)
 
     with poutine.block(), torch.no_grad():
-        return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
+        return trace_of(InitMessenger(start)(model), args, kwargs)
+
+
+def trace_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """A trace of a call of a program.
+
+    An error of the program's own keeps its words and its traceback, with a note on the call, where
+    `get_trace` of Pyro's appends a table of all shapes.
+    """
+    messenger, kwargs = poutine.trace_messenger.TraceMessenger(), dict(kwargs or {})
+    with messenger:
+        call = {"type": "args", "args": args, "kwargs": kwargs}
+        messenger.trace.add_node("_INPUT", name="_INPUT", **call)
+        try:
+            program(*args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "__notes__"):
+                came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+                error.add_note(f"in a run of model or guide on arguments {came}")
+            raise
+    return messenger.get_trace()
 
 
 def from_reals(support: Any) -> Any:

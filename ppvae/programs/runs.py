@@ -26,6 +26,7 @@ from ppvae.programs.nodes import (
     latent_nodes,
     observed_nodes,
     prototype,
+    trace_of,
 )
 
 Program = Callable[..., Any]  # a Pyro model or guide
@@ -121,7 +122,7 @@ def run_trace(program: Program, args: Args, draws: Any = None) -> Any:
     """A trace of a program, inside a plate of draws where there is one."""
     safe_point()
     with draws if draws is not None else nullcontext():
-        return poutine.trace(program).get_trace(*args)
+        return trace_of(program, args)
 
 
 def minibatches(model: Any, guide: Any, args: Args, plate: Any, size: int) -> list[Args]:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.data.adapters import prepared
 from ppvae.programs.keywords import with_keywords
-from ppvae.programs.nodes import latent_nodes
+from ppvae.programs.nodes import latent_nodes, trace_of
 from ppvae.programs.runs import given, run_trace
 
 
@@ -93,7 +92,7 @@ def simulate(
 def _drawn(model: Any, args: tuple[Any, ...]) -> Any:
     """A trace of the model with its observations taken off."""
     try:
-        trace = poutine.trace(Uncondition()(model)).get_trace(*args)
+        trace = trace_of(Uncondition()(model), args)
     except NotImplementedError as error:
         raise ValueError(
             f"model: expected distributions that can be drawn from; {error}"

@@ -47,13 +47,16 @@ def test_many_draws_at_once_are_a_loop_over_them_in_doubles(single):
 def test_operands_are_doubles_and_what_is_written_to_stays(single):
     """As tensors of a program's closure; with numbers that float32 would round."""
     narrow, wide = torch.ones(2, 2), torch.full((2,), 1 / 3, dtype=torch.float64)
-    written = narrow.clone()
+    written, by_views = narrow.clone(), narrow.clone()
     with double_precision():
         assert narrow.dtype == torch.float32 and narrow.mT.dtype == torch.float32
         products = [narrow @ wide, torch.mv(narrow, wide), torch.cat([narrow[0], wide]), narrow / 3]
         written[0] = 3 * wide
         written.mul_(wide)
         written += wide
+        by_views[1].mul_(0.5)
+        by_views.view(4)[:2].add_(1.0)
+    assert by_views.tolist() == [[2.0, 2.0], [0.5, 0.5]] and by_views.dtype == torch.float32
     assert all(product.dtype == torch.float64 for product in products)
     assert torch.equal(products[0], wide + wide) and torch.equal(products[3][0], wide)
     assert written.dtype == torch.float32 and torch.equal(written, torch.full((2, 2), 2 / 3))
