@@ -15,7 +15,16 @@ from ppvae.guides import FamilyGuide, HeavyTails
 from ppvae.models import VAE
 from ppvae.programs.simulation import simulate
 from ppvae.staging import NotStageable, stage
-from ppvae.training import Diverged, Fit, NarrowFamily, NotConverged, fit, fit_replicates
+from ppvae.training import (
+    Diverged,
+    Fit,
+    NarrowFamily,
+    NotConverged,
+    fit,
+    fit_replicates,
+    load_pair,
+    save_pair,
+)
 
 if TYPE_CHECKING:
     from ppvae import plots, regression
@@ -47,10 +56,12 @@ __all__ = [
     "from_pyro_svi",
     "gaps",
     "likelihoods",
+    "load_pair",
     "objectives",
     "plots",
     "reading",
     "regression",
+    "save_pair",
     "simulate",
     "stage",
     "summary",
