@@ -26,7 +26,9 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
     try:
         features = encoder(*args)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"encoder: expected a module that takes {came}; {error}") from error
+        raise ValueError(
+            f"encoder: expected a module that takes {came}, got one that does not: {error}"
+        ) from error
     shape = tuple(getattr(features, "shape", ()))
     lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
     fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import check_choice, check_count, expect
+from ppvae._checks import check_choice, check_count, check_flag, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
@@ -190,7 +190,7 @@ def fit(
     scopes = private_modules(), random_state(seed), train_mode(model, guide)
     with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
         task = task_of(model, guide, objective, batches, plate)
-        if check_support:
+        if check_flag("check_support", check_support):
             task.check_support(*filter(None, (batches, held_out)))
         if held_out is not None:  # what fails does so before anything is trained
             first = task.held_out_loss(held_out, 0)
@@ -255,4 +255,7 @@ def _held_out(validation: Any, batches: Batches) -> Batches:
     wanted = "no tensor with as many rows as the data, beside validation data"
     expect(not any(batches.cut), "kwargs", wanted, "one")
     size = batches.batch_size or 1024
-    return batches_of("validation", validation, size, training=False, extra=batches.extra)
+    held = batches_of("validation", validation, size, training=False, extra=batches.extra)
+    kinds, came = ([tensor.dtype for tensor in each.tensors] for each in (batches, held))
+    expect(not (kinds and came) or kinds == came, "validation", f"{kinds}, as the data", came)
+    return held

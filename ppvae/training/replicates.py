@@ -192,9 +192,11 @@ def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[i
         TypeError: one of them is of a wrong kind.
         ValueError: there are no pairs, or not as many of the others.
     """
+    kind = type(pairs).__name__
+    expect(isinstance(pairs, Iterable), "pairs", "pairs of a model and its guide", kind, TypeError)
     pairs = list(pairs)
     expect(pairs, "pairs", "at least one model and its guide", "none")
-    paired = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    paired = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
     expect(paired, "pairs", "pairs of a model and its guide", "something else", TypeError)
     objectives = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
     if seeds is None:
