@@ -73,7 +73,7 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
         ValueError: it is no such number.
     """
     try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
+        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         number = math.nan
     kind = "positive number" if positive else "number of at least 0"
@@ -89,7 +89,7 @@ def check_share(name: str, value: Any) -> float:
         ValueError: it is no such number.
     """
     try:
-        share = math.nan if isinstance(value, (bool, str)) else float(value)
+        share = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         share = math.nan
     expect(0 < share < 1, name, "a number between 0 and 1", repr(value))

@@ -154,10 +154,11 @@ class VAE(UniquelyNamed):
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output for latents with any number of leading dims, `(*, latent)`."""
-        if z.dim() == 2:
-            return self.decoder(z)
-        output = self.decoder(z.reshape(-1, self.latent))
-        return output.reshape(z.shape[:-1] + output.shape[1:])
+        output = self.decoder(z.reshape(-1, self.latent) if z.dim() != 2 else z)
+        whole = isinstance(output, Tensor) and output.dim() > 0
+        came = getattr(output, "shape", type(output).__name__)
+        expect(whole, "decoder", "an output of shape (batch, *event)", came)
+        return output if z.dim() == 2 else output.reshape(z.shape[:-1] + output.shape[1:])
 
     def mean(self, z: Tensor) -> Tensor:
         """The mean of `p(x | z)` for latents of shape `(*, latent)`, of shape `(*, *event)`."""

@@ -168,7 +168,8 @@ def check_observed(trace: Any) -> None:
         trace: a trace of the model, on all the data.
 
     Raises:
-        ValueError: nothing is observed, or data are complex or outside of a support.
+        ValueError: nothing is observed, data are complex or outside of a support, or a density is
+            NaN.
     """
     nodes = observed_nodes(trace)
     none = "none (is an `obs=` missing, or are model and guide the wrong way round?)"
@@ -191,6 +192,9 @@ def check_observed(trace: Any) -> None:
             expect(
                 not outside.any(), "data", f"values in the support of {name!r}, {support}", count
             )
+        density = node["fn"].log_prob(value)
+        bad = int(masked(density.isnan(), node).sum())
+        expect(not bad, "model", f"a density of {name!r}", f"NaN for {bad} of {density.numel()}")
 
 
 def counts(node: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import check_choice, check_count, check_flag, expect
+from ppvae._checks import check_choice, check_count, check_flag, check_seed, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
@@ -171,6 +171,7 @@ def fit(
     told = learning_rate, optimizer, scheduler, clip, callback, patience
     options = Options(*told)
     check_call(precision)
+    seed = None if seed is None else check_seed(seed)
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
     batches = training_batches(bare(model), data, batch_size, extra, whole=free, size=size)
