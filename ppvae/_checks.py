@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -37,13 +37,18 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     Raises:
         ValueError: it is no whole number, or below `least`.
     """
-    try:
-        count = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or count < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    count = _whole(value)
+    if count is None or not least <= count < 2**63:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r:.80}")
     return count
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as an `int`, or None for what is none; True and False are none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_seed(value: Any, name: str = "seed") -> int:
@@ -53,10 +58,11 @@ def check_seed(value: Any, name: str = "seed") -> int:
         TypeError: it is no whole number.
         ValueError: it is not one of 64 bits.
     """
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    expect(whole, name, "a whole number", repr(value), TypeError)
-    seed = operator.index(value)
-    expect(-(2**63) <= seed < 2**64, name, "a whole number of 64 bits", seed)
+    seed = _whole(value)
+    expect(seed is not None, name, "a whole number", repr(value), TypeError)
+    expect(
+        -(2**63) <= seed < 2**64, name, "a whole number of 64 bits", f"one of {seed.bit_length()}"
+    )
     return seed
 
 
@@ -67,8 +73,8 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
         ValueError: it is no such number.
     """
     try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         number = math.nan
     kind = "positive number" if positive else "number of at least 0"
     fits = math.isfinite(number) and (number > 0 or number == 0 and not positive)
@@ -83,8 +89,8 @@ def check_share(name: str, value: Any) -> float:
         ValueError: it is no such number.
     """
     try:
-        share = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+        share = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         share = math.nan
     expect(0 < share < 1, name, "a number between 0 and 1", repr(value))
     return share
@@ -114,7 +120,10 @@ def check_real(name: str, values: Any) -> Tensor:
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected {wanted}, got {kind}: {error}") from None
     if array.dtype == object and all(isinstance(each, (Real, np.bool_)) for each in array.flat):
-        array = array.astype(float)
+        try:
+            array = array.astype(float)
+        except OverflowError:  # a whole number of hundreds of digits is left as the object it is
+            pass
     expect(array.dtype.kind in "biuf", name, wanted, f"{kind} of {array.dtype}", TypeError)
     if array.dtype.kind == "u" and array.itemsize > 1:  # which PyTorch cannot calculate with
         array = array.astype(float if array.itemsize > 4 else np.int64)
@@ -160,6 +169,57 @@ def check_size(name: str, value: Any) -> float:
     return number
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """True or False as a `bool`; NumPy's are as good as Python's.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    expect(isinstance(value, (bool, np.bool_)), name, "True or False", repr(value), TypeError)
+    return bool(value)
+
+
+def check_mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    """A mapping with something in it.
+
+    Raises:
+        TypeError: it is no mapping.
+        ValueError: it is empty.
+    """
+    expect(
+        isinstance(value, Mapping), name, "a mapping from names", type(value).__name__, TypeError
+    )
+    expect(len(value), name, "at least one name", "none")
+    return value
+
+
+def check_names(name: str, values: Any, count: int | None = None) -> list[str]:
+    """A list of names, at least one, or so many.
+
+    Raises:
+        TypeError: it is no list.
+        ValueError: there are not so many.
+    """
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    several = listed or getattr(values, "ndim", 0) == 1
+    expect(several, name, "a list of names", type(values).__name__, TypeError)
+    fits = len(values) > 0 if count is None else len(values) == count
+    expect(fits, name, f"{count or 'some'} names", list(values))
+    return [f"{value}" for value in values]
+
+
+def check_label(name: str, value: Any, default: str) -> tuple[bool, str]:
+    """Whether something is shown, and its label: what `progress` says, which is a bool or a label.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    known = isinstance(value, (bool, np.bool_, str))
+    expect(known, name, "True, False or a label", repr(value), TypeError)
+    return bool(value), value if isinstance(value, str) else default
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises a ValueError unless the value is one of the choices."""
-    expect(value in choices, name, f"one of {list(choices)}", repr(value))
+    known = any(isinstance(value, type(choice)) and value == choice for choice in choices)
+    expect(known, name, f"one of {list(choices)}", repr(value))

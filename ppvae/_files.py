@@ -5,8 +5,28 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ppvae._checks import expect
 
 _numbers = itertools.count()
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The path of a file, from text or a path.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: there is a folder.
+        FileNotFoundError: the folder in which it would be is not there.
+    """
+    fits = isinstance(value, (str, os.PathLike))
+    expect(fits, name, "the path of a file", repr(value), TypeError)
+    path = Path(value)
+    expect(not path.is_dir(), name, "the path of a file", f"that of a folder, {str(path)!r}")
+    folder = path.resolve().parent
+    expect(folder.is_dir(), name, "a folder that exists", str(folder), FileNotFoundError)
+    return path
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def _array(name: str, value: ArrayLike | Tensor, dims: int) -> Tensor:
     shape = tuple(tensor.shape)
     expect(len(shape) == dims and tensor.numel(), name, f"{dims} dimensions, none empty", shape)
     expect(tensor.isfinite().all(), name, "finite real numbers", "others among them")
-    largest = tensor.abs().max().item()
+    largest = tensor.double().abs().max().item()
     fits = largest == 0 or LEAST <= largest <= MOST
     expect(fits, name, f"numbers of a size from {LEAST} to {MOST}", largest)
     return tensor
@@ -164,7 +164,10 @@ def _optimum(x: Tensor, W: Tensor, noise: float, scale: float, family: GuideFami
     W, size, prior = W.double(), W.shape[1], check_size("prior_scale", scale) ** 2
     G = W.T @ W / variance
     P = G + torch.eye(size).to(G) / prior
-    mode = torch.linalg.solve(P, W.T @ x.T / variance).T
+    mode, failed = torch.linalg.solve_ex(P, W.T @ x.T / variance)
+    wanted = "a decoder whose curvature can be told from that of the prior"
+    expect(not failed, "weight", wanted, "one that hides it")
+    mode = mode.T
     S, low, high = _member(family, P, prior)
     mean, point, level = _closest(P, mode, low, high), not S.any(), size * math.log(prior)
     constant = x.shape[-1] * (_LOG_2PI + math.log(variance))
@@ -265,6 +268,7 @@ def learned_decoder(x: Tensor, latent: int, family: GuideFamily) -> LearnedDecod
     Tipping and Bishop, Probabilistic principal component analysis, 1999.
     """
     x, latent = _array("x", x, 2), check_count("latent", latent)
+    expect(isinstance(family, GuideFamily), "family", _KNOWN, repr(family))
     D, silent = x.shape[1], family in (families.noise_only, families.zero)
     learned = family in [families.LADDER[name] for name in _LEARNED]
     expect(learned, "family", _KNOWN, getattr(family, "name", family))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count, check_number, expect
+from ppvae._checks import check_count, check_label, check_number, check_seed, expect
 from ppvae._process import exclusive
 from ppvae._scopes import private_modules, random_state
 from ppvae.data.adapters import as_tensors
@@ -131,14 +131,17 @@ def compare_families(
     num_seeds = check_count("num_seeds", num_seeds, 2)
     num_samples = check_count("num_samples", num_samples, 2)
     min_gain = check_number("min_gain", min_gain)
-    expect(0 <= level < 1, "level", "a number from 0 to below 1", level)
+    level = check_number("level", level)
+    expect(level < 1, "level", "a number from 0 to below 1", level)
+    expect(callable(build), "build", "a function", type(build).__name__, TypeError)
+    seed = check_seed(seed)
     args = _test_data(train if test is None else test)
     seeds = list(range(seed, seed + num_seeds))
-    label = progress if isinstance(progress, str) else "compare_families"
+    shown, label = check_label("progress", progress, "compare_families")
     runs = list(itertools.product(seeds, members.items()))
     results: list[xr.Dataset] = []
     starts: dict[int, list[Tensor]] = {}
-    with private_modules(), tqdm(runs, label, disable=not progress, unit="fit") as bar:
+    with private_modules(), tqdm(runs, label, disable=not shown, unit="fit") as bar:
         for number, (name, family) in bar:
             bar.set_postfix(family=name, seed=number)
             try:  # in a param store of its own, so that `pyro.param` statements start anew
@@ -263,8 +266,8 @@ def with_steps(results: xr.Dataset, min_gain: float, level: float) -> xr.Dataset
 
 def _members(families: Sequence[Any]) -> dict[str, Any]:
     """The families by name, at least two of them."""
-    several = not isinstance(families, str) and len(families) >= 2
-    expect(several, "families", "at least two", repr(families))
+    several = isinstance(families, (list, tuple)) and len(families) >= 2
+    expect(several, "families", "a list of at least two", repr(families))
     members = {family.name: family for family in (as_family(f, "families") for f in families)}
     expect(len(members) == len(families), "families", "different ones", repr(families))
     return members

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import expect
+from ppvae._checks import check_count, check_real, expect
 
 __all__ = ["Affine", "Expm1", "Log1p", "Standardize", "conv_decoder", "conv_encoder", "mlp"]
 
@@ -46,9 +46,12 @@ def mlp(
           (2): Linear(in_features=256, out_features=8, bias=True)
         )
     """
+    inputs, out = check_count("inputs", inputs), None if out is None else check_count("out", out)
+    hidden = tuple(check_count("hidden", width) for width in hidden)
     widths = [inputs, *hidden, *([] if out is None else [out])]
-    whole = len(widths) > 1 and min(widths) > 0
-    expect(whole, "inputs, hidden, out", "two or more widths above 0", widths)
+    expect(len(widths) > 1, "hidden, out", "at least one layer", "none")
+    kind = type(activation).__name__
+    expect(callable(activation), "activation", "a class or function", kind, TypeError)
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *hidden], hidden, strict=False):
         layers += [nn.Linear(before, after), activation()]
@@ -71,7 +74,7 @@ def conv_encoder(shape: tuple[int, int, int], *channels: int) -> nn.Sequential:
     Raises:
         ValueError: the image cannot be halved that often.
     """
-    _check_halving(shape, channels)
+    shape, channels = _checked(shape, channels)
     layers: list[nn.Module] = []
     for before, after in zip([shape[0], *channels], channels, strict=False):
         layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
@@ -92,7 +95,8 @@ def conv_decoder(latent: int, shape: tuple[int, int, int], *channels: int) -> nn
     Raises:
         ValueError: the image cannot be halved that often.
     """
-    _check_halving(shape, channels)
+    latent = check_count("latent", latent)
+    shape, channels = _checked(shape, channels)
     height, width = (side // 2 ** len(channels) for side in shape[1:])
     small = (channels[-1], height, width)
     layers: list[nn.Module] = [nn.Linear(latent, channels[-1] * height * width), nn.ReLU()]
@@ -103,12 +107,18 @@ def conv_decoder(latent: int, shape: tuple[int, int, int], *channels: int) -> nn
     return nn.Sequential(*layers[:-1])
 
 
-def _check_halving(shape: tuple[int, int, int], channels: tuple[int, ...]) -> None:
+def _checked(shape: Any, channels: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
+    """The shape of an image that can be halved so often, and the channels, as whole numbers."""
+    channels = tuple(check_count("channels", count) for count in channels)
     factor = 2 ** len(channels)
-    fits = channels and len(shape) == 3 and not (shape[1] % factor or shape[2] % factor)
     sides = f"(channels, height, width) with sides divisible by {factor}"
     expected = f"{sides}, for {len(channels)} convolutions (at least 1)"
-    expect(fits, "shape", expected, tuple(shape))
+    three = isinstance(shape, (tuple, list)) and len(shape) == 3
+    expect(three, "shape", expected, repr(shape))
+    shape = tuple(check_count("shape", side) for side in shape)
+    fits = channels and not (shape[1] % factor or shape[2] % factor)
+    expect(fits, "shape", expected, shape)
+    return shape, channels
 
 
 class _LocScale(nn.Module):
@@ -121,8 +131,14 @@ class _LocScale(nn.Module):
         super().__init__()
         tensors = [value for value in (loc, scale) if isinstance(value, Tensor)]
         near = tensors[0] if tensors else torch.zeros((), dtype=torch.get_default_dtype())
-        pair = [torch.as_tensor(v, dtype=near.dtype, device=near.device) for v in (loc, scale)]
-        for name, value in zip(("loc", "scale"), torch.broadcast_tensors(*pair), strict=True):
+        given = check_real("loc", loc), check_real("scale", scale)
+        pair = [value.to(near.device, near.dtype) for value in given]
+        try:
+            both = torch.broadcast_tensors(*pair)
+        except RuntimeError as error:
+            shapes = " and ".join(str(tuple(value.shape)) for value in pair)
+            raise ValueError(f"loc, scale: expected one shape, got {shapes}") from error
+        for name, value in zip(("loc", "scale"), both, strict=True):
             expect(torch.isfinite(value).all(), name, "finite numbers", value)
             self.register_buffer(name, value.detach().clone())
         expect((self.scale > 0).all(), "scale", "positive numbers", scale)
@@ -181,7 +197,7 @@ class Standardize(_LocScale):
         known = isinstance(data, Tensor) or hasattr(data, "__array__")
         got = type(data).__name__
         expect(known, "data", "a tensor or array of shape (N, *event)", got, TypeError)
-        values = torch.as_tensor(data).detach()
+        values = check_real("data", data).detach()
         full = values.dim() > 0 and values.numel() > 0
         expect(full, "data", "shape (N, *event) with at least one datum", tuple(values.shape))
         bad = int((~torch.isfinite(values)).sum())

@@ -1,7 +1,7 @@
 """Pictures of results; each function returns a matplotlib figure and touches no global state."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from ppvae._checks import check_array, check_count, check_share, expect
+from ppvae._checks import check_array, check_count, check_mapping, check_share, expect
 from ppvae.evaluation.ranks import ecdf_band, ecdf_of
 
 __all__ = ["calibration", "encodings", "images", "rate_distortion", "rate_distortion_curves"]
@@ -73,11 +73,13 @@ def encodings(draws: Mapping[str, ArrayLike], *, columns: int = 4) -> Figure:
         TypeError: there are others than real numbers among the codes.
         ValueError: there are none, their shape is another, or one is not finite.
     """
-    expect(draws, "draws", "at least one family", "none")
+    check_mapping("draws", draws)
     arrays = {
         name: check_array(f"draws of {name}", codes, ("data", "repeats", 2))
         for name, codes in draws.items()
     }
+    full = all(len(codes) and codes.shape[1] for codes in arrays.values())
+    expect(full, "draws", "at least one datum and repeat", "none")
     columns = check_count("columns", columns)
     rows = math.ceil(len(arrays) / columns)
     figure = Figure(figsize=(2.6 * columns, 2.7 * rows), layout="constrained")
@@ -107,7 +109,7 @@ def images(rows: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
         TypeError: there are others than real numbers among the pixels.
         ValueError: there are none, the images are not square, or a pixel is not finite.
     """
-    expect(rows, "rows", "at least one row", "none")
+    check_mapping("rows", rows)
     arrays = {
         name: check_array(f"rows, {name}", row, ("count", "side^2")) for name, row in rows.items()
     }
@@ -116,6 +118,7 @@ def images(rows: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
         square = row.shape[-1] == side * side
         expect(square, "rows", "square images (count, side^2)", f"{row.shape} for {name}")
     count = max(len(row) for row in arrays.values())
+    expect(count, "rows", "at least one image", "none")
     figure = Figure(figsize=(1.8 + 0.55 * count, 0.62 * len(arrays) + 0.4), layout="constrained")
     axes = figure.subplots(len(arrays), count, squeeze=False)
     for line, (name, row) in zip(axes, arrays.items(), strict=True):
@@ -138,7 +141,7 @@ def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
     Raises:
         TypeError, ValueError: there are none, or they are no pairs of finite numbers.
     """
-    expect(points, "points", "at least one family", "none")
+    check_mapping("points", points)
     values = check_array("points", list(points.values()), ("families", 2)).T
     figure, axes = _plane((6.4, 4.8), "Rate and distortion (grey: lines of equal ELBO)")
     rates, distortions = values
@@ -186,9 +189,13 @@ def rate_distortion_curves(
         ValueError: rates and distortions are not vectors of the same length, or not finite.
     """
     figure, axes = _plane((6.8, 5.0), title)
+    check_mapping("curves", curves)
+    known, got = bounds is None or isinstance(bounds, Mapping), type(bounds).__name__
+    expect(known, "bounds", "a mapping from labels", got, TypeError)
     for kind, lines in (("bounds", bounds or {}), ("curves", curves)):
         for index, (name, pair) in enumerate(lines.items()):
-            expect(len(pair) == 2, kind, f"a pair (rates, distortions) for {name}", pair)
+            paired = isinstance(pair, Sequence) and len(pair) == 2
+            expect(paired, kind, f"a pair (rates, distortions) for {name}", pair)
             rates, distortions = (check_array(f"{kind}, {name}", part, ("k",)) for part in pair)
             alike = rates.shape == distortions.shape
             wanted = f"two vectors of the same length for {name}"

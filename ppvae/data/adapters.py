@@ -1,10 +1,11 @@
 """From what users have, arrays and tensors, to finite tensors."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae._checks import check_real, expect
 
@@ -45,16 +46,27 @@ def _as_tensor(name: str, item: Any) -> Tensor:
     return item
 
 
+def check_dtype(name: str, values: Iterable[Any], *programs: Any) -> None:
+    """Raises a ValueError if a floating tensor has another dtype than the parameters of modules."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    dtype = next((p.dtype for module in modules for p in module.parameters()), None)
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            same = dtype in (None, value.dtype)
+            expect(same, name, f"{dtype}, as the parameters", value.dtype)
+
+
 def prepared(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Turns the arrays and tensors among the arguments of a call into finite, non-empty tensors.
 
     Arguments of other kinds are returned as they are.
 
     Raises:
-        TypeError: an array holds something else, or a tensor is not dense.
+        TypeError: an array holds something else, a tensor is not dense, or there is a table.
         ValueError: a number is not finite or is masked, or a first dimension is zero.
     """
-    ready = [_as_tensor("args", a) if isinstance(a, (np.ndarray, Tensor)) else a for a in args]
+    tables = [hasattr(arg, "__array__") and getattr(arg, "ndim", 0) > 0 for arg in args]
+    ready = [_as_tensor("args", a) if table else a for a, table in zip(args, tables, strict=True)]
     for arg in ready:
         if isinstance(arg, Tensor) and arg.dim():
             expect(len(arg), "args", "at least one datum", "none")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae._checks import expect
+from ppvae._checks import check_flag, check_real, check_seed, check_share, expect
 
 #: The data sets that `load` knows by name.
 NAMES = ("digits", "mnist5k")
@@ -27,12 +27,15 @@ def load(name: str | Path, *, binary: bool = True) -> Tensor:
         Data of shape `(N, D)` in the default dtype.
 
     Raises:
+        TypeError: `name` is neither text nor a path, or `binary` no bool.
         ValueError: the name is not known, or the file is not of one of those kinds, or holds no
             finite numbers.
         FileNotFoundError: there is no such file.
         ImportError: the package that holds the data is not installed.
     """
-    path = Path(name)
+    named = isinstance(name, (str, Path))
+    expect(named, "name", "a name or a path", type(name).__name__, TypeError)
+    path, binary = Path(name), check_flag("binary", binary)
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -65,11 +68,13 @@ def split(x: Tensor, *, test: float = 0.2, seed: int = 0) -> tuple[Tensor, Tenso
         The two parts; the first has `N - round(test * N)` data.
 
     Raises:
+        TypeError: `x` is no tensor, or `seed` no whole number.
         ValueError: `test` is not in (0, 1), or a part would be empty.
     """
-    held = round(test * len(x))
-    both = 0 < test < 1 and 0 < held < len(x)
-    expect(both, "test", f"a share that leaves two parts of {len(x)}", test)
+    x = check_real("x", x)
+    expect(x.dim(), "x", "a tensor of shape (N, *)", tuple(x.shape))
+    held, seed = round(check_share("test", test) * len(x)), check_seed(seed)
+    expect(0 < held < len(x), "test", f"a share that leaves two parts of {len(x)}", test)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     return x[order[held:]], x[order[:held]]
 

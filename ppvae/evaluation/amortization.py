@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count, expect
+from ppvae._checks import as_doubles, check_count, check_label, check_real, expect
 from ppvae._process import exclusive
 from ppvae.evaluation.search import ShiftedGuide, adam, quasi_newton, shifted_guide
 from ppvae.guides.family_guide import FamilyGuide
@@ -101,13 +101,13 @@ def gaps(  # noqa: D417
     num_steps = check_count("num_steps", num_steps)
     _check_guide(guide)
     draws = math.ceil(num_samples / _GROUPS) * _GROUPS
-    label = progress if isinstance(progress, str) else "gaps"
+    shown, label = check_label("progress", progress, "gaps")
     measured = []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         _check_terms(terms(*runs.traces, plate), guide)
         exact = None if log_likelihood is None else _as_array(log_likelihood, runs.plate.size)
         total = len(runs.batches) * num_steps
-        with tqdm(total=total, desc=label, disable=not progress, delay=3.0) as bar:
+        with tqdm(total=total, desc=label, disable=not shown, delay=3.0) as bar:
             for number, batch in enumerate(runs.batches, 1):
                 shifted = shifted_guide(runs, guide.heads, batch)
                 best = _search(shifted, num_steps, bar.update)
@@ -140,9 +140,7 @@ def _check_terms(sites: Terms, guide: FamilyGuide) -> None:
 
 def _as_array(log_likelihood: Any, size: int) -> np.ndarray:
     """The user's log p(x) as an array."""
-    if isinstance(log_likelihood, Tensor):
-        log_likelihood = log_likelihood.detach().cpu()
-    values = np.asarray(log_likelihood, dtype=float)
+    values = as_doubles(check_real("log_likelihood", log_likelihood))
     bad = int((~np.isfinite(values)).sum())
     came = f"shape {values.shape} with {bad} that are not finite"
     fits = values.shape == (size,) and not bad

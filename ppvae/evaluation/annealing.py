@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae import families
-from ppvae._checks import check_choice, check_count, expect
+from ppvae._checks import check_choice, check_count, check_label, check_real, expect
 from ppvae._process import exclusive
 from ppvae.evaluation.hmc import Schedule, anneal, tune
 from ppvae.evaluation.path import Densities, densities
@@ -111,7 +111,7 @@ def annealed_importance(  # noqa: D417
     guide = FamilyGuide(model, families.noise_only) if start == "prior" else guide
     if guide is None:
         raise ValueError('guide: expected a guide for start="guide", got None')
-    label = progress if isinstance(progress, str) else "annealed_importance"
+    shown, label = check_label("progress", progress, "annealed_importance")
     results = []
     opening = opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate)
     with _hints(start), opening as runs:
@@ -119,7 +119,7 @@ def annealed_importance(  # noqa: D417
         states = _states(runs, latents, batch_size)
         paths = num_chains if latents is None else 2 * num_chains
         total = len(runs.batches) * paths * num_temperatures
-        with tqdm(desc=label, total=total, disable=not progress, delay=3.0) as bar:
+        with tqdm(desc=label, total=total, disable=not shown, delay=3.0) as bar:
             for batch, state in zip(runs.batches, states, strict=True):
                 at = partial(densities, runs, batch, prior=start == "prior")
                 tuned = partial(tune, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
@@ -149,8 +149,10 @@ def _states(runs: Runs, latents: Mapping[str, Tensor] | None, size: int) -> list
     if latents is None:
         return [None] * len(runs.batches)
     nodes = {node["name"]: node for node in latent_nodes(runs.traces[0])}
+    kind = type(latents).__name__
+    expect(isinstance(latents, Mapping), "latents", "a mapping from sites", kind, TypeError)
     expect(set(latents) == set(nodes), "latents", f"values of {list(nodes)}", list(latents))
-    values = {k: torch.as_tensor(latents[k]).to(node["value"]) for k, node in nodes.items()}
+    values = {k: check_real("latents", latents[k]).to(node["value"]) for k, node in nodes.items()}
     for name, value in values.items():
         shape, support = tuple(nodes[name]["value"].shape), nodes[name]["fn"].support
         expect(value.shape == shape, "latents", f"shape {shape} at {name!r}", tuple(value.shape))

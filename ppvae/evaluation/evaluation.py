@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count
+from ppvae._checks import check_count, check_label
 from ppvae._process import exclusive
 from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import directions, moments_of
@@ -104,13 +104,13 @@ def evaluate(
     num_samples = check_count("num_samples", num_samples, 2)
     family = getattr(guide, "family", None)
     channels = None if family is None else family.channels
-    label = progress if isinstance(progress, str) else "evaluate"
+    shown, label = check_label("progress", progress, "evaluate")
     moments, measured, draws = [], [], []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         whole = terms(*runs.traces, plate)
         whole.check_local()
         few = draws_needed(runs.plate.size) if channels != () else 1
-        for batch in tqdm(runs.batches, label, disable=not progress, delay=3.0, unit="batch"):
+        for batch in tqdm(runs.batches, label, disable=not shown, delay=3.0, unit="batch"):
             pairs = [runs.pair(batch) for _ in range(few)]
             moments.append(moments_of(pairs[0][0], runs.plate))
             sample = _sample(runs, batch, pairs[0], num_samples)

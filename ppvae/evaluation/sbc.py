@@ -13,10 +13,10 @@ from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoN
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count, expect
+from ppvae._checks import check_array, check_count, check_label, check_real, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
-from ppvae.data.adapters import prepared
+from ppvae.data.adapters import check_dtype, prepared
 from ppvae.evaluation.ranks import ALPHA, coverage, uniformity, verdict
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.score import terms_at
@@ -115,21 +115,26 @@ def calibration(  # noqa: D417
     """
     num_samples = check_count("num_samples", num_samples, 2)
     batch_size = check_count("batch_size", batch_size)
-    inside = len(levels) > 0 and all(0 < level < 1 for level in levels)
+    shares = check_array("levels", check_real("levels", levels), ("levels",)).tolist()
+    inside = len(shares) > 0 and all(0 < share < 1 for share in shares)
     expect(inside, "levels", "numbers in (0, 1), at least one", levels)
-    expect(refit is None or callable(refit), "refit", "a function", type(refit).__name__, TypeError)
-    vectorized = is_vectorized(model) if vectorized is None else vectorized
-    model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
+    for name, each in {"refit": refit, "arguments": arguments}.items():
+        known, kind = each is None or callable(each), type(each).__name__
+        expect(known, name, "a function", kind, TypeError)
+    shown, label = check_label("progress", progress, "calibration")
+    vectorized = is_vectorized(model, vectorized)
+    args = prepared(args)
+    check_dtype("args", args, model, guide)
+    model, guide, args = with_keywords(model, guide, args, kwargs)
     with private_modules(), random_state(seed):
         data, labels = _plate_and_labels(model, guide, args, plate, local=refit is None)
         plan = _Plan(model, guide, data, num_samples, vectorized, arguments, refit)
         if num_simulations is None:
             num_simulations = min(data.size, 1000) if refit is None else 100
         total = check_count("num_simulations", num_simulations, 2)
-        label = progress if isinstance(progress, str) else "calibration"
-        with tqdm(total=total, desc=label, disable=not progress, unit="simulation") as bar:
+        with tqdm(total=total, desc=label, disable=not shown, unit="simulation") as bar:
             arrays = _repeated(plan, args, min(batch_size, total), bar)
-    return _dataset(arrays, plan, labels, [float(level) for level in levels])
+    return _dataset(arrays, plan, labels, shares)
 
 
 class _Plan(NamedTuple):

@@ -127,7 +127,7 @@ def from_pyro_svi(  # noqa: D417
 def _named(name: str, given: Any) -> dict[str, Any]:
     """`coords` or `dims`, where each name comes with a sequence, and a word is none."""
     given = {} if given is None else given
-    fits = isinstance(given, Mapping) and not any(isinstance(v, str) for v in given.values())
+    fits = isinstance(given, Mapping) and all(np.ndim(values) == 1 for values in given.values())
     expect(fits, name, "a mapping from names to sequences", repr(given), TypeError)
     return dict(given)
 

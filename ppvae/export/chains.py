@@ -34,6 +34,9 @@ def concat_chains(trees: Sequence[xr.DataTree]) -> xr.DataTree:
         >>> concat_chains(trees)["posterior"].sizes["chain"]
         2
     """
+    several = isinstance(trees, (list, tuple))
+    several = several and all(isinstance(tree, xr.DataTree) for tree in trees)
+    expect(several, "trees", "a list of trees", type(trees).__name__, TypeError)
     expect(trees, "trees", "at least one tree", "none")
     wanted, groups = sorted(trees[0].children), {}
     for tree in trees:

@@ -6,7 +6,7 @@ from pathlib import Path
 import xarray as xr
 
 from ppvae._checks import expect
-from ppvae._files import replacing
+from ppvae._files import as_path, replacing
 
 
 def to_netcdf(tree: xr.DataTree | xr.Dataset, path: str | os.PathLike[str]) -> Path:
@@ -37,9 +37,7 @@ def to_netcdf(tree: xr.DataTree | xr.Dataset, path: str | os.PathLike[str]) -> P
     """
     known = isinstance(tree, (xr.DataTree, xr.Dataset))
     expect(known, "tree", "a DataTree or a Dataset", type(tree).__name__, TypeError)
-    path = Path(path)
-    folder = path.resolve().parent
-    expect(folder.is_dir(), "path", "a folder that exists", str(folder), FileNotFoundError)
+    path = as_path("path", path)
     with replacing(path) as beside:
         tree.to_netcdf(beside)
     return path

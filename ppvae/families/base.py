@@ -1,13 +1,32 @@
 """The contract of guide families, with the recipe for a new one, and what makes them values."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ppvae._checks import check_count, expect
+
 #: The names of the families in the ladder, which `ladder.py` fills in: family -> name.
 NAMES: dict[Any, str] = {}
+
+
+def check_head(family: Any, features: Any, shape: Any) -> tuple[int | None, torch.Size]:
+    """The arguments of `GuideFamily.head` as whole numbers.
+
+    Raises:
+        TypeError: `shape` is no sequence.
+        ValueError: there is something else than whole numbers among them, or the family is joint
+            and the shape has not one dimension.
+    """
+    features = None if features is None else check_count("features", features)
+    several = isinstance(shape, Sequence) and not isinstance(shape, str)
+    expect(several, "shape", "the shape of a latent", repr(shape), TypeError)
+    fits = len(shape) == 1 or not family.joint
+    expect(fits, "shape", "one dimension, since the family is joint", tuple(shape))
+    return features, torch.Size(check_count("shape", length) for length in shape)
 
 
 class GuideFamily(ABC):

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import expect
-from ppvae.families.base import GuideFamily
+from ppvae.families.base import GuideFamily, check_head
 from ppvae.families.heads import Head
 from ppvae.families.rules import Channel, comparable, constraints_of, rules_of, shared
 
@@ -79,7 +79,7 @@ class Family(GuideFamily):
             >>> head(torch.zeros(3, 4))
             Normal(loc: torch.Size([3, 2]), scale: torch.Size([3, 2]))
         """
-        return Head(self, features, torch.Size(shape))
+        return Head(self, *check_head(self, features, shape))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Family) and self._key() == other._key()

@@ -11,7 +11,7 @@ from pyro.nn import ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
-from ppvae.families.base import GuideFamily
+from ppvae.families.base import GuideFamily, check_head
 from ppvae.families.heads import Argument
 
 
@@ -47,11 +47,12 @@ class Flow(GuideFamily):
 
     def __post_init__(self) -> None:
         for name, least in {"layers": 0, "hidden": 1, "bins": 2}.items():
-            check_count(name, getattr(self, name), least)
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least))
         expect(self.layers % 2 == 0, "layers", "an even number", self.layers)
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
         """Builds the flow's module; arguments and result as those of `Family.head`."""
+        features, shape = check_head(self, features, shape)
         return FlowHead(self, features, shape[0])
 
 

@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from ppvae._checks import check_real, expect
+from ppvae._checks import check_count, check_real, expect
 
 Constraint = constraints.Constraint
 
@@ -37,6 +37,10 @@ class Rule:
     constraint: Constraint | None = None
     columns: int | None = None
     start: float | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.columns is not None:
+            object.__setattr__(self, "columns", check_count("columns", self.columns))
 
 
 class Channel(Rule):
@@ -107,6 +111,8 @@ def _rule(name: str, rule: Any, own: Constraint) -> Any:
     inside = rule.constraint is None or _is_inside(rule.constraint, own)
     expect(inside, name, f"a constraint inside {own}", rule.constraint)
     if rule.start is not None:
+        one = check_real(name, rule.start).numel() == 1
+        expect(one, name, "one number as its start", rule.start)
         _check_value(name, rule.start, rule.constraint or own)
     return rule
 

@@ -19,19 +19,24 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
         The features, of shape `(batch, features)`.
 
     Raises:
-        TypeError: the features are complex or whole numbers.
+        TypeError: the features are no tensor, or complex or whole numbers.
         ValueError: the encoder does not take the arguments, or its output has another shape.
     """
     came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
     try:
         features = encoder(*args)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"encoder: expected a module that takes {came}; {error}") from error
-    shape = tuple(getattr(features, "shape", ()))
+        raise ValueError(
+            f"encoder: expected a module that takes {came}, got one that does not: {error}"
+        ) from error
+    kind = type(features).__name__
+    expect(isinstance(features, Tensor), "encoder", "features in a tensor", kind, TypeError)
+    shape = tuple(features.shape)
     lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
     fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)
     wanted = f"features of shape (batch, {width or 'features'}), with the batch of the arguments"
-    expect(fits, "encoder", f"{wanted} {came}", shape or type(features).__name__)
+    expect(fits, "encoder", f"{wanted} {came}", shape)
+    expect(shape[0], "encoder", "features of at least one datum", "none")
     real = features.is_floating_point()
     expect(real, "encoder", "features that are real numbers", features.dtype, TypeError)
     return features

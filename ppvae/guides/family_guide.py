@@ -79,6 +79,11 @@ class FamilyGuide(ModelGuide):
     ) -> None:
         known = encoder is None or isinstance(encoder, nn.Module)
         expect(known, "encoder", "a torch.nn.Module", repr(encoder), TypeError)
+        for name, program in {"model": model, "create_plates": create_plates}.items():
+            kind, known = type(program).__name__, callable(program) or program is None
+            fits = known and not (name == "model" and program is None)
+            expect(fits, name, "a function or module", kind, TypeError)
+        expect(plate is None or isinstance(plate, str), "plate", "a name", repr(plate), TypeError)
         super().__init__(model, create_plates=create_plates)
         self.family, self.plate = as_family(family), plate
         self.encoder = encoder

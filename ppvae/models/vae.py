@@ -88,7 +88,8 @@ class VAE(UniquelyNamed):
                 output = self.decoder(z)
             except RuntimeError as error:
                 raise ValueError(
-                    f"decoder: expected a module that takes shape {tuple(z.shape)}; {error}"
+                    f"decoder: expected a module that takes shape {tuple(z.shape)}, got one "
+                    f"that does not: {error}"
                 ) from error
             came = getattr(output, "shape", type(output).__name__)
             whole = isinstance(output, Tensor) and output.shape[:1] == (1,)
@@ -100,7 +101,8 @@ class VAE(UniquelyNamed):
             except RuntimeError as error:
                 shape = tuple(output.shape)
                 raise ValueError(
-                    f"likelihood: expected a module that takes shape {shape}; {error}"
+                    f"likelihood: expected a module that takes shape {shape}, got one that does "
+                    f"not: {error}"
                 ) from error
         kind = "a module that returns a Pyro distribution"
         expect(isinstance(fn, dist.Distribution), "likelihood", kind, repr(fn), TypeError)
@@ -118,6 +120,10 @@ class VAE(UniquelyNamed):
         Returns:
             The data, of shape `(batch, *event)`.
         """
+        if x is not None:
+            got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"
+            expect(isinstance(x, Tensor) and x.dim() > 0, "x", wanted, got, TypeError)
+            expect(len(x), "x", "at least one datum", "none")
         with pyro.plate("data", size if x is None else len(x), dim=-1):
             z = pyro.sample("z", self._prior())
             fn = self.likelihood(self.decode(z))
@@ -148,10 +154,11 @@ class VAE(UniquelyNamed):
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output for latents with any number of leading dims, `(*, latent)`."""
-        if z.dim() == 2:
-            return self.decoder(z)
-        output = self.decoder(z.reshape(-1, self.latent))
-        return output.reshape(z.shape[:-1] + output.shape[1:])
+        output = self.decoder(z.reshape(-1, self.latent) if z.dim() != 2 else z)
+        whole = isinstance(output, Tensor) and output.dim() > 0
+        came = getattr(output, "shape", type(output).__name__)
+        expect(whole, "decoder", "an output of shape (batch, *event)", came)
+        return output if z.dim() == 2 else output.reshape(z.shape[:-1] + output.shape[1:])
 
     def mean(self, z: Tensor) -> Tensor:
         """The mean of `p(x | z)` for latents of shape `(*, latent)`, of shape `(*, *event)`."""
@@ -159,7 +166,7 @@ class VAE(UniquelyNamed):
 
     def draw_prior(self, size: int) -> Tensor:
         """Draws of the latent from the prior, of shape `(size, latent)`."""
-        return self._prior().expand([size]).sample()
+        return self._prior().expand([check_count("size", size, 0)]).sample()
 
 
 def _alike(some: list[Any], others: list[Any]) -> bool:

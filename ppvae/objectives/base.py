@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ppvae._checks import check_count, expect
 from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.keywords import check_programs
 from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_trace
 
 
@@ -138,8 +139,10 @@ class Objective(ABC):
             A scalar in nats per datum that can be differentiated.
 
         Raises:
+            TypeError: model or guide cannot be called.
             ValueError: `size` is no whole number of at least 1.
         """
+        check_programs(model, guide)
         size = None if size is None else check_count("size", size)
         return at_step(self, step).loss(partial(runs_of, model, guide, args, plate), size)
 

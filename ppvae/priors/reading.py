@@ -29,9 +29,12 @@ def as_prior(prior: Any, latent: int) -> Any:
         TypeError: it is neither.
         ValueError: its distribution is one over something else.
     """
-    with torch.no_grad(), random_state(None, keep=True), eval_mode(prior):
-        fn = distribution_of(prior)
     kind = "a Pyro distribution, or a module without arguments whose forward returns one"
+    with torch.no_grad(), random_state(None, keep=True), eval_mode(prior):
+        try:
+            fn = distribution_of(prior)
+        except TypeError as error:  # it asks for arguments
+            raise TypeError(f"prior: expected {kind}, got {prior!r}: {error}") from error
     expect(isinstance(fn, Distribution), "prior", kind, repr(prior), TypeError)
     shapes = tuple(fn.event_shape), tuple(fn.batch_shape)
     expected = f"event shape ({latent},) and batch shape ()"

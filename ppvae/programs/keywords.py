@@ -39,6 +39,12 @@ def bare(program: Any) -> Any:
     return program.program if isinstance(program, WithKeywords) else program
 
 
+def check_programs(model: Any, guide: Any) -> None:
+    """Raises a TypeError unless model and guide can be called."""
+    for name, program in {"model": model, "guide": guide}.items():
+        expect(callable(program), name, "a function or module", type(program).__name__, TypeError)
+
+
 def with_keywords(
     model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -47,12 +53,13 @@ def with_keywords(
     Raises:
         TypeError: `kwargs` is no mapping from names, or model or guide cannot be called.
     """
-    for name, program in {"model": model, "guide": guide}.items():
-        expect(callable(program), name, "a function or module", type(program).__name__, TypeError)
-    if not kwargs:
+    check_programs(model, guide)
+    if kwargs is None:
         return model, guide, args
     named = isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
     expect(named, "kwargs", "a mapping from names to arguments", kwargs, TypeError)
+    if not kwargs:
+        return model, guide, args
     names = tuple(kwargs)
     values = prepared(tuple(kwargs.values()))
     return WithKeywords(model, names), WithKeywords(guide, names), (*args, *values)

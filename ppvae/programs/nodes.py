@@ -216,6 +216,15 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
             expect(not outside.any(), name, f"values in the support of {site!r}, {support}", count)
 
 
+def check_densities(trace: Any) -> None:
+    """Raises a ValueError if a density of the data is NaN."""
+    for node in observed_nodes(trace):
+        density = node["fn"].log_prob(node["value"])
+        bad = int(masked(density.isnan(), node).sum())
+        wanted = f"a density of {node['name']!r}"
+        expect(not bad, "model", wanted, f"NaN for {bad} of {density.numel()}")
+
+
 def counts(node: Any) -> bool:
     """Whether a sample statement carries a density: no subsampling, nothing deterministic."""
     return not (site_is_subsample(node) or node["infer"].get("_deterministic", False))

@@ -12,13 +12,14 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae._checks import check_count, expect
+from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import prepared
-from ppvae.programs.keywords import with_keywords
+from ppvae.data.adapters import check_dtype, prepared
+from ppvae.programs.keywords import check_programs, with_keywords
 from ppvae.programs.nodes import (
     DRAWS,
+    check_densities,
     check_observed,
     data_plate,
     draws_its_rows,
@@ -51,8 +52,10 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
         The traces of model and guide.
 
     Raises:
+        TypeError: model or guide cannot be called.
         ValueError: the guide misses a latent site of the model, or has one that the model lacks.
     """
+    check_programs(model, guide)
     guide_trace = run_trace(guide, args, draws)
     model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
     check_sites(model_trace, guide_trace)
@@ -95,9 +98,18 @@ def check_sites(model_trace: Any, guide_trace: Any) -> None:
     expect(not extra, "guide", f"only the latent sites {sorted(latent)} of the model", extra)
 
 
-def is_vectorized(model: Any) -> bool:
-    """Whether a model says that it can run inside further plates to the left of its own."""
-    return bool(getattr(model, "vectorized", False))
+def is_vectorized(model: Any, told: Any = None) -> bool:
+    """Whether a model can run inside further plates to the left of its own.
+
+    Args:
+        model: the model, which may say so.
+        told: what the user says; None asks the model.
+
+    Raises:
+        TypeError: the user says neither True nor False.
+    """
+    told = getattr(model, "vectorized", False) if told is None else check_flag("vectorized", told)
+    return bool(told)
 
 
 def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Program:
@@ -245,12 +257,19 @@ def opened(
     """
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size)
-    vectorized = is_vectorized(model) if vectorized is None else vectorized
-    model, guide, args = with_keywords(model, guide, prepared(args), kwargs)
+    vectorized = is_vectorized(model, vectorized)
+    args = prepared(args)
+    check_dtype("args", args, model, guide)
+    model, guide, args = with_keywords(model, guide, args, kwargs)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
             traces = trace_pair(model, guide, *args)
             check_observed(traces[0])
+            check_densities(traces[0])
+            for node in latent_nodes(traces[1]):
+                bad = int((~node["value"].isfinite()).sum())
+                wanted = f"finite draws at {node['name']!r}"
+                expect(not bad, "guide", wanted, f"{bad} that are NaN or infinite")
             _look_at(model, traces[0])  # it may have other plates than before
             frame = data_plate(traces[0], plate)
             batches = [args]

@@ -73,6 +73,8 @@ def simulate(
         >>> x.shape, latents["z"].shape
         (torch.Size([3, 5]), torch.Size([3, 2]))
     """
+    known, kind = arguments is None or callable(arguments), type(arguments).__name__
+    expect(known, "arguments", "a function", kind, TypeError)
     positional, args = len(args), prepared(args)
     model, _, args = with_keywords(model, model, args, kwargs)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model):

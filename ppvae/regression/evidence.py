@@ -8,7 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_real, expect
+from ppvae._checks import check_array, check_flag, check_real, expect
 from ppvae.regression.exact import ExactPosterior, problem_of
 from ppvae.regression.hyper import Problem
 from ppvae.regression.linear_algebra import Data, Values, factorize
@@ -61,6 +61,7 @@ def log_evidence_curve(
         ValueError: a scale is not positive, or as for `exact_posterior`.
     """
     given = check_real("scales", scales)
+    expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
     grid = check_array("scales", given, ("k",)[: given.dim()]).reshape(-1)
     expect((grid > 0).all(), "scales", "positive, finite numbers", repr(scales))
     problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
@@ -98,6 +99,7 @@ def evidence_maximum(
     Reference:
         MacKay, *Bayesian interpolation*, 1992.
     """
+    maximize_noise = check_flag("maximize_noise", maximize_noise)
     expect(not maximize_noise or noise is None, "noise", "nothing with maximize_noise=True", noise)
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
     problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_count, check_real, expect
+from ppvae._checks import check_array, check_count, check_names, check_real, expect
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem, mixture_quantiles
 from ppvae.regression.linear_algebra import Data, Factor, Values, factorize, pieces
 from ppvae.regression.priors import Array, Given, read_positive, weight_prior
@@ -242,12 +242,17 @@ class ExactPosterior:
 
         Raises:
             ValueError: `num_samples` is no whole number of at least 0.
+            TypeError, ValueError: `seed` is neither a seed nor a generator.
         """
         if n is not None:
             warnings.warn("n: is now called num_samples", DeprecationWarning, stacklevel=2)
             num_samples = n
         size = check_count("num_samples", num_samples, 0)
-        generator = np.random.default_rng(seed)
+        try:
+            generator = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            wanted = "a whole number of at least 0, or a NumPy generator"
+            raise type(error)(f"seed: expected {wanted}, got {seed!r}") from error
         means, variances = self._components(self.hyper.sample(size, generator))
         drawn = means + np.sqrt(variances) * generator.standard_normal(means.shape)
         return self._loc + drawn @ self._basis.T
@@ -296,8 +301,7 @@ class ExactPosterior:
         factor, first = self.problem.factor, int(self.problem.factor.intercept)
         draws = self.sample(check_count("num_samples", num_samples), seed)[None]
         count = factor.columns - first
-        fits = features is None or len(features) == count
-        expect(fits, "features", f"{count} names", features)
+        features = None if features is None else check_names("features", features, count)
         weights = range(first, factor.columns)
         posterior = {n: draws[..., i] for i, n in enumerate(self.names) if i not in weights}
         noise = np.asarray(posterior.get("noise", self.problem.numbers["noise"]))[..., None]

@@ -216,14 +216,18 @@ def _integrate(log_integrands: Logs, axes: int) -> tuple[Integers, Array, Array]
     while True:
         indices, logs = _fill(log_integrands, np.rint(seeds).astype(int), steps)
         tops = logs.max(0)
-        if not np.isfinite(tops).all():
-            raise ValueError("the density of the posterior is zero wherever it was looked at")
+        seen = "one that is zero wherever it was looked at"
+        expect(np.isfinite(tops).all(), "noise, scale", "a density of the posterior", seen)
         modes, heights, falls = _modes(indices, logs[:, 0])
         # between the points a parabola rises by an eighth of its fall at most
         open_modes = heights + falls.sum(1) / 4 > tops[0] - _DROP
+        steep = "one that is all rounding: are the data far from what the priors allow?"
+        counts = (logs > tops - _DROP).any(1)
+        expect(
+            counts.any() and open_modes.any(), "noise, scale", "a density of the posterior", steep
+        )
         rounding = 20 * np.finfo(float).eps * (1 + np.abs(tops).max())
         finer = 3 * np.sqrt(np.maximum(falls[open_modes].max(0) - 4 * rounding, 0))
-        counts = (logs > tops - _DROP).any(1)
         values = np.exp(logs[counts] - tops)
         # what half of the points miss of a sum falls as exp(-constant / spacing)
         missed = np.abs((1 - 2 * (indices[counts] % 2)).T @ values / values.sum(0)).max(1)

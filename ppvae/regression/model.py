@@ -121,6 +121,12 @@ class LinearRegression(UniquelyNamed):
         Returns:
             y, of shape `(rows,)`.
         """
+        given: dict[str, Any] = {"X": X} if y is None else {"X": X, "y": y}
+        for name, value in given.items():
+            real = isinstance(value, Tensor) and value.dtype != torch.bool
+            real = real and (value.is_floating_point() or name == "y" and not value.is_complex())
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            expect(real, name, "a tensor of real numbers, floating in X", got, TypeError)
         fits = X.dim() == 2 and X.shape[1] == self.columns
         expect(fits, "X", f"shape (rows, {self.columns})", tuple(X.shape))
         if y is not None:

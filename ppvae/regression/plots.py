@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ppvae._checks import check_array, check_share, check_size
+from ppvae._checks import (
+    check_array,
+    check_mapping,
+    check_names,
+    check_share,
+    check_size,
+    expect,
+)
 from ppvae.regression.hyper import mixture_quantiles
 
 if TYPE_CHECKING:
@@ -25,9 +32,14 @@ def forest(rows: Mapping[str, Interval], labels: Sequence[str]) -> Figure:
     Args:
         rows: name -> (middle, low, high), each of shape `(columns,)`.
         labels: names of the columns.
+
+    Raises:
+        TypeError, ValueError: the intervals are no finite numbers, or not one for each name.
     """
+    labels, rows = check_names("labels", labels), check_mapping("rows", rows)
+    shape = (3, len(labels))
+    table = np.array([check_array(f"rows, {name}", row, shape) for name, row in rows.items()])
     heights = np.arange(len(rows))[::-1]
-    table = np.array([[np.asarray(ends) for ends in row] for row in rows.values()])
     lines = -(-len(labels) // 5)
     figure = _figure(2.1 * min(len(labels), 5) + 1.4, 2.6 * lines)
     axes = figure.subplots(lines, min(len(labels), 5), sharey=True, squeeze=False).ravel()
@@ -59,22 +71,31 @@ def paths(
         evidence: log evidence at the ridge penalties, shape `(k,)`.
         best: penalty and log evidence at the maximum.
         labels: names of the columns.
+
+    Raises:
+        TypeError, ValueError: there are others than finite numbers, or they do not fit each other.
     """
+    names = check_names("labels", labels)
+    both = {"ridge": ridge, "lasso": lasso}
+    lines = {name: _path(name, pair, len(names)) for name, pair in both.items()}
+    penalties = lines["ridge"][0]
+    evidence = check_array("evidence", evidence, (len(penalties),))
+    best = tuple(check_array("best", best, (2,)).tolist())
     figure = _figure(9.0, 5.6)
     panels = figure.subplot_mosaic("rl;el", height_ratios=(2, 1))
     left, right, below = (panels[key] for key in "rle")
-    for panel, title, (penalty, weights) in ((left, "ridge", ridge), (right, "lasso", lasso)):
-        panel.semilogx(penalty, weights, label=list(labels))
+    for panel, title in ((left, "ridge"), (right, "lasso")):
+        panel.semilogx(*lines[title], label=names)
         panel.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         panel.set(title=title, ylabel="weight")
     right.set_xlabel("penalty  noise^2 / b")
     right.sharey(left)
     right.legend(fontsize=7, ncols=2)
     below.sharex(left)
-    below.semilogx(ridge[0], evidence, color="black")
+    below.semilogx(penalties, evidence, color="black")
     below.plot(*best, "o", color="C3", label=f"maximum at {best[0]:.3g}")
     below.legend(fontsize=8)
-    low, high = np.quantile(np.asarray(evidence), [0.25, 1.0])
+    low, high = np.quantile(evidence, [0.25, 1.0])
     below.set_ylim(low, high + 0.08 * (high - low))
     below.set(xlabel="penalty  noise^2 / prior variance", ylabel="log evidence [nats]")
     for panel in (left, below):
@@ -113,16 +134,24 @@ def bands(
         curves: name -> (middle, low, high) of the prediction, each of shape `(k,)`.
         data: (feature, target) of the training data.
         label: name of the feature.
+
+    Raises:
+        TypeError, ValueError: there are others than finite numbers, or they do not fit each other.
     """
+    grid, curves = check_array("grid", grid, ("k",)), check_mapping("curves", curves)
+    shape = (3, len(grid))
+    checked = {name: check_array(f"curves, {name}", one, shape) for name, one in curves.items()}
+    points = check_array("data", data, (2, "rows"))
+    expect(points.size and grid.size, "grid, data", "at least one point", "none")
+    expect(isinstance(label, str), "label", "a name", repr(label), TypeError)
     figure = _figure(2.6 * len(curves) + 0.6, 3.0)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, (name, (middle, low, high)) in zip(axes, curves.items(), strict=True):
-        panel.scatter(*data, s=3, color="0.75")
-        panel.fill_between(np.asarray(grid), low, high, color="C0", alpha=0.3, linewidth=0)
+    for panel, (name, (middle, low, high)) in zip(axes, checked.items(), strict=True):
+        panel.scatter(*points, s=3, color="0.75")
+        panel.fill_between(grid, low, high, color="C0", alpha=0.3, linewidth=0)
         panel.plot(grid, middle, color="C0")
         panel.set(title=name, xlabel=label)
-    values = np.asarray(data[1])
-    axes[0].set(ylabel="target", ylim=(2 * values.min(), 2 * values.max()))
+    axes[0].set(ylabel="target", ylim=(2 * points[1].min(), 2 * points[1].max()))
     figure.suptitle("Predictive mean and 90 % band, the other features at their means")
     return figure
 
@@ -135,18 +164,40 @@ def overconfidence(
     Args:
         posteriors: name -> (mean, covariance) of the pair, shapes `(2,)` and `(2, 2)`.
         labels: names of the two columns.
+
+    Raises:
+        TypeError, ValueError: there are others than finite numbers, or of other shapes; or a
+            covariance is not positive definite.
     """
+    names = check_names("labels", labels, 2)
     figure = _figure(5.4, 4.6)
     axes, angles = figure.subplots(), np.linspace(0, 2 * np.pi, 181)
     circle = np.stack([np.cos(angles), np.sin(angles)])
-    for index, (name, (mean, covariance)) in enumerate(posteriors.items()):
-        ring = np.sqrt(-2 * np.log(0.1)) * np.linalg.cholesky(np.asarray(covariance)) @ circle
-        axes.plot(*(np.asarray(mean)[:, None] + ring), color=f"C{index}", label=name)
-        axes.plot(*np.asarray(mean), "+", color=f"C{index}")
-    axes.set(xlabel=f"weight of {labels[0]}", ylabel=f"weight of {labels[1]}")
+    for index, (name, pair) in enumerate(check_mapping("posteriors", posteriors).items()):
+        where = f"posteriors, {name}"
+        expect(_paired(pair), where, "a pair (mean, covariance)", repr(pair), TypeError)
+        mean, covariance = check_array(where, pair[0], (2,)), check_array(where, pair[1], (2, 2))
+        positive = np.linalg.eigvalsh(covariance)[0] > 0
+        expect(positive, where, "a positive definite covariance", covariance)
+        ring = np.sqrt(-2 * np.log(0.1)) * np.linalg.cholesky(covariance) @ circle
+        axes.plot(*(mean[:, None] + ring), color=f"C{index}", label=name)
+        axes.plot(*mean, "+", color=f"C{index}")
+    axes.set(xlabel=f"weight of {names[0]}", ylabel=f"weight of {names[1]}")
     axes.set_title("Where mean field is overconfident: 90 % regions")
     axes.legend(fontsize=8)
     return figure
+
+
+def _paired(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
+
+
+def _path(name: str, pair: Any, columns: int) -> tuple[Any, Any]:
+    """Penalties and weights, as arrays."""
+    expect(_paired(pair), name, "a pair (penalties, weights)", repr(pair), TypeError)
+    penalties = check_array(name, pair[0], ("k",))
+    expect(penalties.size and (penalties > 0).all(), name, "positive penalties", pair[0])
+    return penalties, check_array(name, pair[1], (len(penalties), columns))
 
 
 def _figure(width: float, height: float) -> Figure:

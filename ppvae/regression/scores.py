@@ -1,5 +1,6 @@
 """What a guide of a regression is worth: its objective, and its predictions."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,10 +9,12 @@ from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor, nn
 
-from ppvae._checks import check_array, check_real, check_share, expect
+from ppvae._checks import LEAST, MOST, check_array, check_count, check_real, check_share, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules
+from ppvae.data.adapters import as_tensors, check_dtype
 from ppvae.objectives.matched import average_loss
+from ppvae.programs.keywords import with_keywords
 
 
 class PredictiveScores(NamedTuple):
@@ -45,10 +48,21 @@ def objective(
         y: shape `(rows,)`.
         num_samples: number of draws, above the number of latent coordinates.
         seed: chooses them; the caller's random numbers stay where they are.
+
+    Raises:
+        TypeError: model or guide cannot be called, or the data are no tensors or arrays.
+        ValueError: the data are not finite, do not fit, or have a density of zero; or there are no
+            draws.
     """
+    num_samples = check_count("num_samples", num_samples)
+    data = as_tensors("X, y", (X, y))
+    check_dtype("X, y", data, model, guide)
+    model, guide, data = with_keywords(model, guide, data, None)
     with torch.no_grad(), private_modules(), eval_mode(model, guide):
-        loss = average_loss(model, guide, (X, y), draws=num_samples, seed=seed)
-        return -loss().item() * len(X)
+        loss = average_loss(model, guide, data, draws=num_samples, seed=seed)
+        total = -loss().item() * len(X)
+    expect(math.isfinite(total), "X, y", "data of a finite density", total)
+    return total
 
 
 def predictive_scores(
@@ -78,6 +92,9 @@ def predictive_scores(
     noise = check_array("noise", sds, (len(weight),)[: sds.dim()])
     expect((noise > 0).all(), "noise", "positive numbers", noise.min())
     level, means = check_share("level", level), X @ weight.T
+    sizes = {"X, weight": abs(means).max(), "y": abs(y).max(), "noise": 1 / noise.min()}
+    for name, size in sizes.items():
+        expect(size <= MOST, name, f"numbers of sizes from {LEAST} to {MOST}", size)
     z = (y[:, None] - means) / noise
     log_density = -(z**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
     below = special.ndtr(z).mean(1)

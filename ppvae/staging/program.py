@@ -109,6 +109,7 @@ def program_of(
             loss = objective(model, guide, *args, **program.options, step=0)
         got = type(loss).__name__
         expect(isinstance(loss, Tensor), "objective", "one that returns a tensor", got, TypeError)
+        expect(not loss.is_complex(), "data", "a model of real densities", loss.dtype, TypeError)
         program.dtype = loss.dtype
         nodes: Any = capture.trace.nodes
         # inside, where Pyro's store still has the values that the statements refer to

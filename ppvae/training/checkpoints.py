@@ -17,7 +17,6 @@ The file of a pair has `format`, `parts`, `model` and `guide`, the last two as `
 them.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from torch import nn
 
 from ppvae._checks import expect
-from ppvae._files import replacing
+from ppvae._files import as_path, replacing
 from ppvae.training.identity import check_same, parts_of
 
 _FORMAT = 1
@@ -46,16 +45,13 @@ class Checkpoint:
 
     Raises:
         TypeError: `path` is no path.
-        ValueError: the folder does not exist, the file is of another kind, or it is the checkpoint
-            of another training.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the path is that of a folder, the file is of another kind, or it is the
+            checkpoint of another training.
     """
 
     def __init__(self, path: Any, run: Mapping[str, str]) -> None:
-        fits = isinstance(path, (str, os.PathLike))
-        expect(fits, "checkpoint", "the path of a file", repr(path), TypeError)
-        self.path, self.run = Path(path), dict(run)
-        there = self.path.parent.is_dir()
-        expect(there, "checkpoint", "a file in a folder that exists", self.path)
+        self.path, self.run = as_path("checkpoint", path), dict(run)
         self.saved = _read("checkpoint", self.path, "run") if self.path.exists() else {}
         if self.saved:
             check_same("checkpoint", self.saved["run"], self.run)
@@ -135,9 +131,9 @@ def save_pair(path: Any, model: nn.Module, guide: nn.Module) -> None:
         ...     save_pair(f"{folder}/pair.pt", model, guide)
         ...     load_pair(f"{folder}/pair.pt", model, guide)
     """
-    programs = _modules(model=model, guide=guide)
+    path, programs = as_path("path", path), _modules(model=model, guide=guide)
     states = {name: program.state_dict() for name, program in programs.items()}
-    with replacing(Path(path)) as beside:
+    with replacing(path) as beside:
         torch.save({"format": _FORMAT, "parts": parts_of(**programs), **states}, beside)
 
 
@@ -155,7 +151,7 @@ def load_pair(path: Any, model: nn.Module, guide: nn.Module) -> None:
             the family or in a setting; neither is then changed.
     """
     programs = _modules(model=model, guide=guide)
-    saved = _read("path", Path(path), "parts")
+    saved = _read("path", as_path("path", path), "parts")
     here = parts_of(**programs)
     to_make = "guide.heads."  # which `load_state_dict` makes
     parts = saved["parts"].items()
@@ -175,8 +171,10 @@ def _read(name: str, path: Path, part: str) -> dict[str, Any]:
     """The contents of a file that has this part."""
     try:
         saved = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: expected a file, got {path}, which is not there"
+        ) from error
     except Exception as error:  # whatever PyTorch may raise over a file that is not its own
         raise ValueError(f"{name}: expected a file that was written here, got {path}") from error
     known = isinstance(saved, dict) and saved.get("format") == _FORMAT and part in saved

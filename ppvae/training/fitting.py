@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import check_choice, check_count, expect
+from ppvae._checks import check_choice, check_count, check_flag, check_seed, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
@@ -172,6 +172,7 @@ def fit(
     told = learning_rate, optimizer, scheduler, clip, callback, patience
     options = Options(*told)
     check_call(precision)
+    seed = None if seed is None else check_seed(seed)
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
     batches = training_batches(bare(model), data, batch_size, extra, whole=free, size=size)
@@ -191,7 +192,7 @@ def fit(
     scopes = private_modules(), random_state(seed), train_mode(model, guide)
     with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
         task = task_of(model, guide, objective, batches, plate)
-        for checked in (batches, held_out) if check_support else ():
+        for checked in (batches, held_out) if check_flag("check_support", check_support) else ():
             if checked is not None:
                 checked.to(batches.device)
                 task.check_support(checked)
@@ -258,4 +259,7 @@ def _held_out(validation: Any, batches: Batches) -> Batches:
     wanted = "no tensor with as many rows as the data, beside validation data"
     expect(not any(batches.cut), "kwargs", wanted, "one")
     size = batches.batch_size or 1024
-    return batches_of("validation", validation, size, training=False, extra=batches.extra)
+    held = batches_of("validation", validation, size, training=False, extra=batches.extra)
+    kinds, came = ([tensor.dtype for tensor in each.tensors] for each in (batches, held))
+    expect(not (kinds and came) or kinds == came, "validation", f"{kinds}, as the data", came)
+    return held

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ppvae._checks import check_label
 from ppvae._process import interrupted
 from ppvae._scopes import random_numbers, set_random_numbers
 from ppvae.objectives.base import at_step
@@ -236,8 +237,8 @@ class Steps:
 
 def progress_bar(num_epochs: int, progress: Any) -> Any:
     """A progress bar over epochs; a string is its label, False hides it."""
-    label = progress if isinstance(progress, str) else "fit"
-    return tqdm(total=num_epochs, desc=label, disable=not progress, unit="epoch")
+    shown, label = check_label("progress", progress, "fit")
+    return tqdm(total=num_epochs, desc=label, disable=not shown, unit="epoch")
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import check_count, check_seed, expect
+from ppvae._files import as_path
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import (
     matmul_precision,
@@ -122,6 +123,7 @@ def fit_replicates(
     told |= {"scheduler": scheduler, "clip": clip, "callback": callback}
     options = Options(**told)
     check_call(precision)
+    checkpoint = None if checkpoint is None else as_path("checkpoint", checkpoint)
     num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
     batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
@@ -193,14 +195,18 @@ def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[i
         TypeError: one of them is of a wrong kind.
         ValueError: there are no pairs, or not as many of the others.
     """
+    several = isinstance(pairs, Iterable) and getattr(pairs, "ndim", 1) > 0
+    kind = type(pairs).__name__
+    expect(several, "pairs", "pairs of a model and its guide", kind, TypeError)
     pairs = list(pairs)
     expect(pairs, "pairs", "at least one model and its guide", "none")
-    paired = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    paired = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
     expect(paired, "pairs", "pairs of a model and its guide", "something else", TypeError)
     objectives = list(objective) if isinstance(objective, Sequence) else [objective] * len(pairs)
     if seeds is None:
         seeds = torch.randint(2**62, (len(pairs),)).tolist()
     several = isinstance(seeds, Iterable) and not isinstance(seeds, str)
+    several = several and getattr(seeds, "ndim", 1) > 0
     expect(several, "seeds", "whole numbers, one for each pair", repr(seeds), TypeError)
     seeds = [check_seed(seed, "seeds") for seed in seeds]
     for name, values in {"objective": objectives, "seeds": seeds}.items():

@@ -32,7 +32,7 @@ def how_to_run(compile: Any, steps: int, rows: int) -> str:
     Raises:
         ValueError: `compile` is none of its values.
     """
-    known = isinstance(compile, bool) or compile == "auto"
+    known = isinstance(compile, bool) or isinstance(compile, str) and compile == "auto"
     expect(known, "compile", '"auto", True or False', repr(compile))
     if compile is False or rows < 2:
         return "eager"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
+from ppvae.data.adapters import check_dtype
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.trace_terms import Terms, terms
@@ -115,9 +116,7 @@ def task_of(
     near = next((p for module in modules for p in module.parameters()), None)
     if near is not None:
         batches.to(near.device)
-        for tensor in batches.tensors:
-            same = not tensor.is_floating_point() or tensor.dtype == near.dtype
-            expect(same, "data", f"{near.dtype}, as the parameters", tensor.dtype)
+        check_dtype("data", batches.tensors, model, guide)
     batch = batches.example()
     program = program_of(model, guide, objective or ELBO(), batch, size=batches.size, plate=plate)
     if program.plate is not None:

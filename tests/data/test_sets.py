@@ -51,5 +51,5 @@ def test_bad_data(tmp_path):
     with pytest.raises(ValueError, match=r"numbers of shape \(N, D\).*\(3,\)"):
         data.load(tmp_path / "flat.npy")
     for share in (1.5, 0.01, 0.99, 0.0):  # of four data, none or all
-        with pytest.raises(ValueError, match=f"test: expected a share .* got {share}"):
+        with pytest.raises(ValueError, match=f"test: expected a .* got {share}"):
             data.split(torch.zeros(4, 1), test=share)

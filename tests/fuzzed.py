@@ -1,0 +1,735 @@
+"""Calls of every public function, and values that one may give it, good, bad and borderline."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import torch
+import xarray as xr
+from pairs import data, linear
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ppvae.data
+from ppvae import (
+    VAE,
+    Family,
+    FamilyGuide,
+    annealed_importance,
+    calibration,
+    closed_form,
+    compare_families,
+    concat_chains,
+    evaluate,
+    families,
+    fit,
+    fit_replicates,
+    from_pyro_svi,
+    gaps,
+    likelihoods,
+    objectives,
+    plots,
+    reading,
+    regression,
+    simulate,
+    stage,
+    summary,
+    to_netcdf,
+)
+from ppvae import (
+    nn as layers,
+)
+from ppvae.training import load_pair, save_pair
+
+X = np.arange(12.0).reshape(4, 3) % 5
+Y = np.array([1.0, 0.0, 2.0, 5.0])
+FOLDER = TemporaryDirectory()  # of what is written, where relative paths begin, too
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function: how it is called, and a small good call.
+
+    Args:
+        function: takes all its arguments by keyword.
+        good: makes the arguments of a good call, of which each will be replaced.
+        trains: whether it may move weights.
+        named: argument -> another name that messages may have for it.
+        infinite: a pattern of results that some arguments make infinite or NaN, as documented.
+    """
+
+    function: Callable[..., Any]
+    good: Callable[[], dict[str, Any]]
+    trains: bool = False
+    named: dict[str, str] = field(default_factory=dict)
+    infinite: str = "nothing"
+
+
+def programs(pair=linear):
+    return dict(zip(("model", "guide"), pair(), strict=True))
+
+
+def on_data(function):
+    """The same function with the data, which stand behind model and guide, as `data`."""
+    return lambda model, guide, data, **rest: function(model, guide, data, **rest)
+
+
+def in_scope(function):
+    """The same function in a param store of its own: in a plain call Pyro registers parameters."""
+
+    def call(**given):
+        with pyro.get_param_store().scope():
+            return function(**given)
+
+    return call
+
+
+def one_weight(X, y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal(w * X[:, 0], 1.0), obs=y)
+
+
+def global_pair():
+    model = one_weight
+    return model, FamilyGuide(model, families.mean_scale)
+
+
+def fresh():
+    model, guide = linear()
+    return model, guide.encoder
+
+
+def frozen_refit(model, guide, *args):
+    """A guide that needs no training."""
+
+
+def save(path, model, guide):
+    save_pair(path, model, guide)
+
+
+def load(path, model, guide):
+    save_pair("saved.pt", *linear())
+    load_pair(path, model, guide)
+
+
+@cache
+def found():
+    return evaluate(*linear(), data(4), num_samples=8, progress=False)
+
+
+@cache
+def ranked():
+    return calibration(*linear(), data(4), num_samples=4, progress=False)
+
+
+def tree(seed=0):
+    return from_pyro_svi(*linear(), data(4), num_samples=3, seed=seed)
+
+
+@cache
+def exact():
+    return regression.exact_posterior(X, Y, noise=1.0)
+
+
+MEASURED = {"batch_size": 3, "vectorized": None, "seed": 0, "plate": None, "kwargs": None}
+TRAINED = {
+    "data": None, "num_epochs": 2, "batch_size": 2, "learning_rate": 0.01, "optimizer": None,
+    "scheduler": None, "clip": 10.0, "objective": None, "callback": None, "checkpoint": None,
+    "compile": False, "precision": None, "progress": False, "plate": None, "kwargs": None,
+}  # fmt: skip
+ROWS = {"X": torch.tensor(X), "y": torch.tensor(Y)}
+IN_ARGS = {"data": "args"}
+
+#: name -> call
+CALLS: dict[str, Call] = {
+    "fit": Call(
+        fit,
+        lambda: programs() | TRAINED | {
+            "data": data(4), "seed": 0, "max_epochs": None, "validation": data(3),
+            "patience": 2, "check_support": True, "size": None,
+        },
+        trains=True,
+    ),
+    "fit, global": Call(
+        lambda X, y, **rest: fit(data=(X, y), **rest),
+        lambda: programs(global_pair) | ROWS | {"num_epochs": 3, "seed": 0, "progress": False},
+        trains=True,
+        named={"X": "data", "y": "data"},
+    ),
+    "fit_replicates": Call(
+        fit_replicates,
+        lambda: {"pairs": [linear()]} | TRAINED | {"data": data(4), "seeds": [1]},
+        trains=True,
+    ),
+    "save_pair": Call(save, lambda: programs() | {"path": "pair.pt"}),
+    "load_pair": Call(load, lambda: programs() | {"path": "saved.pt"}, trains=True),
+    "evaluate": Call(
+        on_data(evaluate),
+        lambda: programs() | MEASURED | {"data": data(4), "num_samples": 8, "progress": False},
+        named=IN_ARGS,
+        infinite="/.*_se",  # of one datum
+    ),
+    "gaps": Call(
+        on_data(gaps),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_samples": 16, "num_steps": 2, "log_likelihood": None,
+            "progress": False,
+        },
+        named=IN_ARGS,
+    ),
+    "annealed_importance": Call(
+        on_data(annealed_importance),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_temperatures": 3, "num_chains": 2, "num_leapfrog": 1,
+            "start": "guide", "latents": None, "progress": False,
+        },
+        named=IN_ARGS,
+        infinite="/acceptance",  # of one temperature
+    ),
+    "calibration": Call(
+        on_data(calibration),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_simulations": 3, "num_samples": 4, "levels": (0.5,),
+            "refit": None, "arguments": None, "progress": False,
+        },
+        named=IN_ARGS,
+    ),
+    "calibration, global": Call(
+        lambda X, y, model, guide, **rest: calibration(model, guide, X, y, **rest),
+        lambda: programs(global_pair) | ROWS | {
+            "num_simulations": 2, "num_samples": 4, "refit": frozen_refit, "progress": False
+        },
+        named={"X": "args", "y": "args"},
+    ),
+    "simulate": Call(
+        lambda model, data, **rest: simulate(model, data, **rest),
+        lambda: {
+            "model": linear()[0], "data": data(4), "seed": 0, "arguments": None, "kwargs": None
+        },
+        named=IN_ARGS,
+    ),
+    "stage": Call(
+        on_data(stage),
+        lambda: programs() | {
+            "data": data(4), "objective": None, "size": None, "plate": None, "kwargs": None
+        },
+        named=IN_ARGS,
+    ),
+    "from_pyro_svi": Call(
+        on_data(from_pyro_svi),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_samples": 3, "coords": None, "dims": None, "evaluation": None
+        },
+        named=IN_ARGS,
+    ),
+    "compare_families": Call(
+        compare_families,
+        lambda: {
+            "build": fresh, "families": ["noise_only", "mean_only"], "train": data(4),
+            "test": data(3), "num_seeds": 2, "seed": 0, "min_gain": 0.05, "level": 0.9,
+            "num_samples": 4, "progress": False, "num_epochs": 1,
+        },
+        named={"train": "data"},
+    ),
+    "to_netcdf": Call(to_netcdf, lambda: {"tree": tree(), "path": "tree.nc"}),
+    "concat_chains": Call(concat_chains, lambda: {"trees": [tree(0), tree(1)]}),
+    "reading": Call(reading, lambda: {"found": found(), "beta": 1.0}),
+    "summary": Call(summary, lambda: {"found": found()}),
+    # modules and families
+    "VAE": Call(
+        VAE,
+        lambda: {
+            "decoder": nn.Linear(2, 3), "latent": 2, "likelihood": likelihoods.Normal(0.5),
+            "prior": None,
+        },
+    ),
+    "VAE.draw_prior": Call(linear()[0].draw_prior, lambda: {"size": 3}),
+    "FamilyGuide": Call(
+        lambda **given: FamilyGuide(**given).setup(data(4)),
+        lambda: {
+            "model": linear()[0], "family": "mean_scale", "encoder": nn.Identity(), "plate": None,
+            "create_plates": None,
+        },
+    ),
+    "Family": Call(
+        lambda **given: Family(**given).head(3, torch.Size([2])),
+        lambda: {"distribution": dist.Normal, "scale": 0.5},
+    ),
+    "Family, learned": Call(
+        lambda **given: Family(dist.Normal, scale=families.Channel(**given)).head(
+            3, torch.Size([2])
+        ),
+        lambda: {"constraint": None, "columns": None, "start": 0.5},
+        named={"constraint": "scale", "columns": "scale", "start": "scale"},
+    ),
+    "Family, shared": Call(
+        lambda **given: Family(dist.MultivariateNormal, scale_tril=families.Shared(**given)).head(
+            None, torch.Size([2])
+        ),
+        lambda: {"constraint": None, "columns": None, "start": 0.5},
+        named={"start": "scale_tril", "columns": "distribution"},
+    ),
+    "Family.head": Call(families.full_rank.head, lambda: {"features": 3, "shape": torch.Size([2])}),
+    "Flow": Call(
+        lambda **given: families.Flow(**given).head(3, torch.Size([2])),
+        lambda: {"layers": 2, "hidden": 4, "bins": 3},
+    ),
+    "as_family": Call(
+        lambda value: families.as_family(value).head(3, torch.Size([2])),
+        lambda: {"value": "flow"},
+        named={"value": "family"},
+    ),
+    "Normal": Call(likelihoods.Normal, lambda: {"scale": 0.5, "learned": False}),
+    "Normal, scales": Call(likelihoods.Normal, lambda: {"scale": torch.ones(3), "learned": True}),
+    "mlp": Call(
+        lambda inputs, hidden, **rest: layers.mlp(inputs, hidden, **rest),
+        lambda: {"inputs": 3, "hidden": 4, "out": 2, "activation": nn.ReLU},
+    ),
+    "conv_encoder": Call(
+        lambda shape, channels: layers.conv_encoder(shape, channels),
+        lambda: {"shape": (1, 4, 4), "channels": 2},
+    ),
+    "conv_decoder": Call(
+        lambda latent, shape, channels: layers.conv_decoder(latent, shape, channels),
+        lambda: {"latent": 2, "shape": (1, 4, 4), "channels": 2},
+    ),
+    "Affine": Call(layers.Affine, lambda: {"loc": torch.zeros(3), "scale": 2.0}),
+    "Standardize": Call(layers.Standardize, lambda: {"loc": torch.zeros(3), "scale": 2.0}),
+    "Standardize.of": Call(layers.Standardize.of, lambda: {"data": data(4)}),
+    # objectives
+    "negative_elbo": Call(
+        in_scope(on_data(objectives.negative_elbo)),
+        lambda: programs() | {"data": data(4), "size": 8, "plate": None},
+        named=IN_ARGS,
+    ),
+    "ELBO": Call(
+        in_scope(
+            lambda data, size, step, **given: objectives.ELBO(**given)(
+                *linear(), data, size=size, step=step
+            )
+        ),
+        lambda: {
+            "beta": 2.0, "free_bits": 0.1, "kl": "sampled", "num_samples": 2, "data": data(4),
+            "size": 8, "step": 1,
+        },
+        named=IN_ARGS,
+    ),
+    "IWAE": Call(
+        in_scope(lambda data, **given: objectives.IWAE(**given)(*linear(), data)),
+        lambda: {"num_samples": 3, "gradient": "pathwise", "data": data(4)},
+        named=IN_ARGS,
+    ),
+    "warm_up": Call(
+        lambda **given: objectives.warm_up(**given)(2),
+        lambda: {"steps": 5, "start": 0.0, "end": 1.0},
+    ),
+    "terms": Call(
+        in_scope(
+            lambda data, model, guide, plate: objectives.terms(
+                *objectives.trace_pair(model, guide, data), plate
+            ).distortion
+        ),
+        lambda: programs() | {"data": data(4), "plate": None},
+        named=IN_ARGS,
+    ),
+    # closed forms and regression
+    "fixed_decoder": Call(
+        closed_form.fixed_decoder,
+        lambda: {
+            "x": data(4), "weight": torch.ones(3, 2), "bias": torch.zeros(3), "noise": 0.5,
+            "family": families.full_rank,
+        },
+    ),
+    "learned_decoder": Call(
+        closed_form.learned_decoder,
+        lambda: {"x": data(6), "latent": 1, "family": families.mean_scale},
+        infinite=".*",
+    ),
+    "closed_form.regression": Call(
+        closed_form.regression,
+        lambda: {
+            "X": torch.tensor(X), "y": torch.tensor(Y), "noise": 0.5, "prior_scale": 1.0,
+            "family": families.mean_scale,
+        },
+    ),
+    "exact_posterior": Call(
+        lambda **given: regression.exact_posterior(**given).mean,
+        lambda: {
+            "X": X, "y": Y, "weight": dist.Normal(0.0, 10.0), "noise": dist.HalfNormal(1.0),
+            "scale": None, "intercept": False,
+        },
+    ),
+    "quantile": Call(lambda q: exact().quantile(q), lambda: {"q": 0.3}),
+    "sample": Call(
+        lambda **given: exact().sample(**given), lambda: {"num_samples": 3, "seed": 0}
+    ),
+    "to_datatree": Call(
+        lambda **given: exact().to_datatree(**given),
+        lambda: {"num_samples": 3, "seed": 0, "features": ["a", "b", "c"]},
+    ),
+    "log_evidence_curve": Call(
+        regression.log_evidence_curve,
+        lambda: {
+            "X": X, "y": Y, "scales": [0.5, 1.0], "weight": dist.Normal(0.0, 1.0), "noise": 1.0,
+            "intercept": False,
+        },
+    ),
+    "evidence_maximum": Call(
+        lambda **given: regression.evidence_maximum(**given)[::2],
+        lambda: {
+            "X": X, "y": Y, "weight": dist.Normal(0.0, 1.0), "noise": 1.0,
+            "maximize_noise": False, "intercept": False,
+        },
+    ),
+    "predictive_scores": Call(
+        regression.predictive_scores,
+        lambda: {"X": X, "y": Y, "weight": np.ones((2, 3)), "noise": 1.0, "level": 0.9},
+    ),
+    "Horseshoe": Call(regression.Horseshoe, lambda: {"scale": 1.0}),
+    "LinearRegression": Call(
+        regression.LinearRegression,
+        lambda: {
+            "columns": 3, "weight": dist.Normal(0.0, 1.0), "noise": 1.0, "likelihood": dist.Normal
+        },
+    ),
+    "regression.objective": Call(
+        regression.objective,
+        lambda: programs(regression_pair) | {
+            "X": torch.tensor(X), "y": torch.tensor(Y), "num_samples": 8, "seed": 0
+        },
+    ),
+    # plots and data
+    "plots.calibration": Call(plots.calibration, lambda: {"found": ranked(), "level": 0.9}),
+    "plots.encodings": Call(
+        lambda codes, **rest: plots.encodings({"a": codes}, **rest),
+        lambda: {"codes": np.zeros((2, 3, 2)), "columns": 1},
+        named={"codes": "draws"},
+    ),
+    "plots.encodings, draws": Call(plots.encodings, lambda: {"draws": {"a": np.zeros((2, 3, 2))}}),
+    "plots.images": Call(
+        plots.images, lambda: {"rows": {"a": np.zeros((2, 4))}, "title": "a title"}
+    ),
+    "plots.images, row": Call(
+        lambda row: plots.images({"a": row}),
+        lambda: {"row": np.zeros((2, 4))},
+        named={"row": "rows"},
+    ),
+    "plots.rate_distortion": Call(
+        plots.rate_distortion, lambda: {"points": {"a": (1.0, 2.0), "b": (0.0, 3.0)}}
+    ),
+    "plots.rate_distortion_curves": Call(
+        plots.rate_distortion_curves,
+        lambda: {"curves": {"a": ([1.0, 2.0], [3.0, 2.0])}, "bounds": None, "title": ""},
+    ),
+    "regression.plots.forest": Call(
+        regression.plots.forest,
+        lambda: {"rows": {"a": (np.zeros(2), -np.ones(2), np.ones(2))}, "labels": ["u", "v"]},
+    ),
+    "regression.plots.paths": Call(
+        regression.plots.paths,
+        lambda: {
+            "ridge": ([1.0, 2.0], np.ones((2, 2))), "lasso": ([1.0, 2.0], np.ones((2, 2))),
+            "evidence": [0.0, 1.0], "best": (1.0, 1.0), "labels": ["u", "v"],
+        },
+    ),
+    "regression.plots.band": Call(
+        regression.plots.band, lambda: {"means": np.ones((3, 4)), "noise": 1.0, "level": 0.9}
+    ),
+    "regression.plots.bands": Call(
+        regression.plots.bands,
+        lambda: {
+            "grid": [0.0, 1.0], "curves": {"a": (np.zeros(2), -np.ones(2), np.ones(2))},
+            "data": ([0.0, 1.0], [1.0, 0.0]), "label": "u",
+        },
+    ),
+    "regression.plots.overconfidence": Call(
+        regression.plots.overconfidence,
+        lambda: {"posteriors": {"a": (np.zeros(2), np.eye(2))}, "labels": ("u", "v")},
+    ),
+    "load": Call(ppvae.data.load, lambda: {"name": "digits", "binary": True}),
+    "split": Call(ppvae.data.split, lambda: {"x": data(6), "test": 0.5, "seed": 0}, infinite=".*"),
+}  # fmt: skip
+
+
+def regression_pair():
+    model = regression.LinearRegression(3, noise=1.0)
+    guide = FamilyGuide(model, families.mean_scale)
+    guide.setup(torch.tensor(X), torch.tensor(Y))
+    return model, guide
+
+
+# ------------------------------------------------------------------------------- bad programs
+
+
+class Own(Exception):
+    """An error of a user's."""
+
+
+class Returns(nn.Linear):
+    """A decoder that returns something else."""
+
+    def __init__(self, change):
+        super().__init__(2, 3)
+        self.change = change
+
+    def forward(self, z):
+        return self.change(super().forward(z))
+
+
+def raises(*_):
+    raise Own("mine")
+
+
+def unseen(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def no_plate(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(2))
+    pyro.sample("x", dist.Normal(z.sum(-1), 0.5).to_event(1), obs=x[:, 0])
+
+
+def named(site):
+    """A model with a latent site of that name, and its guide."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(site, dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+
+    return model, FamilyGuide(model, families.mean_scale, encoder=nn.Identity())
+
+
+def misses(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("another", dist.Normal(0.0, 1.0))
+
+
+def with_decoder(change):
+    model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(0.5))
+    guide = FamilyGuide(model, families.mean_scale, encoder=nn.Identity())
+    model.decoder = Returns(change)
+    return model, guide
+
+
+def with_prior(prior):
+    model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(0.5), prior)
+    return model, FamilyGuide(model, families.mean_scale, encoder=nn.Identity())
+
+
+REFUSED = (TypeError, ValueError, ArithmeticError)  # the last of which is `Diverged`
+EXPECTED = (
+    "^[^:]*(model|guide|decoder|encoder|likelihood|prior|refit|data|fit|validation)[^:]*: "
+    "|^Expected parameter loc"  # Pyro's own words, over a program that is checked as it runs
+)
+
+#: name -> how to make a pair, the errors that are right, and a pattern of their words
+PROGRAMS: dict[str, tuple[Callable[[], Any], tuple[type[Exception], ...], str]] = {
+    "nothing observed": (lambda: (unseen, FamilyGuide(unseen, "mean_scale")), REFUSED, EXPECTED),
+    "swapped": (lambda: linear()[::-1], REFUSED, EXPECTED),
+    "no plate": (lambda: (no_plate, FamilyGuide(no_plate, "mean_scale")), REFUSED, EXPECTED),
+    "a guide that misses a site": (lambda: (linear()[0], misses), REFUSED, "^guide: "),
+    "a guide of no sites": (lambda: (linear()[0], frozen_guide), REFUSED, "^guide: "),
+    "a decoder of a tuple": (lambda: with_decoder(lambda x: (x, x)), REFUSED, EXPECTED),
+    "a decoder of a number": (lambda: with_decoder(lambda x: x.sum()), REFUSED, EXPECTED),
+    "a decoder of NaN": (lambda: with_decoder(lambda x: x * math.nan), REFUSED, EXPECTED),
+    "a decoder of infinity": (lambda: with_decoder(lambda x: x * math.inf), REFUSED, EXPECTED),
+    "a decoder of None": (lambda: with_decoder(lambda x: None), REFUSED, EXPECTED),
+    "a likelihood that is no module": (
+        lambda: (VAE(nn.Linear(2, 3), 2, lambda x: x), None), REFUSED, "^likelihood: ",
+    ),
+    "a prior with a batch": (
+        lambda: with_prior(dist.Normal(torch.zeros(4, 2), 1.0).to_event(1)), REFUSED, "^prior: ",
+    ),
+    "an error of its own in the model": (lambda: (raises, linear()[1]), (Own,), "mine"),
+    "an error of its own in the guide": (
+        lambda: (linear()[0], raises), (Own, ValueError), "mine|^guide: expected a FamilyGuide",
+    ),
+    "an error of its own in the decoder": (lambda: with_decoder(raises), (Own,), "mine"),
+}  # fmt: skip
+
+#: what is no mistake: latents in no plate are global, a datum may have a density of zero, and a
+#: program is staged whatever its numbers are
+FINE = {("no plate", measure) for measure in ("fit", "from_pyro_svi", "stage")}
+FINE |= {("a decoder of NaN", "stage")} | {
+    ("a decoder of infinity", measure)
+    for measure in ("evaluate", "gaps", "annealed_importance", "from_pyro_svi", "stage")
+}
+
+#: calls with a model and its guide, and data that depend on latents of their own
+PAIRED = ("fit", "evaluate", "gaps", "annealed_importance", "calibration", "from_pyro_svi", "stage")
+
+
+def frozen_guide(x):
+    """A guide without sites."""
+
+
+#: what takes too long; tensors that an objective is weighted with, which are not looked at; data of
+#: which Pyro's own statements make an error or, by squares beyond the largest number, infinity; and
+#: other dtypes and layouts where programs are run as they are, as inside of `torch.autocast`
+LEFT_OUT = {("fit", "num_epochs", "None"), ("compare_families", "num_epochs", "None")} | {
+    ("fit", "compile", "True"), ("fit_replicates", "compile", "True"),
+    ("fit, global", "num_epochs", "None"), ("ELBO", "beta", "NaN tensor"),
+    ("fit, global", "y", "bool"), ("fit, global", "X", "x 1e200"),
+} | {
+    ("ELBO", "free_bits", words)
+    for words in ("NaN tensor", "negative vector", "empty tensor", "empty matrix")
+} | {
+    (name, "data", words)
+    for name in ("negative_elbo", "ELBO", "IWAE", "terms")
+    for words in ("half", "bfloat16", "float32", "sparse", "on meta")
+}  # fmt: skip
+
+
+#: words -> value, for any argument
+THINGS: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "zero": lambda: 0,
+    "one": lambda: 1,
+    "two": lambda: 2,
+    "-1": lambda: -1,
+    "NaN": lambda: math.nan,
+    "inf": lambda: math.inf,
+    "-inf": lambda: -math.inf,
+    "1e300": lambda: 1e300,
+    "1e-300": lambda: 1e-300,
+    "True": lambda: True,
+    "False": lambda: False,
+    "1.9": lambda: 1.9,
+    "0.3": lambda: 0.3,
+    "1j": lambda: 1j,
+    "too large for a float": lambda: 10**400,
+    "text": lambda: "3",
+    "no text": lambda: "",
+    "bytes": lambda: b"3",
+    "list": lambda: [],
+    "tuple": lambda: (),
+    "dict": lambda: {},
+    "set": lambda: {1, 2},
+    "numbers": lambda: [1, 2],
+    "NaN among numbers": lambda: [1.0, math.nan],
+    "Nones": lambda: [None, None],
+    "pair of text": lambda: ("a", "b"),
+    "a mapping": lambda: {"a": 1},
+    "a mapping of numbers": lambda: {1: 2},
+    "a mapping to None": lambda: {"a": None},
+    "np.nan": lambda: np.array([np.nan]),
+    "scalar array": lambda: np.array(0.5),
+    "scalar tensor": lambda: torch.tensor(0.5),
+    "whole tensor": lambda: torch.tensor(2),
+    "NaN tensor": lambda: torch.tensor(math.nan),
+    "vector": lambda: torch.tensor([1.0, 2.0]),
+    "negative vector": lambda: torch.tensor([-1.0, 2.0, 3.0]),
+    "empty tensor": lambda: torch.empty(0),
+    "empty matrix": lambda: torch.empty(0, 3),
+    "date": lambda: np.datetime64("2020-01-01"),
+    "pd.NA": lambda: pd.NA,
+    "object": object,
+    "class": lambda: int,
+    "function": lambda: frozen_refit,
+    "function of nothing": lambda: lambda: None,
+    "one that returns what it gets": lambda: lambda *args, **kwargs: args,
+    "math.sqrt": lambda: math.sqrt,
+    "module": lambda: nn.Linear(3, 3),
+    "dtype": lambda: torch.float64,
+    "path": lambda: Path("nowhere") / "file",
+    "folder": lambda: Path("."),
+    "distribution": lambda: dist.Normal(0.0, 1.0),
+    "discrete distribution": lambda: dist.Poisson(1.0),
+    "infinite distribution": lambda: dist.Normal(0.0, torch.tensor(math.inf), validate_args=False),
+    "distribution's class": lambda: dist.Gamma,
+    "family": lambda: families.flow,
+    "empty Dataset": xr.Dataset,
+    "Dataset of other things": lambda: xr.Dataset({"elbo": ("datum", [1.0, 2.0])}),
+    "empty tree": xr.DataTree,
+}
+
+
+def _sub(tensor):
+    return nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+
+
+#: words -> from good data to other data
+DATA: dict[str, Callable[[torch.Tensor], Any]] = {
+    "no rows": lambda x: x[:0],
+    "one row": lambda x: x[:1],
+    "half": lambda x: x.half(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "float32": lambda x: x.float(),
+    "whole": lambda x: x.long(),
+    "bool": lambda x: x > 0,
+    "complex": lambda x: x + 0j,
+    "first row": lambda x: x[0],
+    "more dimensions": lambda x: x[None],
+    "column": lambda x: x[..., None],
+    "flat": lambda x: x.flatten(),
+    "wider": lambda x: torch.cat([x, x], -1),
+    "twice": lambda x: (x, x),
+    "a list of tensors": lambda x: list(x),
+    "sparse": lambda x: x.to_sparse(),
+    "on meta": lambda x: x.to("meta"),
+    "NaN row": lambda x: torch.cat([x[:1] * math.nan, x[1:]]),
+    "inf entry": lambda x: torch.cat([x[:1] + math.inf, x[1:]]),
+    "x 1e30": lambda x: x * 1e30,
+    "x 1e-30": lambda x: x * 1e-30,
+    "x 1e200": lambda x: x * 1e200,
+    "x 1e-200": lambda x: x * 1e-200,
+    "constant": lambda x: torch.ones_like(x),
+    "zeros": lambda x: torch.zeros_like(x),
+    "repeated": lambda x: x[:1].expand(x.shape),
+    "masked": lambda x: np.ma.masked_array(x.numpy(), mask=x.numpy() == x.numpy().max()),
+    "text array": lambda x: x.numpy().astype(str),
+    "objects": lambda x: x.numpy().astype(object),
+    "dates": lambda x: x.numpy().astype("datetime64[s]"),
+    "long double": lambda x: x.numpy().astype(np.longdouble),
+    "table": lambda x: pd.DataFrame(x.reshape(len(x), -1).numpy()),
+    "xarray": lambda x: xr.DataArray(x.numpy()),
+    "TensorDataset": TensorDataset,
+    "DataLoader": lambda x: DataLoader(x, 2),
+    "iterator": lambda x: iter(x),
+}
+
+#: words -> the same data in another dress
+DRESSES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "array": lambda x: x.numpy(),
+    "backwards": lambda x: x.numpy()[::-1].copy()[::-1],
+    "read-only": lambda x: np.broadcast_to(x.numpy()[None], (1, *x.shape))[0],
+    "nested lists": lambda x: x.tolist(),
+    "with a gradient": lambda x: x.clone().requires_grad_(),
+    "parameter": _sub,
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+#: words -> the same number in another dress
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "NumPy's": lambda n: np.asarray(n)[()],
+    "array of one": np.asarray,
+    "tensor of one": torch.tensor,
+    "float32": lambda n: np.float32(n) if n == np.float32(n) else n,
+}
+
+
+def changes(good):
+    """words -> (function from a good value to another one, whether that means the same)."""
+    table = {words: (lambda _, make=make: make(), False) for words, make in THINGS.items()}
+    if isinstance(good, (torch.Tensor, np.ndarray)) and good.ndim:
+        table |= {
+            words: (lambda v, m=make: m(torch.as_tensor(v)), False) for words, make in DATA.items()
+        }
+        table |= {
+            words: (lambda v, m=make: m(torch.as_tensor(v)), True)
+            for words, make in DRESSES.items()
+        }
+    elif isinstance(good, (int, float)) and not isinstance(good, bool):
+        table |= {words: (make, True) for words, make in NUMBERS.items()}
+    return table
