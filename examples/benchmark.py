@@ -36,9 +36,10 @@ from ppvae._scopes import matmul_precision, private_modules
 from ppvae.data.batches import batches_of
 from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.training.loop import Steps
+from ppvae.training.options import Options
 from ppvae.training.single import single
 from ppvae.training.stacked import stacked
-from ppvae.training.task import adam, task_of
+from ppvae.training.task import task_of
 
 DATA, BATCH, RATE, PRECISIONS = 4096, 128, 1e-3, ("highest", "high", "medium")
 QUARTILES = [0.5, 0.25, 0.75]
@@ -140,7 +141,7 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
     with inside():
         task = task_of(*pair, None, batches_of("data", x, BATCH, training=True))
         engine = single(task, how)
-        steps = Steps(engine, adam(engine.parameters, lr=RATE))
+        steps = Steps(engine, Options(learning_rate=RATE))
 
     def step(batch: Tensor) -> None:
         steps.take((batch,))
@@ -156,7 +157,7 @@ def replicates(count: int, pair: Any, x: Tensor) -> Run:
         batches = batches_of("data", x, BATCH, training=True)
         tasks = [task_of(*copy.deepcopy(pair), None, batches) for _ in range(count)]
         engine = stacked(tasks, range(count), compiled=True)
-        steps = Steps(engine, adam(engine.parameters, lr=RATE))
+        steps = Steps(engine, Options(learning_rate=RATE))
     if engine.gradients.execution != "compiled":
         raise NotStageable("it runs, but is not compiled")
 

@@ -20,6 +20,10 @@ from ppvae.programs.nodes import data_plate, observed_nodes, plates_of
 from ppvae.programs.runs import trace_pair
 
 
+class DataDependent(Exception):
+    """A program decides on the values of tensors while it is recorded, which have none then."""
+
+
 class Program(nn.Module):
     """The loss of a model and its guide as a module that holds all that they are made of.
 
@@ -56,7 +60,12 @@ class Program(nn.Module):
         fields = dict(zip(self.moving, values, strict=True))
         objective = replace(self.objective, **fields) if fields else self.objective
         with private_modules():
-            return self.loss(args[:cut], step, objective)
+            try:
+                return self.loss(args[:cut], step, objective)
+            except RuntimeError as error:  # of which PyTorch would print the graph so far
+                if "DataDependent" in type(error).__name__:
+                    raise DataDependent(str(error)) from error
+                raise
 
     def loss(
         self, batch: tuple[Any, ...], step: Any, objective: Any = None, size: int | None = None
