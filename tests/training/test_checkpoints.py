@@ -257,7 +257,7 @@ def test_another_training_is_refused(name, tmp_path):
     ("path", "error", "message"),
     [
         (3, TypeError, "checkpoint: expected the path of a file, got 3"),
-        ("nowhere/run.pt", ValueError, "checkpoint: expected a file in a folder that exists"),
+        ("nowhere/run.pt", FileNotFoundError, "checkpoint: expected a folder that exists"),
         ("text.pt", ValueError, "checkpoint: expected a file that was written here"),
         ("dict.pt", ValueError, "checkpoint: expected a file that was written here"),
     ],
