@@ -1,5 +1,6 @@
 """Trains global latents at once: to the optimum of their ELBO, with a verdict on what was found."""
 
+import math
 import time
 from typing import Any
 
@@ -44,7 +45,12 @@ def fit_at_once(
                 return Fit(**file.saved["fit"], objective=task.program.objective)
         first = [parameter.detach().clone() for parameter in task.parameters]
         way = Way(task.batches.size, options.stops)
-        optimum = optimise(task, way, steps=steps, seed=seed)
+        try:
+            optimum = optimise(task, way, steps=steps, seed=seed)
+        except torch.linalg.LinAlgError as error:
+            why = blame(task, task.example, 0, before.put_back)
+            steep = f"the curvature of the posterior is beyond doubles ({error}): {why}"
+            raise Diverged(f"{steep}; the parameters are unchanged") from error
         if optimum is None:
             return None
         _put(task, optimum.values)
@@ -95,6 +101,7 @@ def _verdict(task: Task, optimum: Optimum, seed: int) -> Verdict | None:
     if not all(torch.isfinite(parameter).all() for parameter in task.parameters):
         return None
     try:
-        return judge(task, optimum, seed)
+        verdict = judge(task, optimum, seed)
     except torch.linalg.LinAlgError:
         return None
+    return verdict if math.isfinite(verdict.loss) else None

@@ -346,6 +346,14 @@ def test_an_error_puts_parameters_back(monkeypatch):
         quiet(logistic, guide, labelled())
 
 
+def test_columns_whose_squares_overflow_are_said():
+    model = LinearRegression(3)
+    guide = FamilyGuide(model, families.full_rank).setup(torch.ones(2, 3), torch.ones(2))
+    data = torch.randn(20, 3) * 1e170, torch.randn(20)
+    with traceless(guide, moved=False), pytest.raises(Diverged, match="standardise.*unchanged"):
+        quiet(model, guide, data)
+
+
 def test_a_density_that_is_never_finite_is_said_and_nothing_is_moved():
     def broken(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
