@@ -1,9 +1,10 @@
 """The graph of a call of a program, as `torch.export` records it."""
 
-import builtins
 import logging
+import sys
 import threading
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ppvae._scopes import param_store, random_state, unchecked
+from ppvae._scopes import kept_buffers, param_store, random_state, unchecked
 from ppvae.staging.program import Program
 
 _ONE_AT_A_TIME = threading.RLock()  # what is replaced below is global
@@ -26,7 +27,8 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
         logged = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
         try:
-            with torch.enable_grad(), _symbolic_lengths(), _unsampled():
+            lengths = _symbolic_lengths(program, args)
+            with torch.enable_grad(), _unsampled(), lengths:
                 return torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
         finally:
             logging.disable(logged)
@@ -42,7 +44,7 @@ _SHAPED: dict[str, Any] = {
 
 @cache
 def _load() -> None:
-    """Loads, once in a process, what tracing loads late, some of which looks at the built-ins."""
+    """Loads, once in a process, what tracing loads late."""
     import torch._dynamo
 
     for name, shaped in _SHAPED.items():
@@ -51,23 +53,50 @@ def _load() -> None:
     torch.export.export(nn.Identity(), (torch.zeros(2),), strict=False)
 
 
-def _symbolic_lengths() -> AbstractContextManager[Any]:
+@contextmanager
+def _symbolic_lengths(program: Program, args: tuple[Any, ...]) -> Iterator[None]:
     """Makes `len(x)` of a tensor that is traced its first size, as `x.shape[0]` is.
 
     Models say `pyro.plate("data", len(x))`. Python makes a whole number of whatever `__len__`
     returns, and the batch of the graph would be of that size for good. The name `len` is the only
-    place to step in; PyTorch does the same with `max` and `min` while it exports. Nothing changes
-    for tensors that are not traced, and in other threads.
+    place to step in: it is given to the modules whose code the program runs, for as long as the
+    program is traced. Nothing changes for tensors that are not traced, and in other threads.
     """
     from torch._subclasses.fake_tensor import FakeTensor
 
-    builtin, here = len, threading.get_ident()
+    here = threading.get_ident()
 
     def length(x: Any, /) -> Any:
         traced = isinstance(x, FakeTensor) and x.dim() and threading.get_ident() == here
-        return x.shape[0] if traced else builtin(x)
+        return x.shape[0] if traced else len(x)
 
-    return patch.object(builtins, "len", length)
+    modules = [module for module in _modules_of(program, args) if "len" not in module]
+    try:
+        for module in modules:
+            module["len"] = length
+        yield
+    finally:
+        for module in modules:
+            module.pop("len", None)
+
+
+def _modules_of(program: Program, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """The namespaces whose functions a call of a program runs, but for PyTorch's and this one."""
+    seen: dict[int, dict[str, Any]] = {}
+
+    def see(frame: Any, event: str, _: Any) -> None:
+        torchs = str(frame.f_globals.get("__name__")).split(".")[0] == "torch"
+        if event == "call" and not torchs:
+            seen[id(frame.f_globals)] = frame.f_globals
+
+    before = sys.getprofile()
+    with torch.no_grad(), kept_buffers(program):
+        sys.setprofile(see)
+        try:
+            program(*args)
+        finally:
+            sys.setprofile(before)
+    return [module for module in seen.values() if module is not globals()]
 
 
 def _unsampled() -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """Staged equals eager: the same numbers, to the last bit, for the same seed; and no trace left."""
 
+import builtins
 from functools import partial
 
 import pyro
@@ -398,3 +399,16 @@ def test_running_statistics_and_dropout_are_those_of_the_program(training):
     assert (guide.encoder[1].running_mean.abs().sum() > 0) == training
     losses = {outcome(staged, [], data(), seed=seed)[0].item() for seed in (1, 1, 2)}
     assert len(losses) == 2
+
+
+def test_nothing_of_the_process_is_replaced_while_a_loss_is_recorded():
+    """The length of a batch is free in the graph, and `builtins.len` is Python's all the while."""
+    seen, names = [], dict(globals())
+
+    def model(x):
+        seen.append(builtins.len)
+        latents_and_data(x)
+
+    staged = stage(model, FamilyGuide(model, families.mean_scale, encoder=mlp(3, 4)), data(6))
+    assert staged.covers(data(5)) and len(seen) > 2 and {*seen} == {len}
+    assert dict(globals()) == names
