@@ -35,8 +35,7 @@ from ppvae import VAE, FamilyGuide, NotStageable, evaluate, families, fit, likel
 from ppvae._scopes import matmul_precision, private_modules
 from ppvae.data.batches import batches_of
 from ppvae.nn import conv_decoder, conv_encoder, mlp
-from ppvae.training.loop import Steps
-from ppvae.training.options import Options
+from ppvae.training.loop import Options, Steps
 from ppvae.training.single import single
 from ppvae.training.stacked import stacked
 from ppvae.training.task import task_of

@@ -14,6 +14,8 @@ from torch import Tensor
 #: Sizes of which the square, and that of their inverse, is a number in double precision.
 LEAST, MOST = 1e-100, 1e100
 
+_LONG = 1000  # characters of what came, of which the middle is left out beyond
+
 
 def expect(
     ok: Any, name: str, expected: str, got: Any, error: type[Exception] = ValueError
@@ -28,7 +30,9 @@ def expect(
         error: the kind of error.
     """
     if not ok:
-        raise error(f"{name}: expected {expected}, got {got}")
+        came = f"{got}"
+        came = came if len(came) <= _LONG else f"{came[: _LONG // 2]} ... {came[-_LONG // 2 :]}"
+        raise error(f"{name}: expected {expected}, got {came}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:

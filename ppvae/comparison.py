@@ -266,8 +266,8 @@ def with_steps(results: xr.Dataset, min_gain: float, level: float) -> xr.Dataset
 
 def _members(families: Sequence[Any]) -> dict[str, Any]:
     """The families by name, at least two of them."""
-    several = isinstance(families, (list, tuple)) and len(families) >= 2
-    expect(several, "families", "a list of at least two", repr(families))
+    several = isinstance(families, Sequence) and not isinstance(families, (str, bytes))
+    expect(several and len(families) >= 2, "families", "at least two", repr(families))
     members = {family.name: family for family in (as_family(f, "families") for f in families)}
     expect(len(members) == len(families), "families", "different ones", repr(families))
     return members

@@ -194,7 +194,7 @@ def rate_distortion_curves(
     expect(known, "bounds", "a mapping from labels", got, TypeError)
     for kind, lines in (("bounds", bounds or {}), ("curves", curves)):
         for index, (name, pair) in enumerate(lines.items()):
-            paired = isinstance(pair, Sequence) and len(pair) == 2
+            paired = isinstance(pair, (Sequence, np.ndarray)) and len(pair) == 2
             expect(paired, kind, f"a pair (rates, distortions) for {name}", pair)
             rates, distortions = (check_array(f"{kind}, {name}", part, ("k",)) for part in pair)
             alike = rates.shape == distortions.shape
