@@ -11,7 +11,8 @@ is a dictionary of
   epoch; `optimizer`, `scheduler` and `ending`, which say how it moves; `step`; `random_numbers`,
   where the generators stand, and `began`, where they stood when the epoch began; and `numbers`, its
   course: losses, epochs, the position in the epoch, seconds;
-- `fit`: for global latents, instead of a state, what `fit` returned.
+- for global latents, instead of a state: `fit`, what it returned; `start` and `values`, the
+  parameters before and after; and `steps`, how many there could be, 0 if it was interrupted.
 
 The file of a pair has `format`, `parts`, `model` and `guide`, the last two as `state_dict` gives
 them.
@@ -170,7 +171,7 @@ def _modules(**programs: Any) -> dict[str, nn.Module]:
 def _read(name: str, path: Path, part: str) -> dict[str, Any]:
     """The contents of a file that has this part."""
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{name}: expected a file, got {path}, which is not there"

@@ -454,11 +454,13 @@ class Training:
         steps, engine = self.steps, self.steps.engine
         with torch.no_grad():
             for name, value in engine.values().items():
-                value.copy_(state["values"][name])
+                saved = state["values"][name].to(value.device)
+                if not torch.equal(value, saved):  # one that was expanded cannot be written to
+                    value.copy_(saved)
         if state["best"] is not None:
             self.best = Snapshot(engine.parameters, engine.modules)
-            names = self._by_name(self.best)
-            self.best.values = [state["best"][name] for name in names]
+            now = self._by_name(self.best).items()
+            self.best.values = [state["best"][name].to(value.device) for name, value in now]
         for part in ("optimizer", "scheduler"):
             if state[part] is not None:
                 getattr(steps, part).load_state_dict(state[part])
