@@ -76,14 +76,19 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     Raises:
         ValueError: it is no such number.
     """
-    try:
-        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
-        number = math.nan
+    number = _real(value)
     kind = "positive number" if positive else "number of at least 0"
     fits = math.isfinite(number) and (number > 0 or number == 0 and not positive)
     expect(fits, name, f"a finite {kind}", repr(value))
     return number
+
+
+def _real(value: Any) -> float:
+    """A number as a `float`, or NaN for what is none; True and False are none, nor is text."""
+    try:
+        return math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return math.nan
 
 
 def check_share(name: str, value: Any) -> float:
@@ -92,10 +97,7 @@ def check_share(name: str, value: Any) -> float:
     Raises:
         ValueError: it is no such number.
     """
-    try:
-        share = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
-        share = math.nan
+    share = _real(value)
     expect(0 < share < 1, name, "a number between 0 and 1", repr(value))
     return share
 

@@ -69,15 +69,16 @@ def fit_at_once(
         result = Fit(losses, [], *end, verdict.converged, verdict.words)
         if file is not None:
             kept = {k: v for k, v in result._asdict().items() if k != "objective"}
-            parts: dict[str, Any] = {
-                "execution": "eager",
-                "loss": [task.first_loss()],
-                "fit": kept,
-                "start": first,
-            }
-            parts["values"] = [parameter.detach() for parameter in task.parameters]
-            parts["steps"] = 0 if interrupted() else steps
-            file.write(lambda: parts)
+            file.write(
+                lambda: {
+                    "execution": "eager",
+                    "loss": [task.first_loss()],
+                    "fit": kept,
+                    "start": first,
+                    "values": [parameter.detach() for parameter in task.parameters],
+                    "steps": 0 if interrupted() else steps,
+                }
+            )
     verdict.warn()
     return result
 

@@ -169,8 +169,7 @@ def fit(
         >>> len(fit(model, guide, torch.randn(20, 5), num_epochs=3, progress=False).losses)
         3
     """
-    told = learning_rate, optimizer, scheduler, clip, callback, patience
-    options = Options(*told)
+    options = Options(learning_rate, optimizer, scheduler, clip, callback, patience)
     check_call(precision)
     seed = None if seed is None else check_seed(seed)
     model, guide, extra = with_keywords(model, guide, (), kwargs)

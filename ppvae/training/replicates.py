@@ -170,7 +170,7 @@ def _one_by_one(
     data: Any,
     objectives: Sequence[Any],
     seeds: Sequence[int],
-    checkpoint: Any,
+    checkpoint: Path | None,
     told: Mapping[str, Any],
 ) -> list[Fit]:
     """Trains pairs one after the other, each with a checkpoint of its own."""
@@ -182,8 +182,7 @@ def _one_by_one(
             continue
         file = checkpoint
         if checkpoint is not None:
-            path = Path(checkpoint)
-            file = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            file = checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
         results.append(fit(*pair, data, objective=own, seed=seed, checkpoint=file, **told))
     return results
 
