@@ -221,6 +221,8 @@ def _run(
     same = {name: options[name] for name in ("plate", "kwargs") if name in options}
     same |= {"num_samples": num_samples, "seed": seed, "progress": False}
     measured = evaluate(model, guide, *test, **same)
+    infinite = int(np.isinf(measured.elbo).sum())
+    expect(not infinite, "test", "data of a finite ELBO", f"{infinite} of an infinite one")
     told = options.get("num_epochs")
     ended = len(fitted.losses) < told if told else fitted.converged is not False
     losses = fitted.validation_losses or fitted.losses
@@ -278,5 +280,6 @@ def _test_data(test: Any) -> tuple[Tensor, ...]:
     held = not isinstance(test, (Dataset, DataLoader))
     expect(held, "test", "a tensor, an array or a tuple", type(test).__name__, TypeError)
     args = as_tensors("test", test)
-    expect(len(args[0]) >= 2, "test", "at least 2 data", len(args[0]))
+    size = len(args[0]) if args[0].dim() else 1
+    expect(size >= 2, "test", "at least 2 data", size)
     return args

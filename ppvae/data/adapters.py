@@ -13,6 +13,8 @@ from ppvae._checks import check_real, expect
 def as_tensors(name: str, data: Any) -> tuple[Tensor, ...]:
     """Turns one tensor or array, or several with equal first dimensions, into a tuple of tensors.
 
+    They share memory with what came, but want no gradient: the data are the caller's.
+
     Args:
         name: of the argument, for the messages.
         data: a tensor or array, or a tuple or list of them. Floating arrays take the default dtype.
@@ -43,7 +45,7 @@ def _as_tensor(name: str, item: Any) -> Tensor:
     inexact = item.is_floating_point() or item.is_complex()
     bad = int((~torch.isfinite(item)).sum()) if inexact else 0
     expect(not bad, name, "finite numbers", f"{bad} that are NaN or infinite")
-    return item
+    return item.detach() if item.requires_grad else item
 
 
 def check_dtype(name: str, values: Iterable[Any], *programs: Any) -> None:

@@ -25,8 +25,9 @@ def moments_of(model_trace: Any, plate: Any) -> Moments | None:
     x = Place.of(nodes[0], plate).flat(nodes[0]["value"])[0]
     if len(nodes) > 1 or not isinstance(fn, Normal) or x.shape[1] > _WIDEST:
         return None
-    rows = x.double().cpu().numpy()
-    return len(rows), rows.sum(0), rows.T @ rows, float(fn.variance.double().mean())
+    rows = x.double().cpu()  # whose squares may overflow without a word
+    variance = float(fn.variance.double().mean())
+    return len(rows), rows.sum(0).numpy(), (rows.T @ rows).numpy(), variance
 
 
 def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
@@ -37,12 +38,17 @@ def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
 
     Args:
         moments: of all minibatches.
+
+    Returns:
+        Attributes of a result; none where that is not known, as for data whose squares overflow.
     """
     known = [each for each in moments if each is not None]
     if sum(each[0] for each in known) < 2:
         return {}
     size, total, products, noise = (sum(column) for column in zip(*known, strict=True))
     mean, noise = total / size, noise / len(known)
+    if not np.isfinite(products).all():
+        return {}
     ratio = np.maximum(np.linalg.eigvalsh(products / size - np.outer(mean, mean)) / noise, 1.0)
     worth = (ratio - 1 - np.log(ratio)) / 2
     return {"noise_variance": noise, "directions": int((worth > WORTH).sum())}

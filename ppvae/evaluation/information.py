@@ -69,9 +69,9 @@ def information(
     Returns:
         `mutual_information`, which is I(x; z) under the distribution of the data at hand and at
         most log N, and `aggregate_kl`, which is KL(q(z) || p(z)) of the aggregate posterior; each
-        with its standard error, under the same name with `_se`.
+        with its standard error, under the same name with `_se`. NaN where a rate is infinite.
     """
-    if not draws:
+    if not draws or not np.isfinite(rate).all():
         return dict.fromkeys(_TOTALS, math.nan)
     # a family with channels never runs its model, and so can run inside a plate of draws; one
     # without runs it, decoder and all, and then fewer pairs must do

@@ -62,6 +62,7 @@ def calibration(  # noqa: D417
     - `gap` is log p(x) - ELBO, with log p(x) by importance sampling, and too small where the
       weights vary much. `gap_upper` is too large instead: the simulated latent joins the draws.
       The true gap lies between their means, and for the exact guide both are zero for any draws.
+      They are infinite where a draw of the guide gives the data a density of zero.
 
     Local latents (an encoder): each datum is a simulation, and the guide answers as it is. Global
     latents: each simulation is a whole data set, on which `refit` trains a copy of the guide.
@@ -274,7 +275,8 @@ def _nats(plan: _Plan, log_weight: Tensor, true_terms: Terms | None) -> dict[str
     Without those terms there is only the lower gap.
     """
     elbo = log_weight.mean(0)
-    nats = {"gap": log_mean_weight(log_weight) - elbo}
+    never = elbo.isneginf()  # log p(x) is finite, as the model has drawn x, and the ELBO is not
+    nats = {"gap": torch.where(never, math.inf, log_mean_weight(log_weight) - elbo)}
     if true_terms is not None:
         size = torch.Size([1, len(elbo)])
         gain = true_terms.log_q - true_terms.total(true_terms.log_prior)
@@ -298,7 +300,8 @@ def _dataset(arrays: Arrays, plan: _Plan, labels: list[str], levels: list[float]
     for name in ("information", "gap", "gap_upper"):
         value = arrays.get(name, np.full(len(rank), math.nan))
         variables[name] = float(value.mean())
-        variables[f"{name}_se"] = float(value.std(ddof=1)) / math.sqrt(len(rank))
+        spread = value.std(ddof=1) if np.isfinite(value).all() else math.nan
+        variables[f"{name}_se"] = float(spread) / math.sqrt(len(rank))
     note = "a point has no density"
     if "gap" in arrays:
         note = "the guide's density at given latents was not found"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ppvae._checks import expect
@@ -30,7 +31,8 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
             f"encoder: expected a module that takes {came}, got one that does not: {error}"
         ) from error
     kind = type(features).__name__
-    expect(isinstance(features, Tensor), "encoder", "features in a tensor", kind, TypeError)
+    dense = isinstance(features, Tensor) and features.layout is torch.strided
+    expect(dense, "encoder", "features in a dense tensor", kind, TypeError)
     shape = tuple(features.shape)
     lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
     fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae._checks import check_choice, check_count, check_number, expect
 from ppvae.objectives.base import Objective, Run
@@ -107,7 +107,9 @@ class ELBO(Objective):
     def __post_init__(self) -> None:
         for name in self.scheduled:
             value = getattr(self, name)
-            if not (callable(value) or isinstance(value, Tensor)):
+            if isinstance(value, Tensor):
+                _check_weight(name, value)
+            elif not callable(value):
                 # as a number of Python's: one of NumPy's would make an array of a product
                 object.__setattr__(self, name, check_number(name, value))
         check_choice("kl", self.kl, ("analytic", "sampled"))
@@ -123,6 +125,16 @@ class ELBO(Objective):
             distortion = _mean([_distortion(run.terms, size) for run in runs])
             return distortion + _in_dtype_of(self.beta, rate) * rate
         return _mean([_weighted(run.terms, size, self.beta) for run in runs])
+
+
+def _check_weight(name: str, value: Tensor) -> None:
+    """Checks a tensor as a number is checked, unless a graph is made, in which it has no value."""
+    expect(not value.dim(), name, "a number, or a tensor of one", f"shape {tuple(value.shape)}")
+    try:
+        number = value.item() if type(value) in (Tensor, nn.Parameter) else 0.0
+    except RuntimeError:  # inside of `vmap`
+        return
+    check_number(name, number)
 
 
 def _weighted(terms: Terms, size: int | None, beta: Any) -> Tensor:

@@ -84,10 +84,16 @@ def trace_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | No
             program(*args, **kwargs)
         except Exception as error:
             if not hasattr(error, "__notes__"):
-                came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
-                error.add_note(f"in a run of model or guide on arguments {came}")
+                came = ", ".join(map(_in_words, args))
+                error.add_note(f"in a run of model or guide on these arguments: {came}")
             raise
     return messenger.get_trace()
+
+
+def _in_words(arg: Any) -> str:
+    """The shape and the dtype of a tensor, and the type of what is none."""
+    tensor = isinstance(arg, Tensor)
+    return f"{tuple(arg.shape)} of {arg.dtype}" if tensor else type(arg).__name__
 
 
 def from_reals(support: Any) -> Any:
@@ -190,18 +196,12 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
         start: the number of their first row.
 
     Raises:
-        ValueError: nothing is observed, or data are complex or outside of a support.
+        TypeError: what is observed is no tensor, or neither True and False are numbers to its
+            distribution, nor complex numbers.
+        ValueError: nothing is observed, or data are outside of a support.
     """
-    nodes = observed_nodes(trace)
-    none = "none (is an `obs=` missing, or are model and guide the wrong way round?)"
-    expect(nodes, "model", "observed sites", none)
-    for node in nodes:
-        value, site, fn = node["value"], node["name"], base_of(node["fn"])
-        while isinstance(fn, dist.MaskedDistribution):
-            fn = base_of(fn.base_dist)
-        if isinstance(fn, dist.Unit):
-            continue
-        expect(not value.is_complex(), name, f"real numbers at {site!r}", value.dtype)
+    for node in numbers_observed(trace, name):
+        value, site, fn = node["value"], node["name"], _bare_distribution(node["fn"])
         support = getattr(type(fn), "support", None)
         if isinstance(support, property) and fn.has_enumerate_support:
             support = fn.support
@@ -214,6 +214,25 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
                 row = int(outside.nonzero()[0, -1]) if outside.dim() else 0
                 count += f", first in row {start + row}"
             expect(not outside.any(), name, f"values in the support of {site!r}, {support}", count)
+
+
+def numbers_observed(trace: Any, name: str = "data") -> list[Node]:
+    """The observed sample statements of a trace without factors, which all observe real numbers.
+
+    Raises:
+        TypeError: what is observed is no tensor, or one of complex numbers or of True and False.
+        ValueError: nothing is observed.
+    """
+    nodes = observed_nodes(trace)
+    none = "none (is an `obs=` missing, or are model and guide the wrong way round?)"
+    expect(nodes, "model", "observed sites", none)
+    observed = [node for node in nodes if not isinstance(_bare_distribution(node["fn"]), dist.Unit)]
+    for node in observed:
+        value = node["value"]
+        real = isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool
+        came = getattr(value, "dtype", type(value).__name__)
+        expect(real, name, f"real numbers in a tensor at {node['name']!r}", came, TypeError)
+    return observed
 
 
 def check_densities(trace: Any) -> None:
@@ -267,11 +286,16 @@ def base_of(fn: Any) -> Any:
     return fn
 
 
-def is_point(fn: Any) -> bool:
-    """Whether a distribution is a point, which has no density."""
+def _bare_distribution(fn: Any) -> Any:
+    """A distribution without its event dims and masks."""
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return fn
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a point, which has no density."""
+    return isinstance(_bare_distribution(fn), dist.Delta)
 
 
 def has_density(node: Node, trace: Any) -> bool:

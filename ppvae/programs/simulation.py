@@ -61,6 +61,7 @@ def simulate(
         The new arguments, and the latents by site.
 
     Raises:
+        TypeError: an observed site's data are no real numbers in a tensor.
         ValueError: nothing is observed, an observed site's data are none of the arguments or those
             of another site too, a prior is improper, or the model is no recipe for data: it has a
             factor, or the data have a part in their own distribution (an autoregressive decoder).
@@ -137,7 +138,9 @@ def _replaced(args: tuple[Any, ...], observed: Mapping[str, Any], count: int) ->
 def _in_shape_of_data(node: Any, data: Tensor) -> Tensor:
     """A drawn value in the shape of the data, and in their dtype where that loses nothing."""
     value = node["value"]
-    expect(not data.is_complex(), "args", f"real numbers at {node['name']!r}", data.dtype)
+    real = isinstance(data, Tensor) and not data.is_complex()
+    came = getattr(data, "dtype", type(data).__name__)
+    expect(real, "args", f"real numbers in a tensor at {node['name']!r}", came, TypeError)
     wanted = f"data of shape {tuple(value.shape)} at {node['name']!r}, as its distribution"
     expect(value.numel() == data.numel(), "model", wanted, tuple(data.shape))
     value = value.reshape(data.shape)

@@ -1,5 +1,6 @@
 """A Pyro model, its guide and an objective as one module: what a graph is recorded from."""
 
+import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ppvae._checks import expect
 from ppvae._scopes import kept_buffers, private_modules, random_state, unchecked
 from ppvae.objectives.base import at_step, moving_fields, takes_plate
-from ppvae.programs.nodes import data_plate, observed_nodes, plates_of
+from ppvae.programs.nodes import data_plate, numbers_observed, plates_of
 from ppvae.programs.runs import trace_pair
 
 
@@ -108,8 +109,11 @@ def program_of(
         plate: name of the data plate; by default the one that `data_plate` finds.
 
     Raises:
+        TypeError: the objective is no function, or what is observed is no tensor of real numbers.
         ValueError: model and guide do not fit, or nothing is observed.
     """
+    fits = callable(objective) and not inspect.isclass(objective)
+    expect(fits, "objective", "a function, such as ELBO()", repr(objective), TypeError)
     program = Program(model, guide, objective, size)
     with random_state(None, keep=True), torch.enable_grad(), unchecked(), private_modules():
         with called_modules():  # may make what is made late, by modules that are then forgotten
@@ -136,8 +140,7 @@ def program_of(
 
 def _find_plate(program: Program, trace: Any, plate: str | None) -> None:
     """Finds the data plate once, and passes on its name where the rule could differ later."""
-    observed = observed_nodes(trace)
-    expect(observed, "model", "observed sites", "none")
+    observed = numbers_observed(trace)
     program.plate = frame = data_plate(trace, plate)
     others = {name for node in observed for name in plates_of(node)} - {"data"}
     if plate is not None or (frame is not None and frame.name != "data" and len(others) > 1):

@@ -79,11 +79,12 @@ def stage(
         torch.Size([])
     """
     model, guide, args = with_keywords(model, guide, args, kwargs)
-    program = program_of(model, guide, objective or ELBO(), args, size=size, plate=plate)
+    loss = ELBO() if objective is None else objective
+    program = program_of(model, guide, loss, args, size=size, plate=plate)
     staged = record(program, args, tuple(kwargs or ()))
-    loss = _outcome(staged, program, *args, *program.settings(0))[0]
-    if not torch.isfinite(loss):
-        so = f"stage: the loss is {loss}, so that graph and program could not be compared"
+    value = _outcome(staged, program, *args, *program.settings(0))[0]
+    if not torch.isfinite(value):
+        so = f"stage: the loss is {value}, so that graph and program could not be compared"
         warnings.warn(f"{so}; are the data scaled?", stacklevel=stacklevel())
     return staged
 

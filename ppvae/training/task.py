@@ -1,6 +1,5 @@
 """What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
-import inspect
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -110,15 +109,14 @@ def task_of(
         ValueError: model and guide do not fit, nothing is observed, or the data are of another
             dtype than the parameters, or not as many as the data plate has.
     """
-    fits = objective is None or (callable(objective) and not inspect.isclass(objective))
-    expect(fits, "objective", "a function, such as ELBO()", repr(objective), TypeError)
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
     near = next((p for module in modules for p in module.parameters()), None)
     if near is not None:
         batches.to(near.device)
         check_dtype("data", batches.tensors, model, guide)
     batch = batches.example()
-    program = program_of(model, guide, objective or ELBO(), batch, size=batches.size, plate=plate)
+    loss = ELBO() if objective is None else objective
+    program = program_of(model, guide, loss, batch, size=batches.size, plate=plate)
     if program.plate is not None:
         sizes, rows = (program.plate.size, program.plate.full_size), len(batch[0])
         wanted = f"{sizes[0]} rows, the size of the plate {program.plate.name!r} of the model"

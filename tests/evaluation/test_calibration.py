@@ -107,6 +107,13 @@ def test_a_point_covers_nothing_and_has_no_density():
     assert "information is not known: a point has no density" in found.reading
 
 
+def test_a_gap_is_infinite_where_the_guide_leaves_the_support():
+    """The prior draws what the uniform distribution of some data leaves out."""
+    model = local(dist.Normal(0.0, 1.0), lambda z: dist.Uniform(z - 1.0, z + 1.0))
+    found = calibration(model, FamilyGuide(model, families.noise_only), torch.zeros(20), **QUIET)
+    assert found.gap == found.gap_upper == math.inf and np.isfinite(found.information)
+
+
 def test_a_shifted_guide_is_told_by_its_side():
     linear = build(500)
     guide = linear.exact()

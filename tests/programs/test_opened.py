@@ -122,7 +122,7 @@ def test_big_endian_and_read_only_data_are_as_others():
 
 def test_complex_data_cannot_be_simulated():
     model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(1.0))
-    with pytest.raises(ValueError, match="^args: expected real numbers at 'x'"):
+    with pytest.raises(TypeError, match="^args: expected real numbers in a tensor at 'x'"):
         simulate(model, ONES + 1j)
 
 

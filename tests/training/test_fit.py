@@ -88,6 +88,14 @@ def test_takes_data_of_every_kind(kind):
     assert result.num_steps == 6 and all(map(math.isfinite, result.losses))
 
 
+@pytest.mark.parametrize("train", [fit, fit_replicates])
+def test_data_that_want_a_gradient_get_none(train):
+    x = data(20).requires_grad_()
+    pairs = build() if train is fit else ([build(), build()],)
+    train(*pairs, x, num_epochs=2, batch_size=8, progress=False)
+    assert x.requires_grad and x.grad is None
+
+
 def test_arrays_take_the_default_dtype_and_numbers_may_be_those_of_numpy():
     model, guide = build()
     torch.set_default_dtype(torch.float32)
