@@ -1,5 +1,6 @@
 """The graph of a call of a program, as `torch.export` records it."""
 
+import linecache
 import logging
 import sys
 import threading
@@ -28,10 +29,41 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
         try:
             lengths = _symbolic_lengths(program, args)
-            with torch.enable_grad(), _unsampled(), lengths:
-                return torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
+            with torch.enable_grad(), _unsampled(), lengths, _sources_forgotten():
+                exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
+            _let_go(exported)
+            return exported
         finally:
             logging.disable(logged)
+
+
+@contextmanager
+def _sources_forgotten() -> Iterator[None]:
+    """Drops the source of each graph that is made inside, which PyTorch keeps for tracebacks."""
+    from torch.fx.graph_module import _loader
+
+    kept: tuple[dict[str, Any], ...] = (_loader.eval_cache, linecache.cache)
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        for name in _loader.eval_cache.keys() - before:
+            for sources in kept:
+                sources.pop(name, None)
+
+
+def _let_go(exported: torch.export.ExportedProgram) -> None:
+    """Breaks the circle by which the shapes of a trace would live as long as the process.
+
+    They hold the tensors that were traced, and these hold them, through C++, where the garbage
+    collector does not see it. Caches of their class, some without a bound, hold them too.
+    """
+    modes = {getattr(node.meta.get("val"), "fake_mode", None) for node in exported.graph.nodes}
+    for shapes in {getattr(mode, "shape_env", None) for mode in modes} - {None}:
+        shapes.tracked_fakes = None
+        for method in vars(type(shapes)).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
 
 
 # Operations of which PyTorch does not say the shape of the result, so that it cannot trace them.
@@ -89,13 +121,16 @@ def _modules_of(program: Program, args: tuple[Any, ...]) -> list[dict[str, Any]]
         if event == "call" and not torchs:
             seen[id(frame.f_globals)] = frame.f_globals
 
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
     with torch.no_grad(), kept_buffers(program):
         sys.setprofile(see)
         try:
             program(*args)
         finally:
-            sys.setprofile(before)
+            if hasattr(before, "enable"):  # a profiler in C, which is no function
+                before.enable()
+            else:
+                sys.setprofile(before)
     return [module for module in seen.values() if module is not globals()]
 
 

@@ -15,7 +15,7 @@ from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppvae._checks import expect
-from ppvae._scopes import kept_buffers, private_modules, random_state, unchecked
+from ppvae._scopes import as_they_are, kept_buffers, private_modules, random_state, unchecked
 from ppvae.objectives.base import at_step, moving_fields, takes_plate
 from ppvae.programs.nodes import data_plate, numbers_observed, plates_of
 from ppvae.programs.runs import trace_pair
@@ -60,7 +60,7 @@ class Program(nn.Module):
         *values, step = args[cut:]
         fields = dict(zip(self.moving, values, strict=True))
         objective = replace(self.objective, **fields) if fields else self.objective
-        with private_modules():
+        with private_modules(), as_they_are():
             try:
                 return self.loss(args[:cut], step, objective)
             except RuntimeError as error:  # of which PyTorch would print the graph so far

@@ -1,6 +1,10 @@
 """Staged equals eager: the same numbers, to the last bit, for the same seed; and no trace left."""
 
 import builtins
+import cProfile
+import gc
+import linecache
+import sys
 from functools import partial
 
 import pyro
@@ -14,6 +18,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ppvae import VAE, FamilyGuide, NotStageable, families, likelihoods, stage
 from ppvae._scopes import private_modules
@@ -412,3 +417,21 @@ def test_nothing_of_the_process_is_replaced_while_a_loss_is_recorded():
     staged = stage(model, FamilyGuide(model, families.mean_scale, encoder=mlp(3, 4)), data(6))
     assert staged.covers(data(5)) and len(seen) > 2 and {*seen} == {len}
     assert dict(globals()) == names
+
+
+def test_nothing_of_a_trace_is_kept():
+    """PyTorch's shapes, but for the last ones, and sources would live as long as the process."""
+    stage(*build(), data(4))
+    sources = len(linecache.cache)
+    for _ in range(3):
+        stage(*build(), data(4))
+        for _ in range(4):  # each lets go of what the next one finds
+            gc.collect()
+    assert sum(type(each) is ShapeEnv for each in gc.get_objects()) <= 1
+    assert len(linecache.cache) - sources <= 9  # of the graphs of three losses
+
+
+def test_a_loss_is_staged_while_a_profiler_looks_on():
+    profiler = cProfile.Profile()
+    loss = profiler.runcall(stage, *build(), data(4))
+    assert torch.isfinite(loss(data(4))) and sys.getprofile() is None
