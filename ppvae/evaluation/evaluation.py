@@ -37,7 +37,8 @@ def evaluate(
     r"""Measures a guide with local latents on data, without touching a weight or a buffer.
 
     `ppvae.summary` makes a table of the result, with standard errors, and `ppvae.reading` says in
-    words what it means. All values are in nats.
+    words what it means. All values are in nats, and of the model's own densities: a weight that
+    `pyro.poutine.scale` gives them in training is left out, here as in all functions that measure.
 
     Per datum (dim `datum`): `distortion` -E log p(x|z); `rate` KL(q(z|x) || p(z)); `objective`
     -(distortion + rate); `elbo`, the same where it is a bound; `log_likelihood` log p(x), from

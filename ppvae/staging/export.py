@@ -58,8 +58,10 @@ def _let_go(exported: torch.export.ExportedProgram) -> None:
     They hold the tensors that were traced, and these hold them, through C++, where the garbage
     collector does not see it. Caches of their class, some without a bound, hold them too.
     """
-    modes = {getattr(node.meta.get("val"), "fake_mode", None) for node in exported.graph.nodes}
-    for shapes in {getattr(mode, "shape_env", None) for mode in modes} - {None}:
+    nodes = exported.graph.nodes
+    modes: set[Any] = {getattr(node.meta.get("val"), "fake_mode", None) for node in nodes}
+    traced: set[Any] = {getattr(mode, "shape_env", None) for mode in modes}
+    for shapes in traced - {None}:
         shapes.tracked_fakes = None
         for method in vars(type(shapes)).values():
             if hasattr(method, "cache_clear"):

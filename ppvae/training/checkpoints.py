@@ -7,10 +7,11 @@ is a dictionary of
 - `run`: what the training is of, in words: the parts of model and guide, data and options;
 - `execution`: how the loss runs, "eager", "staged" or "compiled";
 - `loss`: the losses of the first minibatch with the values in the file, by the same random numbers;
-- `state`: `values`, name -> tensor, of all that the loss depends on; `best`, those of the best
-  epoch; `optimizer`, `scheduler` and `ending`, which say how it moves; `step`; `random_numbers`,
-  where the generators stand, and `began`, where they stood when the epoch began; and `numbers`, its
-  course: losses, epochs, the position in the epoch, seconds;
+- `state`: `values`, name -> tensor, of all that the loss depends on; `constants`, the names of
+  those that do not move, about which a warning tells if they are others where it goes on; `best`,
+  those of the best epoch; `optimizer`, `scheduler` and `ending`, which say how it moves; `step`;
+  `random_numbers`, where the generators stand, and `began`, where they stood when the epoch began;
+  and `numbers`, its course: losses, epochs, the position in the epoch, seconds;
 - for global latents, instead of a state: `fit`, what it returned; `start` and `values`, the
   parameters before and after; and `steps`, how many there could be, 0 if it was interrupted.
 
@@ -18,6 +19,7 @@ The file of a pair has `format`, `parts`, `model` and `guide`, the last two as `
 them.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +32,7 @@ from ppvae._checks import expect
 from ppvae._files import as_path, replacing
 from ppvae.training.identity import check_same, parts_of
 
-_FORMAT = 1
+_FORMAT = 2
 _SHARE = 0.02  # of the time of a training, which may go into saving it
 
 
@@ -56,7 +58,7 @@ class Checkpoint:
         self.saved = _read("checkpoint", self.path, "run") if self.path.exists() else {}
         if self.saved:
             check_same("checkpoint", self.saved["run"], self.run)
-        self._opened = time.perf_counter()
+        self._began = math.inf  # when the first epoch ended, in which much is done only once
         self._last = self._spent = 0.0  # seconds of the last save, and of all
 
     @property
@@ -84,9 +86,13 @@ class Checkpoint:
         return bool(numbers["epoch"] >= epochs or numbers["stopped"])
 
     def is_due(self, epoch: int) -> bool:
-        """Whether saving now would take no more than its share of the time; so after the first."""
-        since = time.perf_counter() - self._opened
-        return epoch == 1 or self._spent + self._last <= _SHARE * since
+        """Whether saving now, and once more at the end, takes no more than its share of the time.
+
+        The first epoch is always saved.
+        """
+        now = time.perf_counter()
+        self._began = min(self._began, now)
+        return epoch == 1 or self._spent + 2 * self._last <= _SHARE * (now - self._began)
 
     def write(self, parts: Callable[[], Mapping[str, Any]]) -> None:
         """Writes the file; the old one is there until the new one is whole.

@@ -149,6 +149,7 @@ def fit(
         carry the verdict on, as long as no parameter is written to.
 
     Warns:
+        UserWarning: the checkpoint has other values of what is not trained, and they are taken.
         NotConverged: global latents are not at the optimum of their objective, or the loss was not
             flat after `max_epochs`.
         NarrowFamily: global latents are, and the family is too narrow for the posterior.

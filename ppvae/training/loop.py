@@ -7,6 +7,7 @@ as if nothing had been, to the last bit.
 import itertools
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import check_label
 from ppvae._process import interrupted
-from ppvae._scopes import random_numbers, set_random_numbers
+from ppvae._scopes import random_numbers, set_random_numbers, stacklevel
 from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
 from ppvae.training.checkpoints import Checkpoint
@@ -286,6 +287,7 @@ class Training:
         ending: ends the training of one model when its loss is flat; None goes through all epochs.
         validate: returns the validation loss after a number of steps; it is called after each
             epoch. None does without.
+        before: parameters and buffers at the start of this run.
         numbers: the numbers of its course so far.
         best: parameters and buffers of the best epoch, with early stopping.
     """
@@ -298,6 +300,7 @@ class Training:
         validate: Callable[[int], float] | None = None,
     ) -> None:
         self.steps, self.ending, self.validate = steps, ending, validate
+        self.before = Snapshot(steps.engine.parameters, steps.engine.modules)
         count = len(steps.engine.objectives)
         self.numbers = Numbers(totals=[0.0] * count, still=[0] * count)
         self._since = time.perf_counter()
@@ -439,6 +442,7 @@ class Training:
         self._look_at_clock()
         return {
             "values": {name: value.detach() for name, value in engine.values().items()},
+            "constants": self._constants(),
             "best": None if self.best is None else self._by_name(self.best),
             "optimizer": None if steps.optimizer is None else steps.optimizer.state_dict(),
             "scheduler": None if steps.scheduler is None else steps.scheduler.state_dict(),
@@ -450,8 +454,19 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to where another training of the same make stood."""
+        """Goes to where another training of the same make stood.
+
+        Warns:
+            UserWarning: what training leaves as it is was something else there.
+        """
         steps, engine = self.steps, self.steps.engine
+        here = engine.values()
+        others = [
+            n for n in state["constants"] if not torch.equal(state["values"][n], here[n].cpu())
+        ]
+        if others:
+            so = f"{others}, which training does not move, were others: the checkpoint's are taken"
+            warnings.warn(f"checkpoint: {so}", stacklevel=stacklevel())
         with torch.no_grad():
             for name, value in engine.values().items():
                 saved = state["values"][name].to(value.device)
@@ -473,6 +488,16 @@ class Training:
         engine.set_random_numbers(state["random_numbers"])
         steps.number = state["step"]
         steps.snapshot.take(steps.number)
+
+    def _constants(self) -> list[str]:
+        """The names of all that training has not moved: what is frozen, and most buffers."""
+        engine, started = self.steps.engine, self._by_name(self.before)
+        trained = {id(parameter) for parameter in engine.parameters}
+        return [
+            name
+            for name, value in engine.values().items()
+            if id(value) not in trained and torch.equal(value, started.get(name, value))
+        ]
 
     def _by_name(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """The values of a snapshot, each with the name that the engine has for it."""
@@ -548,7 +573,6 @@ def train(
     Returns:
         The course of the training of each replicate, and its share of the time.
     """
-    before = Snapshot(engine.parameters, engine.modules)
     steps = Steps(engine, options)
     training = Training(steps, ending=ending, validate=validate)
     try:
@@ -569,6 +593,6 @@ def train(
     except Diverged:
         raise
     except BaseException:
-        before.put_back()
+        training.before.put_back()
         engine.write_back()
         raise

@@ -1,5 +1,6 @@
 """What was stopped and goes on is what was never stopped, to the last bit; nothing is lost."""
 
+import contextlib
 import math
 import os
 import signal
@@ -29,6 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ppvae import FamilyGuide, families, fit, fit_replicates, likelihoods
+from ppvae.nn import Standardize
 from ppvae.objectives import ELBO, warm_up
 from ppvae.training import Diverged, load_pair, save_pair
 from ppvae.training.loop import Steps
@@ -140,7 +142,7 @@ def test_stopped_and_resumed_is_never_stopped(name, stop_at, tmp_path, monkeypat
         assert same(there, end)
         again, there = run(2, checkpoint=path)  # a run that has ended
         assert again._replace(**blank) == whole._replace(**blank) and same(there, end)
-        assert torch.load(path, weights_only=True)["format"] == 1
+        assert {"format", "run", "state"} <= torch.load(path, weights_only=True).keys()
 
 
 def test_replicates_go_on(stop_at, tmp_path):
@@ -251,6 +253,28 @@ def test_another_training_is_refused(name, tmp_path):
     with traceless(*pair, moved=False), pytest.raises(ValueError, match=f"checkpoint.*{message}"):
         fit(*pair, checkpoint=path, **{**whole, "num_epochs": 6, **told})
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_not_trained_comes_from_the_file_with_a_warning_where_it_differs(seed, tmp_path):
+    """A frozen decoder and the constants of a layer; what moves, as statistics, says nothing."""
+
+    def frozen(seed):
+        torch.manual_seed(seed)
+        layer = Standardize(loc=torch.randn(3), scale=2.0)
+        model, guide = build(encoder=nn.Sequential(layer, Normed()))
+        model.decoder.requires_grad_(requires_grad=False)
+        return model, guide
+
+    told = {**TOLD, "seed": 3, "checkpoint": tmp_path / "run.pt"}
+    first, other = frozen(0), frozen(seed)
+    fit(*first, data(), **{**told, "num_epochs": 1})
+    names = r"\['model.decoder.0.weight', .*loc.*\], which training does not move, were others"
+    scope = pytest.warns(UserWarning, match=names) if seed else contextlib.nullcontext()
+    with scope:
+        fit(*other, data(), **told)
+    fit(*first, data(), **told)
+    assert same(values(*first), values(*other))
 
 
 @pytest.mark.parametrize(
