@@ -2,7 +2,9 @@
 
 import math
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
@@ -102,10 +104,16 @@ def check_share(name: str, value: Any) -> float:
     return share
 
 
-def check_real(name: str, values: Any) -> Tensor:
+def check_real(name: str, values: Any, *, writable: bool = True) -> Tensor:
     """Real numbers as a dense tensor; arrays, lists and tables keep their dtype and share memory.
 
     Nothing is made a number that is none, such as text or a date, and no part of one is dropped.
+
+    Args:
+        name: of the argument.
+        values: a tensor, an array, a list or a table.
+        writable: copy an array that can only be read, such as a memory map; else nothing may be
+            written to the tensor.
 
     Raises:
         TypeError: there is something else among them, or the tensor is sparse, nested, quantized,
@@ -134,7 +142,9 @@ def check_real(name: str, values: Any) -> Tensor:
     if array.dtype.kind == "u" and array.itemsize > 1:  # which PyTorch cannot calculate with
         array = array.astype(float if array.itemsize > 4 else np.int64)
     native = float if array.itemsize > 8 else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.require(array, native, ["C", "W"]))
+    array = np.require(array, native, ["C", "W"] if writable else ["C"])
+    with nullcontext() if array.flags.writeable else warnings.catch_warnings(action="ignore"):
+        return torch.from_numpy(array)  # which warns of what can only be read
 
 
 def check_array(name: str, values: Any, shape: tuple[int | str, ...]) -> NDArray[np.float64]:

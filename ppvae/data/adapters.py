@@ -38,7 +38,7 @@ def _as_tensor(name: str, item: Any) -> Tensor:
     got = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
     expect(isinstance(item, (np.ndarray, Tensor)) and numbers, name, kinds, got, TypeError)
     if isinstance(item, np.ndarray):
-        item = check_real(name, item)
+        item = check_real(name, item, writable=False)  # a map may be larger than the memory
         item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
     elif not item.is_complex():  # which a model may take, but not observe
         check_real(name, item)

@@ -145,16 +145,23 @@ def test_stopped_and_resumed_is_never_stopped(name, stop_at, tmp_path, monkeypat
         assert {"format", "run", "state"} <= torch.load(path, weights_only=True).keys()
 
 
-def test_replicates_go_on(stop_at, tmp_path):
+LONG = pytest.mark.skipif("PPVAE_LONG" not in os.environ, reason="the compiler takes its time")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=LONG)])
+def test_replicates_go_on(compiled, stop_at, tmp_path):
     """Side by side, in one file; noise, minibatches and statistics of each are its own."""
 
+    make = linear if compiled else lambda: build(encoder=Normed(dropout=False))
+
     def run(first, **more):
-        pairs = made(lambda: build(encoder=Normed(dropout=False)), first + 2)[first:]
-        told = {**TOLD, "objective": [ELBO(), ELBO(beta=warm_up(7))]}
+        pairs = made(make, first + 2)[first:]
+        told = {**TOLD, "objective": [ELBO(), ELBO(beta=warm_up(7))], "compile": compiled}
         results = fit_replicates(pairs, data(), seeds=[1, 2], **told, **more)
         return results, [v for pair in pairs for v in values(*pair)]
 
     whole, end = run(0)
+    assert whole[0].execution == ("compiled" if compiled else "staged")
     for step in (3, 7):  # at the end of an epoch, and in one
         path = tmp_path / f"{step}.pt"
         stop_at(step)
