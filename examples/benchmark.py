@@ -35,9 +35,10 @@ from ppvae import VAE, FamilyGuide, NotStageable, evaluate, families, fit, likel
 from ppvae._scopes import matmul_precision, private_modules
 from ppvae.data.batches import batches_of
 from ppvae.nn import conv_decoder, conv_encoder, mlp
-from ppvae.training.loop import Options, Steps
+from ppvae.training.options import Options
 from ppvae.training.single import single
 from ppvae.training.stacked import stacked
+from ppvae.training.steps import Steps
 from ppvae.training.task import task_of
 
 DATA, BATCH, RATE, PRECISIONS = 4096, 128, 1e-3, ("highest", "high", "medium")

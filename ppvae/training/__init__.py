@@ -2,8 +2,8 @@
 
 from ppvae.training.checkpoints import load_pair, save_pair
 from ppvae.training.fitting import fit
-from ppvae.training.loop import Fit
 from ppvae.training.replicates import fit_replicates
+from ppvae.training.result import Fit
 from ppvae.training.snapshots import Diverged, Snapshot
 from ppvae.training.verdict import NarrowFamily, NotConverged
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ppvae._process import interrupted
 from ppvae.training.blame import blame
 from ppvae.training.checkpoints import Checkpoint
-from ppvae.training.loop import Fit
 from ppvae.training.optimum import Optimum, Way, optimise
 from ppvae.training.options import Options
+from ppvae.training.result import Fit
 from ppvae.training.snapshots import Diverged, undone_by_errors
 from ppvae.training.task import Task
 from ppvae.training.verdict import Verdict, judge

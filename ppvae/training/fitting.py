@@ -18,9 +18,10 @@ from ppvae.training.at_once import fit_at_once
 from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending
 from ppvae.training.identity import data_in_words, in_words, parts_of
-from ppvae.training.loop import Fit, progress_bar, train
+from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
+from ppvae.training.result import Fit
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import Verdict

@@ -1,4 +1,4 @@
-"""The one loop of training: steps of an optimizer, which are taken back where they diverge.
+"""The one loop of training, over epochs, to a result.
 
 Between two steps a training is a `Training`, whose state can be saved and loaded: then it goes on
 as if nothing had been, to the last bit.
@@ -8,232 +8,23 @@ import itertools
 import math
 import time
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_label
 from ppvae._process import interrupted
-from ppvae._scopes import random_numbers, set_random_numbers, stacklevel
-from ppvae.objectives.base import at_step
-from ppvae.training.blame import blame
+from ppvae._scopes import stacklevel
 from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending, course
-from ppvae.training.options import Named, Options, clip_gradients, step_scheduler
+from ppvae.training.options import Options, step_scheduler
+from ppvae.training.result import Fit
 from ppvae.training.snapshots import Diverged, Snapshot
-from ppvae.training.task import Task
-
-_EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
-
-
-class Fit(NamedTuple):
-    """The course of a training; losses are in nats per datum.
-
-    Attributes:
-        losses: values of the objective in each epoch, averaged over its data while they were
-            trained on: the negative ELBO, if no other was asked for. For global latents, after each
-            step, by the draws that are held fixed; the last one by 10,000 fresh draws. The last one
-            of an interrupted training may be of a part of an epoch.
-        validation_losses: the objective on the validation data after each epoch; empty without.
-        seconds: time in the loop.
-        num_steps: steps of the optimizer.
-        best_epoch: the epoch, from 0, whose parameters were kept: the last one, or with early
-            stopping the one with the lowest validation loss since the objective stood still.
-        method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
-        objective: what was minimised, such as `objectives.ELBO()`.
-        execution: "eager", "staged" or "compiled".
-        converged: whether it ended at the optimum of its objective, or stochastic training where
-            the loss was flat; None if that cannot be judged.
-        verdict: the same in one sentence, with numbers.
-        interrupted: whether Ctrl-C ended it.
-        optimizer: the optimizer at the end; None where there was none.
-    """
-
-    losses: list[float]
-    validation_losses: list[float]
-    seconds: float
-    num_steps: int
-    best_epoch: int
-    method: str
-    objective: Callable[..., Tensor]
-    execution: str
-    converged: bool | None = None
-    verdict: str = ""
-    interrupted: bool = False
-    optimizer: Any = None
-
-    def __repr__(self) -> str:
-        how = f"{self.method} ({self.execution})"
-        course = f"Fit by {how}: {self.num_steps} steps, {self.seconds:.3g} s"
-        loss = f"loss {self.losses[-1]:.6g} nats per datum" if self.losses else "no loss"
-        return "\n".join([course, loss, self.verdict or "not judged"])
-
-    @property
-    def history(self) -> dict[str, list[Any]]:
-        """Columns of a table, one row per epoch; `pandas.DataFrame(fit.history)` prints it."""
-        columns: dict[str, list[Any]] = {"epoch": [*range(len(self.losses))], "loss": self.losses}
-        if self.validation_losses:
-            missing = [math.nan] * (len(self.losses) - len(self.validation_losses))
-            columns["validation_loss"] = self.validation_losses + missing
-        return columns
-
-
-class Engine(ABC):
-    """What computes losses and gradients: for one model and its guide, or for several at once.
-
-    Attributes:
-        tasks: what is trained.
-        objectives: the loss of each replicate.
-        parameters: what the optimizer moves; the first dimension is that of replicates, if there
-            are several.
-        modules: what holds the buffers that a call moves.
-        execution: how it runs, "eager", "staged" or "compiled".
-    """
-
-    tasks: Sequence[Task]
-    objectives: list[Any]
-    parameters: list[Tensor]
-    modules: list[nn.Module]
-    execution: str
-
-    @abstractmethod
-    def values(self) -> dict[str, Tensor]:
-        """Everything that a loss depends on beside the data, by name: also what is not trained."""
-
-    @property
-    def named(self) -> Named:
-        """The parameters with their names."""
-        names = {id(value): name for name, value in self.values().items()}
-        return [(names[id(parameter)], parameter) for parameter in self.parameters]
-
-    @abstractmethod
-    def minibatches(self) -> Iterable[Any]:
-        """Goes once through the data."""
-
-    @abstractmethod
-    def data(self, minibatch: Any, step: int) -> tuple[Any, int]:
-        """What the losses of a step are computed from, and the number of data in it."""
-
-    @abstractmethod
-    def losses(self, data: Any, step: int) -> Tensor:
-        """The losses in nats per datum; leaves the gradients in the parameters."""
-
-    @abstractmethod
-    def replicate(self, number: int, data: Any) -> tuple[Task, tuple[Any, ...]]:
-        """The task of one of `objectives`, with its parameters of now, and its minibatch."""
-
-    def write_back(self) -> None:
-        """Gives models and guides the values of the parameters, where those are copies."""
-        return
-
-    def first_losses(self) -> list[float]:
-        """The loss of each replicate on the first minibatch, by the same random numbers always."""
-        self.write_back()
-        return [task.first_loss() for task in self.tasks]
-
-    def random_numbers(self) -> list[Tensor]:
-        """Where all the random numbers stand that a training draws."""
-        generators = self.tasks[0].batches.generators
-        return [*(each.get_state() for each in generators), *random_numbers()]
-
-    def set_random_numbers(self, states: Sequence[Tensor]) -> None:
-        """Moves them to where they stood."""
-        generators = self.tasks[0].batches.generators
-        for generator, state in zip(generators, states, strict=False):
-            generator.set_state(state)
-        set_random_numbers(states[len(generators) :])
-
-
-class Steps:
-    """Steps of an optimizer on the losses of an engine.
-
-    Attributes:
-        number: how many were taken.
-        optimizer: None if there is nothing to move.
-        scheduler: of its learning rate, or None.
-        snapshot: parameters and buffers of before the training, or of one of the last ten steps.
-    """
-
-    def __init__(self, engine: Engine, options: Options) -> None:
-        self.engine, self.options, self.number = engine, options, 0
-        self.optimizer: Any = None
-        self.scheduler: Any = None
-        if engine.parameters:
-            self.optimizer, self.scheduler = options.descent(engine.named)
-        self._last: Any = None  # the data of the last step
-        self.snapshot = Snapshot(engine.parameters, engine.modules)
-
-    def take(self, minibatch: Any) -> tuple[list[float], int]:
-        """Takes a step; returns the losses before it, and the number of data in the minibatch.
-
-        Raises:
-            Diverged: a loss is not finite; parameters and buffers are those of the snapshot.
-        """
-        engine = self.engine
-        data, rows = engine.data(minibatch, self.number)
-        self._last = data
-        values: list[list[float]] = []
-
-        def evaluate() -> Tensor:
-            for parameter in engine.parameters:
-                parameter.grad = None
-            losses = engine.losses(data, self.number)
-            values.append(losses.reshape(-1).tolist())
-            for replicate, loss in enumerate(values[-1]):
-                if not math.isfinite(loss):
-                    self._diverge("the loss", replicate, f"is {loss}")
-            if self.number % _EVERY == 0:
-                self.snapshot.take(self.number)
-            if self.options.clip is not None:
-                clip_gradients(engine.parameters, self.options.clip, len(engine.objectives))
-            return losses
-
-        if self.optimizer is not None and len(engine.objectives) == 1:
-            self.optimizer.step(evaluate)
-        else:  # replicates have no loss in common, by which a step of one could be judged
-            evaluate()
-            if self.optimizer is not None:
-                self.optimizer.step()
-        self.number += 1
-        return values[0], rows
-
-    def goals(self, step: int) -> list[Any]:
-        """The objectives of a step, without what moves in them."""
-        return [at_step(objective, step) for objective in self.engine.objectives]
-
-    def slow_down(self, factor: float) -> None:
-        """Multiplies the learning rate."""
-        if factor != 1.0:
-            for group in self.optimizer.param_groups:
-                group["lr"] *= factor
-
-    def check(self) -> None:
-        """Raises Diverged, if the last step led out of the finite numbers."""
-        for parameter in self.engine.parameters:
-            rows = parameter.reshape(len(self.engine.objectives), -1)
-            finite = torch.isfinite(rows).all(1).tolist()
-            if not all(finite):
-                replicate = finite.index(False)
-                self._diverge("a parameter", replicate, "is not finite")
-
-    def put_back(self) -> None:
-        """Goes back to the snapshot."""
-        self.snapshot.put_back()
-        self.engine.write_back()
-
-    def _diverge(self, what: str, replicate: int, how: str) -> None:
-        task, batch = self.engine.replicate(replicate, self._last)
-        why = blame(task, batch, self.number, self.put_back)
-        which = f" of replicate {replicate}" if len(self.engine.objectives) > 1 else ""
-        raise Diverged(
-            f"{what}{which} {how} at step {self.number}: {why}; parameters and buffers are back at "
-            f"those of step {self.snapshot.step}"
-        )
+from ppvae.training.steps import Engine, Steps
 
 
 def progress_bar(num_epochs: int, progress: Any) -> Any:

@@ -31,9 +31,10 @@ from ppvae.programs.keywords import with_keywords
 from ppvae.staging.staged import NotStageable
 from ppvae.training.fitting import Pair, check_call, checkpoint_of, fit, remember_fit
 from ppvae.training.identity import in_words
-from ppvae.training.loop import Fit, progress_bar, train
+from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_global
 from ppvae.training.options import Options
+from ppvae.training.result import Fit
 from ppvae.training.single import how_to_run
 from ppvae.training.stacked import stacked
 from ppvae.training.task import task_of, training_batches

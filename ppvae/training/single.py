@@ -12,7 +12,7 @@ from ppvae._checks import expect
 from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
-from ppvae.training.loop import Engine
+from ppvae.training.steps import Engine
 from ppvae.training.task import Task
 
 # Steps after which it has paid to stage a loss, and to compile it: it takes 0.4 s and 5 s or so,

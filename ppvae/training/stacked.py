@@ -17,7 +17,7 @@ from ppvae.objectives.base import moving_fields
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.program import Program
 from ppvae.staging.staged import NotStageable, Staged, one_line, record
-from ppvae.training.loop import Engine
+from ppvae.training.steps import Engine
 from ppvae.training.task import Task
 
 

@@ -16,7 +16,7 @@ LONGER = {
     "does_it_converge": 170,
     "regression": 230,
     "when_does_noise_help": 200,
-    "benchmark": 511,
+    "benchmark": 512,
 }
 
 

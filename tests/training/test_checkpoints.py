@@ -33,8 +33,8 @@ from ppvae import FamilyGuide, families, fit, fit_replicates, likelihoods
 from ppvae.nn import Standardize
 from ppvae.objectives import ELBO, warm_up
 from ppvae.training import Diverged, load_pair, save_pair
-from ppvae.training.loop import Steps
 from ppvae.training.optimum import Way
+from ppvae.training.steps import Steps
 
 #: torch, on itself, while it compiles
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
