@@ -421,13 +421,17 @@ def test_nothing_of_the_process_is_replaced_while_a_loss_is_recorded():
 
 def test_nothing_of_a_trace_is_kept():
     """PyTorch's shapes, but for the last ones, and sources would live as long as the process."""
-    stage(*build(), data(4))
-    sources = len(linecache.cache)
-    for _ in range(3):
-        stage(*build(), data(4))
+
+    def shapes():
         for _ in range(4):  # each lets go of what the next one finds
             gc.collect()
-    assert sum(type(each) is ShapeEnv for each in gc.get_objects()) <= 1
+        return sum(type(each) is ShapeEnv for each in gc.get_objects())
+
+    stage(*build(), data(4))
+    before, sources = shapes(), len(linecache.cache)
+    for _ in range(3):
+        stage(*build(), data(4))
+    assert shapes() <= before
     assert len(linecache.cache) - sources <= 9  # of the graphs of three losses
 
 
