@@ -196,8 +196,7 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
         start: the number of their first row.
 
     Raises:
-        TypeError: what is observed is no tensor, or neither True and False are numbers to its
-            distribution, nor complex numbers.
+        TypeError: what is observed is no tensor of real numbers.
         ValueError: nothing is observed, or data are outside of a support.
     """
     for node in numbers_observed(trace, name):
