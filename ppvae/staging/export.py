@@ -1,16 +1,17 @@
 """The graph of a call of a program, as `torch.export` records it."""
 
+import copy
 import linecache
 import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ppvae._scopes import kept_buffers, param_store, random_state, unchecked
@@ -29,7 +30,7 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
         try:
             lengths = _symbolic_lengths(program, args)
-            with torch.enable_grad(), _unsampled(), lengths, _sources_forgotten():
+            with torch.enable_grad(), _UncheckedSites(), lengths, _sources_forgotten():
                 exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
             _let_go(exported)
             return exported
@@ -136,16 +137,21 @@ def _modules_of(program: Program, args: tuple[Any, ...]) -> list[dict[str, Any]]
     return [module for module in seen.values() if module is not globals()]
 
 
-def _unsampled() -> AbstractContextManager[Any]:
-    """Leaves out the checks of values by distributions that were made before, with checks on.
+class _UncheckedSites(Messenger):
+    """Takes the checks off distributions at sample sites that were made before, with checks on.
 
-    They look at values, of which a graph has none. Other threads go on to check theirs.
+    They look at values, of which a graph has none.
     """
-    kind: Any = torch.distributions.Distribution
-    check, here = kind._validate_sample, threading.get_ident()
 
-    def look(self: Any, value: Any) -> None:
-        if threading.get_ident() != here:
-            check(self, value)
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = _unchecked(msg["fn"])
 
-    return patch.object(kind, "_validate_sample", look)
+
+def _unchecked(fn: Any) -> Any:
+    """A copy of a distribution, and of those that it is made of, without checks of values."""
+    if not isinstance(fn, torch.distributions.Distribution):
+        return fn
+    fn = copy.copy(fn)
+    parts = {name: _unchecked(part) for name, part in vars(fn).items()}
+    vars(fn).update(parts, _validate_args=False)
+    return fn
