@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ppvae._checks import expect
 from ppvae._scopes import as_they_are, kept_buffers, private_modules, random_state, unchecked
 from ppvae.objectives.base import at_step, moving_fields, takes_plate
+from ppvae.objectives.elbo import ELBO
 from ppvae.programs.nodes import data_plate, numbers_observed, plates_of
 from ppvae.programs.runs import trace_pair
 
@@ -103,7 +104,7 @@ def program_of(
     Args:
         model: a Pyro model.
         guide: its guide.
-        objective: the loss.
+        objective: the loss; None is the negative ELBO.
         args: arguments of the calls.
         size: number of data in all.
         plate: name of the data plate; by default the one that `data_plate` finds.
@@ -112,6 +113,7 @@ def program_of(
         TypeError: the objective is no function, or what is observed is no tensor of real numbers.
         ValueError: model and guide do not fit, or nothing is observed.
     """
+    objective = ELBO() if objective is None else objective
     fits = callable(objective) and not inspect.isclass(objective)
     expect(fits, "objective", "a function, such as ELBO()", repr(objective), TypeError)
     program = Program(model, guide, objective, size)

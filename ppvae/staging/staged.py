@@ -22,7 +22,6 @@ from torch import Tensor, fx, nn
 from ppvae._checks import expect
 from ppvae._process import exclusive
 from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
-from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.staging.export import export
 from ppvae.staging.passes import clean, split_noise
@@ -79,8 +78,7 @@ def stage(
         torch.Size([])
     """
     model, guide, args = with_keywords(model, guide, args, kwargs)
-    loss = ELBO() if objective is None else objective
-    program = program_of(model, guide, loss, args, size=size, plate=plate)
+    program = program_of(model, guide, objective, args, size=size, plate=plate)
     staged = record(program, args, tuple(kwargs or ()))
     value = _outcome(staged, program, *args, *program.settings(0))[0]
     if not torch.isfinite(value):

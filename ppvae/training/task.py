@@ -11,7 +11,6 @@ from ppvae._checks import expect
 from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
 from ppvae.data.adapters import check_dtype
 from ppvae.data.batches import Batches, batches_of
-from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.nodes import check_observed
 from ppvae.staging.program import Program, program_of
@@ -115,8 +114,7 @@ def task_of(
         batches.to(near.device)
         check_dtype("data", batches.tensors, model, guide)
     batch = batches.example()
-    loss = ELBO() if objective is None else objective
-    program = program_of(model, guide, loss, batch, size=batches.size, plate=plate)
+    program = program_of(model, guide, objective, batch, size=batches.size, plate=plate)
     if program.plate is not None:
         sizes, rows = (program.plate.size, program.plate.full_size), len(batch[0])
         wanted = f"{sizes[0]} rows, the size of the plate {program.plate.name!r} of the model"
