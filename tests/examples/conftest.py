@@ -44,6 +44,12 @@ def run(monkeypatch, capsys, plain_pyro, single):
 
 
 @pytest.fixture(scope="session")
+def change():
+    """Makes a function that has other arguments, whatever it is called with."""
+    return changed
+
+
+@pytest.fixture(scope="session")
 def load():
     """Makes a module of an example program, which is not run."""
     return program

@@ -17,18 +17,14 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def changed(function, told):
-    return lambda *args, **given: function(*args, **{**given, **told})
-
-
 @pytest.mark.filterwarnings(f"ignore::{NotConverged.__module__}.{NotConverged.__qualname__}")
 @pytest.mark.filterwarnings(f"ignore::{NarrowFamily.__module__}.{NarrowFamily.__qualname__}")
-def test_the_code_of_the_pages_runs(monkeypatch, tmp_path, capsys, plain_pyro, single):
+def test_the_code_of_the_pages_runs(change, monkeypatch, tmp_path, capsys, plain_pyro, single):
     """In the order of reading, in an empty folder; what a page uses, it or the first page makes."""
     short = {"num_epochs": 2, "progress": False}
     few = {"num_samples": 4, "progress": False}
     for name, told in {"fit": short, "fit_replicates": short, "evaluate": few}.items():
-        monkeypatch.setattr(ppvae, name, changed(getattr(ppvae, name), told))
+        monkeypatch.setattr(ppvae, name, change(getattr(ppvae, name), told))
     load = data.load
     monkeypatch.setattr(data, "load", lambda name: load(name)[:300])
     monkeypatch.chdir(tmp_path)
@@ -45,8 +41,8 @@ def test_the_code_of_the_pages_runs(monkeypatch, tmp_path, capsys, plain_pyro, s
 def test_the_first_page_can_be_read_in_ten_minutes_and_its_links_lead_somewhere():
     text = PAGES[0].read_text()
     assert len(text.splitlines()) <= 130 and len(text.split()) <= 1000
+    heads = {p: set(map(anchor, re.findall(r"^##+ (.*)$", p.read_text(), re.M))) for p in PAGES}
     for page in PAGES:
-        heads = {p: set(map(anchor, re.findall(r"^##+ (.*)$", p.read_text(), re.M))) for p in PAGES}
         for target in re.findall(r"\]\(([^)]*)\)", page.read_text()):
             if target.startswith("http"):
                 continue

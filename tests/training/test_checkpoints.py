@@ -142,7 +142,7 @@ def test_stopped_and_resumed_is_never_stopped(name, stop_at, tmp_path, monkeypat
         assert same(there, end)
         again, there = run(2, checkpoint=path)  # a run that has ended
         assert again._replace(**blank) == whole._replace(**blank) and same(there, end)
-        assert {"format", "run", "state"} <= torch.load(path, weights_only=True).keys()
+        assert torch.load(path, weights_only=True)["format"] == 2
 
 
 LONG = pytest.mark.skipif("PPVAE_LONG" not in os.environ, reason="the compiler takes its time")
@@ -162,7 +162,7 @@ def test_replicates_go_on(compiled, stop_at, tmp_path):
 
     whole, end = run(0)
     assert whole[0].execution == ("compiled" if compiled else "staged")
-    for step in (3, 7):  # at the end of an epoch, and in one
+    for step in (1, 3, 7):
         path = tmp_path / f"{step}.pt"
         stop_at(step)
         parts, _ = run(0, checkpoint=path)
