@@ -113,15 +113,17 @@ def picture(found: dict[str, dict], path: Path) -> None:
     """For each posterior the means and sds of each family, in units of the true ones."""
     import matplotlib.pyplot as plt
 
+    plt.style.use("tableau-colorblind10")
     figure, panels = plt.subplots(len(found), 1, figsize=(9, 2.1 * len(found)), squeeze=False)
     for axes, (name, rows) in zip(panels[:, 0], found.items(), strict=True):
         axes.axhspan(-1, 1, color="0.9", label="true mean and sd")
         for number, (family, (off, ratio)) in enumerate(rows.items()):
             at = np.arange(len(off)) + 0.2 * (number - (len(rows) - 1) / 2)
-            axes.errorbar(at, off, ratio, fmt=".", color=f"C{number}", label=family)
-        axes.set(title=name, ylabel="posterior sds", xticks=[], ylim=(-2.2, 2.2))
+            style = {"fmt": "os^D"[number % 4], "markersize": 4, "color": f"C{number}"}
+            axes.errorbar(at, off, ratio, label=family, **style)
+        axes.set(title=name, ylabel="true sds", xticks=[], ylim=(-2.2, 2.2))
     panels[0, 0].legend(ncols=len(found) + 1, fontsize="small", loc="upper right")
-    panels[-1, 0].set_xlabel("latents")
+    panels[-1, 0].set_xlabel("latents: mean and sd of each, less the true mean, over the true sd")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -106,6 +106,14 @@ def measure(model: VAE, guide: FamilyGuide, x: torch.Tensor, test: torch.Tensor,
     return row
 
 
+def apart(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Data that differ: one after the other the one that is farthest from those before."""
+    chosen = [0]
+    while len(chosen) < min(count, len(x)):
+        chosen.append(int(torch.cdist(x, x[chosen]).amin(1).argmax()))
+    return x[chosen]
+
+
 def show(rows: dict[str, list[dict]], columns: tuple[str, ...], legend: str) -> None:
     """Prints one line per family."""
     head = f"{'family':18s} {'channels':22s} {'guide par.':>10s} "
@@ -127,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     args, x, test = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.data}: {len(x)} training and {len(test)} test data of length {x.shape[-1]}")
-    rows, rebuilt, sampled, codes = {}, {"data": test[:12].cpu()}, {}, {}
+    rows, rebuilt, sampled, between = {}, {"data": test[:12].cpu()}, {}, {}
+    few, codes, rates, courses = apart(test, 6), {}, {}, {}
     for name in args.families:
         seeds = range(args.seed, args.seed + args.seeds)
         pairs, results = train(name, x, args.latent, args.epochs, seeds, args)
@@ -138,22 +147,29 @@ def main(argv: list[str] | None = None) -> None:
         chains = [from_pyro_svi(*pair, test[:100], num_samples=200) for pair in pairs]
         to_netcdf(concat_chains(chains), args.out / f"{name}.nc")
         epochs = args.epochs // (8 if args.linear else 2) or 1
-        ((_, flat),), _ = train(name, x, 2, epochs, seeds[:1], args)
+        (flat,), _ = train(name, x, 2, epochs, seeds[:1], args)
+        if rows[name][-1]["bound"]:
+            rates[name] = float(evaluate(*flat, test, num_samples=16).rate.mean())
+        courses[name] = results[-1]
         with torch.no_grad():
             model, guide = pairs[-1]
+            between[name] = (lambda z, model=model: model.mean(z).cpu(), *guide(few[:2])["z"])
             rebuilt[name] = model.mean(guide(test[:12])["z"]).cpu()
             sampled[name] = model.mean(model.draw_prior(12)).cpu()
-            codes[name] = torch.stack([flat(test[:6])["z"] for _ in range(200)], 1).cpu()
+            codes[name] = torch.stack([flat[1](few)["z"] for _ in range(200)], 1).cpu()
     show(rows, COLUMNS, LEGEND)
     if args.linear:
         show(rows, EXACT, EXACT_LEGEND)
-    figures = {"encodings": plots.encodings(codes)}
+    square = round(x.shape[-1] ** 0.5) ** 2 == x.shape[-1]
+    shown = {"images": few if square else None, "rates": rates}
+    figures = {"encodings": plots.encodings(codes, **shown), "losses": plots.losses(courses)}
     points = {k: (r[-1]["rate"], r[-1]["distortion"]) for k, r in rows.items() if r[-1]["bound"]}
     if points:
         figures["rate_distortion"] = plots.rate_distortion(points)
-    if round(x.shape[-1] ** 0.5) ** 2 == x.shape[-1]:
+    if square:
         figures["reconstructions"] = plots.images(rebuilt, title="Reconstructions")
         figures["samples"] = plots.images(sampled, title="Decoded draws from the prior")
+        figures["interpolations"] = plots.interpolation(between, title="From one code to another")
     for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=150)
     print(f"\nPictures and one ArviZ file per family are in {args.out}")

@@ -19,6 +19,7 @@ from ppvae import VAE, FamilyGuide, data, evaluate, families, fit, likelihoods, 
 from ppvae.nn import mlp
 
 FAMILIES = ("mean_only", "mean_only_bounded", "shared_scale", "mean_scale", "full_rank")
+BETAS = [0.25, 0.5, 1.0, 2.0, 4.0]  # on the digits
 NOISE = 0.05**0.5  # of the linear decoder, on pixels in [0, 1]
 FOOT = """
 Nats per image. Each fit starts from the one above; slope and -beta (a geometric mean) span the two.
@@ -72,6 +73,13 @@ def sweep(
     return np.array(found).T
 
 
+def draw(curves: dict[str, Any], betas: Any, path: Path, title: str, **more: Any) -> None:
+    """The curves, with the price of a nat at the marks of two of them; the others' come in turn."""
+    words = [f"beta {beta:.2g}" for beta in betas]
+    labels = {"mean_only": words, "full_rank": words}
+    plots.rate_distortion_curves(curves, labels=labels, title=title, **more).savefig(path, dpi=150)
+
+
 def linear_part(latent: int, steps: int, out: Path) -> None:
     """The linear decoder: fitted beside exact, and the slope beside -beta."""
     x, _ = data.split(data.load("digits", binary=False))
@@ -104,8 +112,7 @@ def linear_part(latent: int, steps: int, out: Path) -> None:
         line = [optimum(values, n, "full_rank", beta) for beta in grid]
         bounds[f"bound, {n} latents"] = np.array(line).T
     curves["noise_only"] = np.array([optimum(values, 0, "noise_only", 1.0)]).T
-    figure = plots.rate_distortion_curves(curves, bounds=bounds, title="Linear, fixed noise")
-    figure.savefig(out / "linear.png", dpi=150)
+    draw(curves, betas, out / "linear.png", "Linear, fixed noise", bounds=bounds)
 
 
 def digits_part(latent: int, hidden: int, epochs: int, out: Path) -> None:
@@ -118,13 +125,13 @@ def digits_part(latent: int, hidden: int, epochs: int, out: Path) -> None:
         torch.manual_seed(0)
         model = VAE(mlp(latent, hidden, out=x.shape[1]), latent, likelihoods.Bernoulli())
         encoder, stages = mlp(x.shape[1], hidden), [(8e-3, epochs), (1e-3, epochs // 2 + 1)]
-        betas = [0.25, 0.5, 1.0, 2.0, 4.0] if name != "noise_only" else [1.0]  # no rate, no price
+        betas = BETAS if name != "noise_only" else [1.0]  # no rate, no price
         found = sweep(name, model, encoder, x, test, betas, stages, 128)
         curves[name] = found[0], found[1]
         for beta, rate, distortion, error in zip(betas, *found, strict=True):
             line = f"{rate:7.3f} {distortion:11.3f} {-rate - distortion:8.3f} {error:5.2f}"
             print(f"{name:18s} {beta:5.2f} {line}")
-    plots.rate_distortion_curves(curves, title="Binary digits").savefig(out / "digits.png", dpi=150)
+    draw(curves, BETAS, out / "digits.png", "Binary digits")
 
 
 def main(argv: list[str] | None = None) -> None:

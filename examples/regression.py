@@ -175,7 +175,9 @@ def draw(
     figures = {
         "forest": plots.forest(intervals, labels),
         "paths": plots.paths((penalties, np.array(ridge)), lasso, evidence, peak, labels),
-        "bands": plots.bands(grid, curves, (X[:, at], y), "bmi"),
+        "bands": plots.bands(
+            grid, curves, (X[:, at], y), "body mass index  [sd]", target="disease progression  [sd]"
+        ),
         "overconfidence": plots.overconfidence(regions, (labels[pair[0]], labels[pair[1]])),
     }
     for name, figure in figures.items():

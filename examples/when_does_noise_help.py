@@ -93,8 +93,8 @@ def reconstruct(pair: tuple[VAE, FamilyGuide], given: Tensor, wanted: Tensor) ->
     return [float(value.sum(-1).mean().detach()) for value in each]
 
 
-def run(row: str, x: Tensor, labels: Tensor, seed: int, args: Any) -> tuple[dict, dict]:
-    """The measures of one row at one seed, and images to look at."""
+def run(row: str, x: Tensor, labels: Tensor, seed: int, args: Any) -> tuple[dict, dict, tuple]:
+    """The measures of one row at one seed, images to look at, and codes with their labels."""
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: args.size]
     (x, test), (labels, truth) = (data.split(part[some], seed=seed) for part in (x, labels))
     flipped = torch.rand(test.shape, generator=torch.Generator().manual_seed(seed)) < args.flip
@@ -126,7 +126,8 @@ def run(row: str, x: Tensor, labels: Tensor, seed: int, args: Any) -> tuple[dict
         other = train(frozen, prior, families.full_rank, x, seed, epochs, args.hidden)
         found[key] = float(evaluate(*other, test, num_samples=args.draws).log_likelihood.mean())
         shown[f"{row}, {MEASURES[key][2]}"] = model.mean(prior.sample([12]))
-    return found, {label: images[:12] for label, images in shown.items()}
+    pictures = {label: images[:12] for label, images in shown.items()}
+    return found, pictures, (codes(guide, test), truth)
 
 
 def against(base: str, runs: dict[str, list[dict]], key: str) -> tuple[float, float, str]:
@@ -181,15 +182,20 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [(name, seed, row) for name in sets for seed in range(args.seeds) for row in ROWS]
     runs: dict[str, Any] = {name: {row: [] for row in ROWS} for name in args.data}
     pictures: dict[str, Any] = {name: {} for name in args.data}
+    coded: dict[str, Any] = {name: {} for name in args.data}
+    classes: dict[str, Any] = {}
     for name, seed, row in tqdm(jobs, unit="run"):
-        found, shown = run(row, *sets[name], seed, args)
+        found, shown, (z, classes[name]) = run(row, *sets[name], seed, args)
         runs[name][row].append(found)
         pictures[name] |= shown
+        coded[name][row] = z  # of the last seed, in the end
     said = {name: show(name, runs[name]) for name in args.data}
     print(FOOT.format(**vars(args)))
     for name, sentences in said.items():
         print(f"What this run found on {name}", *sentences, sep="\n  ")
         plots.images(pictures[name], title=name).savefig(args.out / f"{name}.png", dpi=150)
+        figure = plots.latents(coded[name], classes[name])
+        figure.savefig(args.out / f"{name}_latents.png", dpi=150)
     print(f"\nThe pictures are in {args.out}")
 
 

@@ -412,7 +412,10 @@ CALLS: dict[str, Call] = {
     "plots.calibration": Call(plots.calibration, lambda: {"found": ranked(), "level": 0.9}),
     "plots.encodings": Call(
         lambda codes, **rest: plots.encodings({"a": codes}, **rest),
-        lambda: {"codes": np.zeros((2, 3, 2)), "columns": 1},
+        lambda: {
+            "codes": np.zeros((2, 3, 2)), "columns": 1, "images": np.ones((2, 4)),
+            "rates": {"a": 1.0},
+        },
         named={"codes": "draws"},
     ),
     "plots.encodings, draws": Call(plots.encodings, lambda: {"draws": {"a": np.zeros((2, 3, 2))}}),
@@ -424,12 +427,32 @@ CALLS: dict[str, Call] = {
         lambda: {"row": np.zeros((2, 4))},
         named={"row": "rows"},
     ),
+    "plots.interpolation": Call(
+        lambda start, end, **rest: plots.interpolation({"a": (torch.sigmoid, start, end)}, **rest),
+        lambda: {"start": torch.zeros(4), "end": torch.ones(4), "steps": 3, "title": "a title"},
+        named={"start": "rows", "end": "rows"},
+    ),
+    "plots.interpolation, rows": Call(
+        plots.interpolation,
+        lambda: {"rows": {"a": (torch.sigmoid, torch.zeros(4), torch.ones(4))}},
+    ),
+    "plots.latents": Call(
+        lambda codes, **rest: plots.latents({"a": codes}, **rest),
+        lambda: {"codes": np.ones((4, 3)), "labels": [0, 1, 1, 2]},
+    ),
+    "plots.latents, codes": Call(
+        plots.latents, lambda: {"codes": {"a": np.ones((4, 3))}, "labels": [0, 1, 1, 2]}
+    ),
+    "plots.losses": Call(plots.losses, lambda: {"fits": {"a": [3.0, 2.0, 1.0]}}),
     "plots.rate_distortion": Call(
         plots.rate_distortion, lambda: {"points": {"a": (1.0, 2.0), "b": (0.0, 3.0)}}
     ),
     "plots.rate_distortion_curves": Call(
         plots.rate_distortion_curves,
-        lambda: {"curves": {"a": ([1.0, 2.0], [3.0, 2.0])}, "bounds": None, "title": ""},
+        lambda: {
+            "curves": {"a": ([1.0, 2.0], [3.0, 2.0])}, "bounds": None, "title": "",
+            "labels": {"a": ["u", "v"]},
+        },
     ),
     "regression.plots.forest": Call(
         regression.plots.forest,

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ppvae"
 FLOORS = [
     ["_checks"],
-    ["_files", "_process", "_scopes"],
+    ["_files", "_look", "_process", "_scopes"],
     ["families"],
     ["closed_form", "data", "likelihoods", "nn", "priors"],
     ["models", "programs"],

@@ -10,12 +10,14 @@ from numpy.typing import ArrayLike
 
 from ppvae._checks import (
     check_array,
+    check_count,
     check_mapping,
     check_names,
     check_share,
     check_size,
     expect,
 )
+from ppvae._look import color, empty, line
 from ppvae.regression.hyper import mixture_quantiles
 
 if TYPE_CHECKING:
@@ -41,18 +43,23 @@ def forest(rows: Mapping[str, Interval], labels: Sequence[str]) -> Figure:
     table = np.array([check_array(f"rows, {name}", row, shape) for name, row in rows.items()])
     heights = np.arange(len(rows))[::-1]
     lines = -(-len(labels) // 5)
-    figure = _figure(2.1 * min(len(labels), 5) + 1.4, 2.6 * lines)
+    figure = empty(2.1 * min(len(labels), 5) + 1.4, 2.6 * lines)
     axes = figure.subplots(lines, min(len(labels), 5), sharey=True, squeeze=False).ravel()
     for panel, label, (middle, low, high) in zip(axes, labels, table.T, strict=False):
-        panel.hlines(heights, low, high, color="C0", linewidth=1.6)
+        reach = 1.3 * np.abs(middle).max() + 0.15
+        panel.hlines(heights, low, high, color=color(0), linewidth=1.6)
+        for end, side, marker in ((low, -reach, "<"), (high, reach, ">")):
+            cut = heights[abs(end) > reach]  # an arrow where an interval leaves the panel
+            at, style = np.full(len(cut), side), {"markersize": 5, "clip_on": False}
+            panel.plot(at, cut, marker, color=color(0), **style)
         panel.plot(middle, heights, "o", color="black", markersize=3)
         panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-        reach = 1.3 * np.abs(middle).max() + 0.15
         panel.set(title=label, xlim=(-reach, reach), yticks=heights, yticklabels=list(rows))
+        panel.locator_params(axis="x", nbins=4)
         panel.tick_params(labelsize=7)
     for panel in axes[len(labels) :]:
         panel.set_axis_off()
-    figure.suptitle("Weights with 90 % intervals (cut where they leave the panel)")
+    figure.suptitle("Weights with 90 % intervals (arrows: they go on beyond the panel)")
     return figure
 
 
@@ -81,25 +88,27 @@ def paths(
     penalties = lines["ridge"][0]
     evidence = check_array("evidence", evidence, (len(penalties),))
     best = tuple(check_array("best", best, (2,)).tolist())
-    figure = _figure(9.0, 5.6)
+    figure = empty(10.0, 5.6)
     panels = figure.subplot_mosaic("rl;el", height_ratios=(2, 1))
     left, right, below = (panels[key] for key in "rle")
     for panel, title in ((left, "ridge"), (right, "lasso")):
-        panel.semilogx(*lines[title], label=names)
+        for index, (name, path) in enumerate(zip(names, lines[title][1].T, strict=True)):
+            panel.semilogx(lines[title][0], path, label=name, **line(index))
         panel.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         panel.set(title=title, ylabel="weight")
     right.set_xlabel("penalty  noise^2 / b")
     right.sharey(left)
-    right.legend(fontsize=7, ncols=2)
+    handles = right.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize=8, title="weight of")
     below.sharex(left)
     below.semilogx(penalties, evidence, color="black")
-    below.plot(*best, "o", color="C3", label=f"maximum at {best[0]:.3g}")
+    below.plot(*best, "o", color=color(3), label=f"maximum at {best[0]:.3g}")
     below.legend(fontsize=8)
     low, high = np.quantile(evidence, [0.25, 1.0])
     below.set_ylim(low, high + 0.08 * (high - low))
     below.set(xlabel="penalty  noise^2 / prior variance", ylabel="log evidence [nats]")
     for panel in (left, below):
-        panel.axvline(best[0], color="C3", linestyle=":", linewidth=1)
+        panel.axvline(best[0], color=color(3), linestyle=":", linewidth=1)
     return figure
 
 
@@ -125,7 +134,13 @@ def band(means: ArrayLike, noise: float, *, level: float = 0.9) -> Interval:
 
 
 def bands(
-    grid: ArrayLike, curves: Mapping[str, Interval], data: tuple[ArrayLike, ArrayLike], label: str
+    grid: ArrayLike,
+    curves: Mapping[str, Interval],
+    data: tuple[ArrayLike, ArrayLike],
+    label: str,
+    *,
+    target: str = "target",
+    columns: int = 3,
 ) -> Figure:
     """Predictive bands along one feature, one panel per row.
 
@@ -133,7 +148,9 @@ def bands(
         grid: values of the feature, shape `(k,)`.
         curves: name -> (middle, low, high) of the prediction, each of shape `(k,)`.
         data: (feature, target) of the training data.
-        label: name of the feature.
+        label: name of the feature, with its unit.
+        target: name of what is predicted, with its unit.
+        columns: panels in a row.
 
     Raises:
         TypeError, ValueError: there are others than finite numbers, or they do not fit each other.
@@ -143,15 +160,21 @@ def bands(
     checked = {name: check_array(f"curves, {name}", one, shape) for name, one in curves.items()}
     points = check_array("data", data, (2, "rows"))
     expect(points.size and grid.size, "grid, data", "at least one point", "none")
-    expect(isinstance(label, str), "label", "a name", repr(label), TypeError)
-    figure = _figure(2.6 * len(curves) + 0.6, 3.0)
-    axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, (name, (middle, low, high)) in zip(axes, checked.items(), strict=True):
+    for name, text in (("label", label), ("target", target)):
+        expect(isinstance(text, str), name, "a name", repr(text), TypeError)
+    columns = min(check_count("columns", columns), len(curves))
+    lines = -(-len(curves) // columns)
+    figure = empty(2.8 * columns + 0.6, 2.5 * lines + 0.5)
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for panel, (name, (middle, low, high)) in zip(axes.flat, checked.items(), strict=False):
         panel.scatter(*points, s=3, color="0.75")
-        panel.fill_between(grid, low, high, color="C0", alpha=0.3, linewidth=0)
-        panel.plot(grid, middle, color="C0")
-        panel.set(title=name, xlabel=label)
-    axes[0].set(ylabel="target", ylim=(2 * points[1].min(), 2 * points[1].max()))
+        panel.fill_between(grid, low, high, color=color(0), alpha=0.3, linewidth=0)
+        panel.plot(grid, middle, color=color(0))
+        panel.set(title=name, ylim=(2 * points[1].min(), 2 * points[1].max()))
+    for panel in axes.flat[len(curves) :]:
+        panel.set_axis_off()
+    figure.supxlabel(label, fontsize=10)
+    figure.supylabel(target, fontsize=10)
     figure.suptitle("Predictive mean and 90 % band, the other features at their means")
     return figure
 
@@ -170,7 +193,7 @@ def overconfidence(
             covariance is not positive definite.
     """
     names = check_names("labels", labels, 2)
-    figure = _figure(5.4, 4.6)
+    figure = empty(5.4, 4.6)
     axes, angles = figure.subplots(), np.linspace(0, 2 * np.pi, 181)
     circle = np.stack([np.cos(angles), np.sin(angles)])
     for index, (name, pair) in enumerate(check_mapping("posteriors", posteriors).items()):
@@ -180,8 +203,9 @@ def overconfidence(
         positive = np.linalg.eigvalsh(covariance)[0] > 0
         expect(positive, where, "a positive definite covariance", covariance)
         ring = np.sqrt(-2 * np.log(0.1)) * np.linalg.cholesky(covariance) @ circle
-        axes.plot(*(mean[:, None] + ring), color=f"C{index}", label=name)
-        axes.plot(*mean, "+", color=f"C{index}")
+        dashes = ["-", "--", "-.", ":"][index % 4]
+        axes.plot(*(mean[:, None] + ring), color=color(index), linestyle=dashes, label=name)
+        axes.plot(*mean, "+", color=color(index))
     axes.set(xlabel=f"weight of {names[0]}", ylabel=f"weight of {names[1]}")
     axes.set_title("Where mean field is overconfident: 90 % regions")
     axes.legend(fontsize=8)
@@ -198,9 +222,3 @@ def _path(name: str, pair: Any, columns: int) -> tuple[Any, Any]:
     penalties = check_array(name, pair[0], ("k",))
     expect(penalties.size and (penalties > 0).all(), name, "positive penalties", pair[0])
     return penalties, check_array(name, pair[1], (len(penalties), columns))
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

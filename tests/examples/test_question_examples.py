@@ -138,4 +138,4 @@ def test_when_does_noise_help_runs(run, tmp_path):
     for word in ("helps", "hurts", "no difference"):  # the table's verdicts come back in words
         told = [line for line in table if line.rstrip().endswith(word)]
         assert told == [] or f"VAE against regularised, {word}" in said
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"digits"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"digits", "digits_latents"}

@@ -175,9 +175,14 @@ def test_pictures_hold_what_they_were_given():
     rows = {"a": (np.zeros(7), -np.ones(7), np.ones(7)), "b": (np.ones(7), np.zeros(7), np.ones(7))}
     panels = plots.forest(rows, list("tuvwxyz")).axes
     assert [panel.get_title() for panel in panels[:7]] == list("tuvwxyz")
-    assert np.array_equal(panels[3].lines[0].get_xydata(), [[0, 1], [1, 0]])  # the first on top
+    assert np.array_equal(panels[3].lines[2].get_xydata(), [[0, 1], [1, 0]])  # the first on top
     assert np.array_equal(panels[3].collections[0].get_segments()[0], [[-1, 1], [1, 1]])
     assert panels[6].axison and not panels[7].axison and panels[0].get_xlim() == (-1.45, 1.45)
+    assert not any(line.get_xydata().size for line in panels[0].lines[:2])  # nothing is cut
+    rows["a"] = (np.zeros(7), -np.full(7, 2.0), np.ones(7))
+    left, right = plots.forest(rows, list("tuvwxyz")).axes[0].lines[:2]
+    assert [*left.get_xydata()[0]] == [-1.45, 1] and left.get_marker() == "<"
+    assert not right.get_xydata().size
     k, weights = np.logspace(0, 2, 5), np.eye(5)[:, :2]
     figure = plots.paths((k, weights), (k, 2 * weights), -k, (2.0, -2.0), ["x", "y"])
     panels = {panel.get_title(): panel for panel in figure.axes}
@@ -191,7 +196,9 @@ def test_pictures_hold_what_they_were_given():
     middle, low, high = curve = plots.band(np.array([[0.0], [2.0]]), 0.5)
     assert np.allclose(middle, [0, 2]) and np.allclose(high - middle, 1.6448536 * 0.5, atol=1e-7)
     assert np.allclose(low, 2 * middle - high)
-    panels = plots.bands([1, 2], {"a": curve, "b": curve}, (k, k), "x").axes
+    figure = plots.bands([1, 2], {"a": curve, "b": curve}, (k, k), "x [m]", target="y [s]")
+    assert figure.get_supxlabel() == "x [m]" and figure.get_supylabel() == "y [s]"
+    panels = figure.axes
     assert [panel.get_title() for panel in panels] == ["a", "b"]
     assert panels[0].get_ylim() == (2, 200)
     mean, covariance = np.array([1.0, 2.0]), np.array([[4.0, 1.0], [1.0, 1.0]])

@@ -162,7 +162,7 @@ def test_replicates_go_on(compiled, stop_at, tmp_path):
 
     whole, end = run(0)
     assert whole[0].execution == ("compiled" if compiled else "staged")
-    for step in (1, 3, 7):
+    for step in (1, 3, 7) if compiled else (1, 7):  # in the first epoch, after it, in the third
         path = tmp_path / f"{step}.pt"
         stop_at(step)
         parts, _ = run(0, checkpoint=path)
@@ -498,7 +498,7 @@ print("right", ended + 1)
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """By SIGKILL, or by SIGTERM, which waits for the file; it ends as one that was let be."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    kills = 100 if "PPVAE_LONG" in os.environ else 8
+    kills = 100 if "PPVAE_LONG" in os.environ else 5
     command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "run.pt"), str(kills)]
     told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     *lines, end = told.stdout.splitlines()
