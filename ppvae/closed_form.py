@@ -26,6 +26,16 @@ _KNOWN = "one with a closed form here"
 _LEARNED = "deterministic zero noise_only mean_only shared_scale mean_scale full_rank".split()
 
 
+def _printed(result: "Optimum | LearnedDecoder") -> str:
+    """Its numbers, and the shapes of its arrays."""
+    parts = []
+    for name, value in result._asdict().items():
+        array = isinstance(value, Tensor) and value.dim()
+        number = f"{float(value):.6g}" if not array else f"shape {tuple(value.shape)}"
+        parts.append(f"{name}: {bool(value) if isinstance(value, bool) else number}")
+    return f"{type(result).__name__}({', '.join(parts)})"
+
+
 class Optimum(NamedTuple):
     """The best member of a family for a Gaussian posterior; values in nats.
 
@@ -51,6 +61,9 @@ class Optimum(NamedTuple):
     mean: Tensor
     covariance: Tensor
     mutual_information: Tensor
+
+    def __repr__(self) -> str:
+        return _printed(self)
 
     @property
     def gap(self) -> Tensor:
@@ -83,6 +96,9 @@ class LearnedDecoder(NamedTuple):
     mutual_information: float
     weight: Tensor
     bias: Tensor
+
+    def __repr__(self) -> str:
+        return _printed(self)
 
     @property
     def distortion(self) -> float:

@@ -273,7 +273,7 @@ def latents(codes: Mapping[str, ArrayLike], labels: Sequence[Any] | ArrayLike) -
             table, names = (table - table.mean(0)) @ directions[:2].T, "principal axis"
         for index, one in enumerate(np.unique(classes)):
             points = table[classes == one].T
-            panel.scatter(*points, s=9, label=str(one), **_DOTS, **mark(index))
+            panel.scatter(*points, s=9, alpha=0.7, linewidths=0, label=str(one), **mark(index))
         panel.set(title=name, xlabel=f"first {names}", ylabel=f"second {names}")
     handles = axes[0].get_legend_handles_labels()
     legend = figure.legend(*handles, loc="outside right upper", fontsize=8, title="class")

@@ -96,6 +96,10 @@ class FamilyGuide(ModelGuide):
         if example is not None:
             self.setup(*example)
 
+    def __repr__(self) -> str:
+        first, *others = super().__repr__().splitlines()
+        return "\n".join([first, f"  (family): {self.family!r}", *others])
+
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The latent sites in the groups that are drawn together; none before `setup`."""

@@ -33,6 +33,10 @@ class EvidenceMaximum(NamedTuple):
     log_evidence: float
     posterior: ExactPosterior
 
+    def __repr__(self) -> str:
+        at = f"scale {self.scale:.6g} and noise {self.noise:.6g}"
+        return f"EvidenceMaximum at {at}: log evidence {self.log_evidence:.4f} nats"
+
 
 def log_evidence_curve(
     X: Data,

@@ -31,6 +31,8 @@ Seed = int | np.random.Generator | None
 
 # Below this share of a datum's own variance its closed-form leave-one-out density loses digits.
 _LEAST_SHARE = 1e-6
+# So many numbers are printed each by itself.
+_PRINTED = 30
 # Share of the mass of a posterior without a datum that the points of the lattice may miss.
 _TOLERANCE = 1e-9
 
@@ -114,6 +116,10 @@ class LeaveOneOut(NamedTuple):
     total: float
     standard_error: float
 
+    def __repr__(self) -> str:
+        total = f"{self.total:.4f} nats (standard error {self.standard_error:.4f})"
+        return f"LeaveOneOut of {len(self.pointwise)} rows: {total}"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExactPosterior:
@@ -129,6 +135,20 @@ class ExactPosterior:
 
     problem: Problem
     hyper: HyperPosterior
+
+    def __repr__(self) -> str:
+        names, rows = self.names, self.problem.factor.rows
+        head = f"ExactPosterior of {len(names)} numbers given {rows} rows"
+        head += f", log evidence {self.log_evidence:.4f} nats"
+        if len(names) > _PRINTED:
+            return head
+        low, high = self.quantile([0.05, 0.95])
+        columns = {"mean": self.mean, "sd": self.sd, "5 %": low, "95 %": high}
+        width = max(map(len, names))
+        lines = [" " * width + "".join(f"{name:>12s}" for name in columns)]
+        for name, *values in zip(names, *columns.values(), strict=True):
+            lines.append(f"{name:{width}s}" + "".join(f"{value:12.4g}" for value in values))
+        return "\n".join([head, *lines])
 
     @property
     def names(self) -> list[str]:

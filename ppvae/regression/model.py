@@ -36,6 +36,9 @@ class Horseshoe:
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = check_number("scale", scale, positive=True)
 
+    def __repr__(self) -> str:
+        return f"Horseshoe(scale={self.scale})"
+
     def __call__(self, like: Tensor) -> TorchDistributionMixin:
         """Samples the two scales and returns the distribution of the weights given them.
 
@@ -97,6 +100,10 @@ class LinearRegression(UniquelyNamed):
         kind = "a function from location and scale to a distribution"
         expect(callable(likelihood), "likelihood", kind, repr(likelihood), TypeError)
         self.likelihood = likelihood
+
+    def __repr__(self) -> str:
+        priors = f"weight={self.weight_prior}, noise={self.noise_prior}"
+        return f"LinearRegression({self.columns}, {priors})"
 
     def check_data(self, X: Tensor, y: Tensor | None = None) -> None:
         """Checks that all the data together, not just one batch, make the posterior proper.

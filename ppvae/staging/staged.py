@@ -165,6 +165,14 @@ class Staged(nn.Module):
         self._guard, self._paths = guard, paths
         self._state = self._homes(program)
 
+    def __repr__(self) -> str:
+        args = self.recorded_on[0]
+        seen = [str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args]
+        programs = (self.program.model, self.program.guide)
+        names = [getattr(each, "__name__", type(each).__name__) for each in programs]
+        of = f"{self.program.objective} of {' and '.join(names)}"
+        return f"Staged({of}, recorded on {', '.join(seen)})"
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _record_again, (self.program, self.recorded_on, self.names)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyro
 import pytest
+import reference
 
 import ppvae
 from ppvae import NarrowFamily, NotConverged, data
@@ -55,6 +56,13 @@ def test_the_first_page_can_be_read_in_ten_minutes_and_its_links_lead_somewhere(
 def anchor(title):
     """The name of a heading in a link to it."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def test_the_list_of_public_objects_is_that_of_the_code():
+    path, wanted = HOME / "examples" / "REFERENCE.md", reference.page()
+    assert path.read_text() == wanted, "python tests/reference.py > examples/REFERENCE.md"
+    for name in ppvae.__all__:
+        assert f"- `{name}" in wanted or f"## `ppvae.{name}`" in wanted, name
 
 
 def test_every_program_stands_in_the_gallery():
