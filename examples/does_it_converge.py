@@ -1,4 +1,6 @@
-"""Five posteriors, fitted by one call each, beside NUTS: is the fit right, and does it know?
+"""Whether a fit is right, and knows it (five minutes; writes results/does_it_converge).
+
+Five posteriors, fitted by one call each, beside NUTS or the exact one.
 
 The models are ordinary Pyro programs with global latents, their data as they come. `fit` is called
 with its defaults; what it says is printed beside what is true: the largest error of a mean, in

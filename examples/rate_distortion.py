@@ -1,4 +1,6 @@
-"""Rate against distortion: every family swept over beta, with the linear-Gaussian bound.
+"""Rate against distortion (two minutes; writes two pictures to results/rate_distortion).
+
+Every family is swept over beta, on a linear decoder beside the exact bound.
 
 A fit minimises distortion + beta * rate: beta is the price of a nat of rate, and along the best
 fits d distortion / d rate = -beta. First a linear decoder with fixed noise: its optimum is known.

@@ -1,4 +1,6 @@
-"""When does noise help? A plain autoencoder, a regularised one and a VAE on the same questions.
+"""When noise helps (four minutes; writes pictures to results/when_does_noise_help).
+
+A plain autoencoder, a regularised one and a VAE are asked the same questions.
 
 They share networks, images and starting values; only the guide family and the prior differ. Every
 fit keeps a fifth of its images aside and stops where its own objective on them is best. A seed is a
@@ -142,13 +144,13 @@ def show(name: str, runs: dict[str, list[dict]]) -> list[str]:
     """Prints the table of one data set; returns what it says, in words."""
     bases, said = list(ROWS)[:2], {}
     print(f"\n{name:31s}" + "".join(f"{row:>13s}" for row in ROWS), end="")
-    print("".join(f"{'VAE - ' + base:>26s} {'noise':13s}" for base in bases))
+    print("".join(f"{'VAE - ' + base:>28s} {'noise':13s}" for base in bases))
     for key, (label, _, title) in MEASURES.items():
         means = [np.mean([found[key] for found in runs[row]]) for row in ROWS]
         line = f"{label:31s}" + "".join(f"{mean:13.2f}" for mean in means)
         for base in bases:
             mean, half, word = against(base, runs, key)
-            line += f"{f'{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]':>26s} {word:13s}"
+            line += f"{f'{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]':>28s} {word:13s}"
             said.setdefault(f"VAE against {base}, {word}", []).append(title)
         between = sorted(means)[1] == means[1]
         said.setdefault("regularised lies between the two" if between else "", []).append(title)

@@ -19,6 +19,10 @@ LEAST, MOST = 1e-100, 1e100
 _LONG = 1000  # characters of what came, of which the middle is left out beyond
 
 
+#: Where it says what a warning means and what to do about it.
+TROUBLE = 'see "When it goes wrong" in examples/README.md'
+
+
 def expect(
     ok: Any, name: str, expected: str, got: Any, error: type[Exception] = ValueError
 ) -> None:

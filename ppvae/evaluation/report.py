@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 from scipy import special
 
-from ppvae._checks import check_number, expect
+from ppvae._checks import TROUBLE, check_number, expect
 from ppvae.evaluation.directions import WORTH
 from ppvae.evaluation.measures import ACTIVE
 from ppvae.objectives.weights import TRUSTED
@@ -60,8 +60,8 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     """What the numbers of `evaluate` mean, in sentences, one per line.
 
     Says what the last `fit` said of itself, how tight the bound is, what passes through the
-    latents, which of them collapsed and the likely cause, and whether the guide can be trusted; and
-    that the objective of a point is none.
+    latents, which of them collapsed and the likely cause, and whether the guide can be trusted;
+    that the objective of a point is none; and, if something is wrong, where to read what to do.
 
     Args:
         found: a result of `evaluate`.
@@ -83,8 +83,17 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     """
     _check(found)
     beta = check_number("beta", beta)
-    lines = _bound(found) if found.bound else _point(found)
-    return "\n".join([*_training(found), *lines, _collapse(found, beta)])
+    lines = [*_training(found), *(_bound(found) if found.bound else _point(found))]
+    lines.append(_collapse(found, beta))
+    collapsed = not found.active.all() and found.attrs.get("channels") != "none"
+    if (
+        collapsed
+        or found.attrs.get("converged") == 0
+        or found.bound
+        and (found.khat > TRUSTED).any()
+    ):
+        lines.append(f"What to do: {TROUBLE}.")
+    return "\n".join(lines)
 
 
 def _check(found: xr.Dataset) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ppvae._checks import TROUBLE
 from ppvae._scopes import random_state, stacklevel, unchecked, without_warnings
 from ppvae.staging.passes import drop_unused, spell_sizes
 from ppvae.staging.staged import NotStageable, Staged, alike, one_line
@@ -77,7 +78,7 @@ class Gradients:
                 with torch.no_grad():
                     self._function = self._compiled(graph, leaves, state, data)
             except Exception as error:  # whatever a compiler may raise, which is passed on
-                words = f"fit: staged, not compiled; {one_line(error)}"
+                words = f"fit: staged, not compiled; {one_line(error)} ({TROUBLE})"
                 warnings.warn(words, stacklevel=stacklevel())
                 self.execution = "staged"
 

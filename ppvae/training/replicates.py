@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae._checks import check_count, check_seed, expect
+from ppvae._checks import TROUBLE, check_count, check_seed, expect
 from ppvae._files import as_path
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import (
@@ -149,7 +149,7 @@ def fit_replicates(
             try:
                 engine = stacked(tasks, seeds, compiled=how == "compiled")
             except NotStageable as error:
-                words = f"fit_replicates: one after the other; {error}"
+                words = f"fit_replicates: one after the other; {error} ({TROUBLE})"
                 warnings.warn(words, stacklevel=stacklevel())
             else:
                 bar = progress_bar(num_epochs, progress)

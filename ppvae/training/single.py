@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae._checks import expect
+from ppvae._checks import TROUBLE, expect
 from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
@@ -109,7 +109,7 @@ def single(task: Task, how: str) -> Single:
     try:
         staged = record(task.program, task.example)
     except NotStageable as error:
-        warnings.warn(f"fit: runs eagerly; {error}", stacklevel=stacklevel())
+        warnings.warn(f"fit: runs eagerly; {error} ({TROUBLE})", stacklevel=stacklevel())
         return Single(task)
     if how == "staged":
         return Single(task, staged)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae._checks import TROUBLE
+
 
 class Diverged(ArithmeticError):
     """The loss stopped being finite; all that was trained is as at most ten steps before.
@@ -15,6 +17,10 @@ class Diverged(ArithmeticError):
     that of a gradient), the site, the datum and the dimension, as far as they can be known; and
     what to do about it.
     """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.add_note(TROUBLE)
 
 
 class Snapshot:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae._checks import TROUBLE
 from ppvae._scopes import double_precision, private_modules, stacklevel, unchecked
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
@@ -53,7 +54,7 @@ class Verdict(NamedTuple):
         """Warns once, if there is a reason to."""
         kind = NotConverged if self.converged is False else NarrowFamily
         if self.converged is False or self.narrow:
-            warnings.warn(f"fit: {self.words}", kind, stacklevel=stacklevel())
+            warnings.warn(f"fit: {self.words} ({TROUBLE})", kind, stacklevel=stacklevel())
 
 
 def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:

@@ -121,6 +121,8 @@ def test_reading(changes, line, start):
     lines = reading(result(**changes)).splitlines()
     assert lines[line].startswith(start), lines[line]
     assert "-0.00" not in "".join(lines)
+    wrong = lines[-1].startswith("What to do: see")  # else all are active, or none could be
+    assert wrong == (changes != {"active": [True] * 3} and "channels" not in changes)
 
 
 def test_the_cause_of_a_collapse():

@@ -15,7 +15,16 @@ from linear import Regression, local
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
-from ppvae import VAE, FamilyGuide, concat_chains, evaluate, families, from_pyro_svi, likelihoods
+from ppvae import (
+    VAE,
+    FamilyGuide,
+    concat_chains,
+    evaluate,
+    families,
+    from_pyro_svi,
+    likelihoods,
+    to_netcdf,
+)
 from ppvae.nn import mlp
 from ppvae.regression import LinearRegression, exact_posterior
 
@@ -284,7 +293,7 @@ def test_seeds_become_chains(tmp_path):
         assert both["evaluation"].mutual_information.values[index] == found.mutual_information
     assert both.posterior.chain.values.tolist() == [0, 1]
     assert "chain" not in both.observed_data.dims and both.attrs == first.attrs
-    both.to_netcdf(tmp_path / "both.nc")
+    to_netcdf(both, tmp_path / "both.nc")
     with xr.open_datatree(tmp_path / "both.nc") as again:
         for name in ("posterior/z", "evaluation/khat"):
             assert np.array_equal(again[name].values, both[name].values)

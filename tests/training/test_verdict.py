@@ -18,6 +18,7 @@ from global_latents import (
 from pyro import poutine
 
 from ppvae import FamilyGuide, NarrowFamily, NotConverged, families
+from ppvae._checks import TROUBLE
 from ppvae.objectives.weights import khat
 from ppvae.programs.layout import Layout
 from ppvae.training import verdict
@@ -33,7 +34,7 @@ def test_few_steps_are_told_with_their_number():
         result = quiet(logistic, guide, labelled(), num_epochs=1)
     (warning,) = [each for each in caught if each.category is NotConverged]
     assert result.converged is False and warning.filename == quiet.__code__.co_filename
-    assert warning.message.args[0] == f"fit: {result.verdict}"
+    assert warning.message.args[0] == f"fit: {result.verdict} ({TROUBLE})"
     first, second, third = repr(result).split("\n")
     assert first.startswith("Fit by L-BFGS (eager): 1 steps, ") and first.endswith(" s")
     assert second == f"loss {result.losses[-1]:.6g} nats per datum" and third == result.verdict
