@@ -65,6 +65,54 @@ def test_the_list_of_public_objects_is_that_of_the_code():
         assert f"- `{name}" in wanted or f"## `ppvae.{name}`" in wanted, name
 
 
+#: sections of the gallery -> what the program printed that their numbers are from; "Fast" is not
+#: among them: its table is of another day, which it names
+PRINTED = {
+    "`ladder.py`": ["ladder", "ladder_linear"],
+    "`guide_for_your_model.py`": ["guide_for_your_model"],
+    "`when_does_noise_help.py`": ["when_does_noise_help"],
+    "The same question in regression": ["regression"],
+}
+NUMBER = re.compile(r"\d+\.\d{2,}")
+
+
+def printed(*names):
+    return "\n".join((HOME / "examples" / "output" / f"{name}.txt").read_text() for name in names)
+
+
+@pytest.mark.parametrize("title", PRINTED)
+def test_the_numbers_of_the_gallery_are_those_that_its_programs_print(title):
+    """Those of two decimals and more, outside of code."""
+    text = re.split(rf"^##+ {re.escape(title)}$", PAGES[1].read_text(), flags=re.M)[1]
+    text = re.sub(r"^```.*?^```", "", re.split(r"^##+ ", text, flags=re.M)[0], flags=re.M | re.S)
+    known = set(NUMBER.findall(printed(*PRINTED[title])))
+    numbers = NUMBER.findall(text)
+    assert len(numbers) > 1 and set(numbers) <= known, set(numbers) - known
+
+
+def test_the_table_of_the_first_page_is_that_of_the_ladder():
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]* \| (\S+) \| (\S+) \| (\S+) \|", PAGES[0].read_text(), re.M
+    )
+    assert len(rows) == 7
+    for name, *cells in rows:
+        line = re.search(rf"^{name} .*$", printed("ladder"), re.M)[0]
+        means = re.findall(r"(-?\d+\.\d\d) \(", line)  # rate, distortion, ELBO, log p(x)
+        for cell, mean in zip(
+            cells, (*means[:2], means[3]) if len(means) > 3 else means, strict=False
+        ):
+            assert cell in ("-", f"{float(mean):.1f}"), name
+
+
+def test_an_example_says_in_its_first_line_how_long_it_takes_and_what_it_writes():
+    for path in (HOME / "examples").glob("*.py"):
+        first = path.read_text().splitlines()[0]
+        assert re.search(r"\((.*) (minutes?|seconds); writes .*\)\.$", first), path.name
+        words = re.search(r"\((.*?) (minutes?|seconds);", first)[0][1:-1]
+        told = PAGES[1].read_text().split(f"### `{path.name}`")[1].split("\n##")[0]
+        assert words.capitalize() in told, path.name
+
+
 def test_every_program_stands_in_the_gallery():
     text = PAGES[1].read_text()
     for path in (HOME / "examples").glob("*.py"):
