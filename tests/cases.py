@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from scipy import special, stats
 from torch import nn
 
 from ppvae import Family, families, likelihoods
@@ -38,6 +40,36 @@ def _gauss(scale):
     return lambda out, x: dist.Normal(out, torch.as_tensor(scale)).log_prob(x)
 
 
+def _by(log_p, outputs=1):
+    """A density that SciPy has, of as many numbers of the decoder per column."""
+
+    def log_prob(out, x):
+        numbers = np.split(out.detach().double().numpy(), outputs, -1)
+        return torch.as_tensor(log_p(x.double().numpy(), *numbers)).to(out.dtype)
+
+    return log_prob
+
+
+def _grey(x, logit):
+    """Of the density C p^x (1 - p)^(1 - x) on [0, 1]; its integral is (2 p - 1) / logit(p)."""
+    p = special.expit(logit)
+    return x * np.log(p) + (1 - x) * np.log1p(-p) + np.log(logit / (2 * p - 1))
+
+
+def _grades(x, place):
+    """Four grades, whose thresholds start at the quarters of a logistic distribution."""
+    ends = np.array([-np.inf, *special.logit([0.25, 0.5, 0.75]), np.inf])
+    code = x.astype(int)
+    return np.log(special.expit(ends[code + 1] - place) - special.expit(ends[code] - place))
+
+
+def _mixed(out, x):
+    """Two columns of a Normal, one of ones, and one of three categories, of the third one."""
+    a, b = _gauss(0.3)(out[..., :2], x[..., [1, 3]]).unbind(-1)
+    one, third = -nn.functional.softplus(-out[..., 2]), out[..., 3:].log_softmax(-1)[..., 2]
+    return torch.stack([one, a, third, b], -1)
+
+
 WIDTHS = [0.1, 0.2, 0.3, 0.4]  # one for each of four features
 
 LIKELIHOODS = {
@@ -54,7 +86,69 @@ LIKELIHOODS = {
     "per feature": Likelihood(
         lambda: likelihoods.Normal(torch.tensor(WIDTHS), learned=True), torch.randn, _gauss(WIDTHS)
     ),
-}
+    "per datum": Likelihood(
+        lambda: likelihoods.Normal(0.3, per_datum=True),
+        torch.randn,
+        _by(lambda x, a, b: stats.norm.logpdf(x, a, 0.3 * np.exp(b)), 2),
+    ),
+    "laplace": Likelihood(
+        lambda: likelihoods.Laplace(0.3, learned=True),
+        torch.randn,
+        _by(lambda x, a: stats.laplace.logpdf(x, a, 0.3)),
+    ),
+    "log normal": Likelihood(
+        lambda: likelihoods.LogNormal(0.3, learned=True),
+        lambda *shape: torch.randn(*shape).exp(),
+        _by(lambda x, a: stats.lognorm.logpdf(x, 0.3, scale=np.exp(a))),
+    ),
+    "student": Likelihood(
+        lambda: likelihoods.StudentT(3.0, scale=0.3, learned=True),
+        torch.randn,
+        _by(lambda x, a: stats.t.logpdf(x, 3.0, a, 0.3)),
+    ),
+    "student per datum": Likelihood(
+        lambda: likelihoods.StudentT(scale=0.3, per_datum=True),
+        torch.randn,
+        _by(lambda x, a, b, c: stats.t.logpdf(x, 2 + np.log1p(np.exp(c)), a, 0.3 * np.exp(b)), 3),
+    ),
+    "grey": Likelihood(likelihoods.ContinuousBernoulli, torch.rand, _by(_grey)),
+    "beta": Likelihood(
+        lambda: likelihoods.Beta(5.0),
+        lambda *shape: 0.05 + 0.9 * torch.rand(*shape),
+        _by(lambda x, a: stats.beta.logpdf(x, 5 * special.expit(a), 5 * special.expit(-a))),
+    ),
+    "categories": Likelihood(
+        lambda: likelihoods.Categorical(3),
+        lambda *shape: torch.randint(3, shape).to(torch.get_default_dtype()),
+        _by(lambda x, *a: np.choose(x.astype(int), special.log_softmax(np.stack(a), 0)), 3),
+    ),
+    "grades": Likelihood(
+        lambda: likelihoods.Ordinal(4),
+        lambda *shape: torch.randint(4, shape).to(torch.get_default_dtype()),
+        _by(_grades),
+    ),
+    "counts": Likelihood(
+        lambda: likelihoods.NegativeBinomial(0.7),
+        lambda *shape: torch.arange(math.prod(shape)).reshape(shape) % 7.0,
+        _by(lambda x, a: stats.nbinom.logpmf(x, 1 / 0.7, 1 / (1 + 0.7 * np.exp(a)))),
+    ),
+    "zeros": Likelihood(
+        lambda: likelihoods.ZeroInflated(likelihoods.Poisson()),
+        lambda *shape: torch.arange(math.prod(shape)).reshape(shape) % 4.0,
+        _by(
+            lambda x, a, b: np.log(
+                special.expit(b) * (x == 0) + special.expit(-b) * stats.poisson.pmf(x, np.exp(a))
+            ),
+            2,
+        ),
+    ),
+    "mixed": Likelihood(
+        lambda: likelihoods.Mixed({(1, 3): likelihoods.Normal(0.3), 0: likelihoods.Bernoulli(),
+                                   (2,): likelihoods.Categorical(3)}),
+        lambda n, _: torch.tensor([[1.0, 0.5, 2.0, -0.2]]).repeat(n, 1),
+        _mixed,
+    ),
+}  # fmt: skip
 
 
 class Learned(nn.Module):

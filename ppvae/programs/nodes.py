@@ -188,7 +188,8 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
     """Raises unless a model observes something, and its data are such as its sites can produce.
 
     Supports that depend on latents, as that of a uniform distribution, do not count: there a draw
-    may leave the data out, and the density says so.
+    may leave the data out, and the density says so. A distribution whose support is worked out, but
+    is always the same, says so by an attribute `fixed_support`.
 
     Args:
         trace: a trace of the model on data.
@@ -202,16 +203,20 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
     for node in numbers_observed(trace, name):
         value, site, fn = node["value"], node["name"], _bare_distribution(node["fn"])
         support = getattr(type(fn), "support", None)
-        if isinstance(support, property) and fn.has_enumerate_support:
+        known = fn.has_enumerate_support or getattr(fn, "fixed_support", False)
+        if isinstance(support, property) and known:
             support = fn.support
         if not isinstance(support, property) and support is not None:
             outside = ~support.check(value)
             depth = len(node["fn"].event_shape) - support.event_dim
-            outside = masked(outside.flatten(-depth).any(-1) if depth else outside, node)
+            each, outside = outside, outside.flatten(-depth).any(-1) if depth else outside
+            outside = masked(outside, node)
             count = f"{int(outside.sum())} of {outside.numel()} data outside"
             if outside.any():
-                row = int(outside.nonzero()[0, -1]) if outside.dim() else 0
-                count += f", first in row {start + row}"
+                first = tuple(outside.nonzero()[0].tolist())
+                count += f", first in row {start + (first[-1] if first else 0)}"
+                column = each[first].nonzero()[0].tolist()
+                count += f", column {', '.join(map(str, column))}" if column else ""
             expect(not outside.any(), name, f"values in the support of {site!r}, {support}", count)
 
 

@@ -1,0 +1,104 @@
+"""What all likelihoods share: how many numbers they take per column, and where they start."""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ppvae._checks import as_doubles, check_real, expect
+
+
+class Likelihood(nn.Module):
+    """A likelihood that takes `outputs` numbers of the decoder for each column of the data.
+
+    Attributes:
+        outputs: how many; of more than one the decoder puts out all first ones, then all second
+            ones.
+        start: what is added to the first ones, of shape `(columns,)`; None without data.
+    """
+
+    outputs = 1
+    start: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("start", None)
+
+    @classmethod
+    def of(cls, data: Any, **options: Any) -> Self:
+        """A likelihood that starts at the data's own location (and scale, where it has one).
+
+        Args:
+            data: of shape `(rows, columns)`, or `(rows, *event)`.
+            **options: of the class.
+
+        Raises:
+            TypeError, ValueError: the data are no finite numbers, or none that it can take.
+        """
+        made = cls(**options)
+        made.begin(table(data))
+        return made
+
+    def begin(self, data: NDArray[np.float64]) -> None:
+        """Sets the start from data of shape `(rows, *event)`, in double precision."""
+        raise NotImplementedError
+
+    def set_start(self, start: Any) -> None:
+        """Keeps a start in the default dtype."""
+        self.register_buffer("start", torch.as_tensor(start, dtype=torch.get_default_dtype()))
+
+    def size(self, columns: int) -> int:
+        """How many numbers the decoder has to put out for so many columns."""
+        return self.outputs * columns
+
+    def numbers(self, output: Tensor, unit: Tensor | None = None) -> list[Tensor]:
+        """The numbers of each kind, of shape `(*, columns)`; the start is added to the first.
+
+        Args:
+            output: of the decoder.
+            unit: what the first ones are multiplied by, before.
+
+        Raises:
+            ValueError: the last dimension of the output cannot be so divided, or has another
+                number of columns than the data of the start.
+        """
+        several = self.outputs > 1
+        if several:
+            width = output.shape[-1] if output.dim() else 0
+            wanted = f"an output whose last dimension is {self.outputs} times the columns"
+            expect(width and width % self.outputs == 0, "decoder", wanted, tuple(output.shape))
+        parts = [*output.unflatten(-1, (self.outputs, -1)).unbind(-2)] if several else [output]
+        if self.start is not None:
+            shape = self.start.shape
+            fits = parts[0].shape[parts[0].dim() - len(shape) :] == shape
+            expect(fits, "decoder", f"an output for columns {tuple(shape)}", tuple(output.shape))
+            parts[0] = (parts[0] if unit is None else parts[0] * unit) + self.start
+        return parts
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "start")
+        alike = (saved is None) == (self.start is None)
+        got = "one without" if saved is None else "one with"
+        expect(
+            alike, "likelihood", f"a state {'with' if got[-1] == 't' else 'without'} a start", got
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def table(data: Any) -> NDArray[np.float64]:
+    """Data as finite doubles of shape `(rows, *event)`, with one row or more."""
+    values = as_doubles(check_real("data", data, writable=False))
+    expect(values.ndim > 1 and len(values), "data", "shape (rows, *event)", values.shape)
+    bad = int((~np.isfinite(values)).sum())
+    expect(not bad, "data", "finite numbers", f"{bad} that are NaN or infinite")
+    return values
+
+
+def taken(values: NDArray[np.float64], good: NDArray[np.bool_], kind: str) -> None:
+    """Raises a ValueError that names the first datum and column that a likelihood cannot take."""
+    if not good.all():
+        row, *column = place = tuple(np.argwhere(~good)[0].tolist())
+        where = f"{values[place]:g} in row {row}, column {', '.join(map(str, column))}"
+        raise ValueError(f"data: expected {kind}, got {where}")
