@@ -1,4 +1,6 @@
-"""What a step of training costs: Pyro, hand-written PyTorch, and ppvae, side by side.
+"""What a step costs, with --quick (four minutes; writes nothing).
+
+Pyro, hand-written PyTorch, and ppvae train side by side.
 
 All have the same networks, initial weights, data, minibatches and Adam; all take a minibatch by
 index and read the loss at every step. Repetitions are interleaved: in each, every row takes some

@@ -17,7 +17,7 @@ LONGER = {
     "does_it_converge": 170,
     "regression": 230,
     "when_does_noise_help": 205,
-    "benchmark": 512,
+    "benchmark": 514,
 }
 
 
