@@ -115,7 +115,7 @@ def picture(found: dict[str, dict], path: Path) -> None:
     """For each posterior the means and sds of each family, in units of the true ones."""
     import matplotlib.pyplot as plt
 
-    plt.style.use("tableau-colorblind10")
+    plt.style.use("seaborn-v0_8-colorblind")
     figure, panels = plt.subplots(len(found), 1, figsize=(9, 2.1 * len(found)), squeeze=False)
     for axes, (name, rows) in zip(panels[:, 0], found.items(), strict=True):
         axes.axhspan(-1, 1, color="0.9", label="true mean and sd")
