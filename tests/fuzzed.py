@@ -290,6 +290,29 @@ CALLS: dict[str, Call] = {
         named={"value": "family"},
     ),
     "Normal": Call(likelihoods.Normal, lambda: {"scale": 0.5, "learned": False}),
+    "Normal, from data": Call(
+        lambda data, **rest: likelihoods.Normal.of(data, learned=True, **rest),
+        lambda: {"data": X, "scale": 0.5},
+    ),
+    "StudentT": Call(likelihoods.StudentT, lambda: {"df": 3.0, "scale": 0.5, "per_datum": False}),
+    "Categorical": Call(likelihoods.Categorical, lambda: {"categories": 3}),
+    "Categorical, from data": Call(
+        likelihoods.Categorical.of, lambda: {"data": X, "categories": 5}
+    ),
+    "Ordinal": Call(likelihoods.Ordinal, lambda: {"categories": 3}),
+    "NegativeBinomial": Call(
+        likelihoods.NegativeBinomial, lambda: {"dispersion": 0.5, "learned": True}
+    ),
+    "NegativeBinomial, from data": Call(likelihoods.NegativeBinomial.of, lambda: {"data": X}),
+    "Beta": Call(likelihoods.Beta, lambda: {"concentration": 2.0, "learned": True}),
+    "ZeroInflated": Call(likelihoods.ZeroInflated, lambda: {"counts": likelihoods.Poisson()}),
+    "Mixed": Call(
+        likelihoods.Mixed,
+        lambda: {"parts": {(0, 1): likelihoods.Normal(), 2: likelihoods.Poisson()}},
+    ),
+    "Mixed, from data": Call(
+        likelihoods.Mixed.of, lambda: {"data": X, "parts": {(0, 1, 2): likelihoods.Poisson()}}
+    ),
     "Normal, scales": Call(likelihoods.Normal, lambda: {"scale": torch.ones(3), "learned": True}),
     "mlp": Call(
         lambda inputs, hidden, **rest: layers.mlp(inputs, hidden, **rest),

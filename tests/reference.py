@@ -10,7 +10,8 @@ import ppvae
 
 MODULES = "families likelihoods objectives nn data closed_form regression plots".split()
 MODULES += ["regression.plots"]
-HIDDEN = ("forward", "extra_repr", "get_extra_state", "set_extra_state")  # for PyTorch to call
+HIDDEN = ["forward", "extra_repr", "get_extra_state", "set_extra_state"]  # for PyTorch to call
+HIDDEN += ["begin", "settings", "location_and_scale"]  # for a model and its likelihood
 HEAD = """# Every public object
 
 Each with its own methods, and what `help` says of it in one line; `help(ppvae.fit)` says the rest:
@@ -54,11 +55,12 @@ class Default:
         return getattr(self.value, "__name__", None) or repr(self.value)
 
 
-def methods(thing):
-    """Name -> method or property, of the class and of its bases that are of the library."""
+def methods(thing, listed):
+    """Name -> method or property, of the class and of its bases that are not listed themselves."""
     found = {}
     for base in reversed(thing.__mro__):
-        if base.__module__.startswith("ppvae"):
+        own = base is thing or base.__name__ not in listed
+        if base.__module__.startswith("ppvae") and own:
             for name, value in vars(base).items():
                 bare = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
                 shown = not name.startswith("_") and (
@@ -69,14 +71,14 @@ def methods(thing):
     return found
 
 
-def entry(name, thing):
-    """The lines of one object."""
+def entry(name, thing, listed):
+    """The lines of one object, where others are listed beside it."""
     if not inspect.isclass(thing) and not inspect.isroutine(thing):
         text = repr(thing)
         return [f"- `{name}`" + (f": `{text}`" if len(text) < 80 else "")]
     lines = [f"- `{name}{signature(thing)}`  \n  {summary(thing)}"]
     if inspect.isclass(thing):
-        for own, method in methods(thing).items():
+        for own, method in methods(thing, listed).items():
             plain = isinstance(method, property) or hasattr(method, "func")
             lines.append(f"  - `.{own}{'' if plain else signature(method)}`: {summary(method)}")
     return lines
@@ -92,7 +94,7 @@ def page():
         for name in sorted(names, key=str.lower):
             thing = getattr(module, name)
             if not inspect.ismodule(thing):
-                lines += entry(name, thing)
+                lines += entry(name, thing, names)
         lines.append("")
     return "\n".join(lines)
 

@@ -49,6 +49,10 @@ class Likelihood(nn.Module):
         """Keeps a start in the default dtype."""
         self.register_buffer("start", torch.as_tensor(start, dtype=torch.get_default_dtype()))
 
+    def settings(self) -> list[str]:
+        """What it was made with and is no parameter; a state of others is refused."""
+        return []
+
     def size(self, columns: int) -> int:
         """How many numbers the decoder has to put out for so many columns."""
         return self.outputs * columns

@@ -51,6 +51,10 @@ class Categorical(Likelihood):
         super().__init__()
         self.categories = self.outputs = check_count("categories", categories, 2)
 
+    def settings(self) -> list[str]:
+        """The number of categories."""
+        return [f"categories={self.categories}"]
+
     def extra_repr(self) -> str:
         """The number of categories."""
         return str(self.categories)

@@ -43,6 +43,11 @@ class Mixed(Likelihood):
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
         self.register_buffer("back", back, persistent=False)
 
+    def settings(self) -> list[str]:
+        """Those of the parts, and their columns."""
+        pairs = zip(self._parts(), self.columns, strict=True)
+        return [f"{type(p).__qualname__} {p.settings()} for columns {c}" for p, c in pairs]
+
     def size(self, columns: int | None = None) -> int:
         """How many numbers the decoder has to put out.
 

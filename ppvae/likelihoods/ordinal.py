@@ -46,6 +46,10 @@ class Ordinal(Likelihood):
         first, steps = self.steps[..., :1], self.steps[..., 1:].exp()
         return torch.cat([first, first + steps.cumsum(-1)], -1)
 
+    def settings(self) -> list[str]:
+        """The number of grades."""
+        return [f"categories={self.categories}"]
+
     def extra_repr(self) -> str:
         """The number of grades."""
         return str(self.categories)

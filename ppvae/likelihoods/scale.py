@@ -57,6 +57,10 @@ class Scaled(Likelihood):
         words = f"scale={self.scale.tolist()}" if self.log_scale.numel() < 10 else "scale=..."
         return f"{words}, per_datum=True" if self.per_datum else words
 
+    def settings(self) -> list[str]:
+        """Whether the decoder puts out the scale."""
+        return ["per_datum"] if self.per_datum else []
+
     @property
     def scale(self) -> Tensor:
         """The scale, of the shape it was given in; what the decoder's factor is of."""

@@ -34,6 +34,10 @@ class StudentT(Scaled):
         words = super().extra_repr()
         return words if self.per_datum else f"{self.df:g}, {words}"
 
+    def settings(self) -> list[str]:
+        """The degrees of freedom, where they are fixed."""
+        return super().settings() or [f"df={self.df}"]
+
     def forward(self, output: Tensor) -> dist.Distribution:
         """One Student-t distribution per element."""
         location, scale = self.location_and_scale(output)

@@ -73,6 +73,10 @@ class ZeroInflated(Likelihood):
         expect(known, "counts", "a likelihood of counts", type(counts).__name__, TypeError)
         self.counts, self.outputs = counts, counts.outputs + 1
 
+    def settings(self) -> list[str]:
+        """Those of the other likelihood."""
+        return [type(self.counts).__qualname__, *self.counts.settings()]
+
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts as the other likelihood does, with few zeros of their own."""
         self.counts.begin(data)

@@ -137,9 +137,10 @@ class VAE(UniquelyNamed):
     def get_extra_state(self) -> dict[str, Any]:
         """What of prior and likelihood is no parameter: their kinds, and a fixed prior's values."""
         learned = [name for name, _ in self.likelihood.named_parameters()]
+        settings: list[str] = getattr(self.likelihood, "settings", list)()
         learned_prior = isinstance(self.prior, nn.Module)
         return {
-            "likelihood": [type(self.likelihood).__qualname__, *learned],
+            "likelihood": [type(self.likelihood).__qualname__, *learned, *settings],
             "prior": [type(self.prior).__qualname__] if learned_prior else parts_of(self.prior),
         }
 
