@@ -222,7 +222,7 @@ REFUSED = [
     (lambda: likelihoods.Mixed({1: likelihoods.Poisson()}), r"each of the columns 0, 1, .*\[1\]"),
     (lambda: mixed()(torch.zeros(2, 9)), "decoder: expected 8 outputs, which the col"),
     (lambda: mixed().begin(TABLE[:, :4]), r"data: expected 5 columns, got \(50, 4\)"),
-    (lambda: mixed().begin(TABLE + 0.5), r"whole numbers from 0 to 2, .* in columns \[2\]"),
+    (lambda: mixed().begin(TABLE + 0.5), r"whole numbers from 0 to 2, .* column 0 of columns \[2\]"),
 ]  # fmt: skip
 
 
@@ -250,6 +250,7 @@ def test_a_state_with_a_start_is_not_that_of_one_without():
     for one, two in (
         (likelihoods.StudentT(3.0), likelihoods.StudentT(4.0)),
         (likelihoods.Ordinal(3), likelihoods.Categorical(3)),
+        (likelihoods.Beta(2.0, learned=False), likelihoods.Beta(3.0, learned=False)),
         (likelihoods.ZeroInflated(own), likelihoods.ZeroInflated(likelihoods.NegativeBinomial())),
         (likelihoods.Mixed({(0, 1): own}), likelihoods.Mixed({(1, 0): own})),
     ):

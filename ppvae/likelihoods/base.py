@@ -91,6 +91,19 @@ class Likelihood(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def positive(name: str, value: Any) -> Tensor:
+    """Positive finite numbers as a tensor in the default dtype.
+
+    Raises:
+        TypeError: they are no real numbers.
+        ValueError: one is not positive and finite.
+    """
+    tensor = check_real(name, value).to(torch.get_default_dtype())
+    fine = not isinstance(value, bool) and (torch.isfinite(tensor) & (tensor > 0)).all()
+    expect(fine, name, "positive finite numbers", value)
+    return tensor.detach().clone()
+
+
 def table(data: Any) -> NDArray[np.float64]:
     """Data as finite doubles of shape `(rows, *event)`, with one row or more."""
     values = as_doubles(check_real("data", data, writable=False))

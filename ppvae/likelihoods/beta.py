@@ -10,8 +10,8 @@ from pyro.distributions import constraints
 from scipy import special
 from torch import Tensor, nn
 
-from ppvae._checks import check_real, expect
-from ppvae.likelihoods.base import Likelihood, taken
+from ppvae._checks import check_flag
+from ppvae.likelihoods.base import Likelihood, positive, taken
 
 
 class _Inside(constraints.interval):
@@ -53,11 +53,14 @@ class Beta(Likelihood):
 
     def __init__(self, concentration: float | Tensor = 2.0, *, learned: bool = True) -> None:
         super().__init__()
-        expect(isinstance(learned, bool), "learned", "True or False", repr(learned), TypeError)
-        value = check_real("concentration", concentration).to(torch.get_default_dtype())
-        fine = not isinstance(concentration, bool) and (torch.isfinite(value) & (value > 0)).all()
-        expect(fine, "concentration", "positive finite numbers", concentration)
-        self.raw = nn.Parameter(value.detach().clone().log(), requires_grad=learned)
+        self.learned = check_flag("learned", learned)
+        self.raw = nn.Parameter(
+            positive("concentration", concentration).log(), requires_grad=self.learned
+        )
+
+    def settings(self) -> list[str]:
+        """The concentration, where it is fixed."""
+        return [] if self.learned else [f"concentration={self.concentration.tolist()}"]
 
     @property
     def concentration(self) -> Tensor:

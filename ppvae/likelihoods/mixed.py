@@ -77,8 +77,7 @@ class Mixed(Likelihood):
             try:
                 part.begin(data[:, columns])
             except ValueError as error:
-                where = f"in columns {columns}, which are counted from 0 there"
-                raise ValueError(f"{error}, {where}") from None
+                raise ValueError(f"{error} of columns {columns}") from None
 
     @classmethod
     def of(cls, data: Any, **options: Any) -> "Mixed":

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae._checks import check_real, expect
-from ppvae.likelihoods.base import Likelihood
+from ppvae._checks import check_flag
+from ppvae.likelihoods.base import Likelihood, positive
 from ppvae.likelihoods.poisson import counts
 
 #: dispersions beyond which there is no difference to see, as to a Poisson distribution
@@ -89,11 +89,14 @@ class NegativeBinomial(Likelihood):
 
     def __init__(self, dispersion: float | Tensor = 1.0, *, learned: bool = True) -> None:
         super().__init__()
-        expect(isinstance(learned, bool), "learned", "True or False", repr(learned), TypeError)
-        value = check_real("dispersion", dispersion).to(torch.get_default_dtype())
-        fine = not isinstance(dispersion, bool) and (torch.isfinite(value) & (value > 0)).all()
-        expect(fine, "dispersion", "positive finite numbers", dispersion)
-        self.raw = nn.Parameter(value.detach().clone().log(), requires_grad=learned)
+        self.learned = check_flag("learned", learned)
+        self.raw = nn.Parameter(
+            positive("dispersion", dispersion).log(), requires_grad=self.learned
+        )
+
+    def settings(self) -> list[str]:
+        """The dispersion, where it is fixed."""
+        return [] if self.learned else [f"dispersion={self.dispersion.tolist()}"]
 
     @property
     def dispersion(self) -> Tensor:

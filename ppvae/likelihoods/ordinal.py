@@ -32,7 +32,7 @@ class Ordinal(Likelihood):
         super().__init__()
         self.categories = check_count("categories", categories, 2)
         shares = np.arange(1, self.categories) / self.categories
-        self._set(special.logit(shares)[None].squeeze(0))
+        self._set(special.logit(shares))
 
     def _set(self, thresholds: NDArray[np.float64]) -> None:
         """Makes parameters of thresholds of shape `(*columns, categories - 1)`."""

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ppvae._checks import check_flag, check_real, expect
-from ppvae.likelihoods.base import Likelihood
+from ppvae._checks import check_flag, expect
+from ppvae.likelihoods.base import Likelihood, positive
 
 #: A learned scale stays above this share of the data's own, where the data are known.
 FLOOR = 1e-3
@@ -35,16 +35,14 @@ class Scaled(Likelihood):
         self, scale: float | Tensor = 1.0, *, learned: bool = False, per_datum: bool = False
     ) -> None:
         super().__init__()
-        learned, self.per_datum = _flag("learned", learned), check_flag("per_datum", per_datum)
+        learned = check_flag("learned", learned)
+        self.per_datum = check_flag("per_datum", per_datum)
         both = learned and self.per_datum
         expect(not both, "per_datum", "False where the scale is learned for all", per_datum)
-        value = check_real("scale", scale).to(torch.get_default_dtype())
-        fine = not isinstance(scale, bool) and (torch.isfinite(value) & (value > 0)).all()
-        expect(fine, "scale", "positive finite numbers", scale)
         self.spread: Tensor | None
         self.outputs = 2 if self.per_datum else 1
         self.register_buffer("spread", None)
-        log_scale = value.detach().clone().log()
+        log_scale = positive("scale", scale).log()
         if learned:
             self.log_scale = nn.Parameter(log_scale)
         else:
@@ -97,8 +95,3 @@ class Scaled(Likelihood):
             same = torch.allclose(saved.to(own), own, atol=1e-5)
             expect(same, "scale", f"a state of scale {self.scale}", f"one of {saved.exp()}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _flag(name: str, value: Any) -> bool:
-    expect(isinstance(value, bool), name, "True or False", repr(value), TypeError)
-    return value
