@@ -222,7 +222,7 @@ REFUSED = [
     (lambda: likelihoods.Mixed({1: likelihoods.Poisson()}), r"each of the columns 0, 1, .*\[1\]"),
     (lambda: mixed()(torch.zeros(2, 9)), "decoder: expected 8 outputs, which the col"),
     (lambda: mixed().begin(TABLE[:, :4]), r"data: expected 5 columns, got \(50, 4\)"),
-    (lambda: mixed().begin(TABLE + 0.5), r"whole numbers from 0 to 2, .* column 0 of columns \[2\]"),
+    (lambda: mixed().begin(TABLE + 0.5), r"numbers from 0 to 2, .* column 0 of columns \[2\]"),
 ]  # fmt: skip
 
 
