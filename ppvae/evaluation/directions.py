@@ -1,4 +1,4 @@
-"""How many principal directions of the data are worth a latent at the noise of the decoder."""
+"""What the noise of a Gaussian decoder is beside the spread of the data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,13 @@ from ppvae.programs.layout import Place
 from ppvae.programs.nodes import base_of, observed_nodes
 
 WORTH = 0.05  # nats per datum: a direction that gains less is not worth a latent
+COPIED = 1.001e-3  # of the spread of a column, the noise at which it is copied; floors are at 1e-3
 _WIDEST = 2000  # values per datum of which the covariance is looked at
 
 
 # sums over the data of a minibatch (their number, the values, the products of any two values), and
-# the mean variance of its Gaussian likelihood
-Moments = tuple[int, np.ndarray, np.ndarray, float]
+# the variance of its Gaussian likelihood per value, summed too
+Moments = tuple[int, np.ndarray, np.ndarray, np.ndarray]
 
 
 def moments_of(model_trace: Any, plate: Any) -> Moments | None:
@@ -26,8 +27,9 @@ def moments_of(model_trace: Any, plate: Any) -> Moments | None:
     if len(nodes) > 1 or not isinstance(fn, Normal) or x.shape[1] > _WIDEST:
         return None
     rows = x.double().cpu()  # whose squares may overflow without a word
-    variance = float(fn.variance.double().mean())
-    return len(rows), rows.sum(0).numpy(), (rows.T @ rows).numpy(), variance
+    variance = Place.of(nodes[0], plate).flat(fn.variance.expand(nodes[0]["value"].shape))[0]
+    noise = variance.double().cpu().sum(0).numpy()
+    return len(rows), rows.sum(0).numpy(), (rows.T @ rows).numpy(), noise
 
 
 def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
@@ -35,6 +37,8 @@ def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
 
     At noise variance s2 a direction of variance l > s2 is worth `(l/s2 - 1 - log(l/s2)) / 2` nats
     per datum to a linear decoder (see `closed_form.learned_decoder`); one of less is worth nothing.
+    Beside these `copied`, how many values of a datum have noise of a thousandth of their spread or
+    less.
 
     Args:
         moments: of all minibatches.
@@ -46,9 +50,13 @@ def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
     if sum(each[0] for each in known) < 2:
         return {}
     size, total, products, noise = (sum(column) for column in zip(*known, strict=True))
-    mean, noise = total / size, noise / len(known)
+    mean, each = total / size, noise / size
+    noise = float(each.mean())
     if not np.isfinite(products).all():
         return {}
+    spread = (np.diag(products) / size - mean**2).clip(0)
+    copied = int(((each <= COPIED**2 * spread) & (spread > 0)).sum())
     ratio = np.maximum(np.linalg.eigvalsh(products / size - np.outer(mean, mean)) / noise, 1.0)
     worth = (ratio - 1 - np.log(ratio)) / 2
-    return {"noise_variance": noise, "directions": int((worth > WORTH).sum())}
+    found = {"noise_variance": noise, "directions": int((worth > WORTH).sum())}
+    return found | ({"copied": copied} if copied else {})

@@ -61,7 +61,8 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
 
     Says what the last `fit` said of itself, how tight the bound is, what passes through the
     latents, which of them collapsed and the likely cause, and whether the guide can be trusted;
-    that the objective of a point is none; and, if something is wrong, where to read what to do.
+    that the objective of a point is none; that values are copied without noise; and, if something
+    is wrong, where to read what to do.
 
     Args:
         found: a result of `evaluate`.
@@ -84,6 +85,7 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     _check(found)
     beta = check_number("beta", beta)
     lines = [*_training(found), *(_bound(found) if found.bound else _point(found))]
+    lines += _copied(found)
     lines.append(_collapse(found, beta))
     collapsed = not found.active.all() and found.attrs.get("channels") != "none"
     if (
@@ -185,6 +187,18 @@ def _trust(khats: np.ndarray) -> str:
         "parts of the posterior, and neither it nor log p(x) by importance sampling can be "
         "trusted; `annealed_importance` gives a better estimate, a wider family a better guide."
     )
+
+
+def _copied(found: xr.Dataset) -> list[str]:
+    """The sentence on values that have next to no noise, if there are any."""
+    copied = found.attrs.get("copied", 0)
+    if not copied:
+        return []
+    return [
+        f"The decoder's noise is a thousandth of the spread, or less, for {copied} of the values "
+        "of a datum: these are copied, and the smaller a learned scale, the higher the ELBO, which "
+        "then says nothing of the others. Fix the scale, or leave these columns out."
+    ]
 
 
 def _collapse(found: xr.Dataset, beta: float) -> str:

@@ -109,6 +109,7 @@ COLLAPSED = "1 of 3 latents collapsed (c): the data may have no use for more tha
         ({"khat": [0.7, 0.1, 0.1, 0.1]}, 2, GOOD),
         ({"khat": [0.71, 0.9, 0.1, math.nan]}, 2, "k-hat is above 0.7 for 67 % of the data"),
         ({"khat": [math.nan] * 4}, 2, "k-hat cannot be told from so few draws."),
+        ({"copied": 2}, 3, "The decoder's noise is a thousandth of the spread, or less, for 2 of"),
         ({"active": [True] * 3}, 3, "All 3 latents are active."),
         ({"active": [False] * 3}, 3, "3 of 3 latents collapsed (a, b, c): the likely cause is"),
         ({"channels": "none"}, 3, COLLAPSED[:30] + "the family has no channel, so nothing can"),
@@ -162,9 +163,12 @@ def test_directions_of_the_data():
         worth = (ratio - 1 - np.log(ratio)) / 2
         assert found.directions == expected == (worth > 0.05).sum()
         assert found.noise_variance == pytest.approx(noise**2)
-    two = np.zeros(2), np.diag([2.0, 0.01]), 0.09
+    two = np.zeros(2), np.diag([2.0, 0.01]), np.array([0.18, 0.18])
     assert directions([(2, *two)]) == {"noise_variance": 0.09, "directions": 1}
     assert directions([(1, *two)]) == directions([None]) == {}
+    tiny = np.array([2.0e-6, 0.02])  # the first of a thousandth of its spread
+    assert directions([(2, *two[:2], tiny)])["copied"] == 1
+    assert "copied" not in directions([(2, *two[:2], 1.1 * tiny)])
     assert "only 2 of the principal directions" in reading(linear(4, 0.3, used=2)[0])
     assert "training stuck at the prior" in reading(linear(2, 0.3)[0])
     model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Bernoulli())
