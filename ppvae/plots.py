@@ -112,6 +112,8 @@ def encodings(
     }
     full = all(len(codes) and codes.shape[1] for codes in arrays.values())
     expect(full, "draws", "at least one datum and repeat", "none")
+    given = rates is None or isinstance(rates, Mapping)
+    expect(given, "rates", "a mapping from families", type(rates).__name__, TypeError)
     numbers = dict(rates or {})
     known, got = numbers.keys() <= arrays.keys(), sorted(numbers.keys() - arrays.keys(), key=str)
     expect(known, "rates", "families that are among the draws", got)
@@ -240,8 +242,11 @@ def interpolation(
         start, end = (check_real(f"rows, {name}", code) for code in ends)
         for code in (start, end):
             check_array(f"rows, {name}", code, (start.numel(),))
+        kind = torch.result_type(start, end)
+        kind = kind if kind.is_floating_point else torch.get_default_dtype()
+        line_of_codes = torch.lerp(start.to(kind), end.to(kind), shares.to(start.device, kind))
         with torch.no_grad():
-            decoded[name] = decode(torch.lerp(start, end, shares.to(start)))
+            decoded[name] = decode(line_of_codes)
     return images(decoded, title=title)
 
 
@@ -260,6 +265,8 @@ def latents(codes: Mapping[str, ArrayLike], labels: Sequence[Any] | ArrayLike) -
         ValueError: there are none, they are no finite table, have one latent, or there is not one
             label for each.
     """
+    listed = isinstance(labels, (Sequence, np.ndarray, Tensor)) or hasattr(labels, "to_numpy")
+    expect(listed, "labels", "a list or an array", type(labels).__name__, TypeError)
     classes = np.asarray(labels)
     expect(classes.ndim == 1 and classes.size, "labels", "shape (data,)", classes.shape)
     figure = empty(3.4 * len(check_mapping("codes", codes)) + 0.8, 3.6)
@@ -299,7 +306,8 @@ def losses(fits: Mapping[str, Fit | ArrayLike]) -> Figure:
     axes = figure.subplots()
     for index, (name, result) in enumerate(check_mapping("fits", fits).items()):
         held = result.validation_losses if isinstance(result, Fit) else []
-        course = check_array(name, result.losses if isinstance(result, Fit) else result, ("epoch",))
+        values = result.losses if isinstance(result, Fit) else result
+        course = check_array(f"fits, {name}", values, ("epoch",))
         expect(course.size, f"fits, {name}", "at least one loss", "none")
         axes.plot(np.arange(1, len(course) + 1), course, label=name, **line(index))
         tops.append(course[len(course) // 10 :].max())

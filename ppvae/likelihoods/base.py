@@ -110,6 +110,9 @@ def table(data: Any) -> NDArray[np.float64]:
     expect(values.ndim > 1 and len(values), "data", "shape (rows, *event)", values.shape)
     bad = int((~np.isfinite(values)).sum())
     expect(not bad, "data", "finite numbers", f"{bad} that are NaN or infinite")
+    with np.errstate(over="ignore"):
+        small = np.isfinite((values**2).sum(0)).all()
+    expect(small, "data", "numbers whose squares are numbers", f"up to {np.abs(values).max():g}")
     return values
 
 

@@ -74,6 +74,11 @@ class Scaled(Likelihood):
         self.set_start(data.mean(0))
         spread = torch.tensor(sd, dtype=torch.get_default_dtype())
         self.register_buffer("spread", spread)
+        own, wide = self.log_scale.shape, spread.shape
+        fits = len(own) <= len(wide) and all(
+            a in (1, b) for a, b in zip(own[::-1], wide[::-1], strict=False)
+        )
+        expect(fits, "scale", f"numbers for columns {tuple(wide)}", f"shape {tuple(own)}")
         log_scale = self.log_scale.detach() + spread.log()
         if isinstance(self.log_scale, nn.Parameter):
             self.log_scale = nn.Parameter(log_scale)
