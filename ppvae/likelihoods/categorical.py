@@ -61,15 +61,23 @@ class Categorical(Likelihood):
 
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts at the shares of each column, as if there were half a datum more in each."""
-        kind = f"whole numbers from 0 to {self.categories - 1}"
-        taken(data, np.isin(data, np.arange(self.categories)), kind)
-        counts = np.stack([(data == code).sum(0) + 0.5 for code in range(self.categories)])
-        self.register_buffer(
-            "shares", torch.tensor(np.log(counts / counts.sum(0))).to(torch.get_default_dtype())
-        )
+        shares = np.moveaxis(shares_of(data, self.categories), -1, 0)
+        self.register_buffer("shares", torch.tensor(np.log(shares)).to(torch.get_default_dtype()))
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One categorical distribution per column."""
         logits = torch.stack(self.numbers(output), -1)
         shares = getattr(self, "shares", None)
         return Codes(logits=logits if shares is None else logits + shares.movedim(0, -1))
+
+
+def shares_of(data: NDArray[np.float64], categories: int) -> NDArray[np.float64]:
+    """The share of each code in each column, as if there were half a datum more in each.
+
+    Raises:
+        ValueError: there is something else among the data.
+    """
+    codes = np.arange(categories)
+    taken(data, np.isin(data, codes), f"whole numbers from 0 to {categories - 1}")
+    counts = np.stack([(data == code).sum(0) + 0.5 for code in codes], -1)
+    return np.asarray(counts / counts.sum(-1, keepdims=True))

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import check_mapping, expect
-from ppvae.likelihoods.base import Likelihood, table
+from ppvae.likelihoods.base import Likelihood
 
 
 class Mixed(Likelihood):
@@ -78,13 +78,6 @@ class Mixed(Likelihood):
                 part.begin(data[:, columns])
             except ValueError as error:
                 raise ValueError(f"{error} of columns {columns}") from None
-
-    @classmethod
-    def of(cls, data: Any, **options: Any) -> "Mixed":
-        """A likelihood whose parts start at their columns of the data; see `Likelihood.of`."""
-        made = cls(**options)
-        made.begin(table(data))
-        return made
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One distribution per column, each of its kind."""

@@ -8,8 +8,8 @@ from scipy import special
 from torch import Tensor, nn
 
 from ppvae._checks import check_count
-from ppvae.likelihoods.base import Likelihood, taken
-from ppvae.likelihoods.categorical import Codes
+from ppvae.likelihoods.base import Likelihood
+from ppvae.likelihoods.categorical import Codes, shares_of
 
 
 class Ordinal(Likelihood):
@@ -56,11 +56,8 @@ class Ordinal(Likelihood):
 
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts at the shares of each column, as if there were half a datum more in each."""
-        kind = f"whole numbers from 0 to {self.categories - 1}"
-        taken(data, np.isin(data, np.arange(self.categories)), kind)
-        counts = np.stack([(data == code).sum(0) + 0.5 for code in range(self.categories)], -1)
-        shares = counts.cumsum(-1)[..., :-1] / counts.sum(-1, keepdims=True)
-        self._set(special.logit(shares))
+        below = shares_of(data, self.categories).cumsum(-1)[..., :-1]
+        self._set(special.logit(below))
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One distribution over the grades per column."""
