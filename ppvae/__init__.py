@@ -7,12 +7,13 @@ them are imported when they are first used, so that `import ppvae` takes no long
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ppvae import closed_form, families, likelihoods, objectives
+from ppvae import closed_form, families, likelihoods, objectives, priors
 from ppvae import data as data  # not in `__all__`: `from ppvae import *` must not replace
 from ppvae import nn as nn  # what others call `data` and `nn`
 from ppvae.families import Family
 from ppvae.guides import FamilyGuide, HeavyTails
 from ppvae.models import VAE
+from ppvae.programs.missing import nan_masked
 from ppvae.programs.simulation import simulate
 from ppvae.staging import NotStageable, stage
 from ppvae.training import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ppvae.comparison import compare_families
     from ppvae.evaluation import annealed_importance, calibration, evaluate, gaps, reading, summary
     from ppvae.export import concat_chains, from_pyro_svi, to_netcdf
+    from ppvae.predictive import impute
 
 __version__ = "0.1.0"
 
@@ -55,10 +57,13 @@ __all__ = [
     "fit_replicates",
     "from_pyro_svi",
     "gaps",
+    "impute",
     "likelihoods",
     "load_pair",
+    "nan_masked",
     "objectives",
     "plots",
+    "priors",
     "reading",
     "regression",
     "save_pair",
@@ -68,12 +73,13 @@ __all__ = [
     "to_netcdf",
 ]
 
-#: Where the names are that are imported when they are first used; the last two are modules.
+#: Where the names are that are imported when they are first used; two are modules.
 _AT_FIRST_USE = {
     "comparison": ["compare_families"],
     "evaluation": ["annealed_importance", "calibration", "evaluate", "gaps", "reading", "summary"],
     "export": ["concat_chains", "from_pyro_svi", "to_netcdf"],
     "plots": ["plots"],
+    "predictive": ["impute"],
     "regression": ["regression"],
 }
 

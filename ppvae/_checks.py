@@ -108,7 +108,7 @@ def check_share(name: str, value: Any) -> float:
     return share
 
 
-def check_real(name: str, values: Any, *, writable: bool = True) -> Tensor:
+def check_real(name: str, values: Any, *, writable: bool = True, missing: bool = False) -> Tensor:
     """Real numbers as a dense tensor; arrays, lists and tables keep their dtype and share memory.
 
     Nothing is made a number that is none, such as text or a date, and no part of one is dropped.
@@ -118,6 +118,7 @@ def check_real(name: str, values: Any, *, writable: bool = True) -> Tensor:
         values: a tensor, an array, a list or a table.
         writable: copy an array that can only be read, such as a memory map; else nothing may be
             written to the tensor.
+        missing: entries may be missing; what is masked, None or pandas' NA becomes NaN.
 
     Raises:
         TypeError: there is something else among them, or the tensor is sparse, nested, quantized,
@@ -132,11 +133,14 @@ def check_real(name: str, values: Any, *, writable: bool = True) -> Tensor:
         expect(dense and real, name, wanted, got, TypeError)
         return values
     hidden = np.ma.count_masked(values) if np.ma.is_masked(values) else 0
-    expect(not hidden, name, "no masked entries", f"{hidden}")
+    expect(missing or not hidden, name, "no masked entries", f"{hidden}")
     try:
-        array = np.asarray(values)
+        array = np.asarray(values.astype(float).filled(np.nan) if hidden else values)
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected {wanted}, got {kind}: {error}") from None
+    if missing and array.dtype == object:
+        none = [each is None or type(each).__name__ == "NAType" for each in array.flat]
+        array = np.where(np.reshape(none, array.shape), np.nan, array)
     if array.dtype == object and all(isinstance(each, (Real, np.bool_)) for each in array.flat):
         try:
             array = array.astype(float)

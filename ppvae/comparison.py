@@ -279,7 +279,7 @@ def _test_data(test: Any) -> tuple[Tensor, ...]:
     """The test data as tensors, with at least two data."""
     held = not isinstance(test, (Dataset, DataLoader))
     expect(held, "test", "a tensor, an array or a tuple", type(test).__name__, TypeError)
-    args = as_tensors("test", test)
+    args = as_tensors("test", test, missing=True)
     size = len(args[0]) if args[0].dim() else 1
     expect(size >= 2, "test", "at least 2 data", size)
     return args

@@ -16,9 +16,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import check_count, check_real, expect
+from ppvae._checks import check_count, check_flag, check_real, expect
+from ppvae.data.adapters import real_numbers
 
-__all__ = ["Affine", "Expm1", "Log1p", "Standardize", "conv_decoder", "conv_encoder", "mlp"]
+__all__ = [
+    "Affine",
+    "Expm1",
+    "FillMissing",
+    "Log1p",
+    "Standardize",
+    "conv_decoder",
+    "conv_encoder",
+    "mlp",
+]
 
 
 def mlp(
@@ -183,8 +193,8 @@ class Standardize(_LocScale):
     def of(cls, data: Any) -> Self:
         """The layer by which these data have mean zero and standard deviation one in each column.
 
-        The moments are taken in double precision, about the first datum. A column that does not
-        vary, beyond the rounding of its numbers, gets scale one.
+        The moments are taken in double precision, about the first datum; what is missing, NaN, is
+        left out. A column that does not vary, beyond the rounding of its numbers, gets scale one.
 
         Args:
             data: a tensor or array of shape `(N, *event)`. The layer takes its floating dtype, for
@@ -192,25 +202,26 @@ class Standardize(_LocScale):
 
         Raises:
             TypeError: the data are no tensor or array.
-            ValueError: there are none, or a number is not finite.
+            ValueError: there are none, a number is infinite, or a column has none.
         """
         known = isinstance(data, Tensor) or hasattr(data, "__array__")
         got = type(data).__name__
         expect(known, "data", "a tensor or array of shape (N, *event)", got, TypeError)
-        values = check_real("data", data).detach()
+        values = real_numbers("data", data).detach()
         full = values.dim() > 0 and values.numel() > 0
         expect(full, "data", "shape (N, *event) with at least one datum", tuple(values.shape))
-        bad = int((~torch.isfinite(values)).sum())
-        expect(bad == 0, "data", "finite numbers", f"{bad} that are NaN or infinite")
+        bad = int(torch.isinf(values).sum())
+        expect(bad == 0, "data", "finite numbers, or NaN where one is missing", f"{bad} infinite")
         own = isinstance(data, Tensor) and values.is_floating_point()
         dtype = values.dtype if own else torch.get_default_dtype()
         values = values.double()
-        shifted = values - values[0]  # zero, without rounding, where nothing varies
-        centred = shifted - shifted.mean(0)
-        largest = centred.abs().amax(0)  # squares of numbers above 1e154 would overflow
+        first = _first_observed(values)
+        shifted = values - first  # zero, without rounding, where nothing varies
+        centred = shifted - shifted.nanmean(0)
+        largest = centred.abs().nan_to_num(0.0).amax(0)  # squares above 1e154 would overflow
         unit = torch.where(largest > 0, largest, 1.0)
-        loc = values[0] + shifted.mean(0)
-        scale = unit * (centred / unit).square().mean(0).sqrt()
+        loc = first + shifted.nanmean(0)
+        scale = unit * (centred / unit).square().nanmean(0).sqrt()
         varies = scale > torch.finfo(dtype).eps * loc.abs()
         return cls(loc.to(dtype), torch.where(varies, scale, 1.0).to(dtype))
 
@@ -223,6 +234,89 @@ class Standardize(_LocScale):
         """Data `(*, *event)` -> the same shape."""
         self._check(x)
         return (x - self.loc) / self.scale
+
+
+def _first_observed(values: Tensor) -> Tensor:
+    """The first number of each column that is not NaN.
+
+    Raises:
+        ValueError: a column has none.
+    """
+    observed = ~torch.isnan(values)
+    empty = (~observed.any(0)).nonzero()
+    where = ", ".join(map(str, empty[0].tolist())) if len(empty) else ""
+    expect(not len(empty), "data", "an entry in each column", f"none in column {where}")
+    return values.gather(0, observed.int().argmax(0, keepdim=True)).squeeze(0)
+
+
+class FillMissing(nn.Module):
+    """An encoder of data with missing entries, which are NaN: numbers take their places.
+
+    A `FamilyGuide` gives zeros to an encoder of any other kind. `FillMissing.of(x, encoder)` fills
+    in the means of the columns.
+
+    Args:
+        encoder: a module `(batch, *event) -> (batch, features)`; with `with_mask`, of data whose
+            columns are followed by as many ones and zeros: 1 where an entry is observed.
+        fill: what takes their places, a number or a tensor that broadcasts to one event.
+        learned: whether training moves it.
+        with_mask: whether the encoder also gets which entries are observed.
+
+    Raises:
+        TypeError: `encoder` is no module, `fill` no number, or another no bool.
+        ValueError: `fill` is not finite.
+
+    Example:
+        >>> fill = FillMissing(mlp(4, 16), fill=torch.zeros(2), learned=True, with_mask=True)
+        >>> fill(torch.tensor([[1.0, float("nan")]])).shape
+        torch.Size([1, 16])
+    """
+
+    #: it takes NaN, which a guide would otherwise replace
+    takes_missing = True
+    fill: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        fill: float | Tensor = 0.0,
+        *,
+        learned: bool = False,
+        with_mask: bool = False,
+    ) -> None:
+        super().__init__()
+        known = isinstance(encoder, nn.Module)
+        expect(known, "encoder", "a torch.nn.Module", repr(encoder), TypeError)
+        self.encoder, self.with_mask = encoder, check_flag("with_mask", with_mask)
+        value = check_real("fill", fill).detach().clone().to(torch.get_default_dtype())
+        expect(torch.isfinite(value).all(), "fill", "finite numbers", fill)
+        if check_flag("learned", learned):
+            self.fill = nn.Parameter(value)
+        else:
+            self.register_buffer("fill", value)
+
+    @classmethod
+    def of(cls, data: Any, encoder: nn.Module, **options: bool) -> Self:
+        """The layer that fills in the mean of each column of these data.
+
+        Args:
+            data: of shape `(N, *event)`, with NaN, masked or NA where an entry is missing.
+            encoder: as for the class.
+            **options: `learned` and `with_mask`.
+
+        Raises:
+            TypeError, ValueError: as `Standardize.of`.
+        """
+        return cls(encoder, Standardize.of(data).loc, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Data `(batch, *event)` -> features."""
+        observed = ~torch.isnan(x)
+        filled = torch.where(observed, x, self.fill)
+        if self.with_mask:
+            filled = torch.cat([filled, observed.to(filled.dtype)], -1)
+        features: Tensor = self.encoder(filled)
+        return features
 
 
 class Affine(_LocScale):

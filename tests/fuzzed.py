@@ -34,7 +34,9 @@ from ppvae import (
     fit_replicates,
     from_pyro_svi,
     gaps,
+    impute,
     likelihoods,
+    nan_masked,
     objectives,
     plots,
     reading,
@@ -231,7 +233,17 @@ CALLS: dict[str, Call] = {
             "data": data(4), "num_samples": 3, "coords": None, "dims": None, "evaluation": None
         },
         named=IN_ARGS,
+        infinite="/+(observed_data|log_likelihood)/.*",  # of what is not observed
     ),
+    "impute": Call(
+        on_data(impute),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_samples": 30, "num_imputations": 2, "level": 0.9, "site": None
+        },
+        named=IN_ARGS,
+        infinite="/khat",  # of a few draws
+    ),
+    "nan_masked": Call(nan_masked, lambda: {"program": linear()[0]}),
     "compare_families": Call(
         compare_families,
         lambda: {
@@ -327,6 +339,10 @@ CALLS: dict[str, Call] = {
         lambda: {"latent": 2, "shape": (1, 4, 4), "channels": 2},
     ),
     "Affine": Call(layers.Affine, lambda: {"loc": torch.zeros(3), "scale": 2.0}),
+    "FillMissing": Call(
+        layers.FillMissing,
+        lambda: {"encoder": nn.Linear(6, 2), "fill": 0.5, "learned": False, "with_mask": True},
+    ),
     "Standardize": Call(layers.Standardize, lambda: {"loc": torch.zeros(3), "scale": 2.0}),
     "Standardize.of": Call(layers.Standardize.of, lambda: {"data": data(4)}),
     # objectives

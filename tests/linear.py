@@ -1,5 +1,7 @@
 """Models of which more is known: a linear one, all of it in closed form, and small ones."""
 
+import math
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -18,6 +20,43 @@ def diabetes(rows=442, columns=10):
     X, y = load_diabetes(return_X_y=True)
     X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
     return X[:rows, :columns], y[:rows]
+
+
+def observed_only(row, mean, covariance):
+    """Log p of the entries of a datum that are not NaN, under a normal distribution of all."""
+    seen = ~row.isnan()
+    if not seen.any():
+        return 0.0
+    fn = dist.MultivariateNormal(mean[seen], covariance[seen][:, seen])
+    return fn.log_prob(row[seen]).item()
+
+
+def holes(x, *, seed=0, share=0.3):
+    """Data of which each entry is missing with some probability, and the first datum whole."""
+    generator = torch.Generator().manual_seed(seed)
+    x = x.clone()
+    x[torch.rand(x.shape, generator=generator) < share] = math.nan
+    x[0] = math.nan
+    return x
+
+
+def exact_pair(columns=4, noise=0.5):
+    """A linear model and the guide that is its posterior given what is observed of each datum."""
+    weight = torch.randn(columns, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight.T, noise).to_event(1), obs=x)
+
+    def guide(x):
+        seen = (~x.isnan()).to(x.dtype)
+        precision = torch.eye(2) + torch.einsum("nd,di,dj->nij", seen, weight, weight) / noise**2
+        mean = torch.linalg.solve(precision, (x.nan_to_num(0.0) @ weight) / noise**2)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(mean, precision_matrix=precision))
+
+    return model, guide, weight @ weight.T + noise**2 * torch.eye(columns)
 
 
 class Linear:

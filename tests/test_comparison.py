@@ -316,7 +316,7 @@ REFUSED = [
     ({"test": torch.ones(1, 4)}, ValueError, "test: expected at least 2 data, got 1"),
     ({"test": torch.tensor(1.0)}, ValueError, "test: expected at least 2 data, got 1"),
     ({"test": torch.ones(3, 4).double() * 1e200}, ValueError, "test: .* ELBO, got 3 of an inf"),
-    ({"test": torch.full((3, 4), math.nan)}, ValueError, "test: expected finite numbers"),
+    ({"test": torch.full((3, 4), math.inf)}, ValueError, "test: expected finite numbers"),
     ({"test": TensorDataset(torch.ones(6, 4))}, TypeError, "test: .* a tensor, .* TensorDataset"),
     ({"build": lambda: plain()[0]}, TypeError, "build: expected a model and an .* got VAE"),
 ]

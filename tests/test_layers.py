@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "ppvae"
 FLOORS = [
     ["_checks"],
     ["_files", "_look", "_process", "_scopes"],
-    ["families"],
-    ["closed_form", "data", "likelihoods", "nn", "priors"],
+    ["data", "families"],
+    ["closed_form", "likelihoods", "nn", "priors"],
     ["models", "programs"],
     ["objectives"],
     ["export", "guides", "staging"],

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, fit, fit_replicates, likelihoods, stage
-from ppvae.nn import Affine, Expm1, Log1p, Standardize, mlp
+from ppvae.nn import Affine, Expm1, FillMissing, Log1p, Standardize, mlp
 
 SIZES = torch.tensor([1.0, 1e3, 1e6])
 
@@ -96,7 +96,11 @@ def test_numbers_of_ones_own():
         (lambda: Standardize.of([[1.0]]), TypeError, "^data: expected a tensor or array.*got list"),
         (lambda: Standardize.of(torch.tensor(1.0)), ValueError, r"^data: .*one datum, got \(\)"),
         (lambda: Standardize.of(torch.zeros(0, 3)), ValueError, r"one datum, got \(0, 3\)"),
-        (lambda: Standardize.of(torch.tensor([[1.0, torch.nan]])), ValueError, "1 that are NaN"),
+        (lambda: Standardize.of(torch.tensor([[1.0, torch.nan]])), ValueError, "none in column 1"),
+        (lambda: Standardize.of(torch.tensor([[1.0, torch.inf]])), ValueError, "got 1 infinite"),
+        (lambda: FillMissing(None), TypeError, "^encoder: expected a torch.nn.Module, got None"),
+        (lambda: FillMissing(mlp(3, 4), torch.nan), ValueError, "^fill: expected finite numbers"),
+        (lambda: FillMissing(mlp(3, 4), learned=1), TypeError, "^learned: expected True or False"),
         (lambda: Standardize(0.0, 0.0), ValueError, "^scale: expected positive numbers, got 0.0"),
         (lambda: Affine(torch.inf), ValueError, "^loc: expected finite numbers"),
         (

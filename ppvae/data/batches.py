@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 from ppvae._checks import check_count, expect
 from ppvae._scopes import random_state
-from ppvae.data.adapters import as_tensors
+from ppvae.data.adapters import as_tensors, has_missing
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Batches:
     def whole(self) -> bool:
         """Whether one batch is all the data."""
         return self.loader is None and self.batch_size == self.size
+
+    @cached_property
+    def missing(self) -> bool:
+        """Whether there are missing entries, which are NaN; of a loader's data it is not known."""
+        return self.loader is not None or has_missing((*self.tensors, *self.extra))
 
     @property
     def count(self) -> int:
@@ -82,7 +88,7 @@ class Batches:
         if self.loader is not None:
             item = None
             for item in self.loader:
-                tensors = as_tensors(self.name, item)
+                tensors = as_tensors(self.name, item, missing=True)
                 batch = (*(tensor.to(self.device) for tensor in tensors), *self.extra)
                 if self.check is not None:
                     self.check(batch)
@@ -115,7 +121,7 @@ def batches_of(
 
     Args:
         name: of the argument, for the messages.
-        data: a tensor or array, or a tuple of them; a `Dataset`; or a `DataLoader`.
+        data: a tensor, array or table, or a tuple of them; a `Dataset`; or a `DataLoader`.
         batch_size: data in a minibatch, or at most so many of those that are not for training; by
             default all the data, or 128 of more than 1024.
         training: whether they are trained on: each pass then has an order of its own, and tensors
@@ -132,7 +138,7 @@ def batches_of(
     data = data.tensors if isinstance(data, TensorDataset) else data
     held = isinstance(data, (Dataset, DataLoader))
     expect(held or size is None, "size", "none beside data that tell their number", size)
-    tensors = () if held else as_tensors(name, data)
+    tensors = () if held else as_tensors(name, data, missing=True)
     size = _length(name, data, size) if held else len(tensors[0]) if tensors[0].dim() else 0
     expect(size, name, "at least one datum", "none")
     cut = tuple(training and isinstance(v, Tensor) and v.shape[:1] == (size,) for v in extra)

@@ -124,9 +124,9 @@ def calibration(  # noqa: D417
         expect(known, name, "a function", kind, TypeError)
     shown, label = check_label("progress", progress, "calibration")
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args)
+    args = prepared(args, missing=False)
     check_dtype("args", args, model, guide)
-    model, guide, args = with_keywords(model, guide, args, kwargs)
+    model, guide, args = with_keywords(model, guide, args, kwargs, missing=False)
     with private_modules(), random_state(seed):
         data, labels = _plate_and_labels(model, guide, args, plate, local=refit is None)
         plan = _Plan(model, guide, data, num_samples, vectorized, arguments, refit)

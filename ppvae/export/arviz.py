@@ -1,5 +1,6 @@
 """From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,16 @@ from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.layout import Place
-from ppvae.programs.nodes import Node, is_data, is_inside, latent_nodes, plates_of, prototype
+from ppvae.programs.missing import observed_entries
+from ppvae.programs.nodes import (
+    Node,
+    is_data,
+    is_inside,
+    latent_nodes,
+    per_datum,
+    plates_of,
+    prototype,
+)
 from ppvae.programs.runs import Args, Runs, opened, run_trace
 from ppvae.programs.simulation import Uncondition
 from ppvae.programs.verdicts import verdict_of
@@ -52,14 +62,15 @@ def from_pyro_svi(  # noqa: D417
     - `posterior`: draws of the guide, and the model's deterministic sites; its attributes
       `verdict` and `converged` are those of the last `fit`, if there was one;
     - `posterior_predictive`: the observed sites drawn anew, given those draws;
-    - `log_likelihood`: log p(x | z) per datum, in nats, whatever `poutine.scale` says;
+    - `log_likelihood`: log p(x | z) per datum, in nats, whatever `poutine.scale` says; NaN for one
+      of which all entries are missing, which ArviZ's `loo` is to be told nothing of;
     - `sample_stats`: `log_p` = log p(x, z), in which `poutine.scale` counts, and `log_q` = log q(z)
       of the draws, per datum where all latents are local and one number per draw otherwise, as
       `loo_approximate_posterior` wants them (there is no `log_q` for a point guide, which has no
       density);
     - `prior` and `prior_predictive`: draws of the model alone, its observations taken off (left
       out where a prior is improper);
-    - `observed_data`, without the two dims;
+    - `observed_data`, without the two dims; NaN where an entry is missing;
     - `evaluation`, without the two dims: the result of `evaluate`, if it is given.
 
     The data plate is the dim `datum`, and the coordinates of a single latent vector `latent`.
@@ -214,6 +225,8 @@ def _values(
     for node in _shown(trace):
         if is_data(node) == data:
             count, value = events[node["name"]], node["value"]
+            entries = observed_entries(node) if node["is_observed"] else None
+            value = value if entries is None else torch.where(entries, value, math.nan)
             while value.dim() > count + _depth(node) and len(value) == 1:  # a dim of no plate
                 value = value[0]
             place = Place.of({**node, "value": value}, plate, draws, events=count)
@@ -240,7 +253,21 @@ def _densities(traces: tuple[Any, Any], plate: Any, draws: Any) -> Groups:
     parts = {**sites.log_likelihood, **sites.log_prior}
     scaled = {name: value * sites.scales[name] for name, value in parts.items()}
     stats = {"log_p": sites.total(scaled)} | ({"log_q": sites.log_q} if sites.log_guide else {})
-    return {"log_likelihood": stacked(sites.log_likelihood), "sample_stats": stacked(stats)}
+    nodes = {name: traces[0].nodes[name] for name in sites.log_likelihood}
+    seen = {name: _seen(node, plate) for name, node in nodes.items()}
+    values = {k: torch.where(seen[k], v, math.nan) for k, v in sites.log_likelihood.items()}
+    return {"log_likelihood": stacked(values), "sample_stats": stacked(stats)}
+
+
+def _seen(node: Node, plate: Any) -> Tensor:
+    """Whether anything of each datum of a site is observed: one that is not has no likelihood."""
+    entries = observed_entries(node)
+    if entries is None:
+        return torch.ones((), dtype=torch.bool, device=node["value"].device)
+    inside = plate if is_inside(node, plate) else None
+    events = len(node["fn"].event_shape)
+    each = entries.flatten(-events).any(-1) if events else entries
+    return per_datum(each.int(), node, inside) > 0
 
 
 def _shown(trace: Any) -> list[Node]:

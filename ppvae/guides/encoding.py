@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import expect
+from ppvae.programs.missing import is_nan_masked
 
 
 def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) -> Tensor:
-    """The features of the data.
+    """The features of the data; an encoder that does not take NaN gets zeros in its place.
 
     Args:
         encoder: a module from the arguments to the features.
@@ -23,6 +24,8 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
         TypeError: the features are no tensor, or complex or whole numbers.
         ValueError: the encoder does not take the arguments, or its output has another shape.
     """
+    if is_nan_masked() and not getattr(encoder, "takes_missing", False):
+        args = tuple(map(_filled, args))
     came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
     try:
         features = encoder(*args)
@@ -42,3 +45,9 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
     real = features.is_floating_point()
     expect(real, "encoder", "features that are real numbers", features.dtype, TypeError)
     return features
+
+
+def _filled(arg: Any) -> Any:
+    """An argument with zeros where entries are missing."""
+    floating = isinstance(arg, Tensor) and arg.is_floating_point()
+    return torch.where(torch.isnan(arg), 0.0, arg) if floating else arg

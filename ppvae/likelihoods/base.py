@@ -3,11 +3,14 @@
 from typing import Any, Self
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import as_doubles, check_real, expect
+from ppvae.data.adapters import real_numbers
 
 
 class Likelihood(nn.Module):
@@ -105,19 +108,56 @@ def positive(name: str, value: Any) -> Tensor:
 
 
 def table(data: Any) -> NDArray[np.float64]:
-    """Data as finite doubles of shape `(rows, *event)`, with one row or more."""
-    values = as_doubles(check_real("data", data, writable=False))
+    """Data as doubles of shape `(rows, *event)`; NaN where an entry is missing.
+
+    Raises:
+        TypeError: they are no real numbers.
+        ValueError: there is no row, a number is infinite, or nothing is observed in a column.
+    """
+    values = as_doubles(real_numbers("data", data))
     expect(values.ndim > 1 and len(values), "data", "shape (rows, *event)", values.shape)
-    bad = int((~np.isfinite(values)).sum())
-    expect(not bad, "data", "finite numbers", f"{bad} that are NaN or infinite")
+    bad = int(np.isinf(values).sum())
+    expect(not bad, "data", "finite numbers, or NaN where one is missing", f"{bad} infinite ones")
+    empty = np.argwhere(seen(values) == 0)
+    where = ", ".join(map(str, empty[0])) if len(empty) else ""
+    expect(not len(empty), "data", "an entry in each column", f"none in column {where}")
     with np.errstate(over="ignore"):
-        small = np.isfinite((values**2).sum(0)).all()
-    expect(small, "data", "numbers whose squares are numbers", f"up to {np.abs(values).max():g}")
+        small = np.isfinite(np.nansum(values**2, 0)).all()
+    expect(small, "data", "numbers whose squares are numbers", f"up to {np.nanmax(abs(values)):g}")
     return values
+
+
+def seen(data: NDArray[np.float64]) -> NDArray[np.int_]:
+    """How many entries of each column are observed."""
+    return np.asarray((~np.isnan(data)).sum(0))
+
+
+def valid_value(fn: Any) -> Any:
+    """A value that each element of a distribution can take; None where its support is not known.
+
+    A distribution of elements of several kinds says it by a method of this name.
+    """
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    if hasattr(fn, "valid_value"):
+        return fn.valid_value()
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    low, high = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+    if isinstance(support, type(constraints.real)):
+        return 0.0
+    if support.is_discrete:
+        return 0.0 if low is None else low
+    if low is None:
+        return None if high is None else high - 1
+    return low + 1 if high is None else (low + high) / 2
 
 
 def taken(values: NDArray[np.float64], good: NDArray[np.bool_], kind: str) -> None:
     """Raises a ValueError that names the first datum and column that a likelihood cannot take."""
+    good = good | np.isnan(values)
     if not good.all():
         row, *column = place = tuple(np.argwhere(~good)[0].tolist())
         where = f"{values[place]:g} in row {row}, column {', '.join(map(str, column))}"

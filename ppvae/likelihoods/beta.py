@@ -70,7 +70,7 @@ class Beta(Likelihood):
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts at the mean and variance of each column."""
         taken(data, (data > 0) & (data < 1), "numbers between 0 and 1")
-        mean, variance = data.mean(0), data.var(0)
+        mean, variance = np.nanmean(data, 0), np.nanvar(data, 0)
         self.set_start(special.logit(mean))
         most = mean * (1 - mean)
         concentration = (most / np.maximum(variance, 1e-6 * most) - 1).clip(0.01, 1e6)

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
-from ppvae.likelihoods.base import Likelihood, taken
+from ppvae.likelihoods.base import Likelihood, seen, taken
 
 
 class ContinuousBernoulli(Likelihood):
@@ -19,7 +19,7 @@ class ContinuousBernoulli(Likelihood):
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts near the mean of each column."""
         taken(data, (data >= 0) & (data <= 1), "numbers in [0, 1]")
-        self.set_start(special.logit((data.sum(0) + 0.5) / (len(data) + 1)))
+        self.set_start(special.logit((np.nansum(data, 0) + 0.5) / (seen(data) + 1)))
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One continuous Bernoulli distribution per element."""

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import check_mapping, expect
-from ppvae.likelihoods.base import Likelihood
+from ppvae.likelihoods.base import Likelihood, valid_value
 
 
 class Mixed(Likelihood):
@@ -141,6 +141,11 @@ class Joint(dist.TorchDistribution):
         """What was worked out for each kind, in the order of the columns."""
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([p.expand(*shape, p.shape[-1]) for p in parts], -1)[..., self.back]
+
+    def valid_value(self) -> Tensor:
+        """Of each column a value that it can take."""
+        pairs = zip(self.fns, self.columns, strict=True)
+        return self.put([torch.as_tensor(valid_value(fn)).expand(len(c)) for fn, c in pairs])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Joint":
         """The same for more data."""

@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import check_flag
-from ppvae.likelihoods.base import Likelihood, positive
+from ppvae.likelihoods.base import Likelihood, positive, seen
 from ppvae.likelihoods.poisson import counts
 
 #: dispersions beyond which there is no difference to see, as to a Poisson distribution
@@ -109,9 +109,9 @@ class NegativeBinomial(Likelihood):
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts at the mean of each column, and at the dispersion that gives its variance."""
         counts(data)
-        mean = (data.sum(0) + 0.5) / len(data)
+        mean = (np.nansum(data, 0) + 0.5) / seen(data)
         self.set_start(np.log(mean))
-        dispersion = ((data.var(0) - mean) / mean**2).clip(0.01, 100.0)
+        dispersion = ((np.nanvar(data, 0) - mean) / mean**2).clip(0.01, 100.0)
         with torch.no_grad():
             self.raw.data = torch.tensor(np.log(dispersion)).to(self.raw)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.likelihoods.base import Likelihood, taken
+from ppvae.likelihoods.base import Likelihood, seen, taken
 
 
 class LogPoisson(dist.TorchDistribution):
@@ -59,7 +59,7 @@ class Poisson(Likelihood):
     def begin(self, data: NDArray[np.float64]) -> None:
         """Starts at the mean of each column, as if half of a count had been seen more."""
         counts(data)
-        self.set_start(np.log((data.sum(0) + 0.5) / len(data)))
+        self.set_start(np.log((np.nansum(data, 0) + 0.5) / seen(data)))
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """One Poisson distribution per element."""

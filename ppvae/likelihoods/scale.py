@@ -69,9 +69,9 @@ class Scaled(Likelihood):
 
         A scale that is fixed is taken as a share of that standard deviation.
         """
-        sd = data.std(0)
+        sd = np.nanstd(data, 0)
         sd[sd == 0] = 1.0  # of a column that is always the same
-        self.set_start(data.mean(0))
+        self.set_start(np.nanmean(data, 0))
         spread = torch.tensor(sd, dtype=torch.get_default_dtype())
         self.register_buffer("spread", spread)
         own, wide = self.log_scale.shape, spread.shape

@@ -14,10 +14,27 @@ from ppvae._checks import expect
 from ppvae.data.adapters import prepared
 
 
-class WithKeywords(nn.Module):
-    """A program that takes its keyword arguments behind the others, in a fixed order.
+class Wrapper(nn.Module):
+    """A program that is called in another way.
 
     It holds the program, if that is a module, so that parameters and modes are found in it.
+
+    Args:
+        program: a Pyro model or guide.
+    """
+
+    def __init__(self, program: Any) -> None:
+        super().__init__()
+        self.program = program
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether the program may run inside further plates to the left of its own."""
+        return bool(getattr(self.program, "vectorized", False))
+
+
+class WithKeywords(Wrapper):
+    """A program that takes its keyword arguments behind the others, in a fixed order.
 
     Args:
         program: a Pyro model or guide.
@@ -25,8 +42,8 @@ class WithKeywords(nn.Module):
     """
 
     def __init__(self, program: Any, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.program, self.names = program, names
+        super().__init__(program)
+        self.names = names
 
     def forward(self, *args: Any) -> Any:
         """Calls the program."""
@@ -35,8 +52,10 @@ class WithKeywords(nn.Module):
 
 
 def bare(program: Any) -> Any:
-    """The program as it was given, where its keyword arguments have been made positional."""
-    return program.program if isinstance(program, WithKeywords) else program
+    """The program as it was given, where it is called in another way."""
+    while isinstance(program, Wrapper):
+        program = program.program
+    return program
 
 
 def check_programs(model: Any, guide: Any) -> None:
@@ -46,9 +65,16 @@ def check_programs(model: Any, guide: Any) -> None:
 
 
 def with_keywords(
-    model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+    model: Any,
+    guide: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    missing: bool = True,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Model, guide and arguments without keywords; unchanged where there are none.
+
+    Numbers among them may be `missing`, which is NaN.
 
     Raises:
         TypeError: `kwargs` is no mapping from names, or model or guide cannot be called.
@@ -61,5 +87,5 @@ def with_keywords(
     if not kwargs:
         return model, guide, args
     names = tuple(kwargs)
-    values = prepared(tuple(kwargs.values()))
+    values = prepared(tuple(kwargs.values()), missing=missing)
     return WithKeywords(model, names), WithKeywords(guide, names), (*args, *values)

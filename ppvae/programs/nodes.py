@@ -23,8 +23,20 @@ DRAWS = "_draws"
 
 
 def latent_nodes(trace: Any) -> list[Node]:
-    """The latent sample statements of a trace, without those that draw subsamples."""
-    return [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+    """The latent sample statements of a trace.
+
+    Without those that draw subsamples, and without the entries that an `obs_mask` says are missing:
+    they are drawn by the model, given the latents, and so integrated out.
+    """
+    nodes = [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+    return [node for node in nodes if not _is_missing(node, trace)]
+
+
+def _is_missing(node: Node, trace: Any) -> bool:
+    """Whether a site is that of the missing entries, of those that `obs_mask` makes of one."""
+    name = node["name"].removesuffix("_unobserved")
+    observed = trace.nodes.get(f"{name}_observed")
+    return name != node["name"] and observed is not None and observed["is_observed"]
 
 
 def observed_nodes(trace: Any) -> list[Node]:
@@ -201,7 +213,7 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
         ValueError: nothing is observed, or data are outside of a support.
     """
     for node in numbers_observed(trace, name):
-        value, site, fn = node["value"], node["name"], _bare_distribution(node["fn"])
+        value, site, fn = node["value"], node["name"], bare_distribution(node["fn"])
         support = getattr(type(fn), "support", None)
         known = fn.has_enumerate_support or getattr(fn, "fixed_support", False)
         if isinstance(support, property) and known:
@@ -215,8 +227,10 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
             if outside.any():
                 first = tuple(outside.nonzero()[0].tolist())
                 count += f", first in row {start + (first[-1] if first else 0)}"
-                column = each[first].nonzero()[0].tolist()
+                missing = value[first].isnan().any() if value.is_floating_point() else False
+                column = (value[first].isnan() if missing else each[first]).nonzero()[0].tolist()
                 count += f", column {', '.join(map(str, column))}" if column else ""
+                count += ": NaN, which this distribution cannot leave out" if missing else ""
             expect(not outside.any(), name, f"values in the support of {site!r}, {support}", count)
 
 
@@ -230,7 +244,7 @@ def numbers_observed(trace: Any, name: str = "data") -> list[Node]:
     nodes = observed_nodes(trace)
     none = "none (is an `obs=` missing, or are model and guide the wrong way round?)"
     expect(nodes, "model", "observed sites", none)
-    observed = [node for node in nodes if not isinstance(_bare_distribution(node["fn"]), dist.Unit)]
+    observed = [node for node in nodes if not isinstance(bare_distribution(node["fn"]), dist.Unit)]
     for node in observed:
         value = node["value"]
         real = isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool
@@ -244,8 +258,18 @@ def check_densities(trace: Any) -> None:
     for node in observed_nodes(trace):
         density = node["fn"].log_prob(node["value"])
         bad = int(masked(density.isnan(), node).sum())
-        wanted = f"a density of {node['name']!r}"
-        expect(not bad, "model", wanted, f"NaN for {bad} of {density.numel()}")
+        wanted, came = f"a density of {node['name']!r}", f"NaN for {bad} of {density.numel()}"
+        expect(not bad, "model", wanted, came + _first_missing(trace))
+
+
+def _first_missing(trace: Any) -> str:
+    """Says where the first missing entry of the arguments of a trace is, if there is one."""
+    for number, arg in enumerate(trace.nodes["_INPUT"]["args"]):
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.isnan().any():
+            row, *column = arg.isnan().nonzero()[0].tolist() or [0]
+            where = f"row {row}" + (f", column {', '.join(map(str, column))}" if column else "")
+            return f"; argument {number} is NaN in {where}, and is more than an observation"
+    return ""
 
 
 def counts(node: Any) -> bool:
@@ -290,7 +314,7 @@ def base_of(fn: Any) -> Any:
     return fn
 
 
-def _bare_distribution(fn: Any) -> Any:
+def bare_distribution(fn: Any) -> Any:
     """A distribution without its event dims and masks."""
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
@@ -299,7 +323,7 @@ def _bare_distribution(fn: Any) -> Any:
 
 def is_point(fn: Any) -> bool:
     """Whether a distribution is a point, which has no density."""
-    return isinstance(_bare_distribution(fn), dist.Delta)
+    return isinstance(bare_distribution(fn), dist.Delta)
 
 
 def has_density(node: Node, trace: Any) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor
 from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import check_dtype, prepared
+from ppvae.data.adapters import check_dtype, has_missing, prepared
 from ppvae.programs.keywords import check_programs, with_keywords
+from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import (
     DRAWS,
     check_densities,
@@ -261,6 +262,8 @@ def opened(
     args = prepared(args)
     check_dtype("args", args, model, guide)
     model, guide, args = with_keywords(model, guide, args, kwargs)
+    if has_missing(args):
+        model, guide = nan_masked(model), nan_masked(guide)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
             traces = trace_pair(model, guide, *args)

@@ -76,8 +76,8 @@ def simulate(
     """
     known, kind = arguments is None or callable(arguments), type(arguments).__name__
     expect(known, "arguments", "a function", kind, TypeError)
-    positional, args = len(args), prepared(args)
-    model, _, args = with_keywords(model, model, args, kwargs)
+    positional, args = len(args), prepared(args, missing=False)
+    model, _, args = with_keywords(model, model, args, kwargs, missing=False)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model):
         trace = _drawn(model, args)
         nodes = latent_nodes(trace)

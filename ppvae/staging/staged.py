@@ -22,7 +22,9 @@ from torch import Tensor, fx, nn
 from ppvae._checks import expect
 from ppvae._process import exclusive
 from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
+from ppvae.data.adapters import has_missing
 from ppvae.programs.keywords import with_keywords
+from ppvae.programs.missing import nan_masked
 from ppvae.staging.export import export
 from ppvae.staging.passes import clean, split_noise
 from ppvae.staging.program import Program, program_of
@@ -78,6 +80,8 @@ def stage(
         torch.Size([])
     """
     model, guide, args = with_keywords(model, guide, args, kwargs)
+    if has_missing(args):
+        model, guide = nan_masked(model), nan_masked(guide)
     program = program_of(model, guide, objective, args, size=size, plate=plate)
     staged = record(program, args, tuple(kwargs or ()))
     value = _outcome(staged, program, *args, *program.settings(0))[0]

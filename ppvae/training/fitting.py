@@ -13,6 +13,7 @@ from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import bare, with_keywords
+from ppvae.programs.missing import nan_masked
 from ppvae.programs.verdicts import remember
 from ppvae.training.at_once import fit_at_once
 from ppvae.training.checkpoints import Checkpoint
@@ -178,6 +179,8 @@ def fit(
     free = batch_size is None and is_free(guide)
     batches = training_batches(bare(model), data, batch_size, extra, whole=free, size=size)
     held_out = None if validation is None else _held_out(validation, batches)
+    if batches.missing or (held_out is not None and held_out.missing):
+        model, guide = nan_masked(model), nan_masked(guide)
     ending = None
     if num_epochs is None:
         ending = Ending(_max_epochs(max_epochs, batches))

@@ -28,6 +28,7 @@ from ppvae._scopes import (
 )
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
+from ppvae.programs.missing import nan_masked
 from ppvae.staging.staged import NotStageable
 from ppvae.training.fitting import Pair, check_call, checkpoint_of, fit, remember_fit
 from ppvae.training.identity import in_words
@@ -128,6 +129,8 @@ def fit_replicates(
     num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
     batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
+    if batches.missing:
+        named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]
     how = how_to_run(compile, num_epochs * batches.count, 2)
     programs = [program for pair in named for program in pair[:2]]
     with private_modules(), train_mode(*programs), matmul_precision(precision):

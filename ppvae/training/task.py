@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
-from ppvae.data.adapters import check_dtype
+from ppvae.data.adapters import check_dtype, has_missing
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.nodes import check_observed
+from ppvae.programs.nodes import check_densities, check_observed
 from ppvae.staging.program import Program, program_of
 
 
@@ -78,7 +78,10 @@ class Task:
     def _check_batch(self, name: str, batch: tuple[Any, ...], start: int = 0) -> None:
         program = self.program
         with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
-            check_observed(program.traces(batch)[0], name, start)
+            trace = program.traces(batch)[0]
+            check_observed(trace, name, start)
+            if has_missing(batch):  # which may be in more than the observations
+                check_densities(trace)
 
 
 def training_batches(

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 
 from ppvae import VAE, FamilyGuide, evaluate, families, likelihoods, reading, summary
-from ppvae.evaluation.directions import directions
+from ppvae.evaluation.directions import Moments, directions
 from ppvae.evaluation.ranks import verdict
 
 NATS = ["elbo", "rate", "distortion", "objective", "log_likelihood"]
@@ -163,12 +163,16 @@ def test_directions_of_the_data():
         worth = (ratio - 1 - np.log(ratio)) / 2
         assert found.directions == expected == (worth > 0.05).sum()
         assert found.noise_variance == pytest.approx(noise**2)
-    two = np.zeros(2), np.diag([2.0, 0.01]), np.array([0.18, 0.18])
-    assert directions([(2, *two)]) == {"noise_variance": 0.09, "directions": 1}
-    assert directions([(1, *two)]) == directions([None]) == {}
+    squares = np.array([2.0, 0.01])
+    two = Moments(2, 2 * np.ones(2), np.zeros(2), squares, np.diag(squares), np.full(2, 0.18))
+    assert directions([two]) == {"noise_variance": 0.09, "directions": 1}
+    assert directions([two._replace(size=1)]) == directions([None]) == {}
+    assert directions([two, two._replace(products=None)]) == {"noise_variance": 0.09}
     tiny = np.array([2.0e-6, 0.02])  # the first of a thousandth of its spread
-    assert directions([(2, *two[:2], tiny)])["copied"] == 1
-    assert "copied" not in directions([(2, *two[:2], 1.1 * tiny)])
+    assert directions([two._replace(noise=tiny)])["copied"] == 1
+    assert "copied" not in directions([two._replace(noise=1.1 * tiny)])
+    half = two._replace(seen=np.ones(2), noise=1.5 * tiny)  # of half as many, twice the spread
+    assert directions([half])["copied"] == 1
     assert "only 2 of the principal directions" in reading(linear(4, 0.3, used=2)[0])
     assert "training stuck at the prior" in reading(linear(2, 0.3)[0])
     model = VAE(torch.nn.Linear(2, 3), 2, likelihoods.Bernoulli())

@@ -43,6 +43,18 @@ def _classes(x):
         pyro.sample("x", dist.Categorical(logits=z), obs=x[:, 0])
 
 
+def _correlated(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.MultivariateNormal(z, torch.eye(3)), obs=x)
+
+
+def _regression(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal((z * x).sum(-1), 1.0), obs=torch.ones(len(x)))
+
+
 def _pair(model):
     return model, FamilyGuide(model, "mean_scale", nn.Linear(3, 4))
 
@@ -67,10 +79,12 @@ BAD = {
     "model: expected a function or module, got NoneType": lambda: (None, build()[1], ONES),
     "args: .*sparse_coo": lambda: (*build(), ONES.to_sparse()),
     "args: .* on meta": lambda: (*build(), ONES.to("meta")),
-    "args: expected no masked entries, got 1": lambda: (
-        *build(),
+    "data: .* first in row 9, column 0: NaN, which this distribution cannot leave out": lambda: (
+        *_pair(_correlated),
         np.ma.masked_array(ONES.numpy(), mask=_one_bad(0.0) == 0),
     ),
+    "model: expected a density of 'y', got NaN for 1 of 10; argument 0 is NaN in row 9, column 0, "
+    "and is more than an observation": lambda: (*_pair(_regression), _one_bad(np.nan)),
 }
 
 

@@ -58,7 +58,7 @@ def test_noise_only_reaches_the_independent_bernoulli_floor():
 
 
 class Items(Dataset):
-    """Rows one by one; some may be NaN."""
+    """Rows one by one; some may be infinite."""
 
     def __init__(self, x, bad=()):
         self.x, self.bad = x, bad
@@ -67,7 +67,7 @@ class Items(Dataset):
         return len(self.x)
 
     def __getitem__(self, index):
-        return self.x[index] * (math.nan if index in self.bad else 1.0)
+        return self.x[index] * (math.inf if index in self.bad else 1.0)
 
 
 KINDS = {
@@ -387,7 +387,7 @@ def test_validation_data_have_the_keyword_arguments_that_are_passed():
 
 
 X = np.zeros((6, 3))
-NAN = np.where(np.eye(6, 3) > 0, np.nan, 0.0)
+INFINITE = np.where(np.eye(6, 3) > 0, np.inf, 0.0)
 HALF = np.where(np.arange(6)[:, None] == 2, 0.5, X)
 EMPTY = TensorDataset(torch.zeros(0, 3))
 LOADER = DataLoader(Items(X), batch_size=4)
@@ -398,8 +398,8 @@ NO_GROUPS = lambda parameters, lr: SimpleNamespace(step=print)  # noqa: E731
 
 #: data, options, and what the error says; both for `fit` and for `fit_replicates`
 BAD = {
-    "nan": (NAN, {}, "data: expected finite numbers, got 3"),
-    "nan, one by one": (Items(X, [5]), {"batch_size": 3}, "data: .* numbers, got 3"),
+    "infinite": (INFINITE, {}, "data: expected finite numbers, or NaN, got 3"),
+    "one by one": (Items(X + 1, [5]), {"batch_size": 3}, "data: .* numbers, or NaN, got 3"),
     "empty": (X[:0], {}, "data: expected at least one datum, got none"),
     "empty set": (EMPTY, {}, "data: expected at least one datum, got none"),
     "no batch": (NO_BATCH, {}, "data: expected a DataLoader with at least one batch, got none"),
@@ -496,7 +496,7 @@ def test_bad_arguments_move_nothing(pairs, told, error, message):
     [
         ({"patience": 2}, "patience: .*validation"),
         ({"patience": 0, "validation": X}, "patience: .* at least 1, got 0"),
-        ({"validation": NAN}, "validation: expected finite"),
+        ({"validation": INFINITE}, "validation: expected finite"),
         ({"validation": X[:, :2]}, r"encoder: .*\(6, 2\)"),
         ({"validation": DataLoader(EMPTY)}, "validation: .* at least one datum, got none"),
         ({"validation": HALF}, "validation: .* of 'x'.* got 1 of 6 .* outside, first in row 2"),
