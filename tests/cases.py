@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from scipy import special, stats
 from torch import nn
 
-from ppvae import Family, families, likelihoods
+from ppvae import Family, families, likelihoods, priors
 from ppvae.nn import mlp
 
 FAMILIES: dict[str, Any] = {
@@ -179,6 +179,41 @@ def _affine():
     return dist.TransformedDistribution(base, [dist.transforms.AffineTransform(1.0, 2.0)])
 
 
+def _set(prior, **values):
+    """A prior of given parameters."""
+    for name, value in values.items():
+        getattr(prior, name).data = torch.tensor(value)
+    return prior
+
+
+def _ard():
+    return _set(priors.ARD(2), log_scale=[math.log(2.0), math.log(0.5)])
+
+
+def _learned(full):
+    prior = priors.Learned(2, "full_rank" if full else "mean_scale")
+    prior.head.loc.raw.data = torch.tensor([1.0, -1.0])
+    if full:  # what the triangle holds before its transform: rows, with logarithms on the diagonal
+        prior.head.scale_tril.raw.data = torch.tensor([0.0, 0.5, math.log(2.0)])
+    return prior
+
+
+def _parts(full):
+    """Two components, of weights 1/4 and 3/4."""
+    prior = priors.Mixture(2, 2, full=full)
+    raw = torch.tensor([0.7, 0.7]).log()
+    raw = raw.diag_embed().expand(2, 2, 2) if full else raw.expand(2, 2)
+    loc = [[-1.0, 0.5], [1.0, 0.0]]
+    return _set(prior, logits=[0.0, math.log(3.0)], loc=loc, raw=raw.tolist())
+
+
+def _tilted(z):
+    """Of mean (1, -1) and the triangle ((1, 0), (0.5, 2))."""
+    first = z[..., 0] - 1
+    second = (z[..., 1] + 1 - 0.5 * first) / 2
+    return -0.5 * (first**2 + second**2) - math.log(2 * math.pi) - math.log(2)
+
+
 #: name -> how to make a prior of two latents, and its log density written out
 PRIORS: dict[str, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "standard": (lambda: None, lambda z: -0.5 * z.square().sum(-1) - math.log(2 * math.pi)),
@@ -195,6 +230,17 @@ PRIORS: dict[str, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor
         lambda: _mixture(dist.LogNormal),
         lambda z: _of_parts(z.log()) - z.log().sum(-1),
     ),
+    "learned": (
+        lambda: _learned(full=False),
+        lambda z: -0.5 * (z - torch.tensor([1.0, -1.0])).square().sum(-1) - math.log(2 * math.pi),
+    ),
+    "tilted": (lambda: _learned(full=True), _tilted),
+    "relevance": (
+        _ard,
+        lambda z: -0.5 * (z / torch.tensor([2.0, 0.5])).square().sum(-1) - math.log(2 * math.pi),
+    ),
+    "learned mixture": (lambda: _parts(full=False), _of_parts),
+    "full mixture": (lambda: _parts(full=True), _of_parts),
 }
 
 

@@ -41,17 +41,23 @@ def draw(
 def _draw_site(fn: Any, block: Block, plates: dict[str, Any]) -> dict[str, Tensor]:
     """Samples the one site of a block from its own distribution."""
     (site,) = block.sites
-    if isinstance(fn, dist.Delta):
-        value = fn.v if is_real(site.support) else site.transform(fn.v)
-        fn = dist.Delta(value, event_dim=len(site.event_shape))
-    else:
-        through = is_real(fn.support) and not is_real(site.support)
-        if not block.family.joint:
-            fn = fn.to_event(len(site.space if through else site.event_shape))
-        if through:
-            fn = dist.TransformedDistribution(fn, [site.transform])
+    fn = on_support(fn, block)
     with _inside(plates, (frame.name for frame in site.frames)):
         return {site.name: pyro.sample(site.name, fn)}
+
+
+def on_support(fn: Any, block: Block) -> Any:
+    """The distribution of the one site of a block, on its support, from what the head returned."""
+    (site,) = block.sites
+    if isinstance(fn, Tensor):
+        fn = dist.Delta(fn, event_dim=int(block.family.joint))
+    if isinstance(fn, dist.Delta):
+        value = fn.v if is_real(site.support) else site.transform(fn.v)
+        return dist.Delta(value, event_dim=len(site.event_shape))
+    through = is_real(fn.support) and not is_real(site.support)
+    if not block.family.joint:
+        fn = fn.to_event(len(site.space if through else site.event_shape))
+    return dist.TransformedDistribution(fn, [site.transform]) if through else fn
 
 
 def _draw_flat(

@@ -11,13 +11,13 @@ from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.families.ladder import as_family
 from ppvae.guides.blocks import Block, check_tails, divide, representing, source_of
-from ppvae.guides.draws import draw, draw_from_model
+from ppvae.guides.draws import draw, draw_from_model, on_support
 from ppvae.guides.encoding import encode
 from ppvae.guides.model_guide import ModelGuide
 from ppvae.guides.plates import Plates, read_plates
 from ppvae.guides.sites import encoder_plate
 from ppvae.models.protocol import example_of
-from ppvae.programs.nodes import dtype_of, latent_nodes, prototype
+from ppvae.programs.nodes import dtype_of, is_point, latent_nodes, prototype
 
 
 class FamilyGuide(ModelGuide):
@@ -135,7 +135,34 @@ class FamilyGuide(ModelGuide):
                     check_tails(fn, block)
         self._plates = read_plates(trace, nodes, data, features)
         self._blocks = blocks
+        prior: Any = getattr(self.model, "prior", None)
+        if hasattr(prior, "attach") and not prior.attached:  # it is made of posteriors
+            prior.attach(self.posterior)
         return self
+
+    def posterior(self, *args: Any) -> Any:
+        """The distribution q(z | x) of the one latent site of a model, for data.
+
+        Args:
+            *args: the arguments of the encoder.
+
+        Returns:
+            A Pyro distribution on the support of the site, of batch shape `(batch,)`.
+
+        Raises:
+            ValueError: there is no encoder, or more than one site, or plates inside that of the
+                data, or the family has no density.
+        """
+        wanted = "an encoder, and one latent site in the plate of the data"
+        one = len(self._blocks) == 1 and len(self._blocks[0].sites) == 1
+        one = one and self._blocks[0].source == "encoder" and not self._blocks[0].flat
+        expect(one and not self._blocks[0].sites[0].right, "guide", wanted, f"{self.family.name}")
+        (block,) = self._blocks
+        assert self.encoder is not None
+        fn = on_support(self.heads[block.key](encode(self.encoder, args, self._features)), block)
+        dense = not is_point(fn)
+        expect(dense, "family", "one with a density, for a prior that is made of it", fn)
+        return fn
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every latent site; takes the model's arguments and returns the values by name."""

@@ -16,9 +16,13 @@ from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.priors import as_prior
 from ppvae.programs.runs import trace_pair
 
-#: priors with all families under one likelihood, and with all likelihoods under three families
-WHOLE = [(kind, *row) for kind in LIKELIHOODS for row in product(PRIORS, FAMILIES)]
-WHOLE = [row for row in WHOLE if row[0] == "normal" or row[2] in ("zero", "mean_scale", "flow")]
+#: priors with all families under one likelihood, all likelihoods with a few of both
+FEW = [*product(PRIORS, ["mean_scale"]), ("standard", "zero"), ("standard", "flow")]
+WHOLE = [("normal", *row) for row in product(PRIORS, FAMILIES)]
+#: a guide that draws from its model, where no gradient reaches the parameters of a mixture
+BLOCKED = [("normal", f"{kind} mixture", "noise_only") for kind in ("learned", "full")]
+WHOLE = [row for row in WHOLE if row not in BLOCKED]
+WHOLE += [(kind, *row) for kind in LIKELIHOODS for row in FEW if kind != "normal"]
 
 
 @pytest.mark.parametrize(("kind", "prior", "family"), WHOLE)
@@ -50,7 +54,15 @@ def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family)
     assert all(map(math.isfinite, result.losses))
     moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
     assert all(moved[1:]) and moved[0] == (family != "zero" or positive)  # weights of z = 0
-    assert len(moved) == 4 + len([*made.parameters()]) + (prior == "module")
+    own = [] if model.prior is None else [*getattr(model.prior, "parameters", list)()]
+    assert len(moved) == 4 + len([*made.parameters()]) + len(own)
+
+
+@pytest.mark.parametrize(("kind", "prior", "family"), BLOCKED)
+def test_a_guide_without_a_gradient_is_refused(kind, prior, family):
+    model = VAE(mlp(2, out=4), 2, LIKELIHOODS[kind].make(), prior=PRIORS[prior][0]())
+    with pytest.raises(ValueError, match="guide: expected reparametrized draws; 'z' is drawn from"):
+        fit(model, FamilyGuide(model, FAMILIES[family], mlp(4, 8)), torch.randn(6, 4))
 
 
 def test_learned_scale_reaches_the_maximum_likelihood():
