@@ -10,13 +10,14 @@ Data of any scale go through a first layer that knows it, and come back by its i
 What they know is saved with the weights, so that new data are treated as the first ones were.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import check_count, check_flag, check_real, expect
+from ppvae._checks import check_count, check_flag, check_mapping, check_real, expect
 from ppvae.data.adapters import real_numbers
 
 __all__ = [
@@ -317,6 +318,63 @@ class FillMissing(nn.Module):
             filled = torch.cat([filled, observed.to(filled.dtype)], -1)
         features: Tensor = self.encoder(filled)
         return features
+
+
+class Concatenate(nn.Module):
+    """A module of several arguments, which it gets side by side: an encoder of data and context.
+
+    Args:
+        module: a module `(batch, columns) -> (batch, features)`, of all columns together.
+        labels: for each argument that is labels, how many there are: they become zeros and a one.
+            `Concatenate(mlp(64 + 10, 256), labels={1: 10})` takes images and digits.
+
+    Raises:
+        TypeError: `module` is none, or `labels` no mapping.
+
+    Example:
+        >>> encoder = Concatenate(mlp(5 + 3, 16), labels={1: 3})
+        >>> encoder(torch.zeros(4, 5), torch.tensor([0, 2, 1, 1])).shape
+        torch.Size([4, 16])
+    """
+
+    def __init__(self, module: nn.Module, labels: Mapping[int, int] | None = None) -> None:
+        super().__init__()
+        known = isinstance(module, nn.Module)
+        expect(known, "module", "a torch.nn.Module", repr(module), TypeError)
+        self.module = module
+        given = {} if labels is None else check_mapping("labels", labels)
+        self.labels = {
+            check_count("labels", at, 0): check_count("labels", n) for at, n in given.items()
+        }
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """Arguments `(batch, *)` -> features; those beyond two dimensions are made flat."""
+        parts = []
+        for number, arg in enumerate(args):
+            codes = self.labels.get(number)
+            if codes is not None and arg.dim() == 1:
+                arg = one_hot(arg, codes)
+            parts.append(arg.reshape(len(arg), -1))
+        dtype = reduce(torch.promote_types, [part.dtype for part in parts])
+        features: Tensor = self.module(torch.cat([part.to(dtype) for part in parts], -1))
+        return features
+
+
+def one_hot(labels: Tensor, count: int, name: str = "labels") -> Tensor:
+    """Labels `(*)` as zeros and a one, `(*, count)`, in the default dtype or that of the labels.
+
+    Raises:
+        ValueError: one is none of 0, ..., count - 1. A graph (`stage`, `torch.compile`) cannot look
+            at values: there its row is zero.
+    """
+    one = labels.unsqueeze(-1) == torch.arange(count, device=labels.device)
+    if not torch.compiler.is_compiling():
+        unknown = (~one.any(-1)).nonzero()
+        place = tuple(unknown[0].tolist()) if len(unknown) else ()
+        got = f"{labels[place].item():g} in row {place[0]}" if place else ""
+        expect(not len(unknown), name, f"labels from 0 to {count - 1}", got)
+    floating = labels.is_floating_point()
+    return one.to(labels.dtype if floating else torch.get_default_dtype())
 
 
 class Affine(_LocScale):

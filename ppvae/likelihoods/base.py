@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae._checks import as_doubles, check_real, expect
+from ppvae._checks import as_doubles, check_array, check_real, expect
 from ppvae.data.adapters import real_numbers
 
 
@@ -19,10 +19,13 @@ class Likelihood(nn.Module):
     Attributes:
         outputs: how many; of more than one the decoder puts out all first ones, then all second
             ones.
+        takes_exposure: whether it can be called with an exposure of each datum, too, by which the
+            means are multiplied, as those of counts can.
         start: what is added to the first ones, of shape `(columns,)`; None without data.
     """
 
     outputs = 1
+    takes_exposure = False
     start: Tensor | None
 
     def __init__(self) -> None:
@@ -30,22 +33,56 @@ class Likelihood(nn.Module):
         self.register_buffer("start", None)
 
     @classmethod
-    def of(cls, data: Any, **options: Any) -> Self:
+    def of(cls, data: Any, *, exposure: Any = None, **options: Any) -> Self:
         """A likelihood that starts at the data's own location (and scale, where it has one).
 
         Args:
             data: of shape `(rows, columns)`, or `(rows, *event)`.
+            exposure: of counts, what their means are to be multiplied by, of shape `(rows,)`.
             **options: of the class.
 
         Raises:
             TypeError, ValueError: the data are no finite numbers, or none that it can take.
         """
-        made = cls(**options)
-        made.begin(table(data))
+        made, values = cls(**options), table(data)
+        begin: Any = made.begin
+        if exposure is None:
+            begin(values)
+        else:
+            wanted = "none for this likelihood, which is not of counts"
+            expect(made.takes_exposure, "exposure", wanted, cls.__name__)
+            share = check_array("exposure", exposure, (len(values),))
+            expect((share > 0).all(), "exposure", "positive numbers", share.min())
+            begin(values, share.reshape(-1, *[1] * (values.ndim - 1)))
         return made
 
+    def exposed(self, log_mean: Tensor, exposure: Tensor | None) -> Tensor:
+        """The log means of counts under an exposure, of shape `(batch,)` or that of the means.
+
+        Raises:
+            TypeError: the exposure is no real numbers.
+            ValueError: one is not positive, or they do not fit the means.
+        """
+        if exposure is None:
+            return log_mean
+        exposure = check_real("exposure", exposure).to(log_mean)
+        if not torch.compiler.is_compiling():
+            bad = (~(exposure > 0)).nonzero()
+            got = f"{exposure[tuple(bad[0])].item():g} in row {bad[0, 0]}" if len(bad) else ""
+            expect(not len(bad), "exposure", "positive numbers", got)
+        exposure = exposure.unsqueeze(-1) if exposure.dim() == 1 else exposure
+        shape = tuple(exposure.shape)
+        fits = len(shape) == 2 and shape[0] == log_mean.shape[-2]
+        fits = fits and shape[1] in (1, log_mean.shape[-1])
+        wanted = f"shape ({log_mean.shape[-2]},), one for each datum, or that of the data"
+        expect(fits, "exposure", wanted, shape)
+        return log_mean + exposure.log()
+
     def begin(self, data: NDArray[np.float64]) -> None:
-        """Sets the start from data of shape `(rows, *event)`, in double precision."""
+        """Sets the start from data of shape `(rows, *event)`, in double precision.
+
+        A likelihood that takes an exposure takes one here, too, of shape `(rows, 1, ...)`.
+        """
         raise NotImplementedError
 
     def set_start(self, start: Any) -> None:

@@ -10,8 +10,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import check_flag
-from ppvae.likelihoods.base import Likelihood, positive, seen
-from ppvae.likelihoods.poisson import counts
+from ppvae.likelihoods.base import Likelihood, positive
+from ppvae.likelihoods.poisson import mean_of
 
 #: dispersions beyond which there is no difference to see, as to a Poisson distribution
 _LEAST, _MOST = 1e-8, 1e8
@@ -87,6 +87,8 @@ class NegativeBinomial(Likelihood):
         ValueError: `dispersion` is not positive and finite.
     """
 
+    takes_exposure = True
+
     def __init__(self, dispersion: float | Tensor = 1.0, *, learned: bool = True) -> None:
         super().__init__()
         self.learned = check_flag("learned", learned)
@@ -106,15 +108,18 @@ class NegativeBinomial(Likelihood):
     def _log(self) -> Tensor:
         return self.raw.clamp(np.log(_LEAST), np.log(_MOST))
 
-    def begin(self, data: NDArray[np.float64]) -> None:
+    def begin(self, data: NDArray[np.float64], exposure: Any = 1.0) -> None:
         """Starts at the mean of each column, and at the dispersion that gives its variance."""
-        counts(data)
-        mean = (np.nansum(data, 0) + 0.5) / seen(data)
+        mean = mean_of(data, exposure)
         self.set_start(np.log(mean))
-        dispersion = ((np.nanvar(data, 0) - mean) / mean**2).clip(0.01, 100.0)
+        exposed = np.where(np.isnan(data), np.nan, exposure)
+        own = np.nansum(data, 0) / np.nansum(exposed, 0)
+        variance, means = np.nanmean((data - own * exposed) ** 2, 0), mean * exposed
+        dispersion = (variance - np.nanmean(means, 0)) / np.nanmean(means**2, 0)
+        dispersion = dispersion.clip(0.01, 100.0)
         with torch.no_grad():
             self.raw.data = torch.tensor(np.log(dispersion)).to(self.raw)
 
-    def forward(self, output: Tensor) -> dist.Distribution:
+    def forward(self, output: Tensor, exposure: Tensor | None = None) -> dist.Distribution:
         """One negative binomial distribution per element."""
-        return Overdispersed(self.numbers(output)[0], self._log())
+        return Overdispersed(self.exposed(self.numbers(output)[0], exposure), self._log())

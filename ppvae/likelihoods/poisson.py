@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.likelihoods.base import Likelihood, seen, taken
+from ppvae.likelihoods.base import Likelihood, taken
 
 
 class LogPoisson(dist.TorchDistribution):
@@ -56,14 +56,22 @@ class LogPoisson(dist.TorchDistribution):
 class Poisson(Likelihood):
     """The likelihood of counts; the decoder's output is the log rates."""
 
-    def begin(self, data: NDArray[np.float64]) -> None:
-        """Starts at the mean of each column, as if half of a count had been seen more."""
-        counts(data)
-        self.set_start(np.log((np.nansum(data, 0) + 0.5) / seen(data)))
+    takes_exposure = True
 
-    def forward(self, output: Tensor) -> dist.Distribution:
+    def begin(self, data: NDArray[np.float64], exposure: Any = 1.0) -> None:
+        """Starts at the mean of each column, as if half of a count had been seen more."""
+        self.set_start(np.log(mean_of(data, exposure)))
+
+    def forward(self, output: Tensor, exposure: Tensor | None = None) -> dist.Distribution:
         """One Poisson distribution per element."""
-        return LogPoisson(self.numbers(output)[0])
+        return LogPoisson(self.exposed(self.numbers(output)[0], exposure))
+
+
+def mean_of(data: NDArray[np.float64], exposure: Any) -> NDArray[np.float64]:
+    """The mean of each column of counts per exposure, as if half of a count had been seen more."""
+    counts(data)
+    exposed = np.where(np.isnan(data), 0.0, exposure).sum(0)
+    return np.asarray((np.nansum(data, 0) + 0.5) / exposed)
 
 
 def counts(data: NDArray[np.float64]) -> None:

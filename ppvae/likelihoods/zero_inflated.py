@@ -77,14 +77,21 @@ class ZeroInflated(Likelihood):
         """Those of the other likelihood."""
         return [type(self.counts).__qualname__, *self.counts.settings()]
 
-    def begin(self, data: NDArray[np.float64]) -> None:
+    def begin(self, data: NDArray[np.float64], exposure: Any = 1.0) -> None:
         """Starts as the other likelihood does, with few zeros of their own."""
-        self.counts.begin(data)
+        begin: Any = self.counts.begin
+        begin(data, exposure) if self.takes_exposure else begin(data)
         self.register_buffer("rare", torch.tensor(-2.0, dtype=torch.get_default_dtype()))
 
-    def forward(self, output: Tensor) -> dist.Distribution:
+    @property
+    def takes_exposure(self) -> bool:  # type: ignore[override]
+        """Whether the other likelihood does."""
+        return self.counts.takes_exposure
+
+    def forward(self, output: Tensor, exposure: Tensor | None = None) -> dist.Distribution:
         """One distribution per column."""
         *_, logit = self.numbers(output)
-        base = self.counts(output[..., : -logit.shape[-1]])
+        told = () if exposure is None else (exposure,)
+        base = self.counts(output[..., : -logit.shape[-1]], *told)
         rare = getattr(self, "rare", None)
         return Inflated(base, logit if rare is None else logit + rare)

@@ -13,32 +13,50 @@ from ppvae._checks import expect
 from ppvae._scopes import eval_mode, random_state
 
 
-def distribution_of(prior: Any) -> Any:
-    """Returns the prior's distribution over one latent, with its present parameters."""
-    return prior() if isinstance(prior, nn.Module) else prior
+def distribution_of(prior: Any, context: Tensor | None = None) -> Any:
+    """Returns the prior's distribution over one latent, with its present parameters.
+
+    That of a conditional prior, one with an attribute `context`, is one for each row of a context.
+
+    Raises:
+        ValueError: it is one, and there is no context.
+    """
+    if not isinstance(prior, nn.Module):
+        return prior
+    if getattr(prior, "context", None) is None:
+        return prior()
+    expect(context is not None, "context", "one, which the prior depends on", None)
+    return prior(context)
 
 
-def as_prior(prior: Any, latent: int) -> Any:
+def as_prior(prior: Any, latent: int, context: int | None = None) -> Any:
     """Checks that a prior is one of a latent of this length, and returns it.
 
     Args:
-        prior: a module without arguments whose forward returns a Pyro distribution, or one itself.
+        prior: a module without arguments whose forward returns a Pyro distribution, or one itself;
+            or a conditional one, whose forward takes a context, and whose attribute `context` is
+            how many numbers that is.
         latent: length of the latent.
+        context: how many numbers the context of the model is.
 
     Raises:
         TypeError: it is neither.
         ValueError: its distribution is one over something else.
     """
     kind = "a Pyro distribution, or a module without arguments whose forward returns one"
+    needed = getattr(prior, "context", None) if isinstance(prior, nn.Module) else None
+    fits = needed in (None, context)
+    expect(fits, "prior", f"one for a context of {context} numbers", f"one for {needed}")
     with torch.no_grad(), random_state(None, keep=True), eval_mode(prior):
         try:
-            fn = distribution_of(prior)
+            fn = distribution_of(prior, None if needed is None else torch.zeros(1, needed))
         except TypeError as error:  # it asks for arguments
             raise TypeError(f"prior: expected {kind}, got {prior!r}: {error}") from error
     expect(isinstance(fn, Distribution), "prior", kind, repr(prior), TypeError)
     shapes = tuple(fn.event_shape), tuple(fn.batch_shape)
-    expected = f"event shape ({latent},) and batch shape ()"
-    expect(shapes == ((latent,), ()), "prior", expected, f"{shapes[0]} and {shapes[1]}")
+    batch = () if needed is None else (1,)
+    expected = f"event shape ({latent},) and batch shape {batch}"
+    expect(shapes == ((latent,), batch), "prior", expected, f"{shapes[0]} and {shapes[1]}")
     return prior
 
 
