@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from ppvae.comparison import compare_families
     from ppvae.evaluation import annealed_importance, calibration, evaluate, gaps, reading, summary
     from ppvae.export import concat_chains, from_pyro_svi, to_netcdf
-    from ppvae.predictive import impute
+    from ppvae.predictive import (
+        encode,
+        generate,
+        impute,
+        interpolate,
+        log_prob,
+        predict,
+        reconstruct,
+    )
 
 __version__ = "0.1.0"
 
@@ -51,20 +59,26 @@ __all__ = [
     "closed_form",
     "compare_families",
     "concat_chains",
+    "encode",
     "evaluate",
     "families",
     "fit",
     "fit_replicates",
     "from_pyro_svi",
     "gaps",
+    "generate",
     "impute",
+    "interpolate",
     "likelihoods",
     "load_pair",
+    "log_prob",
     "nan_masked",
     "objectives",
     "plots",
+    "predict",
     "priors",
     "reading",
+    "reconstruct",
     "regression",
     "save_pair",
     "simulate",
@@ -79,7 +93,15 @@ _AT_FIRST_USE = {
     "evaluation": ["annealed_importance", "calibration", "evaluate", "gaps", "reading", "summary"],
     "export": ["concat_chains", "from_pyro_svi", "to_netcdf"],
     "plots": ["plots"],
-    "predictive": ["impute"],
+    "predictive": [
+        "encode",
+        "generate",
+        "impute",
+        "interpolate",
+        "log_prob",
+        "predict",
+        "reconstruct",
+    ],
     "regression": ["regression"],
 }
 

@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from pyro.distributions import Categorical
 from torch import Tensor
 
-from ppvae._checks import check_choice, check_count, check_share, expect
+from ppvae._checks import check_count, check_share
 from ppvae._process import exclusive
-from ppvae.likelihoods.mixed import Joint
 from ppvae.objectives import weights
+from ppvae.predictive.expectations import expectations, one_site, point, sites_of_data
 from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
 from ppvae.programs.missing import observed_entries
-from ppvae.programs.nodes import Node, bare_distribution, is_data, observed_nodes
+from ppvae.programs.nodes import Node, bare_distribution
 from ppvae.programs.runs import Args, Runs, opened
 
 _MOST = 10_000_000  # numbers of all draws of a minibatch that are held at a time
@@ -96,7 +95,7 @@ def impute(  # noqa: D417
     wide = max((math.prod(arg.shape[1:]) for arg in args if hasattr(arg, "shape")), default=1)
     rows = max(1, min(batch_size, _MOST // (num_samples * max(wide, 1))))
     with opened(model, guide, args, kwargs, rows, vectorized, seed, plate) as runs:
-        name = _site(runs, site)
+        name = _able(runs, site)
         pieces = []
         for batch in batches_of_draws(runs):
             held = _draws(runs, batch, name, num_samples)
@@ -128,22 +127,11 @@ class _Draws(NamedTuple):
     expected: list[tuple[Tensor, Tensor]]
 
 
-def _site(runs: Runs, site: str | None) -> str:
-    """The site whose entries are filled in."""
-    nodes = [node for node in observed_nodes(runs.traces[0]) if is_data(node)]
-    able = {node["name"]: node for node in nodes if _alone(node["fn"])}
-    if site is not None:
-        check_choice("site", site, list(able))
-        return site
-    expect(able, "model", "a site of elements that are independent given the latents", "none")
-    names = [name for name, node in able.items() if not _entries(node).all()] or list(able)
-    expect(len(names) == 1, "site", f"one of {names}, which all have missing entries", None)
-    return names[0]
-
-
-def _alone(fn: Any) -> bool:
-    """Whether the elements of a distribution are independent."""
-    return not bare_distribution(fn).event_shape
+def _able(runs: Runs, site: str | None) -> str:
+    """The site whose entries are filled in: the one that has missing entries, or the only one."""
+    nodes = {node["name"]: node for node in sites_of_data(runs)}
+    gaps = [name for name, node in nodes.items() if not _entries(node).all()]
+    return one_site(gaps or list(nodes), site, known=list(nodes))
 
 
 def _entries(node: Node) -> Tensor:
@@ -171,33 +159,12 @@ def _draws(runs: Runs, args: Args, name: str, num_samples: int) -> _Draws:
         fn = bare_distribution(node["fn"])
         log_weight.append(weight)
         drawn.append(place.front(fn.sample().to(value.dtype))[:, missing])
-        parts.append([(at, mean) for at, mean in _expected(fn, place, missing)])
+        parts.append(expectations(fn, place, missing))
     expected = [
         (each[0][0], torch.cat([mean for _, mean in each])) for each in zip(*parts, strict=True)
     ]
     weight = torch.cat(log_weight).expand(num_samples, len(value))
     return _Draws(weight, value, missing, torch.cat(drawn), expected)
-
-
-def _expected(fn: Any, place: Place, missing: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Expectations of the missing entries; see `_Draws`."""
-    count = int(missing.sum())
-    if not isinstance(fn, Joint):
-        every = torch.arange(count, device=missing.device)
-        if isinstance(fn, Categorical):
-            probs = torch.stack([place.front(p)[:, missing] for p in fn.probs.unbind(-1)], -1)
-            return [(every, probs)]
-        return [(every, place.front(fn.mean)[:, missing].unsqueeze(-1))]
-    column = torch.arange(missing.shape[-1], device=missing.device).expand(missing.shape)[missing]
-    found = []
-    for part, columns in zip(fn.fns, fn.columns, strict=True):
-        at = torch.isin(column, torch.tensor(columns, device=column.device)).nonzero()[:, 0]
-        own = part.probs if isinstance(part, Categorical) else part.mean.unsqueeze(-1)
-        whole = own.new_zeros((*own.shape[:-2], missing.shape[-1], own.shape[-1]))
-        whole[..., columns, :] = own
-        each = torch.stack([place.front(p)[:, missing][:, at] for p in whole.unbind(-1)], -1)
-        found.append((at, each))
-    return found
 
 
 def _completed(held: _Draws, count: int, level: float) -> dict[str, np.ndarray]:
@@ -208,8 +175,7 @@ def _completed(held: _Draws, count: int, level: float) -> dict[str, np.ndarray]:
     best = held.value.new_zeros(len(datum))
     for at, expected in held.expected:
         mean = (own[:, at].unsqueeze(-1) * expected.double()).sum(0)
-        point = mean[:, 0] if mean.shape[-1] == 1 else mean.argmax(-1)
-        best[at] = point.to(best.dtype)
+        best[at] = point(mean).to(best.dtype)
     order = held.drawn.argsort(0)
     below = own.gather(0, order).cumsum(0)
     ends = []

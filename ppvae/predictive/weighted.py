@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import Args, Runs
 
@@ -16,13 +17,19 @@ def batches_of_draws(runs: Runs) -> list[Args]:
     return runs.batches if local else [runs.args]
 
 
-def weighted_runs(runs: Runs, args: Args, num_samples: int) -> Iterator[tuple[Any, Any, Tensor]]:
+def weighted_runs(
+    runs: Runs, args: Args, num_samples: int, *, density: bool = False
+) -> Iterator[tuple[Any, Any, Tensor]]:
     """Runs of model and guide on a minibatch until there are so many draws.
 
     Args:
         runs: the pair.
         args: the minibatch.
         num_samples: number of draws.
+        density: whether the weights are wanted for themselves.
+
+    Raises:
+        ValueError: they are, and the guide is a point, which has none.
 
     Yields:
         The trace of the model, the plate of draws (None for a single draw), and the log weights
@@ -33,6 +40,8 @@ def weighted_runs(runs: Runs, args: Args, num_samples: int) -> Iterator[tuple[An
     for count, draws in runs.draws(args, num_samples, pair):
         model_trace, guide_trace = runs.pair(args, draws)
         parts = terms(model_trace, guide_trace, plate)
+        dense = bool(parts.log_guide) or not density
+        expect(dense, "guide", "one with a density", "a point")
         weight = parts.log_weight if parts.log_guide else torch.zeros(())
         size = parts.plate.size if parts.is_local else 1
         shape = (count, size) if parts.is_local else (count,)
