@@ -3,6 +3,7 @@
 One autoencoder, the same networks, data and number of steps; only the guide family differs.
     python examples/ladder.py            (with --linear: beside the exact optimum)
     python examples/ladder.py --families mean_only mean_scale --data mnist5k --seeds 3
+    python examples/ladder.py --prior vamp --families mean_scale full_rank flow
 """
 
 import argparse
@@ -11,7 +12,20 @@ from pathlib import Path
 
 import torch
 
-from ppvae import VAE, FamilyGuide, data, evaluate, families, fit_replicates, likelihoods, plots
+from ppvae import (
+    VAE,
+    FamilyGuide,
+    data,
+    encode,
+    evaluate,
+    families,
+    fit_replicates,
+    generate,
+    likelihoods,
+    plots,
+    priors,
+    two_sample,
+)
 from ppvae.closed_form import learned_decoder
 from ppvae.export.arviz import from_pyro_svi
 from ppvae.export.chains import concat_chains
@@ -32,11 +46,21 @@ deterministic has no optimum: its objective rises towards the supremum shown as 
 -: no closed form. But mean_scale, which low_rank, flow and (nearly) student_t can equal, reaches
    probabilistic PCA, the best of all: its optimum is theirs. mean_only_bounded is not linear."""
 
+#: name -> the prior, of a latent of some length, where training data are at hand
+PRIORS = {
+    "standard": lambda latent, x: None,
+    "learned": lambda latent, x: priors.Learned(latent),
+    "mixture": lambda latent, x: priors.Mixture(latent, 10),
+    "vamp": lambda latent, x: priors.VampPrior(x[:50], latent),
+    "flow": lambda latent, x: priors.Learned(latent, "flow"),
+}
+
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.Tensor, torch.Tensor]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, ladder = parser.add_argument, list(families.LADDER)
     add("--families", nargs="+", default=ladder, choices=ladder, help="by default all")
+    add("--prior", default="standard", choices=PRIORS, help="what the latents are drawn from")
     add("--data", default="digits", help="digits, mnist5k, or a .npy, .npz or .csv file")
     add("--latent", type=int, default=8, help="length of the latent")
     add("--hidden", type=int, default=256, help="width of the hidden layers")
@@ -50,6 +74,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.Tensor, tor
     args = parser.parse_args(argv)
     if min(args.latent, args.hidden, args.epochs, args.seeds, args.threads) < 1:
         parser.error("--latent, --hidden, --epochs, --seeds, --threads: expected at least 1")
+    points = {"deterministic", "zero", "noise_only"} & set(args.families)
+    if args.prior in ("mixture", "vamp") and points:
+        parser.error(f"--families: {sorted(points)} have no such density for --prior {args.prior}")
     torch.set_num_threads(args.threads)
     try:
         x = data.load(args.data, binary=not args.linear)
@@ -65,7 +92,8 @@ def build(name: str, x: torch.Tensor, latent: int, seed: int, args) -> tuple[VAE
     size, hidden = x.shape[-1], () if args.linear else (args.hidden,)
     binary = bool(((x == 0) | (x == 1)).all()) and not args.linear
     likelihood = likelihoods.Bernoulli() if binary else likelihoods.Normal(1.0, learned=True)
-    model = VAE(mlp(latent, *hidden, out=size), latent, likelihood).to(args.device)
+    prior = PRIORS[args.prior](latent, x)
+    model = VAE(mlp(latent, *hidden, out=size), latent, likelihood, prior).to(args.device)
     encoder = mlp(size, *hidden) if hidden else torch.nn.Identity()  # each channel is linear in it
     return model, FamilyGuide(model, families.LADDER[name], encoder.to(args.device)).to(args.device)
 
@@ -138,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.data}: {len(x)} training and {len(test)} test data of length {x.shape[-1]}")
     rows, rebuilt, sampled, between = {}, {"data": test[:12].cpu()}, {}, {}
-    few, codes, rates, courses = apart(test, 6), {}, {}, {}
+    few, codes, rates, courses, drawn = apart(test, 6), {}, {}, {}, {}
     for name in args.families:
         seeds = range(args.seed, args.seed + args.seeds)
         pairs, results = train(name, x, args.latent, args.epochs, seeds, args)
@@ -158,10 +186,20 @@ def main(argv: list[str] | None = None) -> None:
             between[name] = (lambda z, model=model: model.mean(z).cpu(), *guide(few[:2])["z"])
             rebuilt[name] = model.mean(guide(test[:12])["z"]).cpu()
             sampled[name] = model.mean(model.draw_prior(12)).cpu()
+            drawn[name] = two_sample(test.cpu(), generate(model, len(test), seed=args.seed).cpu())
+            if name == "deterministic" and args.prior == "standard":  # what its latents lack
+                model.prior = priors.Mixture.of(encode(model, guide, x).mean, 10).to(args.device)
+                told = generate(model, len(test), seed=args.seed).cpu()
+                drawn["  with a prior fitted to its codes"] = two_sample(test.cpu(), told)
+                sampled["  prior fitted"] = model.mean(model.draw_prior(12)).cpu()
             codes[name] = torch.stack([flat[1](few)["z"] for _ in range(200)], 1).cpu()
     show(rows, COLUMNS, LEGEND)
     if args.linear:
         show(rows, EXACT, EXACT_LEGEND)
+    print("\nHow well a classifier tells draws from test data: area under its ROC curve, 0.5 where")
+    print("it cannot, 1 where it always can")
+    for name, area in drawn.items():
+        print(f"  {name:36s}{area}")
     square = round(x.shape[-1] ** 0.5) ** 2 == x.shape[-1]
     shown = {"images": few if square else None, "rates": rates}
     figures = {"encodings": plots.encodings(codes, **shown), "losses": plots.losses(courses)}

@@ -30,7 +30,17 @@ from ppvae.training import (
 if TYPE_CHECKING:
     from ppvae import plots, regression
     from ppvae.comparison import compare_families
-    from ppvae.evaluation import annealed_importance, calibration, evaluate, gaps, reading, summary
+    from ppvae.evaluation import (
+        annealed_importance,
+        calibration,
+        evaluate,
+        gaps,
+        imputation_error,
+        linear_probe,
+        reading,
+        summary,
+        two_sample,
+    )
     from ppvae.export import concat_chains, from_pyro_svi, to_netcdf
     from ppvae.predictive import (
         encode,
@@ -67,9 +77,11 @@ __all__ = [
     "from_pyro_svi",
     "gaps",
     "generate",
+    "imputation_error",
     "impute",
     "interpolate",
     "likelihoods",
+    "linear_probe",
     "load_pair",
     "log_prob",
     "nan_masked",
@@ -85,12 +97,23 @@ __all__ = [
     "stage",
     "summary",
     "to_netcdf",
+    "two_sample",
 ]
 
 #: Where the names are that are imported when they are first used; two are modules.
 _AT_FIRST_USE = {
     "comparison": ["compare_families"],
-    "evaluation": ["annealed_importance", "calibration", "evaluate", "gaps", "reading", "summary"],
+    "evaluation": [
+        "annealed_importance",
+        "calibration",
+        "evaluate",
+        "gaps",
+        "imputation_error",
+        "linear_probe",
+        "reading",
+        "summary",
+        "two_sample",
+    ],
     "export": ["concat_chains", "from_pyro_svi", "to_netcdf"],
     "plots": ["plots"],
     "predictive": [

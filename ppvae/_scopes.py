@@ -255,6 +255,7 @@ def without_warnings() -> AbstractContextManager[Any]:
 def stacklevel() -> int:
     """The `stacklevel` by which a warning points at the caller outside of this library."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("ppvae", "pyro", "torch"):
+    inside = ("ppvae", "pyro", "torch", "contextlib")
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     return level

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,23 +29,33 @@ from ppvae import (
     closed_form,
     compare_families,
     concat_chains,
+    encode,
     evaluate,
     families,
     fit,
     fit_replicates,
     from_pyro_svi,
     gaps,
+    generate,
+    imputation_error,
     impute,
+    interpolate,
     likelihoods,
+    linear_probe,
+    log_prob,
     nan_masked,
     objectives,
     plots,
+    predict,
+    priors,
     reading,
+    reconstruct,
     regression,
     simulate,
     stage,
     summary,
     to_netcdf,
+    two_sample,
 )
 from ppvae import (
     nn as layers,
@@ -108,6 +119,21 @@ def global_pair():
 def fresh():
     model, guide = linear()
     return model, guide.encoder
+
+
+def labelled():
+    return VAE(nn.Linear(4, 3), 2, likelihoods.Normal(0.5), context=2)
+
+
+def frozen_weights(X):
+    pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+
+@cache
+def filled():
+    x = torch.tensor(X)
+    x[0, 0] = math.nan
+    return impute(*linear(), x, num_samples=30)
 
 
 def frozen_refit(model, guide, *args):
@@ -244,6 +270,96 @@ CALLS: dict[str, Call] = {
         infinite="/khat",  # of a few draws
     ),
     "nan_masked": Call(nan_masked, lambda: {"program": linear()[0]}),
+    "encode": Call(
+        on_data(encode),
+        lambda: programs() | {"data": data(4), "site": None, "plate": None, "kwargs": None},
+        named=IN_ARGS,
+    ),
+    "reconstruct": Call(
+        on_data(reconstruct),
+        lambda: programs() | MEASURED | {"data": data(4), "num_samples": 3, "site": None},
+        named=IN_ARGS,
+    ),
+    "log_prob": Call(
+        on_data(log_prob),
+        lambda: programs() | MEASURED | {"data": data(4), "num_samples": 30},
+        named=IN_ARGS,
+        infinite="/khat",  # of a few draws
+    ),
+    "interpolate": Call(
+        lambda model, guide, **rest: interpolate(model, guide, **rest),
+        lambda: programs() | {"start": data(4), "end": data(4), "steps": 3},
+        named={"start": "args", "end": "args"},
+    ),
+    "generate": Call(
+        generate,
+        lambda: {
+            "model": labelled(), "num_samples": 4, "exposure": None, "seed": 0,
+            "context": torch.eye(2, dtype=torch.float64)[[0, 1, 1, 0]],
+        },
+        named={"context": "args", "exposure": "args"},
+    ),
+    "predict": Call(
+        lambda X, model, guide, **rest: predict(model, guide, X, **rest),
+        lambda: {
+            "model": regression.LinearRegression(3, noise=0.5), "guide": frozen_weights,
+            "X": torch.tensor(X), "num_samples": 3, "vectorized": None, "seed": 0, "plate": None,
+            "kwargs": None,
+        },
+        named={"X": "args"},
+    ),
+    "VAE, context": Call(
+        lambda **given: VAE(nn.Linear(4, 3), 2, likelihoods.Normal(0.5), **given),
+        lambda: {"context": 2},
+    ),
+    "two_sample": Call(
+        lambda real, drawn, **rest: two_sample(real, drawn, **rest),
+        lambda: {
+            "real": X.repeat(3, 0) + np.eye(12, 3), "drawn": X.repeat(3, 0), "folds": 2, "seed": 0,
+            "classifier": None,
+        },
+    ),
+    "linear_probe": Call(
+        linear_probe,
+        lambda: {"codes": X, "labels": np.array([0.0, 1.0, 0.0, 1.0]), "folds": 2, "seed": 0},
+    ),
+    "imputation_error": Call(
+        imputation_error,
+        lambda: {"found": filled(), "truth": X},
+        infinite="/.*",  # of what is not of the kind of a number
+    ),
+    "to_frame": Call(
+        ppvae.data.to_frame, lambda: {"values": X, "like": pd.DataFrame(X, columns=list("abc"))},
+        infinite="/.*",  # of what is missing
+    ),
+    "from_anndata": Call(
+        lambda adata, key, layer: ppvae.data.from_anndata(adata, key, layer=layer),
+        lambda: {
+            "adata": SimpleNamespace(X=X, obs=pd.DataFrame({"k": Y}), layers={}), "key": "k",
+            "layer": None,
+        },
+        named={"key": "keys"},
+    ),
+    # priors
+    "Learned": Call(
+        lambda **given: priors.Learned(**given)(torch.zeros(1, 2)),
+        lambda: {"latent": 2, "family": "mean_scale", "context": 2, "network": None},
+    ),
+    "ARD": Call(priors.ARD, lambda: {"latent": 2}),
+    "Mixture": Call(
+        priors.Mixture, lambda: {"latent": 2, "components": 3, "full": False}, named={}
+    ),
+    "Mixture.of": Call(
+        priors.Mixture.of, lambda: {"codes": X, "components": 2, "full": False, "seed": 0}
+    ),
+    "VampPrior": Call(priors.VampPrior, lambda: {"inputs": torch.tensor(X), "latent": 2}),
+    "VampPrior.attach": Call(
+        lambda encode: priors.VampPrior(torch.tensor(X), 2).attach(encode),
+        lambda: {"encode": frozen_refit},
+    ),
+    "Poisson.of, exposure": Call(
+        likelihoods.Poisson.of, lambda: {"data": X, "exposure": np.array([1.0, 2.0, 0.5, 1.0])}
+    ),
     "compare_families": Call(
         compare_families,
         lambda: {
@@ -339,6 +455,9 @@ CALLS: dict[str, Call] = {
         lambda: {"latent": 2, "shape": (1, 4, 4), "channels": 2},
     ),
     "Affine": Call(layers.Affine, lambda: {"loc": torch.zeros(3), "scale": 2.0}),
+    "Concatenate": Call(
+        layers.Concatenate, lambda: {"module": nn.Linear(3, 2), "labels": {1: 2}}
+    ),
     "FillMissing": Call(
         layers.FillMissing,
         lambda: {"encoder": nn.Linear(6, 2), "fill": 0.5, "learned": False, "with_mask": True},

@@ -89,4 +89,4 @@ def schools(centred):
 
 def prepared(model, guide, args):
     with private_modules():
-        return task_of(model, guide, None, training_batches(model, args, None, ()))
+        return task_of(model, guide, None, training_batches(model, guide, args, None, ()))

@@ -1,6 +1,14 @@
-"""From what users have, arrays, tensors and tables, to tensors of numbers, or NaN for none."""
+"""From what users have, arrays, tensors and tables, to tensors of numbers, or NaN for none.
 
+Arrays, lists and tables take the dtype of the parameters of the programs that they are for, or the
+default one. A tensor has a dtype by choice: another than that of the parameters is cast with a
+warning. Whole numbers and bools stay what they are, except where a model says by its `example()`
+that it wants real ones.
+"""
+
+import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,44 +16,105 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import check_real, expect
+from ppvae._scopes import stacklevel
 
 
-def as_tensors(name: str, data: Any, *, missing: bool = False) -> tuple[Tensor, ...]:
-    """Turns one tensor or array, or several with equal first dimensions, into a tuple of tensors.
+@dataclass(frozen=True)
+class Form:
+    """What programs take; made by `form_of`.
 
-    They share memory with what came, but want no gradient: the data are the caller's.
+    Attributes:
+        dtype: that of the floating parameters; None where there are none.
+        device: where they are, likewise.
+        programs: model and guide.
+        warns: whether a tensor that is cast gets a word.
+    """
 
-    What is missing is NaN: what was, and what is masked or NA.
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    programs: tuple[Any, ...] = field(default=(), repr=False)
+    warns: bool = True
+
+    def is_real(self, position: int) -> bool:
+        """Whether the argument at a position is real numbers, as far as a model tells."""
+        known = (getattr(program, "example", None) for program in self.programs)
+        example = next((made() for made in known if callable(made)), ())
+        value = example[position] if position < len(example) else None
+        return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def form_of(*programs: Any) -> Form:
+    """What programs take; those that are plain functions say nothing."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    parameters = (p for module in modules for p in module.parameters() if p.is_floating_point())
+    first = next(parameters, None)
+    if first is None:
+        return Form(programs=programs)
+    return Form(first.dtype, first.device, programs)
+
+
+def as_tensors(
+    name: str, data: Any, form: Form | None = None, *, missing: bool = False
+) -> tuple[Tensor, ...]:
+    """Turns data, or several with equal first dimensions, into a tuple of tensors.
+
+    They share memory with what came where they can, but want no gradient: the data are the
+    caller's. What is missing is NaN: what was, and what is masked or NA.
 
     Args:
         name: of the argument, for the messages.
-        data: a tensor, array or table of pandas, or a tuple or list of them. Floating arrays take
-            the default dtype.
+        data: a tensor, array, nested list of numbers, or a table or column of pandas or xarray; or
+            a tuple or list of tensors, arrays and tables.
+        form: what the programs take that they are for.
         missing: whether entries may be.
 
     Raises:
         TypeError: there is something else among them, such as text or a sparse tensor.
         ValueError: there is none, a number is not finite, or the first dimensions differ.
     """
-    items = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+    several = isinstance(data, (tuple, list)) and not _is_nested(data)
+    items = tuple(data) if several else (data,)
     expect(items, name, "at least one tensor or array", "none")
-    tensors = tuple(_as_tensor(name, item, missing=missing) for item in items)
+    form = form or Form()
+    tensors = tuple(
+        _as_tensor(name, item, form, position, missing=missing)
+        for position, item in enumerate(items)
+    )
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     expect(len(lengths) == 1, name, "equal first dimensions", sorted(lengths))
     return tensors
 
 
-def real_numbers(name: str, values: Any) -> Tensor:
+def _is_nested(data: Any) -> bool:
+    """Whether a list is one of numbers, or of such lists, and not one of arrays and tables."""
+    return len(data) > 0 and all(
+        isinstance(each, (int, float, np.number))
+        or (isinstance(each, (tuple, list)) and _is_nested(each))
+        for each in data
+    )
+
+
+def real_numbers(name: str, values: Any, *, missing: bool = True) -> Tensor:
     """Real numbers as a tensor, NaN where an entry is missing; see `check_real`.
 
     A table of pandas may have columns of categories, which become their codes.
 
+    Args:
+        name: of the argument, for the messages.
+        values: an array, a list, or a table or column.
+        missing: whether entries may be.
+
     Raises:
         TypeError: there is something else among them.
+        ValueError: entries are masked that may not be missing.
     """
     if _is_frame(values):
-        values = np.column_stack([_column(name, str(key), values[key]) for key in values.columns])
-    return check_real(name, values, writable=False, missing=True)
+        columns = [_column(name, f" in column {key!r}", values[key]) for key in values.columns]
+        values = np.column_stack(columns) if columns else np.empty((len(values), 0))
+    elif hasattr(values, "cat") or type(values).__name__ == "Series":
+        values = _column(name, "", values)
+    # of an array that can only be read, such as a map, which may be larger than the memory
+    return check_real(name, values, writable=False, missing=missing)
 
 
 def _is_frame(item: Any) -> bool:
@@ -53,38 +122,59 @@ def _is_frame(item: Any) -> bool:
     return type(item).__module__.split(".")[0] == "pandas" and hasattr(item, "columns")
 
 
-def _column(name: str, key: str, column: Any) -> Any:
-    """A column of a table as floating numbers, of its dtype where that is one."""
+def _column(name: str, where: str, column: Any) -> Any:
+    """A column of a table as floating numbers."""
     if hasattr(column, "cat"):
         codes = column.cat.codes.to_numpy()
         return np.where(codes < 0, np.nan, codes)
-    wanted = f"numbers, or categories by astype('category'), in column {key!r}"
+    wanted = f"numbers, or categories by astype('category'),{where}".rstrip(",")
     expect(getattr(column.dtype, "kind", "O") in "biuf", name, wanted, column.dtype, TypeError)
     return column.to_numpy(dtype=float, na_value=np.nan)
 
 
-def _as_tensor(name: str, item: Any, *, missing: bool = False) -> Tensor:
+def _as_tensor(name: str, item: Any, form: Form, position: int, *, missing: bool) -> Tensor:
     kinds = "tensors, arrays of numbers, tables of pandas, a Dataset or a DataLoader"
     numbers = not isinstance(item, np.ndarray) or item.dtype.kind in "biufO"
+    listed = isinstance(item, (tuple, list)) and _is_nested(item)
+    known = isinstance(item, Tensor) or hasattr(item, "__array__") or _is_frame(item) or listed
     got = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
-    known = isinstance(item, (np.ndarray, Tensor)) or _is_frame(item)
     expect(known and numbers, name, kinds, got, TypeError)
-    if not isinstance(item, Tensor):
-        hidden = None if missing or not np.ma.is_masked(item) else item
-        item = real_numbers(name, item) if hidden is None else check_real(name, hidden)
-        # of an array that can only be read, such as a map, which may be larger than the memory
-        item = item.to(torch.get_default_dtype()) if item.is_floating_point() else item
+    chosen = isinstance(item, Tensor)  # its dtype
+    if not chosen:
+        item = real_numbers(name, item, missing=missing)
     elif not item.is_complex():  # which a model may take, but not observe
         check_real(name, item)
-    if item.is_floating_point() or item.is_complex():
-        bad = torch.isinf(item) if missing and not item.is_complex() else ~torch.isfinite(item)
-        kind, wanted = (
-            ("infinite", "finite numbers, or NaN")
-            if missing
-            else ("NaN or infinite", "finite numbers")
-        )
-        expect(not bad.any(), name, wanted, f"{int(bad.sum())} that are {kind}")
+    if not (item.is_floating_point() or item.is_complex()):
+        if not form.is_real(position):
+            return item
+        item, chosen = item.to(form.dtype or torch.get_default_dtype()), False
+    _check_finite(name, item, missing=missing)
+    if not item.is_complex():
+        cast = _cast(item, form, chosen=chosen)
+        wanted = f"numbers that {cast.dtype} can hold"
+        lost = int((torch.isinf(cast) & ~torch.isinf(item)).sum()) if cast is not item else 0
+        expect(not lost, name, wanted, f"{lost} that it cannot")
+        if chosen and cast is not item and form.warns:
+            words = f"{name}: {item.dtype} is cast to {cast.dtype}, that of the parameters"
+            warnings.warn(words, stacklevel=stacklevel())
+        item = cast
     return item.detach() if item.requires_grad else item
+
+
+def _cast(item: Tensor, form: Form, *, chosen: bool) -> Tensor:
+    """Floating numbers in the dtype of the parameters; without any, only those of no choice."""
+    if form.dtype is None:
+        return item if chosen else item.to(torch.get_default_dtype())
+    return item.to(form.dtype)
+
+
+def _check_finite(name: str, item: Tensor, *, missing: bool) -> None:
+    """Raises a ValueError if a number is infinite, or NaN where it may not be."""
+    open_to = missing and not item.is_complex()
+    bad = torch.isinf(item) if open_to else ~torch.isfinite(item)
+    wanted = "finite numbers, or NaN" if open_to else "finite numbers"
+    kind = "infinite" if open_to else "NaN or infinite"
+    expect(not bad.any(), name, wanted, f"{int(bad.sum())} that are {kind}")
 
 
 def has_missing(values: Iterable[Any]) -> bool:
@@ -93,31 +183,32 @@ def has_missing(values: Iterable[Any]) -> bool:
     return any(bool(torch.isnan(v).any()) for v in tensors if not v.is_meta)
 
 
-def check_dtype(name: str, values: Iterable[Any], *programs: Any) -> None:
-    """Raises a ValueError if a floating tensor has another dtype than the parameters of modules."""
-    modules = [program for program in programs if isinstance(program, nn.Module)]
-    dtype = next((p.dtype for module in modules for p in module.parameters()), None)
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            same = dtype in (None, value.dtype)
-            expect(same, name, f"{dtype}, as the parameters", value.dtype)
-
-
-def prepared(args: tuple[Any, ...], *, missing: bool = True) -> tuple[Any, ...]:
+def prepared(
+    args: tuple[Any, ...], form: Form | None = None, *, missing: bool = True
+) -> tuple[Any, ...]:
     """Turns arrays, tensors and tables among the arguments of a call into non-empty tensors.
 
-    What is missing, where entries may be, is NaN. Arguments of other kinds are returned as they
-    are.
+    They are moved to the device of the parameters. What is missing, where entries may be, is NaN.
+    Arguments of other kinds are returned as they are.
+
+    Args:
+        args: the arguments.
+        form: what the programs take that they are for.
+        missing: whether entries may be.
 
     Raises:
         TypeError: an array or a table holds something else, or a tensor is not dense.
         ValueError: a number is infinite, or missing where it may not be, or a first dimension is
             zero.
     """
-    tables = [hasattr(arg, "__array__") and getattr(arg, "ndim", 0) > 0 for arg in args]
-    pairs = zip(args, tables, strict=True)
-    ready = [_as_tensor("args", arg, missing=missing) if table else arg for arg, table in pairs]
-    for arg in ready:
-        if isinstance(arg, Tensor) and arg.dim():
+    form = form or Form()
+    ready = []
+    for position, arg in enumerate(args):
+        array = hasattr(arg, "__array__") and getattr(arg, "ndim", 0) > 0
+        listed = isinstance(arg, list) and _is_nested(arg) and form.is_real(position)
+        if array or listed:
+            arg = _as_tensor("args", arg, form, position, missing=missing)
             expect(len(arg), "args", "at least one datum", "none")
+            arg = arg if form.device is None else arg.to(form.device)
+        ready.append(arg)
     return tuple(ready)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 from ppvae._checks import check_count, expect
 from ppvae._scopes import random_state
-from ppvae.data.adapters import as_tensors, has_missing
+from ppvae.data.adapters import Form, as_tensors, has_missing
+from ppvae.data.tables import SparseRows, is_sparse
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Batches:
         loader: what gives the data; None if they are tensors.
         extra: further arguments of every call, behind the data.
         cut: for each of `extra`, whether its rows are those of the data.
+        form: what the programs take that a loader gives data for.
         shuffle: whether each pass goes through the tensors in an order of its own.
         device: where minibatches are moved to.
         check: is called with each minibatch of a loader, until it has given all once.
@@ -39,6 +41,7 @@ class Batches:
     loader: DataLoader[Any] | None = None
     extra: tuple[Any, ...] = ()
     cut: tuple[bool, ...] = ()
+    form: Form | None = None
     shuffle: bool = False
     device: torch.device = torch.device("cpu")
     check: Callable[[tuple[Any, ...]], None] | None = None
@@ -88,7 +91,9 @@ class Batches:
         if self.loader is not None:
             item = None
             for item in self.loader:
-                tensors = as_tensors(self.name, item, missing=True)
+                tensors = as_tensors(self.name, item, self.form, missing=True)
+                if self.form is not None:  # a word is enough
+                    self.form = replace(self.form, warns=False)
                 batch = (*(tensor.to(self.device) for tensor in tensors), *self.extra)
                 if self.check is not None:
                     self.check(batch)
@@ -111,6 +116,7 @@ def batches_of(
     name: str,
     data: Any,
     batch_size: int | None = None,
+    form: Form | None = None,
     *,
     training: bool,
     extra: tuple[Any, ...] = (),
@@ -121,9 +127,11 @@ def batches_of(
 
     Args:
         name: of the argument, for the messages.
-        data: a tensor, array or table, or a tuple of them; a `Dataset`; or a `DataLoader`.
+        data: a tensor, array, table or sparse matrix, or a tuple of them; a `Dataset`; or a
+            `DataLoader`.
         batch_size: data in a minibatch, or at most so many of those that are not for training; by
             default all the data, or 128 of more than 1024.
+        form: what the programs take that the data are for.
         training: whether they are trained on: each pass then has an order of its own, and tensors
             of `extra` with as many rows are cut with the data.
         extra: further arguments, behind the data.
@@ -136,9 +144,12 @@ def batches_of(
             or `extra` has as many rows as data that are no tensors, whose order is not known.
     """
     data = data.tensors if isinstance(data, TensorDataset) else data
+    parts = data if isinstance(data, (tuple, list)) else (data,)
+    if any(map(is_sparse, parts)):
+        data = SparseRows(name, parts)
     held = isinstance(data, (Dataset, DataLoader))
     expect(held or size is None, "size", "none beside data that tell their number", size)
-    tensors = () if held else as_tensors(name, data, missing=True)
+    tensors = () if held else as_tensors(name, data, form, missing=True)
     size = _length(name, data, size) if held else len(tensors[0]) if tensors[0].dim() else 0
     expect(size, name, "at least one datum", "none")
     cut = tuple(training and isinstance(v, Tensor) and v.shape[:1] == (size,) for v in extra)
@@ -146,7 +157,7 @@ def batches_of(
     if isinstance(data, DataLoader):
         alone = batch_size is None or not training
         expect(alone, "batch_size", "None with a DataLoader", batch_size)
-        return Batches(name, size, data.batch_size, (), data, extra, cut)
+        return Batches(name, size, data.batch_size, (), data, extra, cut, form=form)
     if batch_size is None:
         batch_size = size if whole or size <= 1024 else 128
     elif training:
@@ -155,7 +166,7 @@ def batches_of(
     batch_size = min(batch_size, size)
     shuffled = training and not isinstance(data, IterableDataset)
     loader = DataLoader(data, batch_size, shuffle=shuffled) if held else None
-    return Batches(name, size, batch_size, tensors, loader, extra, cut, shuffle=training)
+    return Batches(name, size, batch_size, tensors, loader, extra, cut, form=form, shuffle=training)
 
 
 def _length(name: str, data: Any, size: int | None) -> int:

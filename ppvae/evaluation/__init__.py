@@ -5,5 +5,16 @@ from ppvae.evaluation.annealing import annealed_importance
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.evaluation.report import reading, summary
 from ppvae.evaluation.sbc import calibration
+from ppvae.evaluation.scores import imputation_error, linear_probe, two_sample
 
-__all__ = ["annealed_importance", "calibration", "evaluate", "gaps", "reading", "summary"]
+__all__ = [
+    "annealed_importance",
+    "calibration",
+    "evaluate",
+    "gaps",
+    "imputation_error",
+    "linear_probe",
+    "reading",
+    "summary",
+    "two_sample",
+]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_array, check_count, check_label, check_real, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
-from ppvae.data.adapters import check_dtype, prepared
+from ppvae.data.adapters import form_of, prepared
 from ppvae.evaluation.ranks import ALPHA, coverage, uniformity, verdict
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.score import terms_at
@@ -124,8 +124,7 @@ def calibration(  # noqa: D417
         expect(known, name, "a function", kind, TypeError)
     shown, label = check_label("progress", progress, "calibration")
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args, missing=False)
-    check_dtype("args", args, model, guide)
+    args = prepared(args, form_of(model, guide), missing=False)
     model, guide, args = with_keywords(model, guide, args, kwargs, missing=False)
     with private_modules(), random_state(seed):
         data, labels = _plate_and_labels(model, guide, args, plate, local=refit is None)

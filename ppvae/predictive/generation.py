@@ -11,7 +11,7 @@ from torch import Tensor
 from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import check_dtype, prepared
+from ppvae.data.adapters import form_of, prepared, real_numbers
 from ppvae.models.vae import VAE
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Place
@@ -53,7 +53,7 @@ def generate(
         torch.Size([20, 5])
     """
     expect(isinstance(model, VAE), "model", "a VAE", type(model).__name__, TypeError)
-    needed = model.context is None
+    form, needed = form_of(model), model.context is None
     expect(needed or context is not None, "context", "one for a model that has it", None)
     expect(num_samples is not None or not needed, "num_samples", "how many data", None)
     count = None if num_samples is None else check_count("num_samples", num_samples)
@@ -61,13 +61,15 @@ def generate(
     for name, value in {"context": context, "exposure": exposure}.items():
         if value is None:
             continue
-        (tensor,) = prepared((torch.as_tensor(value),), missing=False)
+        tensor = real_numbers(name, value, missing=False)
         rows = len(tensor) if tensor.dim() else 1
         count = rows if count is None else count
         fits = rows in (1, count)
         expect(fits, name, f"{count} rows, or one for all", rows)
         tensor = tensor.reshape(1) if not tensor.dim() else tensor
-        given[name] = tensor.expand(count, *tensor.shape[1:]) if rows == 1 else tensor
+        expect(torch.isfinite(tensor).all(), name, "finite numbers", "NaN or infinite ones")
+        whole = tensor.expand(count, *tensor.shape[1:]) if rows == 1 else tensor
+        given[name] = whole.detach().to(form.device, form.dtype)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model), unchecked():
         trace = run_trace(lambda: model(size=count, **given), ())
         x: Tensor = trace.nodes["x"]["value"]
@@ -116,9 +118,8 @@ def predict(  # noqa: D417
     """
     num_samples = check_count("num_samples", num_samples)
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args)
-    check_dtype("args", args, model, guide)
-    model, guide, args = with_keywords(model, guide, args, kwargs)
+    args = prepared(args, form_of(model, guide), missing=False)
+    model, guide, args = with_keywords(model, guide, args, kwargs, missing=False)
     drawn: dict[str, list[Tensor]] = {}
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():

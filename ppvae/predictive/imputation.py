@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae._checks import check_count, check_share
 from ppvae._process import exclusive
+from ppvae.data.tables import labels_of
 from ppvae.objectives import weights
 from ppvae.predictive.expectations import expectations, one_site, point, sites_of_data
 from ppvae.predictive.weighted import batches_of_draws, weighted_runs
@@ -52,7 +53,7 @@ def impute(  # noqa: D417
       `level`, as much below as above; of other entries their value;
     - `imputations` (dim `imputation` in front): completed data, drawn from p(x_m | x_o); what
       follows from each of them, taken together, says how uncertain it is (multiple imputation);
-    - `missing`: which entries are;
+    - `missing`: which entries are; `category`, in which columns they were filled in by codes;
     - `ess`, `khat` per datum: the effective number of draws, and the Pareto shape of the tail of
       the weights, above 0.7 of which nothing here can be trusted (NaN with fewer than 30 draws).
 
@@ -68,7 +69,8 @@ def impute(  # noqa: D417
         batch_size, vectorized, seed, plate, kwargs: as for `evaluate`.
 
     Returns:
-        The completed data.
+        The completed data; `data.to_frame(found.value, table)` makes a table of them, with its
+        categories.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -102,10 +104,15 @@ def impute(  # noqa: D417
             pieces.append(_completed(held, num_imputations, level))
     arrays = {k: np.concatenate([p[k] for p in pieces], int(k == "imputations")) for k in pieces[0]}
     dims = ["datum", *(f"{name}_dim_{i}" for i in range(arrays["value"].ndim - 1))]
-    told = {"ess": ["datum"], "khat": ["datum"], "imputations": ["imputation", *dims]}
-    variables = {k: (told.get(k, dims), array) for k, array in arrays.items()}
+    arrays["category"] = np.asarray(arrays["category"].any(0))
+    own = {"category": dims[1:], "ess": ["datum"], "khat": ["datum"]}
+    own["imputations"] = ["imputation", *dims]
+    variables = {k: (own.get(k, dims), array) for k, array in arrays.items()}
     attrs = {"site": name, "level": level, "num_samples": num_samples}
-    return xr.Dataset(variables, attrs=attrs)
+    labels = labels_of(args, arrays["value"].shape)
+    coords = {"datum": labels.rows, f"{name}_dim_0": labels.columns}
+    coords = {dim: told for dim, told in coords.items() if told is not None}
+    return xr.Dataset(variables, coords, attrs)
 
 
 class _Draws(NamedTuple):
@@ -190,7 +197,13 @@ def _completed(held: _Draws, count: int, level: float) -> dict[str, np.ndarray]:
         value[..., held.missing] = entries
         return np.asarray(value.cpu().numpy())
 
+    category = torch.zeros_like(datum, dtype=torch.bool)
+    for at, mean in held.expected:
+        category[at] = mean.shape[-1] > 1
+    coded = torch.zeros_like(held.missing)
+    coded[held.missing] = category
     return {
+        "category": coded.cpu().numpy(),
         "value": whole(best),
         "lower": whole(ends[0]),
         "upper": whole(ends[1]),

@@ -2,11 +2,13 @@
 
 from typing import Any, Self
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae._checks import check_array, check_count, check_flag, check_real, check_seed
+from ppvae._checks import check_array, check_count, check_flag, check_real, check_seed, expect
+from ppvae._scopes import random_state
 
 
 class Mixture(nn.Module):
@@ -68,12 +70,15 @@ class Mixture(nn.Module):
 
         count = check_count("components", components)
         array = check_array("codes", check_real("codes", codes), ("N", "latent"))
-        if len(array) < count:
-            raise ValueError(f"codes: expected at least {count}, the components, got {len(array)}")
+        expect(len(array) >= count, "codes", f"at least {count}, the components", len(array))
         kind = "full" if check_flag("full", full) else "diag"
-        found = GaussianMixture(count, covariance_type=kind, random_state=check_seed(seed))
+        found = GaussianMixture(count, covariance_type=kind, random_state=check_seed(seed) % 2**32)
+        with np.errstate(over="ignore"):
+            small = np.isfinite((array**2).sum())
+        expect(small, "codes", "numbers whose squares are numbers", f"up to {abs(array).max():g}")
         found.fit(array)
-        made = cls(array.shape[1], count, full=full)
+        with random_state(None, keep=True):
+            made = cls(array.shape[1], count, full=full)
         covariance = torch.as_tensor(found.covariances_)
         with torch.no_grad():
             made.logits.copy_(torch.as_tensor(found.weights_).log())

@@ -6,12 +6,13 @@ programs themselves.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ppvae._checks import expect
-from ppvae.data.adapters import prepared
+from ppvae.data.adapters import form_of, prepared
 
 
 class Wrapper(nn.Module):
@@ -87,5 +88,6 @@ def with_keywords(
     if not kwargs:
         return model, guide, args
     names = tuple(kwargs)
-    values = prepared(tuple(kwargs.values()), missing=missing)
+    form = replace(form_of(model, guide), programs=())
+    values = prepared(tuple(kwargs.values()), form, missing=missing)
     return WithKeywords(model, names), WithKeywords(guide, names), (*args, *values)

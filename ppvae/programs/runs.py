@@ -15,7 +15,7 @@ from torch import Tensor
 from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import check_dtype, has_missing, prepared
+from ppvae.data.adapters import form_of, has_missing, prepared
 from ppvae.programs.keywords import check_programs, with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import (
@@ -259,8 +259,7 @@ def opened(
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size)
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args)
-    check_dtype("args", args, model, guide)
+    args = prepared(args, form_of(model, guide))
     model, guide, args = with_keywords(model, guide, args, kwargs)
     if has_missing(args):
         model, guide = nan_masked(model), nan_masked(guide)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ppvae._checks import LEAST, MOST, check_array, check_count, check_real, check_share, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules
-from ppvae.data.adapters import as_tensors, check_dtype
+from ppvae.data.adapters import as_tensors, form_of
 from ppvae.objectives.matched import average_loss
 from ppvae.programs.keywords import with_keywords
 
@@ -55,8 +55,7 @@ def objective(
             draws.
     """
     num_samples = check_count("num_samples", num_samples)
-    data = as_tensors("X, y", (X, y))
-    check_dtype("X, y", data, model, guide)
+    data = as_tensors("X, y", (X, y), form_of(model, guide))
     model, guide, data = with_keywords(model, guide, data, None)
     with torch.no_grad(), private_modules(), eval_mode(model, guide):
         loss = average_loss(model, guide, data, draws=num_samples, seed=seed)

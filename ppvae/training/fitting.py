@@ -87,10 +87,11 @@ def fit(
     Args:
         model: a Pyro model; called with one minibatch.
         guide: its guide.
-        data: a tensor or array, or a tuple of them with equal first dimension, which become the
-            arguments; or a `Dataset` of such items (every part of an item becomes an argument, so
-            leave labels out); or a `DataLoader`. Arrays take the default dtype; all are moved to
-            the device of the parameters.
+        data: a tensor, array, list of numbers, table of pandas or xarray, or sparse matrix of
+            SciPy's, or a tuple of them with equal first dimension, which become the arguments; or a
+            `Dataset` of such items (every part of an item becomes an argument, so leave labels
+            out); or a `DataLoader`. NaN, what is masked and NA are not observed. All take the dtype
+            of the parameters (a tensor with a warning) and are moved to their device.
         num_epochs: passes through the data, at least 1; by default as many as it takes. For global
             latents at most so many steps in each round of the method; by default 1,000.
         max_epochs: a bound on them where `num_epochs` is not given; by default 200, or as many as
@@ -177,7 +178,9 @@ def fit(
     seed = None if seed is None else check_seed(seed)
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
-    batches = training_batches(bare(model), data, batch_size, extra, whole=free, size=size)
+    batches = training_batches(
+        bare(model), bare(guide), data, batch_size, extra, whole=free, size=size
+    )
     held_out = None if validation is None else _held_out(validation, batches)
     if batches.missing or (held_out is not None and held_out.missing):
         model, guide = nan_masked(model), nan_masked(guide)
@@ -263,7 +266,8 @@ def _held_out(validation: Any, batches: Batches) -> Batches:
     wanted = "no tensor with as many rows as the data, beside validation data"
     expect(not any(batches.cut), "kwargs", wanted, "one")
     size = batches.batch_size or 1024
-    held = batches_of("validation", validation, size, training=False, extra=batches.extra)
+    told: dict[str, Any] = {"training": False, "extra": batches.extra}
+    held = batches_of("validation", validation, size, batches.form, **told)
     kinds, came = ([tensor.dtype for tensor in each.tensors] for each in (batches, held))
     expect(not (kinds and came) or kinds == came, "validation", f"{kinds}, as the data", came)
     return held

@@ -128,7 +128,7 @@ def fit_replicates(
     checkpoint = None if checkpoint is None else as_path("checkpoint", checkpoint)
     num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
-    batches = training_batches(pairs[0][0], data, batch_size, named[0][2])
+    batches = training_batches(*pairs[0], data, batch_size, named[0][2])
     if batches.missing:
         named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]
     how = how_to_run(compile, num_epochs * batches.count, 2)

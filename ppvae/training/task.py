@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
-from ppvae.data.adapters import check_dtype, has_missing
+from ppvae.data.adapters import form_of, has_missing
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.nodes import check_densities, check_observed
@@ -85,10 +85,11 @@ class Task:
 
 
 def training_batches(
-    model: Any, data: Any, batch_size: int | None, extra: Any, **told: Any
+    model: Any, guide: Any, data: Any, batch_size: int | None, extra: Any, **told: Any
 ) -> Batches:
     """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
-    batches = batches_of("data", data, batch_size, training=True, extra=extra, **told)
+    form = form_of(model, guide)
+    batches = batches_of("data", data, batch_size, form, training=True, extra=extra, **told)
     if batches.tensors and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     return batches
@@ -108,14 +109,13 @@ def task_of(
 
     Raises:
         TypeError: the objective is no function, or returns no tensor.
-        ValueError: model and guide do not fit, nothing is observed, or the data are of another
-            dtype than the parameters, or not as many as the data plate has.
+        ValueError: model and guide do not fit, nothing is observed, or the data are not as
+            many as the data plate has.
     """
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
     near = next((p for module in modules for p in module.parameters()), None)
     if near is not None:
         batches.to(near.device)
-        check_dtype("data", batches.tensors, model, guide)
     batch = batches.example()
     program = program_of(model, guide, objective, batch, size=batches.size, plate=plate)
     if program.plate is not None:

@@ -12,7 +12,9 @@ from ppvae import closed_form, data, families, fit
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW = {"num_samples": 4}
 LONGER = {
-    "ladder": 185,
+    "ladder": 220,
+    "table": 175,
+    "counts": 160,
     "rate_distortion": 160,
     "does_it_converge": 170,
     "regression": 230,
@@ -22,7 +24,7 @@ LONGER = {
 
 
 def test_every_example_is_short_and_tested():
-    others = {"guide_for_your_model", "inspect_with_arviz"}
+    others = {"guide_for_your_model", "inspect_with_arviz", "labels"}
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
@@ -141,3 +143,40 @@ def test_does_it_converge(run, tmp_path):
     exact = rows[2].split()
     assert float(exact[1]) < 0.25 and all(0.82 < float(v) < 1.18 for v in exact[2].split("-"))
     assert (tmp_path / "posteriors.png").exists()
+
+
+def test_table(run, tmp_path):
+    """With imputers that stop at once, and few draws."""
+    functions = {"IterativeImputer": {"max_iter": 1, "tol": 1e9}, "impute": {"num_samples": 40}}
+    functions |= {"log_prob": {"num_samples": 40}, "two_sample": {"folds": 2}}
+    out = run("table.py", "--epochs", 1, "--out", tmp_path, functions=functions)
+    assert "column means                               1.028" in out  # as the paper's mask has it
+    assert "19 entries are missing" in out and "bill_length_mm" in out and "female" in out
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"cancer", "penguins"}
+
+
+def test_counts(run, tmp_path):
+    """The density is that of statsmodels to its last printed digit."""
+    options = ["--epochs", 1, "--cells", 200, "--rows", 400, "--out", tmp_path]
+    out = run("counts.py", *options, functions={"log_prob": {"num_samples": 40}})
+    theirs, ours = (line.split()[-1] for line in out.splitlines() if line.startswith("  ") and (
+        "statsmodels'" in line or "that of likelihoods" in line))  # fmt: skip
+    assert theirs == ours
+    assert out.count("over Poisson") == 3 and (tmp_path / "dispersions.png").exists()
+
+
+def test_labels(run, tmp_path):
+    functions = {"log_prob": {"num_samples": 4}, "evaluate": FEW}
+    out = run("labels.py", "--epochs", 1, "--out", tmp_path, functions=functions)
+    assert "no labels" in out and "A plain classifier" in out
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"drawn", "latents"}
+
+
+def test_ladder_with_another_prior(run, capsys, tmp_path):
+    options = ["--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path, "--prior", "vamp"]
+    functions = {"evaluate": FEW, "from_pyro_svi": FEW, "two_sample": {"folds": 2}}
+    out = run("ladder.py", *options, "--families", "full_rank", rows=200, functions=functions)
+    assert "\nfull_rank " in out and "  full_rank    " in out
+    with pytest.raises(SystemExit):
+        run("ladder.py", *options)
+    assert "have no such density for --prior vamp" in capsys.readouterr().err

@@ -95,7 +95,11 @@ def test_everything_takes_it(prior):
             pytest.approx(value, rel=1e-6)
         )
     (drawn, labels), latents = simulate(model, x, LABELS, seed=0)
-    assert labels is LABELS and drawn.shape == x.shape and latents["z"].shape == (8, 2)
+    assert (
+        torch.equal(labels.long(), LABELS)
+        and drawn.shape == x.shape
+        and latents["z"].shape == (8, 2)
+    )
     pairs = [conditional(), conditional()]
     assert len(fit_replicates(pairs, (x, LABELS), num_epochs=1, **QUIET)) == 2
 

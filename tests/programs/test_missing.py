@@ -84,7 +84,7 @@ def test_what_stands_under_the_mask_has_no_part(kind):
         if kind == "frame":
             return pd.DataFrame(values).mask(hidden)
         if kind == "NA":
-            return pd.DataFrame(values).convert_dtypes().mask(hidden, pd.NA)
+            return pd.DataFrame(values).astype("Float64").mask(hidden, pd.NA)
         gone = torch.tensor(values)
         gone[torch.tensor(hidden)] = math.nan
         return DataLoader(gone, batch_size=12) if kind == "loader" else gone

@@ -1,0 +1,132 @@
+"""Names of rows and columns, categories and back, and sparse matrices."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from scipy import sparse
+
+from ppvae import VAE, FamilyGuide, fit, from_pyro_svi, impute, likelihoods
+from ppvae.data import from_anndata, to_frame
+from ppvae.nn import Concatenate, mlp
+
+FRAME = pd.DataFrame(
+    {
+        "age": [30.0, np.nan, 51.5, 40.0],
+        "sex": pd.Categorical(["f", "m", None, "f"]),
+        "smokes": [True, False, False, True],
+        "visits": [0, 3, 1, 7],
+    },
+    index=["ann", "ben", "cem", "dee"],
+)
+
+
+def pair():
+    parts = {
+        0: likelihoods.Normal(learned=True),
+        1: likelihoods.Categorical(2),
+        2: likelihoods.Bernoulli(),
+        3: likelihoods.Poisson(),
+    }
+    likelihood = likelihoods.Mixed.of(FRAME, parts=parts)
+    model = VAE(mlp(2, out=5), 2, likelihood)
+    return model, FamilyGuide(model, "mean_scale", mlp(4, 8))
+
+
+def test_names_reach_the_coordinates():
+    model, guide = pair()
+    fit(model, guide, FRAME, num_epochs=1, progress=False)
+    tree = from_pyro_svi(model, guide, FRAME, num_samples=3)
+    found = impute(model, guide, FRAME, num_samples=40)
+    for x in (tree["observed_data/x"], tree["posterior_predictive/x"], found.value):
+        assert [*x.coords["datum"].values] == [*FRAME.index]
+        assert [*x.coords["x_dim_0"].values] == [*FRAME.columns]
+    named = from_pyro_svi(model, guide, FRAME, num_samples=3, coords={"x_dim_0": list("abcd")})
+    assert [*named["observed_data/x"].coords["x_dim_0"].values] == list("abcd")
+    other = from_pyro_svi(model, guide, FRAME, num_samples=3, dims={"x": ["who", "what"]})
+    assert other["observed_data/x"].dims == ("who", "what")
+    plain = impute(model, guide, [[30.0, 1.0, 0.0, 2.0]], num_samples=40)
+    assert "datum" not in plain.coords
+
+
+def test_names_of_xarray_reach_them_too():
+    x = xr.DataArray(np.zeros((2, 3)), {"row": ["a", "b"]}, ["row", "column"])
+    model = VAE(mlp(2, out=3), 2, likelihoods.Normal())
+    guide = FamilyGuide(model, "noise_only")
+    tree = from_pyro_svi(model, guide, x, num_samples=3)
+    assert [*tree["observed_data/x"].coords["datum"].values] == ["a", "b"]
+
+
+def test_a_table_and_back():
+    model, guide = pair()
+    found = impute(model, guide, FRAME, num_samples=40)
+    whole = to_frame(found.value, FRAME)
+    assert (whole.dtypes == FRAME.dtypes).all() and not whole.isna().any(axis=None)
+    assert (whole.index == FRAME.index).all()
+    known = FRAME.notna()
+    assert (whole[known] == FRAME[known])[known].stack().all()
+    drawn = to_frame(found.imputations[0], FRAME)
+    assert drawn.sex["cem"] in ("f", "m")
+    again = to_frame(torch.tensor([[1.0, np.nan, 0.0, np.nan]]), FRAME)
+    assert again.sex.isna()[0] and not again.smokes[0] and np.isnan(again.visits[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (np.zeros((2, 3)), ValueError, r"^values: expected shape \(rows, 4\), as the table"),
+        ([[0.0, 2.0, 0.0, 0.0]], ValueError, "^values: expected codes from 0 to 1 in column 'sex'"),
+        ([["a", "b", "c", "d"]], TypeError, "^values: "),
+    ],
+)
+def test_what_is_no_such_table(values, error, message):
+    with pytest.raises(error, match=message):
+        to_frame(values, FRAME)
+    with pytest.raises(TypeError, match="^like: expected a table of pandas, got int"):
+        to_frame(values, 3)
+
+
+def counts(rows=12):
+    dense = np.random.default_rng(0).poisson(0.4, (rows, 5)).astype(float)
+    return dense, sparse.csr_matrix(dense)
+
+
+@pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, sparse.coo_array])
+def test_a_sparse_matrix_gives_the_losses_of_a_dense_one(kind):
+    dense, _ = counts()
+
+    def losses(x):
+        torch.manual_seed(0)
+        model = VAE(mlp(2, out=5), 2, likelihoods.Poisson.of(dense))
+        guide = FamilyGuide(model, "mean_scale", mlp(5, 4))
+        return fit(model, guide, x, num_epochs=2, batch_size=12, seed=0, progress=False).losses
+
+    # a loader shuffles a minibatch of all the data, too, and so its draws meet other rows
+    assert np.allclose(losses(kind(dense)), losses(dense), rtol=0.2)
+    assert losses(kind(dense)) == losses(kind(dense))
+
+
+def test_anndata_gives_its_matrix_and_columns():
+    """By an object with the three attributes that are asked for."""
+    dense, matrix = counts()
+    batch = pd.Series(pd.Categorical(["a", "b", "c"] * 4))
+    obs = pd.DataFrame({"batch": batch, "size": dense.sum(1)})
+    adata = SimpleNamespace(X=matrix, obs=obs, layers={"raw": dense})
+    x, codes, size = from_anndata(adata, "batch", "size")
+    assert x is matrix and [*codes[:4]] == [0, 1, 2, 0] and np.array_equal(size, dense.sum(1))
+    assert from_anndata(adata, layer="raw")[0] is dense
+    model = VAE(mlp(5, out=5), 2, likelihoods.Poisson(), context=3)
+    guide = FamilyGuide(model, "mean_scale", Concatenate(mlp(8, 4), labels={1: 3}))
+    result = fit(model, guide, (x, codes), num_epochs=1, batch_size=4, progress=False)
+    assert np.isfinite(result.losses).all() and result.num_steps == 3
+    with pytest.raises(TypeError, match="^adata: expected an AnnData object, got int"):
+        from_anndata(3)
+    with pytest.raises(ValueError, match=r"^layer: expected one of \['raw'\], got 'x'"):
+        from_anndata(adata, layer="x")
+    with pytest.raises(ValueError, match=r"^keys: expected columns of obs, \['batch', 'size'\]"):
+        from_anndata(adata, "donor")
+    with pytest.raises(ValueError, match=r"^data: expected equal first dimensions, got \[11, 12\]"):
+        fit(model, guide, (x, codes[:11]), num_epochs=1, progress=False)
