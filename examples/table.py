@@ -93,10 +93,9 @@ def penguins(args: argparse.Namespace) -> None:
     gaps = frame.mask(more)
     came, hid = int(frame.isna().sum().sum()), int(more.sum().sum())
     print(f"\nPenguins: {len(frame)} rows; {came} entries are missing, and {hid} more are hidden")
-    numbers = [frame.columns.get_loc(n) for n in frame.select_dtypes("number")]
-    parts: dict = {tuple(numbers): likelihoods.Normal(learned=True)}
+    parts: dict = {tuple(frame.select_dtypes("number")): likelihoods.Normal(learned=True)}
     for name in ("species", "island", "sex"):
-        parts[frame.columns.get_loc(name)] = likelihoods.Categorical(frame[name].nunique())
+        parts[name] = likelihoods.Categorical(frame[name].nunique())
     torch.manual_seed(0)
     likelihood = likelihoods.Mixed.of(gaps, parts=parts)
     model = VAE(mlp(3, 32, out=likelihood.size()), 3, likelihood)

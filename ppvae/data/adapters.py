@@ -7,7 +7,7 @@ that it wants real ones.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,12 @@ class Form:
         example = next((made() for made in known if callable(made)), ())
         value = example[position] if position < len(example) else None
         return isinstance(value, Tensor) and value.is_floating_point()
+
+    @property
+    def categories(self) -> Mapping[str, Sequence[Any]]:
+        """Column of a table -> its categories, in the order of their codes, as a model knows it."""
+        known = (getattr(program, "categories", None) for program in self.programs)
+        return next((each for each in known if isinstance(each, Mapping)), {})
 
 
 def form_of(*programs: Any) -> Form:
@@ -94,7 +100,13 @@ def _is_nested(data: Any) -> bool:
     )
 
 
-def real_numbers(name: str, values: Any, *, missing: bool = True) -> Tensor:
+def real_numbers(
+    name: str,
+    values: Any,
+    *,
+    missing: bool = True,
+    categories: Mapping[str, Sequence[Any]] | None = None,
+) -> Tensor:
     """Real numbers as a tensor, NaN where an entry is missing; see `check_real`.
 
     A table of pandas may have columns of categories, which become their codes.
@@ -103,13 +115,19 @@ def real_numbers(name: str, values: Any, *, missing: bool = True) -> Tensor:
         name: of the argument, for the messages.
         values: an array, a list, or a table or column.
         missing: whether entries may be.
+        categories: column -> its categories in the order of their codes, where those of a table may
+            be others; by default they have the codes of the table.
 
     Raises:
         TypeError: there is something else among them.
-        ValueError: entries are masked that may not be missing.
+        ValueError: entries are masked that may not be missing, or a category is not known.
     """
     if _is_frame(values):
-        columns = [_column(name, f" in column {key!r}", values[key]) for key in values.columns]
+        known = categories or {}
+        columns = [
+            _column(name, f" in column {key!r}", values[key], known.get(str(key)))
+            for key in values.columns
+        ]
         values = np.column_stack(columns) if columns else np.empty((len(values), 0))
     elif hasattr(values, "cat") or type(values).__name__ == "Series":
         values = _column(name, "", values)
@@ -122,9 +140,14 @@ def _is_frame(item: Any) -> bool:
     return type(item).__module__.split(".")[0] == "pandas" and hasattr(item, "columns")
 
 
-def _column(name: str, where: str, column: Any) -> Any:
-    """A column of a table as floating numbers."""
+def _column(name: str, where: str, column: Any, known: Sequence[Any] | None = None) -> Any:
+    """A column of a table as floating numbers; `known` are its categories by their codes."""
     if hasattr(column, "cat"):
+        if known is not None:
+            new = (~column.isin(list(known)) & column.notna()).to_numpy()
+            got = f"{column[new].iloc[0]!r} in row {new.argmax()}" if new.any() else ""
+            expect(not new.any(), name, f"categories of {list(known)}{where}", got)
+            column = column.cat.set_categories(list(known))
         codes = column.cat.codes.to_numpy()
         return np.where(codes < 0, np.nan, codes)
     wanted = f"numbers, or categories by astype('category'),{where}".rstrip(",")
@@ -141,7 +164,7 @@ def _as_tensor(name: str, item: Any, form: Form, position: int, *, missing: bool
     expect(known and numbers, name, kinds, got, TypeError)
     chosen = isinstance(item, Tensor)  # its dtype
     if not chosen:
-        item = real_numbers(name, item, missing=missing)
+        item = real_numbers(name, item, missing=missing, categories=form.categories)
     elif not item.is_complex():  # which a model may take, but not observe
         check_real(name, item)
     if not (item.is_floating_point() or item.is_complex()):

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import Laplace, LogNormal, Normal, StudentT
+from torch import Tensor
 
+from ppvae.likelihoods.mixed import Joint
 from ppvae.programs.layout import Place
 from ppvae.programs.missing import observed_entries
 from ppvae.programs.nodes import bare_distribution, observed_nodes
@@ -25,7 +27,8 @@ class Moments(NamedTuple):
         total: their sum.
         squares: the sum of their squares.
         products: those of any two values; None where an entry is missing.
-        noise: the variances of the Gaussian likelihood.
+        noise: the squares of the scales of the likelihood; infinite where it has none.
+        gaussian: whether all of it is normal, so that these are variances.
     """
 
     size: int
@@ -34,24 +37,49 @@ class Moments(NamedTuple):
     squares: np.ndarray
     products: np.ndarray | None
     noise: np.ndarray
+    gaussian: bool = True
 
 
 def moments_of(model_trace: Any, plate: Any) -> Moments | None:
-    """Reads the data of a minibatch off the one observed site; None unless it is Gaussian."""
+    """Reads the data of a minibatch off the one observed site; None unless it has a scale."""
     node, *others = observed_nodes(model_trace)
     fn = bare_distribution(node["fn"])
     place = Place.of(node, plate)
-    x = place.flat(node["value"])[0].double().cpu()  # whose squares may overflow without a word
-    if others or not isinstance(fn, Normal) or x.shape[1] > _WIDEST:
+    value = node["value"]
+    if others or place.flat(value).shape[-1] > _WIDEST or not value.is_floating_point():
         return None
-    variance = place.flat(fn.variance.expand(node["value"].shape))[0]
+    value, scale = _scaled(fn, value)
+    if torch.isinf(scale).all():
+        return None
+    x = place.flat(value)[0].double().cpu()  # whose squares may overflow without a word
+    variance = place.flat(scale.expand(node["value"].shape))[0].double().square()
     entries = observed_entries(node)
     seen = torch.ones_like(x) if entries is None else place.flat(entries)[0].double().cpu()
     x = x * seen
-    products = None if entries is not None else (x.T @ x).numpy()
-    noise = variance.double().cpu()
+    gaussian = isinstance(fn, Normal)
+    products = (x.T @ x).numpy() if entries is None and gaussian else None
+    noise = variance.cpu()
     counted, total, squares, noises = (e.sum(0).numpy() for e in (seen, x, x.square(), noise))
-    return Moments(len(x), counted, total, squares, products, noises)
+    return Moments(len(x), counted, total, squares, products, noises, gaussian)
+
+
+def _scaled(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, or their logarithms, and the scale of the noise in them; infinite where it has none.
+
+    Args:
+        fn: a distribution of elements.
+        value: their values.
+    """
+    if isinstance(fn, (Normal, Laplace, StudentT)):
+        return value, fn.scale
+    if isinstance(fn, LogNormal):
+        return value.log(), fn.scale
+    scale = torch.full_like(value, torch.inf)
+    if isinstance(fn, Joint):
+        value = value.clone()
+        for part, columns in zip(fn.fns, fn.columns, strict=True):
+            value[..., columns], scale[..., columns] = _scaled(part, value[..., columns])
+    return value, scale
 
 
 def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
@@ -60,7 +88,8 @@ def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
     At noise variance s2 a direction of variance l > s2 is worth `(l/s2 - 1 - log(l/s2)) / 2` nats
     per datum to a linear decoder (see `closed_form.learned_decoder`); one of less is worth nothing.
     Where entries are missing, the directions are not known. Beside these `copied`, how many values
-    of a datum have noise of a thousandth of their spread or less.
+    of a datum have noise of a thousandth of their spread or less, which every likelihood with a
+    scale tells.
 
     Args:
         moments: of all minibatches.
@@ -79,10 +108,14 @@ def directions(moments: Sequence[Moments | None]) -> dict[str, Any]:
     if not np.isfinite(squares).all():
         return {}
     seen, each = np.maximum(seen, 1), noise / size
-    mean, noise = total / seen, float(each.mean())
+    mean = total / seen
     spread = (squares / seen - mean**2).clip(0)
     copied = int(((each <= COPIED**2 * spread) & (spread > 0)).sum())
-    found: dict[str, Any] = {"noise_variance": noise} | ({"copied": copied} if copied else {})
+    found: dict[str, Any] = {"copied": copied} if copied else {}
+    if not all(each.gaussian for each in known):
+        return found
+    noise = float(each.mean())
+    found = {"noise_variance": noise, **found}
     whole = [each.products for each in known if each.products is not None]
     if len(whole) < len(known):
         return found

@@ -63,8 +63,8 @@ def evaluate(
     encodings of the same data differ; `num_samples`; `family`, `channels` and `cap` (the most that
     one latent of the family can carry, in nats) for a `FamilyGuide`; for a Gaussian likelihood
     `noise_variance` and `directions`, how many principal directions of the data are worth 0.05 nats
-    or more to a linear decoder with that noise, and, if there are any, `copied`, how many values of
-    a datum have noise of a thousandth of their spread or less.
+    or more to a linear decoder with that noise; and, for one with a scale, if there are any,
+    `copied`, how many values of a datum have noise of a thousandth of their spread or less.
 
     Args:
         model: a Pyro model.

@@ -90,6 +90,7 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     collapsed = not found.active.all() and found.attrs.get("channels") != "none"
     if (
         collapsed
+        or "copied" in found.attrs
         or found.attrs.get("converged") == 0
         or found.bound
         and (found.khat > TRUSTED).any()

@@ -1,7 +1,7 @@
 """The likelihood of a table with columns of several kinds."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyro.distributions as dist
@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import check_mapping, expect
+from ppvae.data.tables import Labels
 from ppvae.likelihoods.base import Likelihood, valid_value
 
 
@@ -31,6 +32,8 @@ class Mixed(Likelihood):
     def __init__(self, parts: Mapping[Any, Likelihood]) -> None:
         super().__init__()
         self.back: Tensor
+        #: column of a table -> its categories, in the order of their codes
+        self.categories: dict[str, list[Any]] = {}
         self.columns = [_columns(key) for key in check_mapping("parts", parts)]
         for key, part in parts.items():
             known = isinstance(part, Likelihood) and not isinstance(part, Mixed)
@@ -43,10 +46,39 @@ class Mixed(Likelihood):
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
         self.register_buffer("back", back, persistent=False)
 
+    @classmethod
+    def of(  # type: ignore[override]
+        cls, data: Any, *, parts: Mapping[Any, Likelihood], exposure: Any = None
+    ) -> Self:
+        """A likelihood that starts at the data's own location and scale in each column.
+
+        Args:
+            data: of shape `(rows, columns)`.
+            exposure: none, since not all columns are counts.
+            parts: as for the class; for a table of pandas the columns may be named. The likelihood
+                then knows the categories of a column by their names, whatever codes those of
+                another table have.
+
+        Raises:
+            TypeError, ValueError: as for the class, or the data are none that it can take.
+        """
+        expect(exposure is None, "exposure", "none for a table of several kinds", "one")
+        names = Labels(data).columns or []
+        given = {_named(key, names): part for key, part in check_mapping("parts", parts).items()}
+        made = super().of(data, parts=given)
+        columns = {name: data[key] for name, key in zip(names, _keys(data), strict=True)}
+        made.categories = {
+            name: list(column.cat.categories)
+            for name, column in columns.items()
+            if hasattr(column, "cat")
+        }
+        return made
+
     def settings(self) -> list[str]:
-        """Those of the parts, and their columns."""
+        """Those of the parts, their columns, and the categories that are known by name."""
         pairs = zip(self._parts(), self.columns, strict=True)
-        return [f"{type(p).__qualname__} {p.settings()} for columns {c}" for p, c in pairs]
+        words = [f"{type(p).__qualname__} {p.settings()} for columns {c}" for p, c in pairs]
+        return words + [f"{name}: {known}" for name, known in self.categories.items()]
 
     def size(self, columns: int | None = None) -> int:
         """How many numbers the decoder has to put out.
@@ -175,6 +207,21 @@ class Joint(dist.TorchDistribution):
             self._validate_sample(value)
         parts = zip(self.fns, self.columns, strict=True)
         return self.put([fn.log_prob(value[..., c]) for fn, c in parts])
+
+
+def _keys(data: Any) -> list[Any]:
+    """The columns of a table as it calls them, which may be by other things than text."""
+    return list(data.columns) if hasattr(data, "columns") else []
+
+
+def _named(key: Any, names: list[str]) -> Any:
+    """Columns by number, from such or from names."""
+    several = [key] if isinstance(key, (str, int, np.integer)) else key
+    if not isinstance(several, (Sequence, range)):
+        return key
+    unknown = [each for each in several if isinstance(each, str) and each not in names]
+    expect(not unknown, "parts", f"columns among {names}", unknown)
+    return tuple(names.index(each) if isinstance(each, str) else each for each in several)
 
 
 def _columns(key: Any) -> list[int]:

@@ -99,6 +99,12 @@ class VAE(UniquelyNamed):
             return context.to(self._zeros.dtype)
         return one_hot(context, self.context, "context").to(self._zeros.dtype)
 
+    @property
+    def categories(self) -> dict[str, list[Any]]:
+        """Column of a table -> its categories in the order of their codes, where it has such."""
+        known: dict[str, list[Any]] = getattr(self.likelihood, "categories", {})
+        return known
+
     def _apply(self, fn: Any, recurse: bool = True) -> "VAE":  # noqa: FBT001, FBT002
         """What `.to()` and its like do to each tensor; a fixed prior goes along."""
         super()._apply(fn, recurse)

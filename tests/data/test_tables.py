@@ -52,6 +52,40 @@ def test_names_reach_the_coordinates():
     assert "datum" not in plain.coords
 
 
+def test_columns_go_by_their_names_and_categories_too():
+    """Another table may have its categories in another order, or fewer of them, but no new ones."""
+    parts = {
+        "age": likelihoods.Normal(learned=True),
+        ("sex",): likelihoods.Categorical(2),
+        "smokes": likelihoods.Bernoulli(),
+        3: likelihoods.Poisson(),
+    }
+    likelihood = likelihoods.Mixed.of(FRAME, parts=parts)
+    assert likelihood.columns == [[0], [1], [2], [3]]
+    assert likelihood.categories == {"sex": ["f", "m"]}
+    model = VAE(mlp(2, out=5), 2, likelihood)
+    guide = FamilyGuide(model, "noise_only")
+    other = FRAME.assign(sex=FRAME.sex.cat.reorder_categories(["m", "f"]))
+    for frame in (FRAME, other):
+        tree = from_pyro_svi(model, guide, frame, num_samples=2)
+        sex = tree["observed_data/x"].values[:, 1]
+        assert np.array_equal(sex, [0, 1, np.nan, 0], equal_nan=True)
+    new = FRAME.assign(sex=pd.Categorical(["f", "x", None, "m"]))
+    seen = r"^data: expected categories of \['f', 'm'\] in column 'sex', got 'x' in row 1"
+    with pytest.raises(ValueError, match=seen):
+        fit(model, guide, new, progress=False)
+    with pytest.raises(ValueError, match="^args: .* got 'x' in row 1"):
+        from_pyro_svi(model, guide, new)
+    with pytest.raises(
+        ValueError, match=r"^parts: expected columns among \['age', .*, got \['a'\]"
+    ):
+        likelihoods.Mixed.of(FRAME, parts={"a": likelihoods.Normal()})
+    with pytest.raises(ValueError, match="^exposure: expected none for a table"):
+        likelihoods.Mixed.of(FRAME, parts=parts, exposure=[1.0] * 4)
+    with pytest.raises(ValueError, match="^likelihood: expected a state of"):
+        pair()[0].load_state_dict({**model.state_dict(), "_extra_state": {"likelihood": ["Mixed"]}})
+
+
 def test_names_of_xarray_reach_them_too():
     x = xr.DataArray(np.zeros((2, 3)), {"row": ["a", "b"]}, ["row", "column"])
     model = VAE(mlp(2, out=3), 2, likelihoods.Normal())

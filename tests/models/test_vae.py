@@ -1,6 +1,7 @@
 """The model, what it may say of itself, its priors and likelihoods, and the networks."""
 
 import math
+import os
 from itertools import product
 
 import pyro.distributions as dist
@@ -56,6 +57,30 @@ def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family)
     assert all(moved[1:]) and moved[0] == (family != "zero" or positive)  # weights of z = 0
     own = [] if model.prior is None else [*getattr(model.prior, "parameters", list)()]
     assert len(moved) == 4 + len([*made.parameters()]) + len(own)
+
+
+#: what is compiled in every run of the tests; with PPVAE_LONG it is all
+COMPILED = ["categories", "zeros", "mixed", "learned mixture", "tilted"]
+LONG = "PPVAE_LONG" in os.environ
+
+
+@pytest.mark.parametrize("name", [n for n in [*LIKELIHOODS, *PRIORS] if LONG or n in COMPILED])
+def test_every_likelihood_and_every_prior_is_compiled(name):
+    """The losses are those of the programs, up to the rounding of a graph; and so with gaps."""
+    kind = LIKELIHOODS.get(name, LIKELIHOODS["normal"])
+    x, losses = kind.draw(12, 4).to(torch.get_default_dtype()), []
+    x[::3, 1] = math.nan
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        made = kind.make()
+        prior = PRIORS[name][0]() if name in PRIORS else None
+        model = VAE(mlp(2, 8, out=made.size(4)), 2, made, prior=prior)
+        guide = FamilyGuide(model, "mean_scale", mlp(4, 8))
+        told = {"num_epochs": 3, "seed": 0, "compile": compiled, "progress": False}
+        result = fit(model, guide, x, **told)
+        assert result.execution == ("compiled" if compiled else "eager")
+        losses.append(result.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "prior", "family"), BLOCKED)

@@ -26,6 +26,7 @@ from ppvae import (
     from_pyro_svi,
     likelihoods,
     nan_masked,
+    reading,
     stage,
 )
 from ppvae._scopes import private_modules
@@ -201,6 +202,30 @@ def test_noise_and_copied_values_are_told_without_the_missing_ones():
     model = VAE(mlp(2, out=3), 2, likelihoods.Normal(0.5))
     found = evaluate(model, FamilyGuide(model, families.noise_only), x, **QUIET)
     assert found.copied == 1 and found.noise_variance == 0.25 and "directions" not in found.attrs
+
+
+SCALED = {
+    "laplace": (lambda: likelihoods.Laplace(torch.tensor([0.3, 0.3, 0.3])), lambda x: x),
+    "student": (lambda: likelihoods.StudentT(3.0, scale=0.3), lambda x: x),
+    "log normal": (lambda: likelihoods.LogNormal(0.3), torch.exp),
+    "mixed": (
+        lambda: likelihoods.Mixed({(0, 1): likelihoods.Laplace(0.3), 2: likelihoods.Poisson()}),
+        lambda x: torch.cat([x[:, :2], x[:, 2:].abs().floor()], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_copied_values_are_told_of_every_likelihood_with_a_scale(name):
+    make, changed = SCALED[name]
+    x = changed(holes(torch.randn(200, 3) * torch.tensor([1.0, 600.0, 1.0])).clamp(-700, 700))
+    model = VAE(mlp(2, out=3), 2, make())
+    found = evaluate(model, FamilyGuide(model, families.noise_only), x, **QUIET)
+    assert found.copied == 1 and "noise_variance" not in found.attrs
+    assert "What to do: " in reading(found)
+    counted = VAE(mlp(2, out=3), 2, likelihoods.Poisson())
+    found = evaluate(counted, FamilyGuide(counted, families.noise_only), x.abs().floor(), **QUIET)
+    assert "copied" not in found.attrs
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
