@@ -13,7 +13,7 @@ from ppvae.predictive.expectations import expectations, one_site, point, sites_o
 from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import bare_distribution, drawn_nodes, latent_nodes
-from ppvae.programs.runs import opened
+from ppvae.programs.runs import Args, Runs, opened
 
 
 @exclusive
@@ -107,29 +107,29 @@ def reconstruct(  # noqa: D417
         torch.Size([20, 5])
     """
     num_samples = check_count("num_samples", num_samples)
-    pieces = []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         names = [node["name"] for node in sites_of_data(runs)]
         name = one_site(names, site, known=names)
-        for batch in batches_of_draws(runs):
-            value: Any = None
-            for trace, draws, _ in weighted_runs(runs, batch, num_samples):
-                node = trace.nodes[name]
-                place = Place.of(node, runs.plate, draws)
-                if value is None:
-                    value = place.front(node["value"])[0]
-                    every = torch.ones_like(value, dtype=torch.bool)
-                    sums: dict[int, Any] = {}
-                found = expectations(bare_distribution(node["fn"]), place, every)
-                for number, (at, mean) in enumerate(found):
-                    before = sums.get(number, (at, 0.0))[1]
-                    sums[number] = at, before + mean.sum(0)
-            back = value.new_zeros(value.numel(), dtype=torch.get_default_dtype())
-            for at, total in sums.values():
-                back = back.to(total.dtype)
-                back[at] = point(total / num_samples)
-            pieces.append(back.reshape(value.shape))
-    return torch.cat(pieces)
+        batches = batches_of_draws(runs)
+        return torch.cat([_reconstructed(runs, batch, name, num_samples) for batch in batches])
+
+
+def _reconstructed(runs: Runs, args: Args, name: str, num_samples: int) -> Tensor:
+    """What the data of a minibatch come back as."""
+    first = runs.pair(args)[0].nodes[name]
+    every = torch.ones_like(Place.of(first, runs.plate).front(first["value"])[0], dtype=torch.bool)
+    totals: list[tuple[Tensor, Tensor]] = []
+    for trace, draws, _ in weighted_runs(runs, args, num_samples):
+        node = trace.nodes[name]
+        place = Place.of(node, runs.plate, draws)
+        means = expectations(bare_distribution(node["fn"]), place, every)
+        found = [(at, mean.sum(0)) for at, mean in means]
+        pairs = zip(totals, found, strict=True)
+        totals = [(at, total + more) for (at, total), (_, more) in pairs] if totals else found
+    back = torch.zeros(every.numel()).to(totals[0][1])
+    for at, total in totals:
+        back[at] = point(total / num_samples)
+    return back.reshape(every.shape)
 
 
 def interpolate(
