@@ -8,10 +8,10 @@ from importlib import import_module
 
 import ppvae
 
-MODULES = "families likelihoods objectives nn data closed_form regression plots".split()
+MODULES = "families likelihoods priors objectives nn data closed_form regression plots".split()
 MODULES += ["regression.plots"]
 HIDDEN = ["forward", "extra_repr", "get_extra_state", "set_extra_state"]  # for PyTorch to call
-HIDDEN += ["begin", "settings", "location_and_scale"]  # for a model and its likelihood
+HIDDEN += ["begin", "exposed", "settings", "location_and_scale"]  # for a model and its likelihood
 HEAD = """# Every public object
 
 Each with its own methods, and what `help` says of it in one line; `help(ppvae.fit)` says the rest:

@@ -125,7 +125,7 @@ def good_numbers(name):
 
 
 #: what messages call the parts of a program, and of its data
-PARTS = {"encoder", "decoder", "likelihood", "prior", "args", "data", "x"}
+PARTS = {"encoder", "decoder", "likelihood", "prior", "args", "data", "x", "context"}
 REFUSALS = (TypeError, ValueError, FileNotFoundError)
 
 

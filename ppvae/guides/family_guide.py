@@ -17,6 +17,7 @@ from ppvae.guides.model_guide import ModelGuide
 from ppvae.guides.plates import Plates, read_plates
 from ppvae.guides.sites import encoder_plate
 from ppvae.models.protocol import example_of
+from ppvae.programs.missing import LeaveOut
 from ppvae.programs.nodes import dtype_of, is_point, latent_nodes, prototype
 
 
@@ -116,7 +117,8 @@ class FamilyGuide(ModelGuide):
             with random_state(None, keep=True):
                 trace = prototype(self.model, args, kwargs)
             if self.encoder is not None and source == "encoder":
-                features = encode(self.encoder, args, self._features)
+                with LeaveOut():  # whatever is missing: only shapes are wanted
+                    features = encode(self.encoder, args, self._features)
                 self._features = features.shape[-1]
         nodes = latent_nodes(trace)
         expect(nodes, "model", "latent sites", "none")

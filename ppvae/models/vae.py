@@ -175,7 +175,7 @@ class VAE(UniquelyNamed):
             fn = self._likelihood(self._decode(z, features), exposure)
             fn = fn.to_event(self.event_dim - fn.event_dim)
             if x is not None:
-                fits = fn.shape()[-x.dim() :] == x.shape
+                fits = fn.shape()[-x.dim() :] == x.shape and x.dim() == self.event_dim + 1
                 wanted = f"output of shape {tuple(x.shape)}, as x"
                 expect(fits, "decoder", wanted, tuple(fn.shape()))
             return pyro.sample("x", fn, obs=x)

@@ -24,7 +24,7 @@ class NanMasked(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the program."""
-        with _LeaveOut():
+        with LeaveOut():
             return self.program(*args, **kwargs)
 
 
@@ -65,7 +65,7 @@ def nan_masked(program: Any) -> NanMasked:
 
 def is_nan_masked() -> bool:
     """Whether a program is running for which NaN is what was not observed."""
-    return any(isinstance(each, _LeaveOut) for each in _PYRO_STACK)
+    return any(isinstance(each, LeaveOut) for each in _PYRO_STACK)
 
 
 def observed_entries(node: Node) -> Tensor | None:
@@ -74,7 +74,7 @@ def observed_entries(node: Node) -> Tensor | None:
     return entries
 
 
-class _LeaveOut(Messenger):
+class LeaveOut(Messenger):
     """Takes NaN out of what is observed, where the elements of a site are independent."""
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -140,11 +140,13 @@ class LinearRegression(UniquelyNamed):
             fits = y.shape == X.shape[:1]
             expect(fits, "y", f"shape ({len(X)},), one for each row of X", tuple(y.shape))
         weight = pyro.sample("weight", self._weight_prior(X.new_zeros(self.columns)))
-        same = weight.dtype == X.dtype
-        expect(same, "X", f"{weight.dtype}, as the weights of the guide", X.dtype, TypeError)
         noise = self._noise(X)
         # weights drawn in a plate of draws have the shape (draws, 1, columns)
-        loc = X @ weight if weight.dim() == 1 else weight.squeeze(-2) @ X.T
+        try:
+            loc = X @ weight if weight.dim() == 1 else weight.squeeze(-2) @ X.T
+        except RuntimeError as error:
+            wanted = f"{weight.dtype}, as the weights, of which {self.columns} were drawn"
+            raise ValueError(f"X: expected {wanted}, got {X.dtype}: {error}") from error
         with pyro.plate("data", len(X), dim=-1):
             return pyro.sample("y", self.likelihood(loc, noise), obs=y)
 

@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader
 from ppvae import (
     VAE,
     FamilyGuide,
+    annealed_importance,
     evaluate,
     families,
     fit,
     fit_replicates,
     from_pyro_svi,
+    gaps,
     likelihoods,
     nan_masked,
     reading,
@@ -325,3 +327,18 @@ def test_a_regression_without_some_answers_is_that_of_the_other_rows():
     X[3, 1] = math.nan
     with pytest.raises(ValueError, match="argument 0 is NaN in row 3, column 1"):
         fit(model, guide, (X, y.nan_to_num(0.0)), progress=False)
+
+
+def test_annealed_importance_and_gaps_know_only_what_is_observed():
+    """log p(x) of the observed entries is known, and the gap of a guide is to it."""
+    model, _, covariance = exact_pair()
+    x = holes(torch.randn(8, 4))
+    expected = np.array([observed_only(row, torch.zeros(4), covariance) for row in x])
+    guide = FamilyGuide(model, families.full_rank, encoder=mlp(4, 4)).setup(x)
+    told = {"vectorized": True, "progress": False}
+    run = annealed_importance(model, guide, x, num_temperatures=200, num_chains=64, **told)
+    error = np.sqrt(1 / run.ess - 1 / 64)  # of the log of a mean weight
+    assert (abs(run.log_likelihood - expected) < 5 * error + 0.02).all()
+    found = gaps(model, guide, x, num_steps=100, log_likelihood=expected, **told)
+    assert (abs(found.approximation) < 1e-6).all()  # a normal posterior is of the family
+    assert (found.amortization > 0.01).all()  # and an untrained encoder does not find it
