@@ -136,7 +136,7 @@ def batches_of(
             of `extra` with as many rows are cut with the data.
         extra: further arguments, behind the data.
         whole: make one batch of all data, however many, where no size is given.
-        size: the number of data in an `IterableDataset`, which does not tell.
+        size: the number of data in an `IterableDataset`, where it has no length.
 
     Raises:
         TypeError: the data are of another kind.
@@ -173,6 +173,8 @@ def _length(name: str, data: Any, size: int | None) -> int:
     """The number of data that pass through training: those of the sampler of a loader."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset):
+        if size is None and hasattr(dataset, "__len__"):
+            return len(dataset)
         wanted = "the number of data beside an IterableDataset, which does not tell"
         expect(size is not None, "size", wanted, "none")
         return check_count("size", size)

@@ -10,7 +10,7 @@ from ppvae.programs.missing import is_nan_masked
 
 
 def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) -> Tensor:
-    """The features of the data; an encoder that does not take NaN gets zeros in its place.
+    """The features of the data; an encoder no part of which takes NaN gets zeros in its place.
 
     Args:
         encoder: a module from the arguments to the features.
@@ -24,7 +24,7 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
         TypeError: the features are no tensor, or complex or whole numbers.
         ValueError: the encoder does not take the arguments, or its output has another shape.
     """
-    if is_nan_masked() and not getattr(encoder, "takes_missing", False):
+    if is_nan_masked() and not any(getattr(m, "takes_missing", False) for m in encoder.modules()):
         args = tuple(map(_filled, args))
     came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
     try:

@@ -143,7 +143,7 @@ def fit(
         progress: show a progress bar; a string is its label.
         plate: name of the data plate; by default `data`, or else the one whose length is that of
             the data (see `data_plate`).
-        size: the number of data in an `IterableDataset`, which does not tell.
+        size: the number of data in an `IterableDataset`, where it has no length.
         kwargs: keyword arguments of model and guide. Tensors with as many rows as the data are cut
             into the minibatches with them, all else is passed as it is.
 

@@ -83,6 +83,28 @@ def test_what_the_dtype_cannot_hold_is_refused():
         fit(model, guide, X * 1e300)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows one after the other."""
+
+    def __iter__(self):
+        return iter(torch.tensor(X))
+
+
+class Told(Stream):
+    """One that says how many there are."""
+
+    def __len__(self):
+        return len(X)
+
+
+def test_a_stream_may_know_its_length():
+    for given, size in ((Told(), None), (DataLoader(Told(), 2), None), (Stream(), 4), (Told(), 4)):
+        result = fit(*counted(), given, num_epochs=2, size=size, progress=False)
+        assert len(result.losses) == 2
+    with pytest.raises(ValueError, match="^size: expected the number of data beside an Iterable"):
+        fit(*counted(), Stream(), num_epochs=1, progress=False)
+
+
 def test_whole_numbers_stay_whole_where_a_model_says_nothing():
     """Codes that a program indexes by must not become real numbers."""
     seen = []

@@ -244,6 +244,11 @@ def test_an_encoder_may_take_them_itself(with_mask):
     before = encoder.fill.detach().clone()
     fit(model, guide, x, num_epochs=2, progress=False)
     assert (encoder.fill != before).any()
+    inside = nn.Sequential(Standardize.of(x), encoder)  # its columns have mean zero
+    _, guide = build(encoder=inside)
+    trace = poutine.trace(nan_masked(guide)).get_trace(x)
+    expected = guide.heads["z"](inside(x)).mean
+    assert torch.equal(trace.nodes["z"]["fn"].mean, expected)
     plain = mlp(3, 4)
     model, guide = build(encoder=plain)
     trace = poutine.trace(nan_masked(guide)).get_trace(x)
