@@ -109,8 +109,8 @@ def visits(args: argparse.Namespace) -> None:
         encoder = _First(Concatenate(mlp(1 + c.shape[1], 32)))
         guide = FamilyGuide(model, families.mean_scale, encoder)
         fit(
-            model, guide, (x[train], c[train]), num_epochs=args.epochs, batch_size=256,
-            learning_rate=3e-3, seed=0, progress=name,
+            model, guide, (x[train], c[train]), num_epochs=args.epochs,
+            batch_size=min(256, len(x[train])), learning_rate=3e-3, seed=0, progress=name,
         )  # fmt: skip
         scores[name] = log_prob(model, guide, x[test], c[test]).log_likelihood.values
     verdict(scores)

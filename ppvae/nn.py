@@ -351,6 +351,8 @@ class Concatenate(nn.Module):
         """Arguments `(batch, *)` -> features; those beyond two dimensions are made flat."""
         parts = []
         for number, arg in enumerate(args):
+            kind = type(arg).__name__
+            expect(isinstance(arg, Tensor), "args", f"a tensor at {number}", kind, TypeError)
             codes = self.labels.get(number)
             if codes is not None and arg.dim() == 1:
                 arg = one_hot(arg, codes)

@@ -7,9 +7,11 @@ that it wants real ones.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +19,31 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_real, expect
 from ppvae._scopes import stacklevel
+from ppvae.data.sparse import SparseMatrix, as_dense, is_sparse
+
+
+class Schema(NamedTuple):
+    """The columns of a table and its categories.
+
+    Attributes:
+        columns: the names of the columns in their order; None of a column by itself.
+        categories: column -> its categories in the order of their codes; "" is one by itself.
+    """
+
+    columns: tuple[str, ...] | None
+    categories: dict[str, list[Any]]
+
+
+_SCHEMAS: WeakKeyDictionary[Any, dict[int, Schema]] = WeakKeyDictionary()  # model -> by argument
+
+
+def schema_of(item: Any) -> Schema | None:
+    """The schema of a table, or of a column of categories; None of anything else."""
+    if _is_frame(item):
+        columns = {str(key): item[key] for key in item.columns}
+        coded = {k: list(c.cat.categories) for k, c in columns.items() if hasattr(c, "cat")}
+        return Schema(tuple(columns), coded)
+    return Schema(None, {"": list(item.cat.categories)}) if hasattr(item, "cat") else None
 
 
 @dataclass(frozen=True)
@@ -42,11 +69,28 @@ class Form:
         value = example[position] if position < len(example) else None
         return isinstance(value, Tensor) and value.is_floating_point()
 
-    @property
-    def categories(self) -> Mapping[str, Sequence[Any]]:
-        """Column of a table -> its categories, in the order of their codes, as a model knows it."""
-        known = (getattr(program, "categories", None) for program in self.programs)
-        return next((each for each in known if isinstance(each, Mapping)), {})
+    def schema(self, position: int) -> Schema | None:
+        """The columns and categories of an argument, as far as they are known.
+
+        A model says those of its data by an attribute `schema`; else they are those of the table
+        that it was trained on first, as long as the process lives.
+        """
+        model = self.programs[0] if self.programs else None
+        own = getattr(model, "schema", None) if position == 0 else None
+        if isinstance(own, Schema):
+            return own
+        try:
+            return _SCHEMAS.get(model, {}).get(position)
+        except TypeError:  # a model without a hash or weak references
+            return None
+
+    def remember(self, items: Sequence[Any]) -> None:
+        """Keeps the schemas of what a model is trained on, where it has none yet."""
+        for position, item in enumerate(items):
+            found = schema_of(item)
+            if found is not None and self.programs:
+                with suppress(TypeError):
+                    _SCHEMAS.setdefault(self.programs[0], {}).setdefault(position, found)
 
 
 def form_of(*programs: Any) -> Form:
@@ -60,8 +104,8 @@ def form_of(*programs: Any) -> Form:
 
 
 def as_tensors(
-    name: str, data: Any, form: Form | None = None, *, missing: bool = False
-) -> tuple[Tensor, ...]:
+    name: str, data: Any, form: Form | None = None, *, missing: bool = False, sparse: bool = False
+) -> tuple[Any, ...]:
     """Turns data, or several with equal first dimensions, into a tuple of tensors.
 
     They share memory with what came where they can, but want no gradient: the data are the
@@ -73,6 +117,7 @@ def as_tensors(
             a tuple or list of tensors, arrays and tables.
         form: what the programs take that they are for.
         missing: whether entries may be.
+        sparse: whether sparse matrices stay what they are, as `SparseMatrix`.
 
     Raises:
         TypeError: there is something else among them, such as text or a sparse tensor.
@@ -82,8 +127,11 @@ def as_tensors(
     items = tuple(data) if several else (data,)
     expect(items, name, "at least one tensor or array", "none")
     form = form or Form()
+    dtype = form.dtype or torch.get_default_dtype()
     tensors = tuple(
-        _as_tensor(name, item, form, position, missing=missing)
+        SparseMatrix(name, item, dtype)
+        if sparse and is_sparse(item)
+        else _as_tensor(name, item, form, position, missing=missing)
         for position, item in enumerate(items)
     )
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
@@ -105,7 +153,7 @@ def real_numbers(
     values: Any,
     *,
     missing: bool = True,
-    categories: Mapping[str, Sequence[Any]] | None = None,
+    schema: Schema | None = None,
 ) -> Tensor:
     """Real numbers as a tensor, NaN where an entry is missing; see `check_real`.
 
@@ -115,22 +163,30 @@ def real_numbers(
         name: of the argument, for the messages.
         values: an array, a list, or a table or column.
         missing: whether entries may be.
-        categories: column -> its categories in the order of their codes, where those of a table may
-            be others; by default they have the codes of the table.
+        schema: the columns and categories that are known; a table may have them in another order.
 
     Raises:
         TypeError: there is something else among them.
-        ValueError: entries are masked that may not be missing, or a category is not known.
+        ValueError: entries are masked that may not be missing, a column or a category is not known,
+            or a sparse matrix is too large to be made dense.
     """
-    if _is_frame(values):
-        known = categories or {}
+    known = {} if schema is None else schema.categories
+    if is_sparse(values):
+        values = as_dense(name, values)
+    elif _is_frame(values):
+        keys = {str(key): key for key in values.columns}
+        if schema is not None and schema.columns is not None:
+            wanted = f"the columns {list(schema.columns)}, as in training"
+            same = len(keys) == len(values.columns) and {*keys} == {*schema.columns}
+            expect(same, name, wanted, list(keys))
+            keys = {column: keys[column] for column in schema.columns}
         columns = [
-            _column(name, f" in column {key!r}", values[key], known.get(str(key)))
-            for key in values.columns
+            _column(name, f" in column {key!r}", values[key], known.get(word))
+            for word, key in keys.items()
         ]
         values = np.column_stack(columns) if columns else np.empty((len(values), 0))
     elif hasattr(values, "cat") or type(values).__name__ == "Series":
-        values = _column(name, "", values)
+        values = _column(name, "", values, known.get(""))
     # of an array that can only be read, such as a map, which may be larger than the memory
     return check_real(name, values, writable=False, missing=missing)
 
@@ -150,7 +206,7 @@ def _column(name: str, where: str, column: Any, known: Sequence[Any] | None = No
             column = column.cat.set_categories(list(known))
         codes = column.cat.codes.to_numpy()
         return np.where(codes < 0, np.nan, codes)
-    wanted = f"numbers, or categories by astype('category'),{where}".rstrip(",")
+    wanted = f"numbers, categories by astype('category') or astype('boolean'),{where}".rstrip(",")
     expect(getattr(column.dtype, "kind", "O") in "biuf", name, wanted, column.dtype, TypeError)
     return column.to_numpy(dtype=float, na_value=np.nan)
 
@@ -160,11 +216,12 @@ def _as_tensor(name: str, item: Any, form: Form, position: int, *, missing: bool
     numbers = not isinstance(item, np.ndarray) or item.dtype.kind in "biufO"
     listed = isinstance(item, (tuple, list)) and _is_nested(item)
     known = isinstance(item, Tensor) or hasattr(item, "__array__") or _is_frame(item) or listed
+    known = known or is_sparse(item)
     got = f"{getattr(item, 'dtype', '')} {type(item).__name__}"
     expect(known and numbers, name, kinds, got, TypeError)
     chosen = isinstance(item, Tensor)  # its dtype
     if not chosen:
-        item = real_numbers(name, item, missing=missing, categories=form.categories)
+        item = real_numbers(name, item, missing=missing, schema=form.schema(position))
     elif not item.is_complex():  # which a model may take, but not observe
         check_real(name, item)
     if not (item.is_floating_point() or item.is_complex()):
@@ -202,8 +259,10 @@ def _check_finite(name: str, item: Tensor, *, missing: bool) -> None:
 
 def has_missing(values: Iterable[Any]) -> bool:
     """Whether a number among some arguments of a program is NaN."""
+    values = list(values)
     tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    return any(bool(torch.isnan(v).any()) for v in tensors if not v.is_meta)
+    found = any(bool(torch.isnan(v).any()) for v in tensors if not v.is_meta)
+    return found or any(v.missing for v in values if isinstance(v, SparseMatrix))
 
 
 def prepared(
@@ -227,7 +286,7 @@ def prepared(
     form = form or Form()
     ready = []
     for position, arg in enumerate(args):
-        array = hasattr(arg, "__array__") and getattr(arg, "ndim", 0) > 0
+        array = (hasattr(arg, "__array__") or is_sparse(arg)) and getattr(arg, "ndim", 0) > 0
         listed = isinstance(arg, list) and _is_nested(arg) and form.is_real(position)
         if array or listed:
             arg = _as_tensor("args", arg, form, position, missing=missing)

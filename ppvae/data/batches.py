@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from ppvae._checks import check_count, expect
 from ppvae._scopes import random_state
 from ppvae.data.adapters import Form, as_tensors, has_missing
-from ppvae.data.tables import SparseRows, is_sparse
+from ppvae.data.sparse import SparseMatrix
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Batches:
     name: str
     size: int
     batch_size: int | None
-    tensors: tuple[Tensor, ...] = ()
+    tensors: tuple[Tensor | SparseMatrix, ...] = ()
     loader: DataLoader[Any] | None = None
     extra: tuple[Any, ...] = ()
     cut: tuple[bool, ...] = ()
@@ -101,7 +101,8 @@ class Batches:
             self.check = None
             expect(item is not None, self.name, "a DataLoader with at least one batch", "none")
         elif self.whole:
-            yield (*self.tensors, *self.extra)
+            dense = (t[:] if isinstance(t, SparseMatrix) else t for t in self.tensors)
+            yield (*dense, *self.extra)
         else:
             order = torch.randperm(self.size) if self.shuffle else torch.arange(self.size)
             for rows in order.to(self.device).split(self.batch_size or self.size):
@@ -144,12 +145,11 @@ def batches_of(
             or `extra` has as many rows as data that are no tensors, whose order is not known.
     """
     data = data.tensors if isinstance(data, TensorDataset) else data
-    parts = data if isinstance(data, (tuple, list)) else (data,)
-    if any(map(is_sparse, parts)):
-        data = SparseRows(name, parts)
+    if form is not None and training:
+        form.remember(data if isinstance(data, (tuple, list)) else (data,))
     held = isinstance(data, (Dataset, DataLoader))
     expect(held or size is None, "size", "none beside data that tell their number", size)
-    tensors = () if held else as_tensors(name, data, form, missing=True)
+    tensors = () if held else as_tensors(name, data, form, missing=True, sparse=True)
     size = _length(name, data, size) if held else len(tensors[0]) if tensors[0].dim() else 0
     expect(size, name, "at least one datum", "none")
     cut = tuple(training and isinstance(v, Tensor) and v.shape[:1] == (size,) for v in extra)

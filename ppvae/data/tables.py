@@ -1,15 +1,12 @@
-"""Tables with names and categories, and matrices of which most entries are zero."""
+"""Tables with names and categories, and what came out as such a table again."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from ppvae._checks import as_doubles, expect
-from ppvae.data.adapters import as_tensors, real_numbers
+from ppvae.data.adapters import Form, real_numbers
 
 
 class Labels:
@@ -39,10 +36,15 @@ def _told(index: Any) -> list[Any] | None:
     return list(index)
 
 
-def labels_of(args: Sequence[Any], shape: Sequence[int]) -> Labels:
-    """The names of the first argument that has any and is of a given shape."""
-    for arg in args:
-        found = Labels(arg)
+def labels_of(args: Sequence[Any], shape: Sequence[int], form: Form) -> Labels:
+    """The names of the first argument that has any and is of a given shape.
+
+    Columns are in the order that the programs know, see `Form.schema`.
+    """
+    for position, arg in enumerate(args):
+        found, known = Labels(arg), form.schema(position)
+        if found.columns is not None and known is not None and known.columns is not None:
+            found.columns = list(known.columns)
         named = found.rows is not None or found.columns is not None
         if named and tuple(arg.shape) == tuple(shape):
             return found
@@ -96,48 +98,6 @@ def to_frame(values: Any, like: Any) -> Any:
         else:
             columns[name] = column
     return pd.DataFrame(columns, index=index)
-
-
-def is_sparse(item: Any) -> bool:
-    """Whether something is a sparse matrix of SciPy's."""
-    return type(item).__module__.startswith("scipy.sparse") and hasattr(item, "tocsr")
-
-
-class SparseRows(Dataset[tuple[Tensor, ...]]):
-    """The rows of data of which a part is sparse; only those of a minibatch are made dense.
-
-    Args:
-        name: of the argument, for the messages.
-        parts: sparse matrices, arrays and tensors with equally many rows.
-
-    Raises:
-        TypeError: a part is something else.
-        ValueError: they have not equally many rows.
-    """
-
-    def __init__(self, name: str, parts: Sequence[Any]) -> None:
-        self.parts: list[Any] = [
-            part.tocsr() if is_sparse(part) else as_tensors(name, part, missing=True)[0]
-            for part in parts
-        ]
-        lengths = {part.shape[0] for part in self.parts}
-        expect(len(lengths) == 1, name, "equal first dimensions", sorted(lengths))
-
-    def __len__(self) -> int:
-        return int(self.parts[0].shape[0])
-
-    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """The rows of a minibatch, one by one."""
-        dense = [
-            torch.from_numpy(part[rows].toarray()).to(torch.get_default_dtype())
-            if is_sparse(part)
-            else part[rows]
-            for part in self.parts
-        ]
-        return list(zip(*dense, strict=True))
 
 
 def from_anndata(adata: Any, *keys: str, layer: str | None = None) -> tuple[Any, ...]:

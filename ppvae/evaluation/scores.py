@@ -32,8 +32,9 @@ def two_sample(
     """How well a classifier tells draws of a model from data: the area under its ROC curve.
 
     It is the probability that of a datum and a draw the classifier, trained on others, finds the
-    datum the more real one: 0.5 where it cannot tell, 1 where it always can. Take data that the
-    model was not trained on.
+    datum the more real one: 0.5 where it cannot tell, 1 where it always can, and less than 0.5
+    where draws are copies of the data, one of which it was told is real. Take data that the model
+    was not trained on, and draws with as many gaps: these tell, too.
 
     Args:
         real: data, shape `(N, columns)`; NaN where an entry is missing.

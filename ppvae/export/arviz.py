@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
+from ppvae.data.adapters import Form, form_of
 from ppvae.data.tables import labels_of
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.layout import Place
@@ -123,7 +124,7 @@ def from_pyro_svi(  # noqa: D417
         events = {node["name"]: _event_dims(node) for node in _shown(runs.traces[0])}
         names = _dims(runs, events, local=local)
         _check_names(names, coords, renamed)
-        coords = _labels(runs, args, names, renamed) | coords
+        coords = _labels(runs, args, form_of(model, guide), names, renamed) | coords
         pieces = [_draw_batch(runs, batch, num_samples, events) for batch in batches]
     groups = {
         group: {k: v[0] if group == "observed_data" else v[None] for k, v in values.items()}
@@ -163,13 +164,13 @@ def _check_names(names: Dims, coords: Mapping[str, Any], dims: Dims) -> None:
     expect(not paths, "model", "names without '/', which separates the groups of a tree", paths)
 
 
-def _labels(runs: Runs, args: Args, names: Dims, renamed: Dims) -> dict[str, Any]:
+def _labels(runs: Runs, args: Args, form: Form, names: Dims, renamed: Dims) -> dict[str, Any]:
     """The names of the rows and columns of a table, by dim."""
     found: dict[str, Any] = {}
     for node in _shown(runs.traces[0]):
         name = node["name"]
         if is_data(node) and node["value"].dim() == 2 and name not in renamed:
-            labels = labels_of(args, node["value"].shape)
+            labels = labels_of(args, node["value"].shape, form)
             for dim, told in zip(names[name], (labels.rows, labels.columns), strict=False):
                 if told is not None:
                     found[dim] = told

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import expect
-from ppvae.programs.missing import is_nan_masked
+from ppvae.programs.missing import is_nan_masked, takes_missing
 
 
 def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
         TypeError: the features are no tensor, or complex or whole numbers.
         ValueError: the encoder does not take the arguments, or its output has another shape.
     """
-    if is_nan_masked() and not any(getattr(m, "takes_missing", False) for m in encoder.modules()):
+    if is_nan_masked() and not takes_missing(encoder):
         args = tuple(map(_filled, args))
     came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
     try:

@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae._checks import check_mapping, expect
+from ppvae.data.adapters import Schema, schema_of
 from ppvae.data.tables import Labels
 from ppvae.likelihoods.base import Likelihood, valid_value
 
@@ -32,8 +33,8 @@ class Mixed(Likelihood):
     def __init__(self, parts: Mapping[Any, Likelihood]) -> None:
         super().__init__()
         self.back: Tensor
-        #: column of a table -> its categories, in the order of their codes
-        self.categories: dict[str, list[Any]] = {}
+        #: the columns and categories of the table that it was made from, where it was
+        self.schema: Schema | None = None
         self.columns = [_columns(key) for key in check_mapping("parts", parts)]
         for key, part in parts.items():
             known = isinstance(part, Likelihood) and not isinstance(part, Mixed)
@@ -65,20 +66,19 @@ class Mixed(Likelihood):
         expect(exposure is None, "exposure", "none for a table of several kinds", "one")
         names = Labels(data).columns or []
         given = {_named(key, names): part for key, part in check_mapping("parts", parts).items()}
+        told = [_columns(key) for key in given]
+        left = [name for at, name in enumerate(names) if not any(at in each for each in told)]
+        expect(not left, "parts", "a likelihood for each column", f"none for {left}")
         made = super().of(data, parts=given)
-        columns = {name: data[key] for name, key in zip(names, _keys(data), strict=True)}
-        made.categories = {
-            name: list(column.cat.categories)
-            for name, column in columns.items()
-            if hasattr(column, "cat")
-        }
+        made.schema = schema_of(data)
         return made
 
     def settings(self) -> list[str]:
         """Those of the parts, their columns, and the categories that are known by name."""
         pairs = zip(self._parts(), self.columns, strict=True)
         words = [f"{type(p).__qualname__} {p.settings()} for columns {c}" for p, c in pairs]
-        return words + [f"{name}: {known}" for name, known in self.categories.items()]
+        known = self.schema
+        return words if known is None else [*words, f"{known.columns}, {known.categories}"]
 
     def size(self, columns: int | None = None) -> int:
         """How many numbers the decoder has to put out.
@@ -207,11 +207,6 @@ class Joint(dist.TorchDistribution):
             self._validate_sample(value)
         parts = zip(self.fns, self.columns, strict=True)
         return self.put([fn.log_prob(value[..., c]) for fn, c in parts])
-
-
-def _keys(data: Any) -> list[Any]:
-    """The columns of a table as it calls them, which may be by other things than text."""
-    return list(data.columns) if hasattr(data, "columns") else []
 
 
 def _named(key: Any, names: list[str]) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 
 class Model(Protocol):
-    """A Pyro model, and three things that it may offer besides; a plain function offers none.
+    """A Pyro model, and four things that it may offer besides; a plain function offers none.
 
     **To write a model** for this library, write a Pyro model: a function or module whose
     `pyro.sample` statements for one datum stand in a plate, best called `data`. Each of the other
@@ -17,6 +17,8 @@ class Model(Protocol):
       an encoder learns the shapes before its first call. `example_of` asks.
     - `check_data(*args)`: raises a ValueError if the data are not such as the model can explain;
       `fit` calls it once before the first step, on all data. `check_data_of` asks.
+    - `check_call(*args)`: raises a TypeError or ValueError if arguments do not fit the model; it is
+      asked where a guide fails on them, which would blame the encoder.
     """
 
     vectorized: bool

@@ -100,10 +100,9 @@ class VAE(UniquelyNamed):
         return one_hot(context, self.context, "context").to(self._zeros.dtype)
 
     @property
-    def categories(self) -> dict[str, list[Any]]:
-        """Column of a table -> its categories in the order of their codes, where it has such."""
-        known: dict[str, list[Any]] = getattr(self.likelihood, "categories", {})
-        return known
+    def schema(self) -> Any:
+        """The columns and categories of a table, where the likelihood was made from one."""
+        return getattr(self.likelihood, "schema", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "VAE":  # noqa: FBT001, FBT002
         """What `.to()` and its like do to each tensor; a fixed prior goes along."""
@@ -162,14 +161,8 @@ class VAE(UniquelyNamed):
         Returns:
             The data, of shape `(batch, *event)`.
         """
-        features = self._features(context)
-        if x is not None:
-            got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"
-            expect(isinstance(x, Tensor) and x.dim() > 0, "x", wanted, got, TypeError)
-            expect(len(x), "x", "at least one datum", "none")
+        features = self.check_call(x, context)
         given = x if features is None or x is not None else features
-        if x is not None and features is not None:
-            expect(len(features) == len(x), "context", f"{len(x)} rows, as x", len(features))
         with pyro.plate("data", size if given is None else len(given), dim=-1):
             z = pyro.sample("z", self._prior(features))
             fn = self._likelihood(self._decode(z, features), exposure)
@@ -179,6 +172,24 @@ class VAE(UniquelyNamed):
                 wanted = f"output of shape {tuple(x.shape)}, as x"
                 expect(fits, "decoder", wanted, tuple(fn.shape()))
             return pyro.sample("x", fn, obs=x)
+
+    def check_call(
+        self, x: Tensor | None = None, context: Tensor | None = None, **others: Any
+    ) -> Tensor | None:
+        """Checks the arguments of a call, and returns the context as numbers.
+
+        Raises:
+            TypeError: the data or the context are no tensor.
+            ValueError: there are none, or the context does not fit the model or the data.
+        """
+        features = self._features(context)
+        if x is not None:
+            got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"
+            expect(isinstance(x, Tensor) and x.dim() > 0, "x", wanted, got, TypeError)
+            expect(len(x), "x", "at least one datum", "none")
+            if features is not None:
+                expect(len(features) == len(x), "context", f"{len(x)} rows, as x", len(features))
+        return features
 
     def get_extra_state(self) -> dict[str, Any]:
         """What of prior and likelihood is no parameter: their kinds, and a fixed prior's values."""

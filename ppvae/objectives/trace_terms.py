@@ -97,7 +97,8 @@ class Terms(NamedTuple):
         plate = f"the plate {self.plate.name!r}"
         outside = sorted({*self.log_prior, *self.log_likelihood} - self.local)
         if outside:
-            raise ValueError(f"model: expected all sites in {plate}; outside: {outside}")
+            advice = "; `log_prob` and `from_pyro_svi` take such models"
+            raise ValueError(f"model: expected all sites in {plate}; outside: {outside}{advice}")
         joint = sorted(self.log_guide.keys() - self.local)
         got = f"{joint} of all data at once (a joint family without an encoder?)"
         expect(not joint, "guide", f"draws per datum, in {plate}", got)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules
+from ppvae.data.adapters import form_of, prepared
 from ppvae.predictive.expectations import expectations, one_site, point, sites_of_data
 from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
@@ -133,7 +134,13 @@ def _reconstructed(runs: Runs, args: Args, name: str, num_samples: int) -> Tenso
 
 
 def interpolate(
-    model: Any, guide: Callable[..., Any], start: Any, end: Any, *, steps: int = 9
+    model: Any,
+    guide: Callable[..., Any],
+    start: Any,
+    end: Any,
+    *,
+    steps: int = 9,
+    context: Any = None,
 ) -> Tensor:
     """Data along the straight lines from the codes of some data to those of others.
 
@@ -143,9 +150,10 @@ def interpolate(
         start: data `(batch, *event)`.
         end: as many.
         steps: how many there are on a line, the two ends among them; at least 2.
+        context: of the data of both ends, where the model has one.
 
     Returns:
-        Means of the data, `(steps, batch, *event)`.
+        Means of the data, `(steps, batch, *event)`; NaN for categories.
 
     Raises:
         TypeError: the model has no such method.
@@ -163,11 +171,12 @@ def interpolate(
     able = callable(getattr(model, "mean", None))
     kind = type(model).__name__
     expect(able, "model", "one with a method `mean` from codes to data, as VAE", kind, TypeError)
-    ends = [encode(model, guide, data).mean for data in (start, end)]
+    given = () if context is None else prepared((context,), form_of(model, guide))
+    ends = [encode(model, guide, data, *given).mean for data in (start, end)]
     shapes = [tuple(code.shape) for code in ends]
     expect(shapes[0] == shapes[1], "end", f"as many data as start, {shapes[0][0]}", shapes[1][0])
     shares = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)
     with torch.no_grad(), private_modules(), eval_mode(model):
         codes = torch.lerp(ends[0], ends[1], shares.reshape(-1, *[1] * ends[0].dim()))
-        data: Tensor = model.mean(codes)
+        data: Tensor = model.mean(codes, *given)
     return data

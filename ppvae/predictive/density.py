@@ -27,8 +27,9 @@ def log_prob(  # noqa: D417
 ) -> xr.Dataset:
     """Log p(x) of data under the model, by importance sampling with the guide, and its error.
 
-    It is a bound from below, in expectation. Of missing entries nothing is counted. Where some
-    latent belongs to all the data it is one number, that of all of them.
+    It is a bound from below, in expectation, and most often too low where the weights are skewed,
+    by more than the standard error says: the larger `khat`, the more. Of missing entries nothing is
+    counted. Where some latent belongs to all the data it is one number, that of all of them.
 
     Args:
         model: a Pyro model.

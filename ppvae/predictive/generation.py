@@ -61,7 +61,8 @@ def generate(
     for name, value in {"context": context, "exposure": exposure}.items():
         if value is None:
             continue
-        tensor = real_numbers(name, value, missing=False)
+        schema = form.schema(1) if name == "context" else None
+        tensor = real_numbers(name, value, missing=False, schema=schema)
         rows = len(tensor) if tensor.dim() else 1
         count = rows if count is None else count
         fits = rows in (1, count)
@@ -117,6 +118,8 @@ def predict(  # noqa: D417
         {'draw': 1000, 'datum': 5}
     """
     num_samples = check_count("num_samples", num_samples)
+    fitted = getattr(guide, "blocks", True) != ()
+    expect(fitted, "guide", "one that was fitted, which knows the latents", "one that was not")
     vectorized = is_vectorized(model, vectorized)
     args = prepared(args, form_of(model, guide), missing=False)
     model, guide, args = with_keywords(model, guide, args, kwargs, missing=False)

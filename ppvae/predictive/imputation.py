@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae._checks import check_count, check_share
 from ppvae._process import exclusive
+from ppvae.data.adapters import form_of
 from ppvae.data.tables import labels_of
 from ppvae.objectives import weights
 from ppvae.predictive.expectations import expectations, one_site, point, sites_of_data
@@ -61,7 +62,7 @@ def impute(  # noqa: D417
         model: a Pyro model.
         guide: its guide.
         *args: their arguments: data with missing entries. An `obs_mask` of the model's own counts
-            as well.
+            as well; its site `x` is called `x_observed`.
         num_samples: draws per datum, at least 2.
         num_imputations: how many completed data to draw, at least 1.
         level: probability of the intervals.
@@ -109,7 +110,7 @@ def impute(  # noqa: D417
     own["imputations"] = ["imputation", *dims]
     variables = {k: (own.get(k, dims), array) for k, array in arrays.items()}
     attrs = {"site": name, "level": level, "num_samples": num_samples}
-    labels = labels_of(args, arrays["value"].shape)
+    labels = labels_of(args, arrays["value"].shape, form_of(model, guide))
     coords = {"datum": labels.rows, f"{name}_dim_0": labels.columns}
     coords = {dim: told for dim, told in coords.items() if told is not None}
     return xr.Dataset(variables, coords, attrs)
@@ -138,6 +139,8 @@ def _able(runs: Runs, site: str | None) -> str:
     """The site whose entries are filled in: the one that has missing entries, or the only one."""
     nodes = {node["name"]: node for node in sites_of_data(runs)}
     gaps = [name for name, node in nodes.items() if not _entries(node).all()]
+    named = f"{site}_observed"  # as an `obs_mask` calls it
+    site = named if named in nodes and site not in nodes else site
     return one_site(gaps or list(nodes), site, known=list(nodes))
 
 

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae.likelihoods.base import valid_value
@@ -66,6 +66,11 @@ def nan_masked(program: Any) -> NanMasked:
 def is_nan_masked() -> bool:
     """Whether a program is running for which NaN is what was not observed."""
     return any(isinstance(each, LeaveOut) for each in _PYRO_STACK)
+
+
+def takes_missing(encoder: nn.Module) -> bool:
+    """Whether an encoder takes NaN itself, in any of its parts; else it gets zeros."""
+    return any(getattr(part, "takes_missing", False) for part in encoder.modules())
 
 
 def observed_entries(node: Node) -> Tensor | None:

@@ -16,7 +16,7 @@ from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import form_of, has_missing, prepared
-from ppvae.programs.keywords import check_programs, with_keywords
+from ppvae.programs.keywords import WithKeywords, bare, check_programs, with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import (
     DRAWS,
@@ -57,10 +57,21 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
         ValueError: the guide misses a latent site of the model, or has one that the model lacks.
     """
     check_programs(model, guide)
-    guide_trace = run_trace(guide, args, draws)
+    try:
+        guide_trace = run_trace(guide, args, draws)
+    except (TypeError, ValueError):
+        check_call(model, args)  # which may know better what is wrong with the arguments
+        raise
     model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
     check_sites(model_trace, guide_trace)
     return model_trace, guide_trace
+
+
+def check_call(model: Program, args: Args) -> None:
+    """Lets a model check the arguments of a call, if it has a method for that."""
+    check = getattr(bare(model), "check_call", None)
+    if callable(check) and not isinstance(model, WithKeywords):
+        check(*args)
 
 
 def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:

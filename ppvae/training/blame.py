@@ -236,9 +236,10 @@ class _Places:
         if self.batches.whole:
             return f"row {at} of the data"
         same = torch.ones(self.batches.size, dtype=torch.bool, device=self.batches.device)
-        for data, tensor in zip(self.batches.tensors, self.batch, strict=False):
+        held = [data for data in self.batches.tensors if isinstance(data, Tensor)]
+        for data, tensor in zip(held, self.batch, strict=False):
             same &= (data == tensor[at]).reshape(len(data), -1).all(1)
-        if not self.batches.tensors or not same.any():
+        if not held or len(held) < len(self.batches.tensors) or not same.any():
             return f"row {at} of the minibatch"
         return f"row {int(same.nonzero()[0])} of the data"
 
@@ -321,7 +322,7 @@ def _bad_operations(loss: Tensor) -> list[str]:
 
 def _advice(task: Task, batch: tuple[Any, ...], step: int, *, counts: bool) -> list[str]:
     """What to do, by the scale of the data and by whether the start was fine."""
-    advice, held = [], task.batches.tensors
+    advice, held = [], [v for v in task.batches.tensors if isinstance(v, Tensor)]
     rows = [v for v in held or batch if isinstance(v, Tensor) and v.dim()]
     largest = [v.reshape(len(v), -1).double().abs().amax(0) for v in rows]
     sizes = torch.cat(largest)

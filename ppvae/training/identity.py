@@ -64,7 +64,7 @@ def in_words(value: Any) -> str:
 def data_in_words(batches: Batches) -> str:
     """Data in words: shapes and dtypes, and a digest of what is in them."""
     digest = hashlib.blake2b(digest_size=8)
-    tensors = [*batches.tensors, *(v for v in batches.extra if isinstance(v, Tensor))]
+    tensors: list[Any] = [*batches.tensors, *(v for v in batches.extra if isinstance(v, Tensor))]
     others = [in_words(v) for v in batches.extra if not isinstance(v, Tensor)]
     if batches.loader is not None:
         dataset: Any = batches.loader.dataset

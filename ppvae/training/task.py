@@ -1,5 +1,6 @@
 """What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import expect
-from ppvae._scopes import eval_mode, kept_buffers, random_state, unchecked
+from ppvae._scopes import eval_mode, kept_buffers, random_state, stacklevel, unchecked
 from ppvae.data.adapters import form_of, has_missing
 from ppvae.data.batches import Batches, batches_of
 from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.keywords import bare
+from ppvae.programs.missing import takes_missing
 from ppvae.programs.nodes import check_densities, check_observed
 from ppvae.staging.program import Program, program_of
 
@@ -90,9 +93,32 @@ def training_batches(
     """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
     form = form_of(model, guide)
     batches = batches_of("data", data, batch_size, form, training=True, extra=extra, **told)
-    if batches.tensors and hasattr(model, "check_data"):
+    whole = batches.tensors and all(isinstance(each, Tensor) for each in batches.tensors)
+    if whole and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     return batches
+
+
+_FAR = 5.0  # standard deviations of a column, beyond which zero is none of its values
+
+
+def _tell_of_zeros(guide: Any, batches: Batches) -> None:
+    """Warns if the zeros that an encoder gets for missing entries are far from the data."""
+    encoder, first = getattr(guide, "encoder", None), next(iter(batches.tensors), None)
+    able = isinstance(encoder, nn.Module) and not takes_missing(encoder)
+    if not (able and isinstance(first, Tensor) and first.is_floating_point() and first.dim() == 2):
+        return
+    gaps = torch.isnan(first)
+    mean = first.double().nanmean(0)
+    sd = (first.double() - mean).square().nanmean(0).sqrt()
+    away = torch.where(gaps.any(0) & (sd > 0), mean.abs() / sd, 0.0)
+    if away.max() > _FAR:
+        column = int(away.argmax())
+        warnings.warn(
+            f"{batches.name}: missing entries are zeros to the encoder, {away.max():.0f} standard "
+            f"deviations from column {column}; nn.FillMissing.of(x, encoder) fills in the means",
+            stacklevel=stacklevel(),
+        )
 
 
 def task_of(
@@ -116,6 +142,8 @@ def task_of(
     near = next((p for module in modules for p in module.parameters()), None)
     if near is not None:
         batches.to(near.device)
+    if batches.missing:
+        _tell_of_zeros(bare(guide), batches)
     batch = batches.example()
     program = program_of(model, guide, objective, batch, size=batches.size, plate=plate)
     if program.plate is not None:

@@ -178,7 +178,7 @@ def test_the_form_is_that_of_the_parameters():
         ([["a"]], TypeError, "^data: expected tensors, arrays of numbers"),
         ([[1.0], [2.0, 3.0]], TypeError, "^data: expected real numbers in a dense array"),
         (np.array([["a"]]), TypeError, "^data: expected tensors, arrays of numbers"),
-        (pd.Series(["a"]), TypeError, r"^data: expected numbers, or categories by astype\('cat"),
+        (pd.Series(["a"]), TypeError, r"^data: expected numbers, categories by astype\('cat"),
         (pd.DataFrame({"a": ["b"]}), TypeError, "in column 'a', got"),
         (pd.DataFrame({"t": pd.to_datetime(["2020-01-01"])}), TypeError, "in column 't', got date"),
         (X + 1j, TypeError, "^data: "),

@@ -157,7 +157,7 @@ def test_table(run, tmp_path):
 
 def test_counts(run, tmp_path):
     """The density is that of statsmodels to its last printed digit."""
-    options = ["--epochs", 1, "--cells", 200, "--rows", 400, "--out", tmp_path]
+    options = ["--epochs", 1, "--cells", 200, "--rows", 300, "--out", tmp_path]
     out = run("counts.py", *options, functions={"log_prob": {"num_samples": 40}})
     theirs, ours = (line.split()[-1] for line in out.splitlines() if line.startswith("  ") and (
         "statsmodels'" in line or "that of likelihoods" in line))  # fmt: skip

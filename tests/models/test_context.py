@@ -143,6 +143,10 @@ def test_a_state_is_of_one_context():
         (lambda m, x: priors.Learned(2, context=3, network=mlp(2, 3)), "^network: .* takes shape"),
         (lambda m, x: m(x, LABELS, exposure=torch.ones(8)), "^exposure: expected none for this"),
         (lambda m, x: fit(m, FamilyGuide(m, "mean_scale", mlp(4, 3)), (x, LABELS)), "^encoder: "),
+        # what the encoder would be blamed for
+        (lambda m, x: evaluate(m, conditional()[1], x), "^context: expected a tensor of shape"),
+        (lambda m, x: evaluate(m, conditional()[1], x, LABELS[:5]), "^context: .* 8 rows, as x, got"),
+        (lambda m, x: fit(m, conditional()[1], (x, torch.zeros(8, 2))), r"^context: .* got \(8, 2\)"),
     ],
 )  # fmt: skip
 def test_what_is_refused(call, message):

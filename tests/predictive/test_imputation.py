@@ -142,6 +142,7 @@ def test_global_latents_and_masks_of_pyro():
         found = impute(program, guide, given, num_samples=400)
         assert abs(found.value[2] - mean) < 5 * sd / math.sqrt(400)
         assert found.khat.shape == (4,) and (found.khat == 0).all()
+    assert impute(masked, guide, y, site="y").attrs["site"] == "y_observed"
 
 
 def test_what_cannot_be_filled_in():

@@ -153,6 +153,14 @@ def test_predictions_of_a_regression():
         predict(model, guide, X, y)
 
 
+def test_a_guide_that_was_not_fitted_is_not_set_up_by_a_prediction():
+    model = LinearRegression(2)
+    guide = FamilyGuide(model, families.full_rank)
+    with pytest.raises(ValueError, match="^guide: expected one that was fitted"):
+        predict(model, guide, torch.randn(4, 2))
+    assert guide.blocks == ()
+
+
 def test_predictions_of_a_program_by_hand():
     """One draw at a time, an event, and keyword arguments."""
 
@@ -212,6 +220,9 @@ def test_a_context_goes_along():
     assert np.isfinite(log_prob(model, guide, x, labels, num_samples=30).log_likelihood).all()
     assert generate(model, context=labels).shape == (6, 4)
     assert generate(model, 9, context=2).shape == (9, 4)
+    assert interpolate(model, guide, x[:3], x[3:], steps=3, context=labels[:3]).shape == (3, 3, 4)
+    with pytest.raises(TypeError, match="^args: expected a tensor at 1, got list"):
+        guide.encoder(x, ["a"] * 6)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Missing entries: left out of the likelihood, exactly, whatever stands in their places."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -257,6 +258,17 @@ def test_an_encoder_may_take_them_itself(with_mask):
     assert torch.equal(trace.nodes["z"]["fn"].mean, expected)
 
 
+def test_zeros_far_from_the_data_are_told():
+    x = holes(data(40)) + torch.tensor([0.0, 100.0, 0.0])
+    for encoder, told in ((mlp(3, 4), True), (FillMissing.of(x, mlp(3, 4)), False)):
+        model, guide = build(encoder=encoder)
+        start = (
+            r"data: missing entries are zeros to the encoder, \d+ standard deviations from column 1"
+        )
+        with pytest.warns(UserWarning, match=start) if told else nullcontext():
+            fit(model, guide, x, num_epochs=1, progress=False)
+
+
 def test_starts_and_standards_are_those_of_the_observed_entries():
     x = holes(data(40)).numpy()
     layer = Standardize.of(torch.tensor(x))
@@ -281,8 +293,9 @@ def test_a_table_of_categories_becomes_its_codes():
     guide = FamilyGuide(model, families.noise_only)
     tree = from_pyro_svi(model, guide, frame, num_samples=2)
     assert np.array_equal(tree["observed_data/x"], [[1, 1], [np.nan, 2], [0, 3]], equal_nan=True)
-    with pytest.raises(TypeError, match=r"astype\('category'\), in column 'word', got object|str"):
-        fit(model, guide, frame.assign(word=["a", "b", "c"]))
+    other = VAE(mlp(2, out=3), 2, likelihoods.Normal())
+    with pytest.raises(TypeError, match=r"astype\('boolean'\), in column 'word', got (object|str)"):
+        fit(other, FamilyGuide(other, "noise_only"), frame.assign(word=["a", "b", "c"]))
 
 
 def _correlated(x):
