@@ -145,8 +145,8 @@ def test_a_state_is_of_one_context():
         (lambda m, x: fit(m, FamilyGuide(m, "mean_scale", mlp(4, 3)), (x, LABELS)), "^encoder: "),
         # what the encoder would be blamed for
         (lambda m, x: evaluate(m, conditional()[1], x), "^context: expected a tensor of shape"),
-        (lambda m, x: evaluate(m, conditional()[1], x, LABELS[:5]), "^context: .* 8 rows, as x, got"),
-        (lambda m, x: fit(m, conditional()[1], (x, torch.zeros(8, 2))), r"^context: .* got \(8, 2\)"),
+        (lambda m, x: evaluate(m, conditional()[1], x, LABELS[:5]), "^context: .* 8 rows, as x"),
+        (lambda m, x: fit(m, conditional()[1], (x, torch.zeros(8, 2))), r"^context: .*, got \(8"),
     ],
 )  # fmt: skip
 def test_what_is_refused(call, message):
