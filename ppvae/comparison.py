@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_count, check_label, check_number, check_seed, expect
 from ppvae._process import exclusive
 from ppvae._scopes import private_modules, random_state
-from ppvae.data.adapters import as_tensors
+from ppvae.data.adapters import as_tensors, schema_of
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.families.ladder import as_family
 from ppvae.guides.family_guide import FamilyGuide
@@ -216,8 +216,6 @@ def _run(
     fitted = fit(model, guide, train, seed=seed, progress=False, **options)
     if fitted.interrupted:  # half a training is no ground for a comparison
         raise KeyboardInterrupt
-    parameters = _parameters(guide, model)
-    test = [part.to(parameters[0].device) for part in test] if parameters else test
     same = {name: options[name] for name in ("plate", "kwargs") if name in options}
     same |= {"num_samples": num_samples, "seed": seed, "progress": False}
     measured = evaluate(model, guide, *test, **same)
@@ -275,11 +273,15 @@ def _members(families: Sequence[Any]) -> dict[str, Any]:
     return members
 
 
-def _test_data(test: Any) -> tuple[Tensor, ...]:
-    """The test data as tensors, with at least two data."""
+def _test_data(test: Any) -> tuple[Any, ...]:
+    """The test data as tensors, with at least two data; tables stay, whose names a model knows."""
     held = not isinstance(test, (Dataset, DataLoader))
     expect(held, "test", "a tensor, an array or a tuple", type(test).__name__, TypeError)
     args = as_tensors("test", test, missing=True)
     size = len(args[0]) if args[0].dim() else 1
     expect(size >= 2, "test", "at least 2 data", size)
-    return args
+    items = test if isinstance(test, (tuple, list)) else (test,)
+    if len(items) != len(args):  # a list of numbers
+        return args
+    pairs = zip(items, args, strict=True)
+    return tuple(arg if schema_of(item) is None else item for item, arg in pairs)

@@ -95,7 +95,13 @@ class FamilyGuide(ModelGuide):
         self._plates = Plates()
         example = None if encoder is None else example_of(model)  # else each datum has its own
         if example is not None:
-            self.setup(*example)
+            try:
+                self.setup(*example)
+            except ValueError as error:
+                error.add_note(
+                    "the shapes are those of the model's example(): its decoder's output"
+                )
+                raise
 
     def __repr__(self) -> str:
         first, *others = super().__repr__().splitlines()

@@ -26,6 +26,7 @@ from ppvae._scopes import (
     stacklevel,
     train_mode,
 )
+from ppvae.data.adapters import form_of
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
@@ -128,6 +129,8 @@ def fit_replicates(
     checkpoint = None if checkpoint is None else as_path("checkpoint", checkpoint)
     num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
+    for pair in pairs:
+        form_of(*pair).remember(data if isinstance(data, (tuple, list)) else (data,))
     batches = training_batches(*pairs[0], data, batch_size, named[0][2])
     if batches.missing:
         named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]

@@ -13,8 +13,10 @@ from torch import nn
 from ppvae import (
     VAE,
     FamilyGuide,
+    compare_families,
     evaluate,
     fit,
+    fit_replicates,
     from_pyro_svi,
     generate,
     impute,
@@ -137,6 +139,30 @@ def test_labels_go_by_their_names_from_the_first_fit_on():
         log_prob(model, guide, x[:1], pd.Series(["ant"], dtype="category"))
     with pytest.raises(ValueError, match=r"^context: expected categories of \['cat', 'dog'\]"):
         generate(model, context=pd.Series(["ant"], dtype="category"))
+
+
+def test_replicates_and_comparisons_know_the_names_too():
+    table = pd.DataFrame({"a": np.arange(6.0) % 3, "k": pd.Categorical(list("xyxyxx"))})
+    other = table.assign(k=table.k.cat.reorder_categories(["y", "x"]))[["k", "a"]]
+
+    def build():
+        model = VAE(mlp(2, out=2), 2, likelihoods.Normal())
+        return model, mlp(2, 4)
+
+    pairs = []
+    for _ in range(2):
+        model, encoder = build()
+        pairs.append((model, FamilyGuide(model, "mean_scale", encoder)))
+    fit_replicates(pairs, table, num_epochs=1, progress=False)
+    for pair in pairs:
+        values = [log_prob(*pair, t, num_samples=40) for t in (table, other)]
+        assert values[0].identical(values[1])
+    told = {"num_seeds": 2, "num_samples": 8, "num_epochs": 1, "progress": False}
+    found = [
+        compare_families(build, ["noise_only", "mean_scale"], table, test, seed=0, **told)
+        for test in (table, other)
+    ]
+    assert np.array_equal(found[0].dataset.distortion, found[1].dataset.distortion)
 
 
 def test_names_of_xarray_reach_them_too():

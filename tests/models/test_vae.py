@@ -83,6 +83,15 @@ def test_every_likelihood_and_every_prior_is_compiled(name):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_decoder_of_another_width_is_told_where_the_encoder_fails():
+    model = VAE(mlp(2, 8, out=3), 2, likelihoods.Normal())
+    with pytest.raises(
+        ValueError, match=r"^encoder: expected a module that takes \[\(1, 3\)\]"
+    ) as told:
+        FamilyGuide(model, "mean_scale", mlp(4, 8))
+    assert "its decoder's output" in told.value.__notes__[-1]
+
+
 @pytest.mark.parametrize(("kind", "prior", "family"), BLOCKED)
 def test_a_guide_without_a_gradient_is_refused(kind, prior, family):
     model = VAE(mlp(2, out=4), 2, LIKELIHOODS[kind].make(), prior=PRIORS[prior][0]())
