@@ -220,6 +220,9 @@ def check_observed(trace: Any, name: str = "data", start: int = 0) -> None:
             support = fn.support
         if not isinstance(support, property) and support is not None:
             outside = ~support.check(value)
+            if isinstance(fn, (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)):
+                gone = value.isnan()
+                outside &= ~(gone.any(-1) if support.event_dim else gone)
             depth = len(node["fn"].event_shape) - support.event_dim
             each, outside = outside, outside.flatten(-depth).any(-1) if depth else outside
             outside = masked(outside, node)

@@ -331,6 +331,23 @@ def test_what_cannot_be_left_out_is_refused_by_row_and_column(model, train):
             fit(model, guide, loader if train == "loader" else x, num_epochs=1, progress=False)
 
 
+def test_pyros_own_distribution_of_correlated_entries_is_taken():
+    """It leaves NaN out by itself, whose density is that of the others."""
+    covariance = torch.tensor([[1.0, 0.6, 0.0], [0.6, 1.0, 0.3], [0.0, 0.3, 1.0]])
+    x = holes(data(12))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1e-6))
+            fn = dist.NanMaskedMultivariateNormal(z.unsqueeze(-1) + torch.zeros(3), covariance)
+            pyro.sample("x", fn, obs=x)
+
+    guide = FamilyGuide(model, families.noise_only)
+    found = evaluate(model, guide, x, **QUIET)
+    expected = [observed_only(row, torch.zeros(3), covariance) for row in x]
+    assert np.allclose(found.log_likelihood, expected, atol=1e-4)
+
+
 def test_a_regression_without_some_answers_is_that_of_the_other_rows():
     X, y = torch.randn(40, 2), torch.randn(40)
     y[::4] = math.nan
