@@ -187,6 +187,13 @@ def test_copies_of_a_pair_are_attached_to_one_another():
         (lambda: priors.Learned(2, "deterministic"), ValueError, "^family: .* density of its own"),
         (lambda: priors.Learned(2, Family(dist.Gamma)), ValueError, "^family: .* over the reals"),
         (lambda: priors.Learned(2, 3), TypeError, "^family: expected a guide family"),
+        (
+            lambda: priors.Learned(2, context=1)(torch.zeros(1, 2)),
+            ValueError,
+            r"^context: expected shape \(batch, 1\), got \(1, 2\)",
+        ),
+        (lambda: priors.Learned(2, context=1)(), ValueError, "^context: .*, got none"),
+        (lambda: priors.Learned(2)(torch.zeros(1, 2)), ValueError, "^context: expected none, got"),
         (lambda: priors.ARD(1.5), ValueError, "^latent: expected a whole number"),
         (lambda: priors.Mixture(2, 0), ValueError, "^components: .* at least 1, got 0"),
         (lambda: priors.Mixture(2, full=1), TypeError, "^full: expected True or False, got 1"),

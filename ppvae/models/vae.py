@@ -174,14 +174,16 @@ class VAE(UniquelyNamed):
             return pyro.sample("x", fn, obs=x)
 
     def check_call(
-        self, x: Tensor | None = None, context: Tensor | None = None, **others: Any
+        self, x: Tensor | None = None, context: Tensor | None = None, *others: Any
     ) -> Tensor | None:
         """Checks the arguments of a call, and returns the context as numbers.
 
         Raises:
-            TypeError: the data or the context are no tensor.
+            TypeError: the data or the context are no tensor, or there is something else.
             ValueError: there are none, or the context does not fit the model or the data.
         """
+        told = f"{2 + len(others)} arguments"
+        expect(not others, "args", "data, and a context at most", told, TypeError)
         features = self._features(context)
         if x is not None:
             got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"

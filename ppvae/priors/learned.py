@@ -88,7 +88,16 @@ class Learned(nn.Module):
         return features
 
     def forward(self, context: Tensor | None = None) -> Any:
-        """The distribution over one latent, or over one for each row of a context."""
+        """The distribution over one latent, or over one for each row of a context.
+
+        Raises:
+            ValueError: there is a context where the prior has none, or none, or one of another
+                width.
+        """
+        width = None if context is None else context.shape[-1]
+        wanted = "none" if self.context is None else f"shape (batch, {self.context})"
+        got = "none" if context is None else tuple(context.shape)
+        expect(width == self.context, "context", wanted, got)
         fn = self.head(None if context is None else self._features(context))
         return fn.to_event(1 - len(fn.event_shape))
 

@@ -168,6 +168,13 @@ COUNTED = {
 }
 
 
+def test_further_arguments_are_refused_where_the_encoder_would_be_blamed():
+    model, guide = conditional()
+    x = torch.randn(8, 4)
+    with pytest.raises(TypeError, match="^args: expected data, and a context at most, got 4 arg"):
+        evaluate(model, guide, x, LABELS, x, x)
+
+
 @pytest.mark.parametrize("name", COUNTED)
 def test_an_exposure_multiplies_the_means_of_counts(name):
     make, log_p = COUNTED[name]
