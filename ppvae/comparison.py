@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_count, check_label, check_number, check_seed, expect
 from ppvae._process import exclusive
 from ppvae._scopes import private_modules, random_state
-from ppvae.data.adapters import as_tensors, schema_of
+from ppvae.data.adapters import as_tensors, items_of, schema_of
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.families.ladder import as_family
 from ppvae.guides.family_guide import FamilyGuide
@@ -280,8 +280,5 @@ def _test_data(test: Any) -> tuple[Any, ...]:
     args = as_tensors("test", test, missing=True)
     size = len(args[0]) if args[0].dim() else 1
     expect(size >= 2, "test", "at least 2 data", size)
-    items = test if isinstance(test, (tuple, list)) else (test,)
-    if len(items) != len(args):  # a list of numbers
-        return args
-    pairs = zip(items, args, strict=True)
+    pairs = zip(items_of(test), args, strict=True)
     return tuple(arg if schema_of(item) is None else item for item, arg in pairs)

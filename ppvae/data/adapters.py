@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -64,10 +65,14 @@ class Form:
 
     def is_real(self, position: int) -> bool:
         """Whether the argument at a position is real numbers, as far as a model tells."""
-        known = (getattr(program, "example", None) for program in self.programs)
-        example = next((made() for made in known if callable(made)), ())
-        value = example[position] if position < len(example) else None
+        value = self._example[position] if position < len(self._example) else None
         return isinstance(value, Tensor) and value.is_floating_point()
+
+    @cached_property
+    def _example(self) -> tuple[Any, ...]:
+        """The arguments that a model offers, which it may have to run its networks for."""
+        known = (getattr(program, "example", None) for program in self.programs)
+        return next((made() for made in known if callable(made)), ())
 
     def schema(self, position: int) -> Schema | None:
         """The columns and categories of an argument, as far as they are known.
@@ -84,9 +89,9 @@ class Form:
         except TypeError:  # a model without a hash or weak references
             return None
 
-    def remember(self, items: Sequence[Any]) -> None:
+    def remember(self, data: Any) -> None:
         """Keeps the schemas of what a model is trained on, where it has none yet."""
-        for position, item in enumerate(items):
+        for position, item in enumerate(items_of(data)):
             found = schema_of(item)
             if found is not None and self.programs:
                 with suppress(TypeError):
@@ -123,8 +128,7 @@ def as_tensors(
         TypeError: there is something else among them, such as text or a sparse tensor.
         ValueError: there is none, a number is not finite, or the first dimensions differ.
     """
-    several = isinstance(data, (tuple, list)) and not _is_nested(data)
-    items = tuple(data) if several else (data,)
+    items = items_of(data)
     expect(items, name, "at least one tensor or array", "none")
     form = form or Form()
     dtype = form.dtype or torch.get_default_dtype()
@@ -137,6 +141,12 @@ def as_tensors(
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     expect(len(lengths) == 1, name, "equal first dimensions", sorted(lengths))
     return tensors
+
+
+def items_of(data: Any) -> tuple[Any, ...]:
+    """The arguments that data are: those of a tuple or a list, unless it is one of numbers."""
+    several = isinstance(data, (tuple, list)) and not _is_nested(data)
+    return tuple(data) if several else (data,)
 
 
 def _is_nested(data: Any) -> bool:

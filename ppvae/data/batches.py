@@ -92,7 +92,7 @@ class Batches:
             item = None
             for item in self.loader:
                 tensors = as_tensors(self.name, item, self.form, missing=True)
-                if self.form is not None:  # a word is enough
+                if self.form is not None and self.form.warns:  # a word is enough
                     self.form = replace(self.form, warns=False)
                 batch = (*(tensor.to(self.device) for tensor in tensors), *self.extra)
                 if self.check is not None:
@@ -146,7 +146,7 @@ def batches_of(
     """
     data = data.tensors if isinstance(data, TensorDataset) else data
     if form is not None and training:
-        form.remember(data if isinstance(data, (tuple, list)) else (data,))
+        form.remember(data)
     held = isinstance(data, (Dataset, DataLoader))
     expect(held or size is None, "size", "none beside data that tell their number", size)
     tensors = () if held else as_tensors(name, data, form, missing=True, sparse=True)

@@ -59,6 +59,13 @@ def bare(program: Any) -> Any:
     return program
 
 
+def has_keywords(program: Any) -> bool:
+    """Whether the last arguments of a program are its keyword arguments, however it is wrapped."""
+    while isinstance(program, Wrapper) and not isinstance(program, WithKeywords):
+        program = program.program
+    return isinstance(program, WithKeywords)
+
+
 def check_programs(model: Any, guide: Any) -> None:
     """Raises a TypeError unless model and guide can be called."""
     for name, program in {"model": model, "guide": guide}.items():

@@ -16,7 +16,7 @@ from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import form_of, has_missing, prepared
-from ppvae.programs.keywords import WithKeywords, bare, check_programs, with_keywords
+from ppvae.programs.keywords import bare, check_programs, has_keywords, with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import (
     DRAWS,
@@ -70,7 +70,7 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
 def check_call(model: Program, args: Args) -> None:
     """Lets a model check the arguments of a call, if it has a method for that."""
     check = getattr(bare(model), "check_call", None)
-    if callable(check) and not isinstance(model, WithKeywords):
+    if callable(check) and not has_keywords(model):
         check(*args)
 
 

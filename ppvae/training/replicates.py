@@ -129,8 +129,8 @@ def fit_replicates(
     checkpoint = None if checkpoint is None else as_path("checkpoint", checkpoint)
     num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
-    for pair in pairs:
-        form_of(*pair).remember(data if isinstance(data, (tuple, list)) else (data,))
+    for pair in pairs[1:]:
+        form_of(*pair).remember(data)
     batches = training_batches(*pairs[0], data, batch_size, named[0][2])
     if batches.missing:
         named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]
