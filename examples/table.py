@@ -74,7 +74,7 @@ def cancer(args: argparse.Namespace) -> None:
         print(f"  {f'VAE, seed {seed}':40s}{found[-1].nrmse ** 2:8.3f}", end="")
         print(f"   (train loss {result.losses[-1]:.2f}; its 90 % intervals hold", end=" ")
         print(f"{found[-1].coverage:.0%})")
-    codes = encode(model, guide, np.where(hidden, np.nan, x)).mean
+    codes = encode(model, guide, gaps).mean
     print(f"A linear classifier finds the diagnosis from the codes: {_right(codes, table.target)}")
     names = table.target_names[table.target]
     figure = plots.latents({"breast cancer, half hidden": codes}, names)
