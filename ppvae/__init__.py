@@ -11,7 +11,7 @@ from ppvae import closed_form, families, likelihoods, objectives, priors
 from ppvae import data as data  # not in `__all__`: `from ppvae import *` must not replace
 from ppvae import nn as nn  # what others call `data` and `nn`
 from ppvae.families import Family
-from ppvae.guides import FamilyGuide, HeavyTails
+from ppvae.guides import Block, FamilyGuide, HeavyTails
 from ppvae.models import VAE
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.simulation import simulate
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Block",
     "VAE",
     "Diverged",
     "Family",

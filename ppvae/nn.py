@@ -25,6 +25,7 @@ __all__ = [
     "Expm1",
     "FillMissing",
     "Log1p",
+    "Pool",
     "Standardize",
     "conv_decoder",
     "conv_encoder",
@@ -360,6 +361,45 @@ class Concatenate(nn.Module):
         dtype = reduce(torch.promote_types, [part.dtype for part in parts])
         features: Tensor = self.module(torch.cat([part.to(dtype) for part in parts], -1))
         return features
+
+
+class Pool(nn.Module):
+    """An encoder of groups: the mean of what a module makes of their members, and their number.
+
+    The order of the members makes no difference. All members of a group must be in one call.
+
+    Args:
+        module: a module of all arguments but the labels, `(batch, *) -> (batch, features)`.
+        groups: number of groups.
+        labels: which argument has the number of each member's group; by default the last.
+
+    Raises:
+        TypeError: `module` is none.
+        ValueError: `groups` is no whole number of at least 1, or in a call, a label none of 0, ...,
+            groups - 1.
+
+    Zaheer et al., Deep sets, 2017.
+
+    Example:
+        >>> encoder = Pool(mlp(5, 16), groups=3)
+        >>> encoder(torch.zeros(4, 5), torch.tensor([0, 2, 2, 0])).shape
+        torch.Size([3, 17])
+    """
+
+    def __init__(self, module: nn.Module, groups: int, labels: int = -1) -> None:
+        super().__init__()
+        known = isinstance(module, nn.Module)
+        expect(known, "module", "a torch.nn.Module", repr(module), TypeError)
+        self.module, self.groups, self.labels = module, check_count("groups", groups), labels
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """Arguments `(batch, *)` -> features `(groups, features + 1)`; the last is log(1 + n)."""
+        others = list(args)
+        member = one_hot(others.pop(self.labels), self.groups)
+        features: Tensor = self.module(*others)
+        member = member.to(features.dtype)
+        count = member.sum(0)[:, None]
+        return torch.cat([member.T @ features / count.clamp_min(1.0), count.log1p()], -1)
 
 
 def one_hot(labels: Tensor, count: int, name: str = "labels") -> Tensor:

@@ -19,10 +19,13 @@ family                expression                 channels
 `flow`                a normalizing flow         loc, scale, shape
 ===================== ========================== ==================
 
+Beside the ladder, `Banded(bandwidth)` is a `full_rank` of chains in time: a banded precision.
+
 **To add a family**, write one line: `Family(dist.AsymmetricLaplace)`. For a head that is not the
 application of one distribution to its arguments, see `GuideFamily`, which is the contract.
 """
 
+from ppvae.families.banded import Banded
 from ppvae.families.base import GuideFamily
 from ppvae.families.family import Family
 from ppvae.families.flows import Flow
@@ -44,6 +47,7 @@ flow = LADDER["flow"]
 
 __all__ = [
     "LADDER",
+    "Banded",
     "Channel",
     "Family",
     "Flow",

@@ -1,6 +1,7 @@
 """Heads: the modules that turn features, or free parameters, into a distribution."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,13 +102,26 @@ class Head(nn.Module):
             constraint = rule.constraint or own[name]
             self.add_module(name, Argument(constraint, size, source, start))
 
-    def forward(self, features: Tensor | None = None) -> Any:
-        """The distribution over `(*, *shape)`; the last dim is the event of a joint family."""
-        values = {}
+    def forward(
+        self, features: Tensor | None = None, rows: Sequence[tuple[int, Tensor]] = ()
+    ) -> Any:
+        """The distribution over `(*, *shape)`; the last dim is the event of a joint family.
+
+        Args:
+            features: shape `(*, features)`; None for free parameters.
+            rows: pairs of a dim of `shape` and the indices that are wanted along it, of a head of
+                free parameters of an elementwise family.
+        """
+        values, shape = {}, list(self.shape)
         for name in self.family.rules:
             value = getattr(self, name)
-            values[name] = value(features) if isinstance(value, Argument) else value
+            whole = isinstance(value, Argument) and value.shape == self.shape
+            value = value(features) if isinstance(value, Argument) else value
+            for dim, index in rows:
+                value = value.index_select(dim, index) if whole else value
+                shape[dim] = len(index)
+            values[name] = value
         batch = features.shape[:-1] if features is not None else torch.Size()
         kind = self.family.distribution
         fn = STABLE.get(kind, kind)(**values)
-        return fn.expand(batch if self.family.joint else batch + self.shape)
+        return fn.expand(batch if self.family.joint else batch + torch.Size(shape))

@@ -99,17 +99,22 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
     if not isinstance(guide, FamilyGuide) or guide.encoder is not None:
         return []
     sd = torch.cholesky_inverse(factor).diagonal().rsqrt()  # with the other latents held
+    places, start = {}, 0
+    for site in guide.sites:
+        size = site.seen_from(None)
+        places[site.name] = torch.arange(start, start + size)
+        start += size
     pieces: list[Piece] = []
-    locations: list[tuple[nn.Parameter, slice, torch.Size]] = []
-    start = 0
+    locations: list[tuple[nn.Parameter, Tensor, torch.Size]] = []
     for block in guide.blocks:
-        at = slice(start, start + sum(site.size for site in block.sites))
-        start = at.stop
+        if block.frame is not None or block.given or block.prior or block.from_model:
+            continue  # not a parameter for each coordinate
+        at = torch.cat([places[name] for name in block.names])
         arguments = dict(guide.heads[block.key].named_children()) if block.over_reals else {}
         for name, argument in arguments.items():
             if not isinstance(argument, Argument) or argument.raw is None:
                 continue
-            raw, whole = argument.raw, argument.shape.numel() == at.stop - at.start
+            raw, whole = argument.raw, argument.shape.numel() == len(at)
             if name in ("loc", "v") and is_real(argument.constraint) and whole:
                 locations.append((raw, at, argument.shape))
             elif name in ("loc", "v") and whole:
@@ -117,9 +122,9 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
             elif name == "scale":
                 pieces.append(_scale(argument, sd[at]))
             elif name == "scale_tril" and argument.triangular:
-                pieces.append(_triangle(argument, factor[at, at]))
+                pieces.append(_triangle(argument, _factor_of(factor, at)))
             elif name == "cov_factor":
-                pieces.append(_loading(argument, factor[at, at], sd[at]))
+                pieces.append(_loading(argument, _factor_of(factor, at), sd[at]))
             elif name == "cov_diag":
                 pieces.append(_scale(argument, sd[at].square()))
     if locations:
@@ -128,7 +133,7 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
 
 
 def _location(
-    locations: list[tuple[nn.Parameter, slice, torch.Size]], mean: Tensor, factor: Tensor
+    locations: list[tuple[nn.Parameter, Tensor, torch.Size]], mean: Tensor, factor: Tensor
 ) -> Piece:
     """The locations of all latents, moved together along the axes of the posterior."""
 
@@ -137,6 +142,14 @@ def _location(
         return [moved[at].reshape(shape) for _, at, shape in locations]
 
     return Piece([raw for raw, _, _ in locations], len(mean), values, located=True)
+
+
+def _factor_of(factor: Tensor, at: Tensor) -> Tensor:
+    """The Cholesky factor of the covariance of some latents, with the others held."""
+    if len(at) == len(factor) and bool((at[1:] > at[:-1]).all()):
+        return factor
+    precision = torch.cholesky_inverse(factor)[at][:, at]
+    return torch.linalg.cholesky(torch.linalg.inv(precision))
 
 
 def _bounded(argument: Argument, mean: Tensor) -> Piece:

@@ -6,18 +6,16 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae.guides.blocks import Block
+from ppvae.guides.blocks import Drawn
 from ppvae.guides.plates import Plates
-from ppvae.programs.nodes import is_real, latent_nodes, trace_of
+from ppvae.programs.nodes import is_real
 
 
 def draw(
-    fn: Any, block: Block, plates: dict[str, Any], layout: Plates, name: str
+    fn: Any, block: Drawn, plates: dict[str, Any], layout: Plates, name: str
 ) -> dict[str, Tensor]:
     """Samples the sites of a block.
 
@@ -38,7 +36,7 @@ def draw(
     return _draw_site(fn, block, plates)
 
 
-def _draw_site(fn: Any, block: Block, plates: dict[str, Any]) -> dict[str, Tensor]:
+def _draw_site(fn: Any, block: Drawn, plates: dict[str, Any]) -> dict[str, Tensor]:
     """Samples the one site of a block from its own distribution."""
     (site,) = block.sites
     fn = on_support(fn, block)
@@ -46,7 +44,7 @@ def _draw_site(fn: Any, block: Block, plates: dict[str, Any]) -> dict[str, Tenso
         return {site.name: pyro.sample(site.name, fn)}
 
 
-def on_support(fn: Any, block: Block) -> Any:
+def on_support(fn: Any, block: Drawn) -> Any:
     """The distribution of the one site of a block, on its support, from what the head returned."""
     (site,) = block.sites
     if isinstance(fn, Tensor):
@@ -61,17 +59,17 @@ def on_support(fn: Any, block: Block) -> Any:
 
 
 def _draw_flat(
-    fn: Any, block: Block, plates: dict[str, Any], layout: Plates, name: str
+    fn: Any, block: Drawn, plates: dict[str, Any], layout: Plates, name: str
 ) -> dict[str, Tensor]:
     """Samples all coordinates at once and hands each site its piece, as `AutoContinuous` does."""
-    with _inside(plates, [] if layout.data is None else [layout.data]):
+    with _inside(plates, [] if block.frame is None else [block.frame.name]):
         joint = fn if block.family.joint else fn.to_event(1)
         flat = pyro.sample(name, joint, infer={"is_auxiliary": True})
     draws = {}
     pieces = flat.split([site.size for site in block.sites], dim=-1)
     for site, piece in zip(block.sites, pieces, strict=True):
         with _inside(plates, (frame.name for frame in site.frames)):
-            value = unconstrained = layout.shape(piece, site)
+            value = unconstrained = layout.shape(piece, site, block.frame, plates)
             if not is_real(site.support):
                 value = site.transform(unconstrained)
                 if not isinstance(fn, dist.Delta) and am_i_wrapped():
@@ -82,35 +80,6 @@ def _draw_flat(
             infer: Any = {"is_piece": True}
             draws[site.name] = pyro.sample(site.name, fn_site, infer=infer)
     return draws
-
-
-def draw_from_model(
-    model: Any, args: Any, kwargs: Any, drawn: frozenset[str], plates: dict[str, Any] | None
-) -> dict[str, Tensor]:
-    """Runs the model's own latent statements.
-
-    Args:
-        model: the model.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        drawn: names of the plates that draw a subsample of their own.
-        plates: by name the plates of the guide list that the guide is in, which have drawn theirs
-            already; None outside of a list.
-
-    Returns:
-        The values by the names of the sites.
-    """
-    if plates is not None:
-        rows = {name: plates[name].indices for name in drawn if name in plates}
-        model = poutine.condition(model, data=rows)
-
-    def hide(msg: Any) -> bool:
-        if site_is_subsample(msg):  # recorded once: by this guide, or by the list it is in
-            return plates is not None or msg["name"] not in drawn
-        return msg["type"] != "sample" or msg["is_observed"]
-
-    trace = trace_of(poutine.block(model, hide_fn=hide), args, kwargs)
-    return {node["name"]: node["value"] for node in latent_nodes(trace)}
 
 
 @contextmanager

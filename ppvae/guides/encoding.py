@@ -1,5 +1,6 @@
 """Runs an encoder on the arguments of a model, and checks what it puts out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,16 +10,19 @@ from ppvae._checks import expect
 from ppvae.programs.missing import is_nan_masked, takes_missing
 
 
-def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) -> Tensor:
+def encode(
+    encoder: nn.Module, args: tuple[Any, ...], width: int | None = None, rows: Sequence[int] = ()
+) -> Tensor:
     """The features of the data; an encoder no part of which takes NaN gets zeros in its place.
 
     Args:
         encoder: a module from the arguments to the features.
         args: the positional arguments of the model.
         width: length of the features; None takes any.
+        rows: lengths of the batch beside those of the arguments, as those of a plate of groups.
 
     Returns:
-        The features, of shape `(batch, features)`.
+        The features, of shape `(batch, features)` or `(batch, steps, features)`.
 
     Raises:
         TypeError: the features are no tensor, or complex or whole numbers.
@@ -38,7 +42,11 @@ def encode(encoder: nn.Module, args: tuple[Any, ...], width: int | None = None) 
     expect(dense, "encoder", "features in a dense tensor", kind, TypeError)
     shape = tuple(features.shape)
     lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
-    fits = len(shape) == 2 and width in (None, shape[-1]) and (not lengths or shape[0] in lengths)
+    fits = (
+        len(shape) in (2, 3)
+        and width in (None, shape[-1])
+        and (not lengths or shape[0] in [*lengths, *rows])
+    )
     wanted = f"features of shape (batch, {width or 'features'}), with the batch of the arguments"
     expect(fits, "encoder", f"{wanted} {came}", shape)
     expect(shape[0], "encoder", "features of at least one datum", "none")

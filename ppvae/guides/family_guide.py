@@ -1,7 +1,8 @@
 """One guide for every family: it samples each latent site of a model from the family's head."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -9,29 +10,33 @@ from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules, random_state
-from ppvae.families.ladder import as_family
-from ppvae.guides.blocks import Block, check_tails, divide, representing, source_of
-from ppvae.guides.draws import draw, draw_from_model, on_support
+from ppvae.guides.assignment import Block, BySite, fits
+from ppvae.guides.blocks import Drawn, Encoded, check_tails, divide, representing
+from ppvae.guides.draws import draw, on_support
 from ppvae.guides.encoding import encode
+from ppvae.guides.in_model import draw_in_model, shifted
+from ppvae.guides.inputs import inputs_of
 from ppvae.guides.model_guide import ModelGuide
 from ppvae.guides.plates import Plates, read_plates
-from ppvae.guides.sites import encoder_plate
+from ppvae.guides.sites import Site, encoder_plate
 from ppvae.models.protocol import example_of
 from ppvae.programs.missing import LeaveOut
-from ppvae.programs.nodes import dtype_of, is_point, latent_nodes, prototype
+from ppvae.programs.nodes import Node, dtype_of, is_inside, is_point, latent_nodes, prototype
 
 
 class FamilyGuide(ModelGuide):
-    r"""A guide that draws every latent site of a model from one family.
+    r"""A guide that draws the latent sites of a model from one family, or each from its own.
 
-    With an encoder the latents are local: for each datum, features `h = encoder(*args)` fill the
-    channels of `q(z | x)`. Without, they are global: the channels are free parameters.
+    With an encoder the sites in the plate that its batch runs along are local: for each datum,
+    features `h = encoder(*args)` fill the channels of `q(z | x)`. All others, or all without an
+    encoder, are global: the channels are free parameters.
 
     Families over the reals reach a constrained site through `biject_to(support)`, with the
     log-determinant counted; a family over another support (`Family(dist.Gamma)`) is used as it is
     where its support is the site's. A joint family (`full_rank`, `low_rank`, `flow`) spans all
-    sites at once. A point (`deterministic`, `zero`) is a point of the constrained space, as in
-    Pyro's `AutoDelta`; its objective is a penalised log-likelihood and no bound.
+    sites of its entry at once, but never local ones with global ones. A point (`deterministic`,
+    `zero`) is a point of the constrained space, as in Pyro's `AutoDelta`; its objective is a
+    penalised log-likelihood and no bound.
 
     The parameters are made by the first call, or explicitly by `setup(*args)`, or by
     `load_state_dict`; and at once, where there is an encoder and the model offers `example()`, as
@@ -39,17 +44,27 @@ class FamilyGuide(ModelGuide):
 
     Args:
         model: any Pyro model with latent sites; the guide takes the same arguments.
-        family: a guide family, such as `families.mean_scale`, or its name in the ladder.
-        encoder: a module `*args -> features` of shape `(batch, features)`.
+        family: a guide family, such as `families.mean_scale`, or its name in the ladder; or a
+            mapping to such from the names of latent sites, from patterns such as "z_*" ("*" for the
+            rest), or from tuples of these, whose sites a joint family draws together. A `Block` in
+            the place of a family says more: what a site depends on, and where its channels come
+            from.
+        encoder: a module `*args -> features` of shape `(batch, features)`; or a mapping to such
+            from names or patterns, where sites have encoders of their own, along the plates that
+            they stand in (as a plate of groups). With features of shape `(batch, steps, features)`
+            the sites of an entry, or the members of a plate inside that of the batch, take one step
+            each, and share one head.
         plate: name of the plate that the encoder's batch runs along; by default `data`, or else, of
-            the plates that all latent sites share, the one with as many members as the batch.
+            the plates around latent sites (that they all share, if there are such), the one with
+            as many members as the batch.
         create_plates: as in Pyro's autoguides, a function of the model's arguments that returns
             plates to use.
 
     Raises:
         TypeError: `family` or `encoder` is not what it should be.
-        ValueError: when the parameters are made: the family cannot represent a site, the encoder's
-            output does not fit, or the latent sites share no plate.
+        ValueError: when the parameters are made: a family cannot represent a site, a site has no
+            family or a pattern no site, the encoder's output does not fit, or no latent site is in
+            a plate of its batch. Later: a plate whose members have parameters changes its size.
 
     Warns:
         HeavyTails: when the parameters are made: draws of the family are mapped to the support of a
@@ -67,31 +82,59 @@ class FamilyGuide(ModelGuide):
         >>> guide = FamilyGuide(model, "mean_scale", encoder=mlp(3, 16)).setup(x)
         >>> guide.heads["z"].loc.linear
         Linear(in_features=16, out_features=2, bias=True)
+
+        Local latents that depend on a global one:
+
+        >>> from ppvae import Block
+        >>> def model(x):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(mu, 1.0))
+        ...         pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+        >>> by_site = {"mu": "mean_scale", "z": Block("mean_scale", given=["mu"])}
+        >>> guide = FamilyGuide(model, by_site, encoder=mlp(3, 16))
+        >>> {name: tuple(value.shape) for name, value in guide(x).items()}
+        {'mu': (), 'z': (10,)}
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
         family: Any,
-        encoder: nn.Module | None = None,
+        encoder: nn.Module | Mapping[Any, nn.Module] | None = None,
         *,
         plate: str | None = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        known = encoder is None or isinstance(encoder, nn.Module)
-        expect(known, "encoder", "a torch.nn.Module", repr(encoder), TypeError)
+        by_name = dict(encoder) if isinstance(encoder, Mapping) else {}
+        modules: list[Any] = (
+            [*by_name.values()] if by_name else [] if encoder is None else [encoder]
+        )
+        known = all(isinstance(module, nn.Module) for module in modules)
+        named = all(isinstance(n, (str, tuple)) for n in by_name)
+        wanted = "a torch.nn.Module, or a mapping from latent sites to such"
+        expect(known and named, "encoder", wanted, repr(encoder), TypeError)
         for name, program in {"model": model, "create_plates": create_plates}.items():
             kind, known = type(program).__name__, callable(program) or program is None
             fits = known and not (name == "model" and program is None)
             expect(fits, name, "a function or module", kind, TypeError)
         expect(plate is None or isinstance(plate, str), "plate", "a name", repr(plate), TypeError)
         super().__init__(model, create_plates=create_plates)
-        self.family, self.plate = as_family(family), plate
-        self.encoder = encoder
+        self._by_site = BySite(family)
+        self.family, self.plate = self._by_site.one or self._by_site, plate
+        self._encoded_by: dict[str, tuple[str, ...]] = {}
+        if by_name:
+            keys = {name: (name,) if isinstance(name, str) else name for name in by_name}
+            self._encoded_by = {f"{number}": names for number, names in enumerate(keys.values())}
+            self.encoder: Any = nn.ModuleDict(dict(zip(self._encoded_by, modules, strict=True)))
+        else:
+            self.encoder = encoder
         self.heads = nn.ModuleDict()
-        self._head_shapes: dict[str, torch.Size] = {}
-        self._features: int | None = None
-        self._blocks: list[Block] = []
+        self._made: dict[str, _Made] = {}
+        self._features: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
+        self._blocks: list[Drawn] = []
+        self._sites: dict[str, Site] = {}
         self._plates = Plates()
         example = None if encoder is None else example_of(model)  # else each datum has its own
         if example is not None:
@@ -108,9 +151,19 @@ class FamilyGuide(ModelGuide):
         return "\n".join([first, f"  (family): {self.family!r}", *others])
 
     @property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[Drawn, ...]:
         """The latent sites in the groups that are drawn together; none before `setup`."""
         return tuple(self._blocks)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The latent sites in the order of the model; none before `setup`."""
+        return tuple(self._sites.values())
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Names of the plates that have parameters for each of their members."""
+        return self._plates.held
 
     def setup(self, *args: Any, **kwargs: Any) -> "FamilyGuide":
         """Looks at the model once, on its arguments, and makes the parameters.
@@ -118,35 +171,86 @@ class FamilyGuide(ModelGuide):
         Trains nothing, uses up no random numbers but those of the initial values, and changes no
         buffer.
         """
-        source, features = source_of(self.family, self.encoder), None
         with torch.no_grad(), poutine.block(), private_modules(), eval_mode(self, self.model):
             with random_state(None, keep=True):
                 trace = prototype(self.model, args, kwargs)
-            if self.encoder is not None and source == "encoder":
-                with LeaveOut():  # whatever is missing: only shapes are wanted
-                    features = encode(self.encoder, args, self._features)
-                self._features = features.shape[-1]
-        nodes = latent_nodes(trace)
-        expect(nodes, "model", "latent sites", "none")
-        data = None if features is None else encoder_plate(trace, len(features), self.plate)
-        blocks = divide(self.family, nodes, data, source)
+            nodes = latent_nodes(trace)
+            expect(nodes, "model", "latent sites", "none")
+            with LeaveOut():  # whatever is missing: only shapes are wanted
+                encoded, features = self._encoders_of(nodes, args)
+        blocks = divide(self._by_site, nodes, encoded)
+        sites = {site.name: site for block in blocks for site in block.sites}
+        self._sites = {node["name"]: sites[node["name"]] for node in nodes}
         values = [node["value"] for node in nodes]
         like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
-        for block in blocks if source != "model" else []:
-            known = self._head_shapes.get(block.key, block.shape)
-            expected = f"a latent of shape {tuple(known)} for the head {block.key!r}, as before"
-            expect(known == block.shape, "model", expected, tuple(block.shape))
-            with representing(self.family, block.sites[0]):
-                self._build(block.key, block.shape, like)
+        for block in blocks:
+            if block.from_model:
+                continue
+            width = block.width(self._sites) + self._features.get(block.encoder or "", 0)
+            made = _Made(block.shape, width or None, block.sites[0].name, block.encoder)
+            known = self._made.get(block.key, made)
+            expected = (
+                f"a latent of shape {tuple(known.shape)} for the head {block.key!r}, as before"
+            )
+            expect(known.shape == block.shape, "model", expected, tuple(block.shape))
+            expected = f"{known.width} inputs of the head {block.key!r}, as before"
+            expect(known.width == made.width, "model", expected, made.width)
+            with representing(block.family, block.sites[0]):
+                self._build(block.key, made, like)
                 with torch.no_grad(), random_state(None, keep=True), eval_mode(self):
-                    fn = self.heads[block.key](None if features is None else features[:1])
+                    some = None if not width else torch.zeros(1, width).to(_like(self, made, like))
+                    fn = self.heads[block.key](some)
                     check_tails(fn, block)
-        self._plates = read_plates(trace, nodes, data, features)
+        frames = {way.frame.name: way for way in encoded.values()}
+        whole = {n: len(features[w.encoder]) == w.frame.full_size for n, w in frames.items()}
+        self._plates = read_plates(trace, nodes, blocks, whole)
         self._blocks = blocks
         prior: Any = getattr(self.model, "prior", None)
         if hasattr(prior, "attach") and not prior.attached:  # it is made of posteriors
             prior.attach(self.posterior)
         return self
+
+    def _encoders(self) -> dict[str, tuple[tuple[str, ...], nn.Module]]:
+        """Key -> the sites that an encoder is for, and the encoder; "all" is that for all sites."""
+        if self._encoded_by:
+            return {key: (names, self.encoder[key]) for key, names in self._encoded_by.items()}
+        return {} if self.encoder is None else {"all": (("*",), self.encoder)}
+
+    def _encoders_of(
+        self, nodes: list[Node], args: tuple[Any, ...]
+    ) -> tuple[dict[str, Encoded], dict[str, Tensor]]:
+        """Site -> its encoder, and encoder -> features; runs each encoder that a site wants."""
+        names = [node["name"] for node in nodes]
+        groups = self._by_site.groups(names)
+        blocks = {name: group.block for group in groups for name in group.names}
+        open_ = [n for n in names if _may_be_encoded(blocks[n])]
+        encoded: dict[str, Encoded] = {}
+        features: dict[str, Tensor] = {}
+        for key, (patterns, module) in self._encoders().items():
+            wanted = [n for n in open_ if fits(n, patterns) and n not in encoded]
+            for pattern in patterns if key != "all" else ():
+                used = any(fits(n, (pattern,)) for n in names)
+                expect(used, "encoder", f"names or patterns of the latent sites {names}", pattern)
+            if not wanted:
+                continue
+            frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
+            result = self._encode(key, module, args, *(frame.size for frame in frames))
+            features[key], self._features[key] = result, result.shape[-1]
+            self._rows[key] = len(result)
+            plates = {blocks[n].plate for n in wanted} - {None}
+            expect(len(plates) < 2, "plate", "one plate for the sites of an encoder", plates)
+            plate = next(iter(plates), self.plate)
+            rows = [node for node in nodes if node["name"] in wanted]
+            frame = encoder_plate(rows, len(result), plate, names)
+            steps = result.shape[1] if result.dim() == 3 else None
+            inside = [node["name"] for node in rows if is_inside(node, frame)]
+            encoded |= {name: Encoded(key, frame, steps) for name in inside}
+        return encoded, features
+
+    def _encode(self, key: str, module: nn.Module, args: tuple[Any, ...], *rows: int) -> Tensor:
+        """The features of an encoder: as many rows as an argument has, or as once before."""
+        known = [*rows, *([self._rows[key]] if key in self._rows else [])]
+        return encode(module, args, self._features.get(key), known)
 
     def posterior(self, *args: Any) -> Any:
         """The distribution q(z | x) of the one latent site of a model, for data.
@@ -163,11 +267,12 @@ class FamilyGuide(ModelGuide):
         """
         wanted = "an encoder, and one latent site in the plate of the data"
         one = len(self._blocks) == 1 and len(self._blocks[0].sites) == 1
-        one = one and self._blocks[0].source == "encoder" and not self._blocks[0].flat
+        one = one and self._blocks[0].encoder == "all" and not self._blocks[0].flat
+        one = one and not self._blocks[0].prior
         expect(one and not self._blocks[0].sites[0].right, "guide", wanted, f"{self.family.name}")
         (block,) = self._blocks
-        assert self.encoder is not None
-        fn = on_support(self.heads[block.key](encode(self.encoder, args, self._features)), block)
+        features = encode(self.encoder, args, self._features["all"])
+        fn = on_support(self.heads[block.key](features), block)
         dense = not is_point(fn)
         expect(dense, "family", "one with a density, for a prior that is made of it", fn)
         return fn
@@ -176,40 +281,83 @@ class FamilyGuide(ModelGuide):
         """Draws every latent site; takes the model's arguments and returns the values by name."""
         if not self._blocks:
             self.setup(*args, **kwargs)
-        sources = {block.source for block in self._blocks}
-        if "model" in sources:
-            listed = None if self.master is None else self.master().plates
-            return draw_from_model(self.model, args, kwargs, self._plates.drawn, listed)
-        encoder, heads, features = self.encoder, self.heads, None
-        if encoder is not None and "encoder" in sources:
-            features = encode(encoder, args, self._features)
-
-        def rows_in_model(plate: str) -> Tensor:
-            return prototype(self.model, args, kwargs).nodes[plate]["value"]
-
-        plates = self._plates.make(features, self._create_plates(*args, **kwargs), rows_in_model)
-        if features is not None:
-            features = self._plates.rows(features, plates)
+        listed = None if self.master is None else self.master().plates
+        first = [block for block in self._blocks if not block.late]
+        late = {block.sites[0].name: block for block in self._blocks if block.late}
         draws: dict[str, Tensor] = {}
-        for block in self._blocks:
-            right = bool(block.sites[0].right) and not block.flat
-            fn = heads[block.key](self._plates.align(features, right=right))
-            draws |= draw(fn, block, plates, self._plates, f"_{self._pyro_name}_{block.key}")
+        features: dict[str, Tensor] = {}
+        plates: dict[str, Any] | None = None
+        used = {block.encoder for block in self._blocks} - {None}
+        for key, (_, module) in self._encoders().items():
+            if key in used:
+                features[key] = self._encode(key, module, args)
+        if first or features:
+
+            def rows_in_model(plate: str) -> Tensor:
+                return prototype(self.model, args, kwargs).nodes[plate]["value"]
+
+            lengths: dict[str, int] = {}
+            for block in self._blocks:
+                if block.encoder is not None:
+                    lengths |= block.lengths(features[block.encoder])
+            own = self._create_plates(*args, **kwargs)
+            plates = self._plates.make(lengths, own, args, rows_in_model)
+        through = partial(self._through_head, features=features, plates=plates or {})
+        for block in first:
+            fn = through(block, values=draws)
+            name = f"_{self._pyro_name}_{block.key}"
+            draws |= draw(fn, block, plates or {}, self._plates, name)
+        if late:
+
+            def posterior(name: str, prior: Any, values: Mapping[str, Tensor]) -> Any:
+                block = late[name]
+                if block.from_model:
+                    return None
+                fn = through(block, values=values)
+                if block.prior is not None:
+                    fn = shifted(fn, prior, block.sites[0], block.prior)
+                return on_support(fn, block)
+
+            known = plates if listed is None else listed
+            call, rows = (args, kwargs), self._plates.drawn
+            draws |= draw_in_model(self.model, call, draws, late, posterior, rows, known)
         return draws
 
-    def _build(self, key: str, shape: torch.Size, like: Tensor | None = None) -> None:
+    def _through_head(
+        self,
+        block: Drawn,
+        features: Mapping[str, Tensor],
+        plates: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+    ) -> Any:
+        """What the head of a block returns for the features and the values so far."""
+        rows = features.get(block.encoder) if block.encoder is not None else None
+        if rows is not None:
+            rows = self._plates.rows(rows, plates[block.frame.name])
+        into = inputs_of(block, rows, values, self._sites)
+        thinned = [] if block.flat else block.sites[0].thinned
+        if not thinned:
+            return self.heads[block.key](into)
+        index = [(dim, plates[name].indices) for dim, name in thinned]
+        return self.heads[block.key](into, rows=index)
+
+    def _build(self, key: str, made: "_Made", like: Tensor | None = None) -> None:
         """Makes a head that is not there yet, like the encoder's last layer or like a latent."""
-        self._head_shapes[key] = shape
+        self._made[key] = made
         if key not in self.heads:
-            head = self.family.head(self._features, shape)
-            weights = () if self.encoder is None else self.encoder.parameters()
-            near = [like, *(weight for weight in weights if weight.is_floating_point())][-1]
+            head = self._by_site.family_of(made.site).head(made.width, made.shape)
+            near = _like(self, made, like)
             self.heads[key] = head if near is None else head.to(near.device, near.dtype)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The family, and the shapes from which `load_state_dict` makes the heads."""
-        shapes = {key: list(shape) for key, shape in self._head_shapes.items()}
-        return {"features": self._features, "shapes": shapes, "family": self.family.name}
+        heads = {key: made.state() for key, made in self._made.items()}
+        return {
+            "features": self._features,
+            "rows": self._rows,
+            "heads": heads,
+            "family": self.family.name,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Does nothing: the heads were made before their parameters were read."""
@@ -219,8 +367,39 @@ class FamilyGuide(ModelGuide):
         names = (self.family.name, repr(self.family))
         saved = state.get("family", names[0])
         expect(saved in names, "family", f"a state of {names[0]}", f"one of {saved}")
-        if state and not self._head_shapes:
-            self._features = state["features"]
-            for key, shape in state["shapes"].items():
-                self._build(key, torch.Size(shape))
+        if state and not self._made:
+            self._features, self._rows = dict(state["features"]), dict(state["rows"])
+            for key, made in state["heads"].items():
+                self._build(key, _Made.of(made))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Made(NamedTuple):
+    """How a head was made: the shape of its latent, its inputs, a site of it, and its encoder."""
+
+    shape: torch.Size
+    width: int | None
+    site: str
+    encoder: str | None
+
+    def state(self) -> dict[str, Any]:
+        """The parts, as a state dict holds them."""
+        return self._asdict() | {"shape": list(self.shape)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "_Made":
+        """The parts from a state dict."""
+        return cls(**{**state, "shape": torch.Size(state["shape"])})
+
+
+def _may_be_encoded(block: Block) -> bool:
+    """Whether a block has channels that an encoder may fill."""
+    own = getattr(block.family, "from_model", False)
+    return block.source in (None, "encoder") and not own
+
+
+def _like(guide: FamilyGuide, made: _Made, like: Tensor | None) -> Tensor | None:
+    """A tensor of the device and the dtype that a head should have."""
+    encoder = None if made.encoder is None else guide._encoders()[made.encoder][1]
+    weights = () if encoder is None else encoder.parameters()
+    return [like, *(weight for weight in weights if weight.is_floating_point())][-1]

@@ -1,11 +1,13 @@
-"""What a guide has to know of a model: its latent sites, their supports, and the data plate."""
+"""What a guide has to know of a model: its latent sites, their supports and plates."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import choose_plate, from_reals, is_real, latent_nodes, plates_of
+from ppvae.programs.nodes import Node, choose_plate, from_reals, is_real, plates_of
 
 
 class Site(NamedTuple):
@@ -16,8 +18,11 @@ class Site(NamedTuple):
         support: the constraint on its values.
         frames: the plates around it, outermost first.
         event_shape: shape of one event.
-        left: its batch dims to the left of the data plate; empty if they all are one.
-        right: its batch dims to the right of the data plate, or all, where there is none.
+        left: its batch dims to the left of its plate, the one that an encoder's batch runs along or
+            whose members share parameters; empty if they all are one.
+        right: its batch dims to the right of its plate, or all, where there is none.
+        rank: number of its batch dims.
+        thinned: names of the plates that draw subsamples, by their dims in `right`.
     """
 
     name: str
@@ -26,6 +31,8 @@ class Site(NamedTuple):
     event_shape: torch.Size
     left: torch.Size
     right: torch.Size
+    rank: int = 0
+    thinned: tuple[tuple[int, str], ...] = ()
 
     @property
     def transform(self) -> Any:
@@ -41,60 +48,98 @@ class Site(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of unconstrained coordinates (per datum, where there is a data plate)."""
+        """Number of unconstrained coordinates (per member, where it has a plate)."""
         return (self.left + self.right + self.space).numel()
 
+    def seen_from(self, plate: Any | None) -> int:
+        """Number of unconstrained coordinates that one member of a plate sees: its own, or all."""
+        sizes = {f.dim: f.full_size or f.size for f in self.frames}
+        if plate is not None and any(f.name == plate.name for f in self.frames):
+            sizes.pop(plate.dim, None)
+        return math.prod(sizes.values()) * self.space.numel()
 
-def read_site(node: dict[str, Any], data: Any | None) -> Site:
+
+def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
     """Reads a latent site off its node in a trace.
 
     Args:
         node: the node.
-        data: the data plate, or None.
+        plate: the plate along which features run or parameters are shared, or None.
+        drawn: whether a head draws it, and not the model.
 
     Raises:
-        ValueError: the support has no bijection from the reals, or the site needs an encoder.
+        ValueError: the support has no bijection from the reals, or a plate is sequential.
     """
     name, fn, frames = node["name"], node["fn"], node["cond_indep_stack"]
-    whole = data is not None or all(f.full_size in (None, f.size) for f in frames)
-    expect(whole, "encoder", f"one, since the plate around the site {name!r} is subsampled", None)
     parallel = all(f.dim is not None for f in frames)
-    expect(parallel, "model", f"a vectorized plate around the site {name!r}", "a sequential one")
+    expect(
+        parallel or not drawn,
+        "model",
+        f"a vectorized plate around the site {name!r}",
+        "a sequential one",
+    )
     try:
-        _ = fn.support.is_discrete or from_reals(fn.support)
+        _ = not drawn or fn.support.is_discrete or from_reals(fn.support)
     except NotImplementedError:
         expected = f"a bijection from the reals to the support of the latent site {name!r}"
         raise ValueError(f"model: expected {expected}, got {fn.support}") from None
-    left, right = torch.Size(), fn.batch_shape
-    if data is not None:
-        left, right = right[: data.dim], right[len(right) + data.dim + 1 :]
+    batch, depth = list(fn.batch_shape), len(fn.batch_shape)
+    left, right = torch.Size(), torch.Size(batch)
+    thinned: tuple[tuple[int, str], ...] = ()
+    if plate is not None:
+        left, right = right[: plate.dim], right[depth + plate.dim + 1 :]
         left, right = (dims if dims.numel() > 1 else torch.Size() for dims in (left, right))
-    return Site(name, fn.support, frames, fn.event_shape, left, right)
+    else:  # parameters of every member, of which a run may see some
+        some = [f for f in frames if drawn and f.full_size not in (None, f.size)]
+        for frame in some:
+            batch[frame.dim] = frame.full_size
+        right, thinned = torch.Size(batch), tuple((depth + f.dim, f.name) for f in some)
+    return Site(name, fn.support, frames, fn.event_shape, left, right, depth, thinned)
 
 
-def encoder_plate(trace: Any, length: int, plate: str | None) -> Any:
+def encoder_plate(
+    nodes: Sequence[Node], length: int, plate: str | None, others: Sequence[str] = ()
+) -> Any:
     """The plate that an encoder's batch runs along, by the rule of `data_plate`.
 
     Args:
-        trace: a trace of the model.
+        nodes: the latent nodes that it may be for, in a trace of the model.
         length: length of the encoder's batch.
-        plate: name of the plate; by default the rule chooses among those that all latent sites
-            share.
+        plate: name of the plate; by default the rule chooses among those around these sites: the
+            plates that they all share first.
+        others: names of all latent sites, for the error.
 
     Raises:
         ValueError: there is no such plate, more than one of that length, or it has another length.
     """
-    stacks = {node["name"]: plates_of(node) for node in latent_nodes(trace)}
-    inside = next(iter(stacks.values()))
-    shared = {n: f for n, f in inside.items() if all(n in stack for stack in stacks.values())}
-    where = ", ".join(f"{name!r} in {list(stack)}" for name, stack in stacks.items())
-    advice = "; give global latents a guide without encoder and combine the two by AutoGuideList"
-    expect(shared, "encoder", "all latent sites in one plate", where + advice)
+    stacks = [plates_of(node) for node in nodes]
+    around = {name: frame for stack in stacks for name, frame in stack.items()}
+    where = ", ".join(
+        f"{node['name']!r} in {[*stack]}" for node, stack in zip(nodes, stacks, strict=True)
+    )
+    expect(around, "encoder", "latent sites in a plate", where or f"none for it among {[*others]}")
+    shared = {n: f for n, f in around.items() if all(n in stack for stack in stacks)}
+    frames = around if plate is not None else shared or around
     # Not the plates around data: the model may be the part of another that holds no data.
-    frame = choose_plate(shared, length, plate)
-    fitting = [name for name, f in shared.items() if length in (f.size, f.full_size)]
+    frame = choose_plate(frames, length, plate)
+    fitting = [name for name, f in frames.items() if length in (f.size, f.full_size)]
     clear = plate is not None or frame.name == "data" or len(fitting) < 2
     expect(clear, "plate", f"one of {fitting}, which all have {length} members", plate)
     expected = f"features of shape ({frame.size}, features), as the plate {frame.name!r}"
     expect(frame.name in fitting, "encoder", expected, f"{length} rows")
     return frame
+
+
+def only_plate(node: Node, plate: str | None) -> Any:
+    """The plate of that name around a site, or else the only one.
+
+    Raises:
+        ValueError: there is none, or more than one and no name.
+    """
+    frames = plates_of(node)
+    clear = plate in frames or (plate is None and len(frames) == 1)
+    wanted = (
+        f"the plate whose members share parameters, around {node['name']!r}: one of {[*frames]}"
+    )
+    expect(clear, "plate", wanted, plate)
+    return frames[plate or next(iter(frames))]

@@ -129,10 +129,15 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
         scales.setdefault(node["name"], node["scale"] / thinned)
         return per_datum(value, node, frame if inside else None)
 
+    order = {name: number for number, name in enumerate(guide_trace.nodes)}
+    last = -1  # of the latents that the prior of the next may depend on
     for node in latent_nodes(model_trace):
         name = node["name"]
         log_prior[name] = read(node, log_prob(node))
-        exact = closed_kl(guide_trace.nodes[name]["fn"], node["fn"])
+        # A latent that the guide draws later may depend on this one, which its prior depends on:
+        # then the divergence given that latent is no mean over draws of this one
+        mean_field, last = order[name] > last, max(last, order[name])
+        exact = closed_kl(guide_trace.nodes[name]["fn"], node["fn"]) if mean_field else None
         if exact is not None:
             kl[name] = read(node, masked(exact, node))
     observed = observed_nodes(model_trace)

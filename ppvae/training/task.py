@@ -12,6 +12,7 @@ from ppvae._checks import expect
 from ppvae._scopes import eval_mode, kept_buffers, random_state, stacklevel, unchecked
 from ppvae.data.adapters import form_of, has_missing
 from ppvae.data.batches import Batches, batches_of
+from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import bare
 from ppvae.programs.missing import takes_missing
@@ -121,6 +122,19 @@ def _tell_of_zeros(guide: Any, batches: Batches) -> None:
         )
 
 
+def _check_parameters(guide: Any, plate: Any) -> None:
+    """Raises a ValueError if a guide has parameters for each datum, of which it sees minibatches.
+
+    A model that takes all data, or their rows, tells the guide which are at hand; but this one is
+    given some of them, and the guide would take those of any minibatch for the same.
+    """
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    held = any(plate.name in part.held for part in parts if isinstance(part, FamilyGuide))
+    wanted = f"an encoder, or shared parameters, for the latents in the plate {plate.name!r}"
+    came = "parameters for each datum beside minibatches (batch_size=None takes all data at once)"
+    expect(not held, "guide", wanted, came)
+
+
 def task_of(
     model: Any, guide: Any, objective: Any, batches: Batches, plate: str | None = None
 ) -> Task:
@@ -150,4 +164,6 @@ def task_of(
         sizes, rows = (program.plate.size, program.plate.full_size), len(batch[0])
         wanted = f"{sizes[0]} rows, the size of the plate {program.plate.name!r} of the model"
         expect(rows in sizes, "data", wanted, rows)
+        if not batches.whole and program.plate.full_size in (None, sizes[0]):
+            _check_parameters(bare(guide), program.plate)
     return Task(program, batches, batch)
