@@ -11,7 +11,7 @@ from ppvae._checks import expect
 from ppvae.guides.score import Auxiliary, auxiliary_draws
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import Node, drawn_nodes, log_prob, observed_nodes, per_datum
-from ppvae.programs.runs import Args, Runs, given, run_trace
+from ppvae.programs.runs import Args, Runs, given, kept_nodes, run_model, run_trace
 
 
 class Point(NamedTuple):
@@ -88,8 +88,8 @@ class Densities:
     def _log_densities(self, state: Tensor) -> tuple[Tensor, Tensor]:
         zero = state.new_zeros(state.shape[:2])
         values, log_dets = self.layout.constrained(state)
-        program = given(self.runs.model, self.traces[0], values)
-        trace = run_trace(program, self.args, self.draws)
+        known = kept_nodes(self.traces[0], values)
+        trace = run_model(self.runs.model, known, self.args, self.draws)
         log_prior = zero + self._sum([trace.nodes[name] for name in values])
         log_prior = log_prior + sum(log_dets.values())
         log_p = log_prior + self._sum(observed_nodes(trace))

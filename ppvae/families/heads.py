@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from ppvae.families.gaussians import STABLE
-from ppvae.families.rules import FREE_STARTS, STARTS, Channel, Rule, Shared, constraints_of, fixed
+from ppvae.families.rules import (
+    FREE_STARTS,
+    STARTS,
+    Channel,
+    Rule,
+    Shared,
+    constraints_of,
+    fixed,
+    without_shift,
+)
 
 # An argument in an interval that starts further out, before its transform (the sigmoid), has no
 # slope left to move by.
@@ -40,7 +49,7 @@ class Argument(nn.Module):
     ) -> None:
         super().__init__()
         self.constraint, self.shape = constraint, shape
-        transform = transform_to(constraint)
+        self.transform = transform = without_shift(transform_to(constraint))
         shift = torch.zeros(transform.inverse_shape(shape))
         if start is not None:
             shift = transform.inv(fixed(start, constraint.event_dim, shape).expand(shape))
@@ -72,7 +81,7 @@ class Argument(nn.Module):
             flat = value.new_zeros(batch + (self.shape.numel(),))
             flat = flat.scatter(-1, self.place.expand(value.shape), value)
             value = flat.reshape(batch + self.shape)
-        return transform_to(self.constraint)(value)
+        return self.transform(value)
 
 
 class Head(nn.Module):
@@ -124,4 +133,5 @@ class Head(nn.Module):
         batch = features.shape[:-1] if features is not None else torch.Size()
         kind = self.family.distribution
         fn = STABLE.get(kind, kind)(**values)
-        return fn.expand(batch if self.family.joint else batch + torch.Size(shape))
+        batch = batch if self.family.joint else batch + torch.Size(shape)
+        return fn if fn.batch_shape == batch else fn.expand(batch)

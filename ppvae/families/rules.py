@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
+from torch.distributions.transforms import AffineTransform, ComposeTransform
 
 from ppvae._checks import check_count, check_real, expect
 
@@ -142,6 +143,16 @@ def fixed(value: Any, event_dim: int, shape: torch.Size) -> Tensor:
     if tensor.dim() or event_dim == 0:
         return tensor
     return tensor.expand(shape) if event_dim == 1 else tensor * torch.eye(*shape[-2:])
+
+
+def without_shift(transform: Any) -> Any:
+    """A bijection without the shift by zero that PyTorch puts behind that to positive numbers."""
+    parts = transform.parts if isinstance(transform, ComposeTransform) else []
+    if len(parts) == 2 and isinstance(parts[1], AffineTransform):
+        shift = parts[1].loc, parts[1].scale
+        if all(type(number) in (int, float) for number in shift) and shift == (0, 1):
+            return parts[0]
+    return transform
 
 
 def comparable(part: Any) -> Any:

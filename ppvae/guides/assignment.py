@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ppvae._checks import check_choice, expect
 from ppvae.families.ladder import as_family
+from ppvae.programs.nodes import Node, is_finite_discrete
 
 #: What fills the channels of a block: an encoder, parameters of its own, or parameters that all
 #: members of a plate have in common.
@@ -154,6 +155,20 @@ class BySite:
     def family_of(self, name: str) -> Any:
         """The family that draws a site."""
         return self._entry(name)[1].family
+
+    def leaves_out(self, node: Node) -> bool:
+        """Whether a site is one that objectives sum out: discrete, finite, and of no entry.
+
+        An entry with a discrete family draws it; and so does one that names it, if it can.
+        """
+        if not is_finite_discrete(node["fn"]):
+            return False
+        try:
+            names, block = self._entry(node["name"])
+        except LookupError:
+            return True
+        support = getattr(block.family, "support", None)
+        return names == ("*",) and (support is None or not support.is_discrete)
 
     def _entry(self, name: str) -> tuple[tuple[str, ...], Block]:
         """The entry that names a site, or the first whose pattern fits; "*" comes last."""

@@ -310,10 +310,18 @@ def _is_over_reals(family: Any, site: Site, joint_size: int) -> bool:
 
 
 def _misfit(family: Any, site: Site) -> str:
-    return (
+    words = (
         f"family: {family.name} cannot represent the latent site {site.name!r}, whose "
         f"support is {site.support} with event shape {tuple(site.event_shape)}"
     )
+    if site.support.is_discrete:
+        words += (
+            "; discrete latents of finitely many values are summed out if the mapping leaves them "
+            "out. One of infinitely many values can be truncated (a Categorical over those that "
+            "matter) or summed out by hand (a negative binomial is a Poisson of a gamma); and a "
+            "vector of discrete values can be one value each in a plate"
+        )
+    return words
 
 
 def _key(site: Site) -> str:

@@ -135,7 +135,7 @@ class FamilyGuide(ModelGuide):
         self._rows: dict[str, int] = {}
         self._blocks: list[Drawn] = []
         self._sites: dict[str, Site] = {}
-        self._plates = Plates()
+        self._plates, self._ready = Plates(), False
         example = None if encoder is None else example_of(model)  # else each datum has its own
         if example is not None:
             try:
@@ -174,14 +174,15 @@ class FamilyGuide(ModelGuide):
         with torch.no_grad(), poutine.block(), private_modules(), eval_mode(self, self.model):
             with random_state(None, keep=True):
                 trace = prototype(self.model, args, kwargs)
-            nodes = latent_nodes(trace)
-            expect(nodes, "model", "latent sites", "none")
+            every = latent_nodes(trace)
+            expect(every, "model", "latent sites", "none")
+            nodes = [node for node in every if not self._by_site.leaves_out(node)]
             with LeaveOut():  # whatever is missing: only shapes are wanted
                 encoded, features = self._encoders_of(nodes, args)
         blocks = divide(self._by_site, nodes, encoded)
         sites = {site.name: site for block in blocks for site in block.sites}
         self._sites = {node["name"]: sites[node["name"]] for node in nodes}
-        values = [node["value"] for node in nodes]
+        values = [node["value"] for node in every]
         like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
         for block in blocks:
             if block.from_model:
@@ -204,7 +205,7 @@ class FamilyGuide(ModelGuide):
         frames = {way.frame.name: way for way in encoded.values()}
         whole = {n: len(features[w.encoder]) == w.frame.full_size for n, w in frames.items()}
         self._plates = read_plates(trace, nodes, blocks, whole)
-        self._blocks = blocks
+        self._blocks, self._ready = blocks, True
         prior: Any = getattr(self.model, "prior", None)
         if hasattr(prior, "attach") and not prior.attached:  # it is made of posteriors
             prior.attach(self.posterior)
@@ -213,8 +214,10 @@ class FamilyGuide(ModelGuide):
     def _encoders(self) -> dict[str, tuple[tuple[str, ...], nn.Module]]:
         """Key -> the sites that an encoder is for, and the encoder; "all" is that for all sites."""
         if self._encoded_by:
-            return {key: (names, self.encoder[key]) for key, names in self._encoded_by.items()}
-        return {} if self.encoder is None else {"all": (("*",), self.encoder)}
+            encoders = self.encoder
+            return {key: (names, encoders[key]) for key, names in self._encoded_by.items()}
+        encoder = self.encoder  # once, since Pyro registers a module wherever it is asked for
+        return {} if encoder is None else {"all": (("*",), encoder)}
 
     def _encoders_of(
         self, nodes: list[Node], args: tuple[Any, ...]
@@ -279,7 +282,7 @@ class FamilyGuide(ModelGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every latent site; takes the model's arguments and returns the values by name."""
-        if not self._blocks:
+        if not self._ready:
             self.setup(*args, **kwargs)
         listed = None if self.master is None else self.master().plates
         first = [block for block in self._blocks if not block.late]
@@ -288,7 +291,7 @@ class FamilyGuide(ModelGuide):
         features: dict[str, Tensor] = {}
         plates: dict[str, Any] | None = None
         used = {block.encoder for block in self._blocks} - {None}
-        for key, (_, module) in self._encoders().items():
+        for key, (_, module) in self._encoders().items() if used else ():
             if key in used:
                 features[key] = self._encode(key, module, args)
         if first or features:
@@ -302,7 +305,8 @@ class FamilyGuide(ModelGuide):
                     lengths |= block.lengths(features[block.encoder])
             own = self._create_plates(*args, **kwargs)
             plates = self._plates.make(lengths, own, args, rows_in_model)
-        through = partial(self._through_head, features=features, plates=plates or {})
+        heads = self.heads  # once, as above
+        through = partial(self._through_head, heads=heads, features=features, plates=plates or {})
         for block in first:
             fn = through(block, values=draws)
             name = f"_{self._pyro_name}_{block.key}"
@@ -326,6 +330,7 @@ class FamilyGuide(ModelGuide):
     def _through_head(
         self,
         block: Drawn,
+        heads: nn.ModuleDict,
         features: Mapping[str, Tensor],
         plates: Mapping[str, Any],
         values: Mapping[str, Tensor],
@@ -337,9 +342,9 @@ class FamilyGuide(ModelGuide):
         into = inputs_of(block, rows, values, self._sites)
         thinned = [] if block.flat else block.sites[0].thinned
         if not thinned:
-            return self.heads[block.key](into)
+            return heads[block.key](into)
         index = [(dim, plates[name].indices) for dim, name in thinned]
-        return self.heads[block.key](into, rows=index)
+        return heads[block.key](into, rows=index)
 
     def _build(self, key: str, made: "_Made", like: Tensor | None = None) -> None:
         """Makes a head that is not there yet, like the encoder's last layer or like a latent."""

@@ -15,7 +15,13 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 
 from ppvae._checks import expect
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import bare_distribution, base_of, is_real, latent_nodes
+from ppvae.programs.nodes import (
+    bare_distribution,
+    base_of,
+    is_finite_discrete,
+    is_real,
+    latent_nodes,
+)
 
 #: From the name of a site, the prior of the model and the values so far to the guide's
 #: distribution, or None where it is the prior.
@@ -42,6 +48,11 @@ class _Drawing(Messenger):
             if fn is not None:
                 shape = torch.broadcast_shapes(fn.batch_shape, msg["fn"].batch_shape)
                 msg["fn"] = fn.expand(shape)
+
+        elif self.wanted and not msg["is_observed"] and is_finite_discrete(msg["fn"]):
+            wanted = f"sites whose prior depends on no discrete latent, for {sorted(self.wanted)}"
+            came = f"{name!r}, which is summed out, drawn before"
+            expect(site_is_subsample(msg), "family", wanted, came)
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.wanted:

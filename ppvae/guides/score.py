@@ -15,7 +15,7 @@ from ppvae._checks import expect
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.layout import Layout, Place
 from ppvae.programs.nodes import drawn_nodes, is_real
-from ppvae.programs.runs import given, run_trace, trace_pair
+from ppvae.programs.runs import given, kept_nodes, run_model, run_trace, trace_pair
 
 _PROBE = 0.3  # a value that other maps than a copy change
 
@@ -125,5 +125,5 @@ def terms_at(
         values |= {
             name: place.back(state[..., numbers]) for name, (place, numbers) in auxiliary.items()
         }
-    model_trace = run_trace(given(model, model_trace, latents), args)
+    model_trace = run_model(model, kept_nodes(model_trace, latents), args)
     return terms(model_trace, run_trace(given(guide, guide_trace, values), args), plate)

@@ -23,6 +23,9 @@ class Site(NamedTuple):
         right: its batch dims to the right of its plate, or all, where there is none.
         rank: number of its batch dims.
         thinned: names of the plates that draw subsamples, by their dims in `right`.
+        transform: the bijection from the reals to the support; None where that is all of them, or
+            discrete, or the model draws the site.
+        space: shape of the event in unconstrained space.
     """
 
     name: str
@@ -31,20 +34,10 @@ class Site(NamedTuple):
     event_shape: torch.Size
     left: torch.Size
     right: torch.Size
-    rank: int = 0
-    thinned: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def transform(self) -> Any:
-        """The bijection from the reals to the support."""
-        return from_reals(self.support)
-
-    @property
-    def space(self) -> torch.Size:
-        """Shape of the event in unconstrained space."""
-        if self.support.is_discrete or is_real(self.support):
-            return self.event_shape
-        return torch.Size(self.transform.inverse_shape(self.event_shape))
+    rank: int
+    thinned: tuple[tuple[int, str], ...]
+    transform: Any
+    space: torch.Size
 
     @property
     def size(self) -> int:
@@ -78,8 +71,11 @@ def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
         f"a vectorized plate around the site {name!r}",
         "a sequential one",
     )
+    transform, space = None, fn.event_shape
     try:
-        _ = not drawn or fn.support.is_discrete or from_reals(fn.support)
+        if drawn and not (fn.support.is_discrete or is_real(fn.support)):
+            transform = from_reals(fn.support)
+            space = torch.Size(transform.inverse_shape(fn.event_shape))
     except NotImplementedError:
         expected = f"a bijection from the reals to the support of the latent site {name!r}"
         raise ValueError(f"model: expected {expected}, got {fn.support}") from None
@@ -94,7 +90,8 @@ def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
         for frame in some:
             batch[frame.dim] = frame.full_size
         right, thinned = torch.Size(batch), tuple((depth + f.dim, f.name) for f in some)
-    return Site(name, fn.support, frames, fn.event_shape, left, right, depth, thinned)
+    shapes = fn.event_shape, left, right, depth, thinned
+    return Site(name, fn.support, frames, *shapes, transform, space)
 
 
 def encoder_plate(

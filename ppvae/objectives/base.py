@@ -12,13 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from pyro import poutine
 from torch import Tensor
 
 from ppvae._checks import check_count, expect
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import check_programs
-from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_trace
+from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_model, run_trace
 
 
 class Run(NamedTuple):
@@ -60,7 +59,7 @@ def runs_of(
         program = given(guide, runs[0].guide_trace, {}) if runs else guide
         with around_guide or nullcontext():  # outside the trace, which records what it makes
             guide_trace = run_trace(program, args, draws)
-        model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
+        model_trace = run_model(model, guide_trace, args, draws)
         check_sites(model_trace, guide_trace)
         run = Run(terms(model_trace, guide_trace, plate), model_trace, guide_trace)
         for name, value in run.terms.log_guide.items():

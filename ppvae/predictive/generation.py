@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import xarray as xr
-from pyro import poutine
 from torch import Tensor
 
 from ppvae._checks import check_count, expect
@@ -16,7 +15,7 @@ from ppvae.models.vae import VAE
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, choose_plate, latent_nodes, plates_of
-from ppvae.programs.runs import draw_runs, is_vectorized, largest_tensor, run_trace
+from ppvae.programs.runs import draw_runs, is_vectorized, largest_tensor, run_model, run_trace
 
 
 @exclusive
@@ -148,7 +147,7 @@ def predict(  # noqa: D417
 def _pair(model: Any, guide: Any, args: Any, draws: Any) -> tuple[Any, Any]:
     """Traces of the model and the guide, in which the model draws what it is not given."""
     guide_trace = run_trace(guide, args, draws)
-    return run_trace(poutine.replay(model, trace=guide_trace), args, draws), guide_trace
+    return run_model(model, guide_trace, args, draws), guide_trace
 
 
 def _predicted(model_trace: Any, guide_trace: Any) -> list[Node]:

@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ppvae._checks import check_choice, expect
+from ppvae.families.rules import without_shift
 
 Node = dict[str, Any]
 
@@ -43,6 +44,19 @@ def observed_nodes(trace: Any) -> list[Node]:
     """The observed sample statements of a trace, factors among them."""
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
     return [node for node in nodes if node["is_observed"] and counts(node)]
+
+
+def is_finite_discrete(fn: Any) -> bool:
+    """Whether a distribution has finitely many values, all of which can be listed."""
+    try:
+        return bool(fn.has_enumerate_support) and not hasattr(fn, "log_factor")
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def summed_nodes(trace: Any) -> list[Node]:
+    """The finite discrete latents of a plain trace, which an objective sums out."""
+    return [node for node in latent_nodes(trace) if is_finite_discrete(node["fn"])]
 
 
 def is_data(node: Node) -> bool:
@@ -116,7 +130,7 @@ def from_reals(support: Any) -> Any:
     """
     while isinstance(support, MixtureSameFamilyConstraint):
         support = support.base_constraint
-    return biject_to(support)
+    return without_shift(biject_to(support))
 
 
 def is_real(support: Any) -> bool:

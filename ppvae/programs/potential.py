@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ppvae._scopes import as_they_are, private_modules, unchecked
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import counts, log_prob, prototype
-from ppvae.programs.runs import Args, given, run_trace
+from ppvae.programs.nodes import counts, latent_nodes, log_prob, prototype, summed_nodes
+from ppvae.programs.runs import Args, kept_nodes, run_model
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Potential:
         """The potential at a state of shape `(size,)`; goes under `torch.func`'s transforms."""
         values, log_dets = self.layout.constrained(state.reshape(1, 1, -1))
         with private_modules(), as_they_are(), unchecked():
-            trace = run_trace(given(self.model, self.trace, values), self.args)
+            trace = run_model(self.model, kept_nodes(self.trace, values), self.args)
         total = torch.stack([log_det.sum() for log_det in log_dets.values()]).sum()
         for node in trace.nodes.values():
             if node["type"] == "sample" and counts(node):
@@ -74,6 +74,9 @@ def potential_of(model: Any, args: Args) -> Potential:
         ValueError: there are no latents, or one is discrete or not reached from the reals.
     """
     trace = prototype(model, args, {})
+    summed = {node["name"] for node in summed_nodes(trace)}
+    values = {n["name"]: n["value"] for n in latent_nodes(trace) if n["name"] not in summed}
+    trace = run_model(model, kept_nodes(trace, values), args)
     layout = Layout.of(trace, None)
     _ = layout.slices  # raises, if a site cannot be reached
     return Potential(model, args, trace, layout)

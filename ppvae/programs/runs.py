@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -16,6 +16,7 @@ from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import form_of, has_missing, prepared
+from ppvae.programs.enumeration import enumerated_trace, summed_out
 from ppvae.programs.keywords import bare, check_programs, has_keywords, with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import (
@@ -28,6 +29,7 @@ from ppvae.programs.nodes import (
     latent_nodes,
     observed_nodes,
     prototype,
+    summed_nodes,
     trace_of,
 )
 
@@ -37,7 +39,15 @@ Args = tuple[Any, ...]  # the arguments of a program
 # Numbers of the largest tensor in one vectorized run: the draws are cut to keep below it.
 BUDGET = 4_000_000
 
-_leftmost: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # dim of a model's leftmost plate
+
+class Look(NamedTuple):
+    """What is known of a model: the dim of its leftmost plate, and its finite discrete latents."""
+
+    leftmost: int
+    discrete: frozenset[str]
+
+
+_looks: WeakKeyDictionary[Any, Look] = WeakKeyDictionary()
 
 
 def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) -> tuple[Any, Any]:
@@ -62,7 +72,7 @@ def trace_pair(model: Program, guide: Program, *args: Any, draws: Any = None) ->
     except (TypeError, ValueError):
         check_call(model, args)  # which may know better what is wrong with the arguments
         raise
-    model_trace = run_trace(poutine.replay(model, trace=guide_trace), args, draws)
+    model_trace = run_model(model, guide_trace, args, draws)
     check_sites(model_trace, guide_trace)
     return model_trace, guide_trace
 
@@ -76,23 +86,46 @@ def check_call(model: Program, args: Args) -> None:
 
 def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:
     """A plate of draws to the left of all plates of a model, which is looked at once."""
-    leftmost = None
+    return pyro.plate(DRAWS, draws, dim=look(model, args).leftmost - 1)
+
+
+def look(model: Program, args: Args) -> Look:
+    """What is known of a model, which is looked at once."""
+    found = None
     with suppress(TypeError):  # of a model without weak references or a hash nothing is kept
-        leftmost = _leftmost.get(model)
-    if leftmost is None:
-        with random_state(None, keep=True), eval_mode(model):
-            leftmost = _look_at(model, prototype(model, args, {}))
-    return pyro.plate(DRAWS, draws, dim=leftmost - 1)
+        found = _looks.get(model)
+    if found is None:
+        with random_state(None, keep=True), eval_mode(model), poutine.block():
+            found = _look_at(model, prototype(model, args, {}))
+    return found
 
 
-def _look_at(model: Program, trace: Any) -> int:
-    """The dim of a model's leftmost plate, which is kept for later calls."""
+def _look_at(model: Program, trace: Any) -> Look:
+    """Reads off a plain trace of a model what is kept for later calls."""
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
     dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
-    leftmost = min(dims, default=0)
+    discrete = frozenset(node["name"] for node in summed_nodes(trace))
+    found = Look(min(dims, default=0), discrete)
     with suppress(TypeError):
-        _leftmost[model] = leftmost
-    return leftmost
+        _looks[model] = found
+    return found
+
+
+def run_model(model: Program, known: Any, args: Args, draws: Any = None) -> Any:
+    """A trace of a model at known values of its latents, its finite discrete ones summed out.
+
+    Args:
+        model: a Pyro model.
+        known: a trace with the values of the latents, of a guide, or `given` ones; discrete latents
+            among them are taken as they are.
+        args: the arguments of the model.
+        draws: the plate of draws that the values stand in, or None.
+    """
+    found = look(model, args)
+    if all(name in known for name in found.discrete):
+        return run_trace(poutine.replay(model, trace=known), args, draws)
+    safe_point()
+    return summed_out(enumerated_trace(model, known, args, draws, found.leftmost))
 
 
 def check_sites(model_trace: Any, guide_trace: Any) -> None:
@@ -133,13 +166,18 @@ def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Program
         values: site -> value; sites of the trace that are not here are run anew, so that what
             follows from the values follows from the new ones.
     """
+    return poutine.replay(program, trace=kept_nodes(trace, values))
+
+
+def kept_nodes(trace: Any, values: Mapping[str, Tensor]) -> Any:
+    """The nodes that `given` hands to a program: of the values, and of subsampled plates."""
     kept = poutine.Trace()
     for name, node in trace.iter_stochastic_nodes():
         if site_is_subsample(node):
             kept.add_node(name, **node)
         elif name in values:
             kept.add_node(name, **{**node, "value": values[name]})
-    return poutine.replay(program, trace=kept)
+    return kept
 
 
 def run_trace(program: Program, args: Args, draws: Any = None) -> Any:
@@ -276,6 +314,8 @@ def opened(
         model, guide = nan_masked(model), nan_masked(guide)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():
+            with suppress(TypeError):
+                _looks.pop(model, None)  # it may have other plates than before
             traces = trace_pair(model, guide, *args)
             check_observed(traces[0])
             check_densities(traces[0])
@@ -283,7 +323,6 @@ def opened(
                 bad = int((~node["value"].isfinite()).sum())
                 wanted = f"finite draws at {node['name']!r}"
                 expect(not bad, "guide", wanted, f"{bad} that are NaN or infinite")
-            _look_at(model, traces[0])  # it may have other plates than before
             frame = data_plate(traces[0], plate)
             batches = [args]
             if frame is not None and batch_size is not None:
