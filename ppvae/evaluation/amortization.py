@@ -67,8 +67,12 @@ def gaps(  # noqa: D417
     number of draws, and `khat` as in `evaluate`. Where `ess` is small or `khat` above 0.7 the
     approximation gap is understated: give a better estimate, such as that of `annealed_importance`.
 
+    Where some latents are global, all is given one draw of them (of the seed): log p(x | globals)
+    of each datum, and the members of the family for its own latents. What the guide of the globals
+    is worth, `evaluate` tells by its log evidence.
+
     Args:
-        model: a Pyro model in which all sites are local.
+        model: a Pyro model with latents in the data plate.
         guide: a `FamilyGuide` with an encoder, or of `noise_only`, of which the only member is the
             prior, so that its amortization is zero.
         *args: their arguments: data of which the first dimension is that of the data plate.
@@ -83,7 +87,7 @@ def gaps(  # noqa: D417
     Raises:
         ValueError: the guide cannot be searched (it is no `FamilyGuide`, has no encoder, is a
             point, which has no density, or its draws are not reparametrized); the data are not
-            finite; an argument is out of its range; or some site is outside the data plate.
+            finite; an argument is out of its range; or no latent is in the data plate.
 
     Cremer, Li, Duvenaud, Inference suboptimality in variational autoencoders, 2018.
 
@@ -104,6 +108,7 @@ def gaps(  # noqa: D417
     shown, label = check_label("progress", progress, "gaps")
     measured = []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
+        runs = runs.given_globals()
         _check_terms(terms(*runs.traces, plate), guide)
         exact = None if log_likelihood is None else _as_array(log_likelihood, runs.plate.size)
         total = len(runs.batches) * num_steps

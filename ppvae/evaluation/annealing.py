@@ -63,12 +63,16 @@ def annealed_importance(  # noqa: D417
     the data is the most by which either is wrong, up to the errors of these means. Other data have
     no such bound: simulate some, to see how many temperatures the model needs.
 
+    Where some latents belong to all the data, so does the estimate: `log_evidence`, in nats, with
+    `ess`, `acceptance` and `upper` of all data together, and no dim. Discrete latents of finitely
+    many values are summed out.
+
     The transitions are Hamiltonian, in unconstrained space. A pilot run for each minibatch finds
     their step sizes, and the temperatures, for each datum; then all is frozen, since weights from
     step sizes that follow the chains would be biased.
 
     Args:
-        model: a Pyro model all latents of which are continuous and inside the data plate.
+        model: a Pyro model, the latents of which are continuous or summed out.
         guide: its guide, which is not used if the chains start from the prior; then None will do.
         *args: their arguments: data of which the first dimension is that of the data plate.
         num_temperatures: steps from the start to the posterior. One is importance sampling.
@@ -87,7 +91,7 @@ def annealed_importance(  # noqa: D417
 
     Raises:
         ValueError: the data or latents are not what they should be, an argument is out of its
-            range, a latent site is discrete or outside the data plate, or the chains cannot start:
+            range, a latent has infinitely many discrete values, or the chains cannot start:
             the guide has no density (a point) or none that can be evaluated at given latents, or
             the prior is improper.
 
@@ -108,25 +112,29 @@ def annealed_importance(  # noqa: D417
     num_chains = check_count("num_chains", num_chains)
     num_leapfrog = check_count("num_leapfrog", num_leapfrog)
     check_choice("start", start, ("guide", "prior"))
-    guide = FamilyGuide(model, families.noise_only) if start == "prior" else guide
+    guide = FamilyGuide(model, {"*": families.noise_only}) if start == "prior" else guide
     if guide is None:
         raise ValueError('guide: expected a guide for start="guide", got None')
     shown, label = check_label("progress", progress, "annealed_importance")
     results = []
     opening = opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate)
     with _hints(start), opening as runs:
-        terms(*runs.traces, plate).check_local()
-        states = _states(runs, latents, batch_size)
+        local = terms(*runs.traces, plate).is_local
+        batches = runs.batches if local else [runs.args]
+        states = _states(runs, latents, batch_size, local=local)
         paths = num_chains if latents is None else 2 * num_chains
-        total = len(runs.batches) * paths * num_temperatures
+        total = len(batches) * paths * num_temperatures
         with tqdm(desc=label, total=total, disable=not shown, delay=3.0) as bar:
-            for batch, state in zip(runs.batches, states, strict=True):
+            for batch, state in zip(batches, states, strict=True):
                 at = partial(densities, runs, batch, prior=start == "prior")
                 tuned = partial(tune, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
                 results.append(_estimates(at, tuned, num_chains, state, bar.update))
     arrays = {name: np.concatenate([each[name] for each in results]) for name in results[0]}
     attrs = {"num_temperatures": num_temperatures, "num_chains": num_chains, "start": start}
-    return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)
+    if local:
+        return xr.Dataset({name: ("datum", value) for name, value in arrays.items()}, attrs=attrs)
+    arrays["log_evidence"] = arrays.pop("log_likelihood")
+    return xr.Dataset({name: ((), value[0]) for name, value in arrays.items()}, attrs=attrs)
 
 
 @contextmanager
@@ -144,10 +152,12 @@ def _hints(start: str) -> Iterator[None]:
         raise ValueError(hint) from error
 
 
-def _states(runs: Runs, latents: Mapping[str, Tensor] | None, size: int) -> list[Tensor | None]:
+def _states(
+    runs: Runs, latents: Mapping[str, Tensor] | None, size: int, *, local: bool
+) -> list[Tensor | None]:
     """The state that each minibatch, of that size, was simulated from; None if it is not known."""
     if latents is None:
-        return [None] * len(runs.batches)
+        return [None] * (len(runs.batches) if local else 1)
     nodes = {node["name"]: node for node in latent_nodes(runs.traces[0])}
     kind = type(latents).__name__
     expect(isinstance(latents, Mapping), "latents", "a mapping from sites", kind, TypeError)
@@ -158,7 +168,9 @@ def _states(runs: Runs, latents: Mapping[str, Tensor] | None, size: int) -> list
         expect(value.shape == shape, "latents", f"shape {shape} at {name!r}", tuple(value.shape))
         inside = support.check(value).all() and value.isfinite().all()
         expect(inside, "latents", f"values in {support} at {name!r}", "others")
-    state = Layout.of(runs.traces[0], runs.plate).free(values)
+    state = Layout.of(runs.traces[0], runs.plate if local else None).free(values)
+    if not local:
+        return [state]
     return [*state.split(size if len(runs.batches) > 1 else state.shape[1], 1)]
 
 

@@ -13,8 +13,10 @@ from ppvae._checks import check_count, check_label
 from ppvae._process import exclusive
 from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import directions, moments_of
+from ppvae.evaluation.hierarchy import by_parts, is_dense
 from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
+from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.families.family import cap
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.runs import Args, Runs, opened
@@ -110,33 +112,60 @@ def evaluate(
     moments, measured, draws = [], [], []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         whole = terms(*runs.traces, plate)
-        whole.check_local()
+        if not whole.is_local:
+            dataset = _of_all(runs, num_samples)
+            dataset.attrs |= {"bound": int(is_dense(whole)), "num_samples": num_samples}
+            dataset.attrs |= _of_family(family) | verdict_of(model, guide)
+            return dataset
         few = draws_needed(runs.plate.size) if channels != () else 1
         for batch in tqdm(runs.batches, label, disable=not shown, delay=3.0, unit="batch"):
             pairs = [runs.pair(batch) for _ in range(few)]
             moments.append(moments_of(pairs[0][0], runs.plate))
-            sample = _sample(runs, batch, pairs[0], num_samples)
-            measured.append(_measured(sample))
+            sample, shares = _sample(runs, batch, pairs[0], num_samples)
+            measured.append(_measured(sample) | shares.arrays())
             if whole.log_guide:
                 draws.append(draws_of(pairs, runs.plate))
         arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
         totals = information(runs, draws, arrays["rate"], channels)
     coords = {"site": list(sample.terms), "latent": sample.coordinates.layout.labels}
-    dataset = xr.Dataset(_variables(arrays, totals), coords)
+    summed, own = shares.variables(arrays)
+    dataset = xr.Dataset(_variables(arrays, totals) | summed, coords | own)
     dataset.attrs = {"stochastic": int(arrays["differ"].any()), "bound": int(bool(draws))}
     dataset.attrs |= {"num_samples": num_samples, **directions(moments)}
-    if family is not None:
-        names = ", ".join(family.channels) or "none"
-        dataset.attrs |= {"family": family.name, "channels": names, "cap": cap(family)}
-    dataset.attrs |= verdict_of(model, guide)
+    dataset.attrs |= _of_family(family) | verdict_of(model, guide)
     return dataset
 
 
-def _sample(runs: Runs, args: Args, pair: tuple[Any, Any], num_samples: int) -> Sample:
+def _of_family(family: Any) -> dict[str, Any]:
+    """What the result says of the guide's family, if it has one."""
+    if family is None:
+        return {}
+    names = ", ".join(family.channels) or "none"
+    return {"family": family.name, "channels": names, "cap": cap(family)}
+
+
+def _of_all(runs: Runs, num_samples: int) -> xr.Dataset:
+    """The result for a model some of whose latents belong to all the data."""
+    shares = Responsibilities()
+    arrays, totals = by_parts(runs, num_samples, shares)
+    units = {name: measure.unit for name, measure in PER_DATUM.items()}
+    variables: dict[str, Any] = {}
+    if runs.plate is not None:
+        variables = {k: ("datum", v, {"unit": units[k]}) for k, v in arrays.items()}
+    for name, value in totals.items():
+        unit = {"evidence_ess": "draws", "evidence_khat": ""}.get(name, "nats")
+        variables[name] = ((), value, {"unit": unit})
+    summed, coords = shares.variables(shares.arrays())
+    return xr.Dataset(variables | summed, coords)
+
+
+def _sample(
+    runs: Runs, args: Args, pair: tuple[Any, Any], num_samples: int
+) -> tuple[Sample, Responsibilities]:
     """Draws for one minibatch, summed up; `pair` is a pair of traces on it."""
     first = terms(*pair, runs.plate.name)
     point, total = not first.log_guide, num_samples if first.log_guide else 2
-    latents = coordinates(*pair, first.plate)
+    latents, shares = coordinates(*pair, first.plate), Responsibilities()
     log_weight = []
     sums: dict[str, Any] = dict.fromkeys(_by_site(first), 0.0)
     for count, draws in runs.draws(args, total, pair):
@@ -147,8 +176,10 @@ def _sample(runs: Runs, args: Args, pair: tuple[Any, Any], num_samples: int) -> 
         for name, value in _by_site(parts).items():
             sums[name] = sums[name] + value.expand(size).double().sum(0)
         latents.add(guide_trace, draws)
+        shares.add(model_trace, count, first.plate, draws)
     means = {name: (value / total).cpu().numpy() for name, value in sums.items()}
-    return Sample(torch.cat(log_weight), means, tuple(first.log_likelihood), point, latents)
+    sample = Sample(torch.cat(log_weight), means, tuple(first.log_likelihood), point, latents)
+    return sample, shares
 
 
 def _by_site(parts: Terms) -> dict[str, torch.Tensor]:

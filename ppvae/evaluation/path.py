@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.guides.score import Auxiliary, auxiliary_draws
+from ppvae.objectives.trace_terms import terms
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import Node, drawn_nodes, log_prob, observed_nodes, per_datum
 from ppvae.programs.runs import Args, Runs, given, kept_nodes, run_model, run_trace
@@ -57,6 +58,7 @@ class Densities:
     Attributes:
         runs: a model and the guide that the chains start from.
         args: the minibatch.
+        plate: the data plate; None takes all the data as one.
         draws: the plate of chains; None is for one chain.
         traces: of model and guide, inside that plate.
         layout: of the latents.
@@ -66,6 +68,7 @@ class Densities:
 
     runs: Runs
     args: Args
+    plate: Any
     draws: Any
     traces: tuple[Any, Any]
     layout: Layout
@@ -110,14 +113,16 @@ class Densities:
 
     def _sum(self, nodes: Iterable[Node]) -> Any:
         """Log density of some nodes together; the values broadcast to `(chains, datum)`."""
-        return sum(per_datum(log_prob(node), node, self.runs.plate) for node in nodes)
+        total: Any = sum(per_datum(log_prob(node), node, self.plate) for node in nodes)
+        return total if self.plate is not None else total.unsqueeze(-1)
 
 
 def densities(runs: Runs, args: Args, draws: Any = None, *, prior: bool = False) -> Densities:
     """Runs a model and its guide once and makes the log densities of a minibatch.
 
     Args:
-        runs: a model all latents of which are in the data plate, and the guide to start from.
+        runs: a model and the guide to start from; latents outside of the data plate make all the
+            data one datum.
         args: the minibatch.
         draws: the plate of chains, made by `draws_plate`; None is for one chain.
         prior: whether the guide is the prior.
@@ -127,9 +132,11 @@ def densities(runs: Runs, args: Args, draws: Any = None, *, prior: bool = False)
             latents.
     """
     traces = runs.pair(args, draws)
-    layout = Layout.of(traces[0], runs.plate, draws)
+    local = terms(*traces, None if runs.plate is None else runs.plate.name).is_local
+    plate = runs.plate if local else None
+    layout = Layout.of(traces[0], plate, draws)
     expect(layout.size, "model", "latents with coordinates", "none")
     auxiliary = None
     if not prior:
-        auxiliary = auxiliary_draws(runs.guide, traces[1], layout, args, runs.plate, draws)
-    return Densities(runs, args, draws, traces, layout, auxiliary)
+        auxiliary = auxiliary_draws(runs.guide, traces[1], layout, args, plate, draws)
+    return Densities(runs, args, plate, draws, traces, layout, auxiliary)

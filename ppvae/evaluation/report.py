@@ -16,6 +16,9 @@ from ppvae.objectives.weights import TRUSTED
 def summary(found: xr.Dataset) -> pd.DataFrame:
     """A table of totals: the mean over the data and its standard error.
 
+    Where some latents are global, `elbo` and `log_evidence` are those of all the data, with Monte
+    Carlo errors; `rate` and `distortion` are means over the data, given the globals.
+
     The standard error is over the data, and holds the Monte Carlo error of each; that of `active`,
     the number of active latents, comes from the error of each latent's variance. `khat > 0.7` is
     the share of the data for which importance sampling cannot be trusted. For a point guide, which
@@ -41,6 +44,9 @@ def summary(found: xr.Dataset) -> pd.DataFrame:
     """
     _check(found)
     rows: dict[str, tuple[float, float, str]] = {}
+    if "total_objective" in found:
+        rows = _rows_of_all(found)
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "se", "unit"])
     names = ["elbo", "rate", "distortion", "log_likelihood"]
     for name in names if found.bound else ["objective", "rate", "distortion"]:
         rows[name] = (*_mean(found[name]), found[name].attrs["unit"])
@@ -84,6 +90,8 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     """
     _check(found)
     beta = check_number("beta", beta)
+    if "total_objective" in found:
+        return "\n".join([*_training(found), *_of_all(found)])
     lines = [*_training(found), *(_bound(found) if found.bound else _point(found))]
     lines += _copied(found)
     lines.append(_collapse(found, beta))
@@ -99,8 +107,58 @@ def reading(found: xr.Dataset, *, beta: float = 1.0) -> str:
     return "\n".join(lines)
 
 
+def _rows_of_all(found: xr.Dataset) -> dict[str, tuple[float, float, str]]:
+    """The rows for a model with global latents."""
+    rows: dict[str, tuple[float, float, str]] = {}
+    if found.bound:
+        rows["elbo"] = (*_total(found, "total_elbo"), "nats")
+        rows["log_evidence"] = (*_total(found, "log_evidence"), "nats")
+    else:
+        rows["objective"] = (float(found.total_objective), math.nan, "nats")
+    rows["global_rate"] = (float(found.global_rate), math.nan, "nats")
+    if "distortion" in found:
+        for name in ("rate", "distortion"):
+            rows[name] = (*_mean(found[name]), found[name].attrs["unit"])
+    if found.bound:
+        rows["evidence_ess"] = (float(found.evidence_ess), math.nan, "draws of the globals")
+        rows["evidence_khat"] = (float(found.evidence_khat), math.nan, "")
+        if found.get("khat", xr.DataArray([])).notnull().any():
+            rows[f"khat > {TRUSTED}"] = (*_mean(found.khat > TRUSTED), "share of the data")
+    return rows
+
+
+def _of_all(found: xr.Dataset) -> list[str]:
+    """The sentences on a model some of whose latents belong to all the data."""
+    if not found.bound:
+        return [
+            f"The objective of all the data, {float(found.total_objective):.2f}, is a penalised "
+            "log-likelihood: some latent is a point, so it is no bound on log p(x)."
+        ]
+    (elbo, error), (log_p, log_p_se) = _total(found, "total_elbo"), _total(found, "log_evidence")
+    khat = float(found.evidence_khat)
+    lines = [
+        f"The ELBO of all the data is {elbo:.2f} +- {error:.2f} nats; log p(x) is {log_p:.2f} +- "
+        f"{log_p_se:.2f} by importance sampling, so the gap is about {log_p - elbo:.2f}.",
+        f"The globals take {float(found.global_rate):.2f} nats of all the data.",
+    ]
+    if found.get("rate", xr.DataArray([0.0])).mean() > 0:
+        lines.append(f"The local latents take {float(found.rate.mean()):.2f} nats of each datum.")
+    if math.isnan(khat):
+        lines.append("k-hat of the globals cannot be told from so few draws.")
+    elif khat > TRUSTED:
+        lines.append(
+            f"k-hat of the globals is {khat:.2f}, above {TRUSTED}: the guide misses parts of their "
+            "posterior, and log p(x) by importance sampling cannot be trusted; a wider family, or "
+            f"`annealed_importance`, gives a better estimate. What to do: {TROUBLE}."
+        )
+    else:
+        lines.append(f"k-hat of the globals is {khat:.2f}: their weights are well behaved.")
+    return lines
+
+
 def _check(found: xr.Dataset) -> None:
-    known = isinstance(found, xr.Dataset) and "distortion" in found and "bound" in found.attrs
+    known = isinstance(found, xr.Dataset) and "bound" in found.attrs
+    known = known and ("distortion" in found or "total_objective" in found)
     expect(known, "found", "a result of evaluate", type(found).__name__)
 
 

@@ -60,6 +60,7 @@ class ShiftedGuide:
     start: Tensor
     step_sizes: Tensor
     columns: dict[str, int]
+    shapes: dict[str, torch.Size]
     coordinates: int
 
     def _runs(
@@ -67,11 +68,14 @@ class ShiftedGuide:
     ) -> list[tuple[Terms, torch.Size]]:
         """The terms of runs that together make so many draws, and the shape of each."""
         pieces = dict(zip(self.columns, shifts.split([*self.columns.values()], 1), strict=True))
+        shapes = self.shapes  # of one draw: a head that sees other latents has one for each draw
         numbers, first = MatchedNormals(draws, common=match == "common"), 0
         results = []
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
-            stack.enter_context(_shifted(self.heads, lambda key, v: pieces[key].reshape(v.shape)))
+            stack.enter_context(
+                _shifted(self.heads, lambda key, _: pieces[key].reshape(shapes[key]))
+            )
             if match is not None:
                 stack.enter_context(numbers)
                 stack.enter_context(numbers.places(self.runs.plate))
@@ -139,7 +143,8 @@ def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
         start = torch.cat([zero.reshape(size, -1) for zero in zeros.values()], 1)
         rates = torch.tensor([_RATE if "." in key else _FEATURE_RATE for key in columns])
         step_sizes = rates.repeat_interleave(torch.tensor(list(columns.values()))).to(start)
-    return ShiftedGuide(runs, heads, args, traces, start, step_sizes, columns, coordinates)
+    shapes = {channel: zero.shape for channel, zero in zeros.items()}
+    return ShiftedGuide(runs, heads, args, traces, start, step_sizes, columns, shapes, coordinates)
 
 
 @contextmanager
@@ -152,7 +157,11 @@ def _shifted(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) -> It
     """
 
     def on_features(key: str, sign: int) -> Callable[..., Any]:
-        return lambda _, inputs: (inputs[0] + sign * shift(key, inputs[0]), *inputs[1:])
+        def hook(_: Any, inputs: Any) -> Any:
+            free = inputs[0] is None  # parameters: no answer to a datum, and not searched
+            return None if free else (inputs[0] + sign * shift(key, inputs[0]), *inputs[1:])
+
+        return hook
 
     def on_output(key: str) -> Callable[..., Any]:
         return lambda _, inputs, output: output + shift(key, output)

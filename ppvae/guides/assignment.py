@@ -167,6 +167,8 @@ class BySite:
             names, block = self._entry(node["name"])
         except LookupError:
             return True
+        if self.one is not None and self.from_model:
+            return False  # then the guide is the prior of all
         support = getattr(block.family, "support", None)
         return names == ("*",) and (support is None or not support.is_discrete)
 

@@ -139,8 +139,14 @@ def enumerated_trace(
     """
     outermost = leftmost - 2  # beyond the draws
     program = poutine.replay(_Enumerate(outermost, known)(model), trace=known)
-    with draws if draws is not None else nullcontext():
-        return trace_of(program, args)
+    try:
+        with draws if draws is not None else nullcontext():
+            return trace_of(program, args)
+    except (IndexError, RuntimeError, ValueError) as error:
+        wanted = (
+            "operations that leave leading dims alone, since all values of the discrete latents"
+        )
+        raise ValueError(f"model: expected {wanted} are taken at once; got {error}") from error
 
 
 def summed_out(trace: Any) -> SummedTrace:
@@ -220,7 +226,7 @@ def probabilities(trace: Any) -> dict[str, Tensor]:
                 set(component.symbols),
                 target_ordinal=_ordinal(whole, node),
                 target_dims={symbol},
-                ring=_LogSums(dim_to_size=_sizes(component)),
+                ring=_LogSums(dim_to_size=_sizes(component, whole)),
             )
             logits = packed.unpack(logits, _dims(whole) | {symbol: dim})
             logits = logits.unsqueeze(-1).transpose(-1, dim - 1)
@@ -340,10 +346,12 @@ def _tree(factors: Sequence[Factor]) -> Tree:
     return tree
 
 
-def _sizes(component: Component) -> dict[str, int]:
-    """The sizes of packed dims."""
-    values: list[Any] = [factor.value for factor in component.factors]
-    return {dim: n for v in values for dim, n in zip(v._pyro_dims, v.shape, strict=True)}
+def _sizes(component: Component, trace: Any) -> dict[str, int]:
+    """The sizes of packed dims, and of plates of one member, which packing leaves out."""
+    frames = [f for factor in component.factors for f in factor.node["cond_indep_stack"]]
+    sizes = {trace.plate_to_symbol[f.name]: f.size for f in frames if f.vectorized}
+    values = [factor.value for factor in component.factors]
+    return sizes | {dim: n for v in values for dim, n in zip(v._pyro_dims, v.shape, strict=True)}
 
 
 def _contracted(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,8 +24,10 @@ from ppvae.programs.nodes import (
     check_densities,
     check_observed,
     data_plate,
+    drawn_nodes,
     draws_its_rows,
     is_data,
+    is_inside,
     latent_nodes,
     observed_nodes,
     prototype,
@@ -91,19 +93,24 @@ def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:
 
 def look(model: Program, args: Args) -> Look:
     """What is known of a model, which is looked at once."""
-    found = None
-    with suppress(TypeError):  # of a model without weak references or a hash nothing is kept
-        found = _looks.get(model)
+    found = _looked(model)
     if found is None:
         with random_state(None, keep=True), eval_mode(model), poutine.block():
             found = _look_at(model, prototype(model, args, {}))
     return found
 
 
+def _looked(model: Program) -> Look | None:
+    with suppress(TypeError):  # of a model without weak references or a hash nothing is kept
+        return _looks.get(model)
+    return None
+
+
 def _look_at(model: Program, trace: Any) -> Look:
     """Reads off a plain trace of a model what is kept for later calls."""
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
-    dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.dim is not None]
+    frames = [f for node in nodes for f in node["cond_indep_stack"] if f.name != DRAWS]
+    dims = [frame.dim for frame in frames if frame.dim is not None]
     discrete = frozenset(node["name"] for node in summed_nodes(trace))
     found = Look(min(dims, default=0), discrete)
     with suppress(TypeError):
@@ -121,9 +128,14 @@ def run_model(model: Program, known: Any, args: Args, draws: Any = None) -> Any:
         args: the arguments of the model.
         draws: the plate of draws that the values stand in, or None.
     """
-    found = look(model, args)
-    if all(name in known for name in found.discrete):
-        return run_trace(poutine.replay(model, trace=known), args, draws)
+    found = _looked(model)
+    if found is None or all(name in known for name in found.discrete):
+        before = torch.get_rng_state()
+        trace = run_trace(poutine.replay(model, trace=known), args, draws)
+        if not summed_nodes(trace):
+            return trace
+        torch.set_rng_state(before)  # a model that is known to have them draws none of them
+        found = _look_at(model, trace)
     safe_point()
     return summed_out(enumerated_trace(model, known, args, draws, found.leftmost))
 
@@ -178,6 +190,17 @@ def kept_nodes(trace: Any, values: Mapping[str, Tensor]) -> Any:
         elif name in values:
             kept.add_node(name, **{**node, "value": values[name]})
     return kept
+
+
+def held(program: Program, values: Mapping[str, Tensor]) -> Program:
+    """A program in which some sites have a value, and are no part of it any more.
+
+    Args:
+        program: a model or a guide.
+        values: site -> value.
+    """
+    fixed = poutine.condition(program, data=dict(values))
+    return poutine.block(fixed, hide=list(values))
 
 
 def run_trace(program: Program, args: Args, draws: Any = None) -> Any:
@@ -250,6 +273,26 @@ class Runs:
     plate: Any
     batches: list[Args]
     vectorized: bool
+
+    def given_globals(self) -> "Runs":
+        """The pair with one draw of all that is outside of the data plate, which is held there.
+
+        What is left has local latents only. A pair that has no others is returned as it is.
+
+        Raises:
+            ValueError: the guide draws no latent of a datum by itself.
+        """
+        frame, guide_trace = self.plate, self.traces[1]
+        nodes = [node for trace in self.traces for _, node in trace.iter_stochastic_nodes()]
+        latent = [node for node in nodes if not site_is_subsample(node)]
+        outer = {n["name"]: n["value"] for n in latent if not is_inside(n, frame)}
+        if frame is None or not outer:
+            return self
+        inner = [n for n in drawn_nodes(guide_trace).values() if is_inside(n, frame)]
+        wanted = f"latents of each datum, in the plate {frame.name!r}"
+        expect(inner, "guide", wanted, f"one that draws {list(outer)} of all data")
+        model, guide = held(self.model, outer), held(self.guide, outer)
+        return replace(self, model=model, guide=guide, traces=trace_pair(model, guide, *self.args))
 
     def pair(self, args: Args, draws: Any = None) -> tuple[Any, Any]:
         """Traces of model and guide on a minibatch, inside a plate of draws if one is given."""

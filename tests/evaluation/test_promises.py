@@ -153,13 +153,6 @@ def test_a_model_with_fixed_plates_is_run_in_one_piece(name):
     assert sizes["simulation" if name == "calibration" else "datum"] == 6
 
 
-def _outside(x):
-    w = pyro.sample("w", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(w, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
-
 COUNTS = ["batch_size", "num_temperatures", "num_chains", "num_leapfrog"]
 LEAST = {
     "evaluate": {"batch_size": 1, "num_samples": 2},
@@ -219,6 +212,3 @@ def test_bad_data_and_models(name):
     guide = FamilyGuide(case.model, families.noise_only)
     with pytest.raises(ValueError, match="'data' draws a subsample of 4 in each run"):
         call(name, case.model, guide, *case.args)
-    if name not in ("calibration", "from_pyro_svi"):
-        with pytest.raises(ValueError, match=r"sites in the plate 'data'; outside: \['w'\]"):
-            call(name, _outside, FamilyGuide(_outside, families.noise_only), x)

@@ -402,6 +402,6 @@ def test_what_cannot_be_summed_out_says_what_to_do():
     guide = FamilyGuide(_different_scales, "mean_scale").setup(x)
     with private_modules(), pytest.raises(ValueError, match=r"one scale .*'part', 'x'"):
         trace_pair(_different_scales, guide, x)
-    guide = FamilyGuide(_funnel, families.noise_only).setup(x)
+    guide = FamilyGuide(_funnel, {"*": families.noise_only}).setup(x)
     with private_modules(), pytest.raises(ValueError, match=r"depends on no discrete .*'part'"):
         trace_pair(_funnel, guide, x)

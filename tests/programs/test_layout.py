@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import cases
 from pyro import poutine
-from torch.distributions import biject_to
 
 from ppvae.programs.layout import Layout, Place
 from ppvae.programs.nodes import data_plate, from_reals, same_support
@@ -146,7 +145,7 @@ def test_supports():
     """A mixture is reached as its components are; bounds make a set, event dims do not."""
     half = dist.constraints.greater_than(0.5)
     positive, unit = dist.constraints.positive, dist.constraints.unit_interval
-    assert isinstance(from_reals(_mixture().support), type(biject_to(positive)))
+    assert isinstance(from_reals(_mixture().support), type(from_reals(positive)))
     assert same_support(_mixture().support, dist.constraints.independent(positive, 1))
     assert same_support(half, dist.constraints.greater_than(torch.tensor(0.5)))
     assert not same_support(half, dist.constraints.greater_than(1.0))

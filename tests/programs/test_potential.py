@@ -101,7 +101,7 @@ def test_a_flat_prior_adds_nothing():
 
 
 def discrete(x):
-    k = pyro.sample("k", dist.Bernoulli(0.5))
+    k = pyro.sample("k", dist.Poisson(0.5))
     pyro.sample("x", dist.Normal(k, 1.0).expand([4]).to_event(1), obs=x)
 
 

@@ -1,0 +1,177 @@
+"""What a guide with global latents is worth: the data together, and each datum given the globals.
+
+A global latent belongs to all the data, so the bound and log p(x) are numbers of all data together:
+with `g` the globals, `log p(x) = log E_q(g) [p(g) / q(g) prod_n p(x_n | g)]`. For each draw of `g`
+the local latents of every datum are drawn anew, many times, so that `p(x_n | g)` is an average of
+weights of its own, and no weight is a product over the data of single draws.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.evaluation.responsibilities import Responsibilities
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.weights import effective_sample_size, estimates, khat, log_mean_weight
+from ppvae.programs.nodes import drawn_nodes, is_inside
+from ppvae.programs.runs import Runs, given, run_model, run_trace
+
+GLOBALS = 32  # draws of the globals, where each of them has draws of the locals
+_SHARE = 8  # one in so many of the draws that are asked for is made of the locals, for each global
+_JUDGED = 4  # draws of the globals for which the weights of each datum are looked at
+
+_KINDS = "log_likelihood", "log_prior", "log_guide", "kl"
+
+
+def by_parts(
+    runs: Runs, num_samples: int, shares: Responsibilities
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Measures a pair some of whose latents are outside of the data plate, in nats.
+
+    Args:
+        runs: the pair.
+        num_samples: draws of the globals, if the guide draws no locals; else an eighth of it for
+            each of 32 draws of the globals.
+        shares: is told of every run of the model.
+
+    Returns:
+        Numbers per datum given the globals, averaged over them, none where the model has no data
+        plate; and numbers of all the data.
+    """
+    plate = None if runs.plate is None else runs.plate.name
+    whole = terms(*runs.traces, plate)
+    size = 0 if whole.plate is None else whole.plate.size
+    sums, outer, inner, bounds = _Means(size), [], [], []
+    for parts, log_inner in _draws(runs, plate, whole.plate, num_samples, shares):
+        for part, count in parts:
+            sums.add(part, count)
+        first = parts[0][0]
+        if log_inner is None:
+            outer += [part.log_weight.double().expand(count) for part, count in parts]
+            bounds.append(outer[-1])
+        else:
+            weight = _part(first, local=False).log_weight.double().reshape(-1)[:1]
+            outer.append(weight + log_mean_weight(log_inner).sum())
+            bounds.append(weight + log_inner.mean(0).sum())
+            inner.append(log_inner)
+    log_weight = torch.cat(outer)
+    numbers = sums.per_datum()
+    if inner:
+        judged = inner[:_JUDGED]
+        numbers["log_likelihood"] = torch.stack([log_mean_weight(w) for w in inner]).mean(0)
+        numbers["ess"] = torch.stack([effective_sample_size(w) for w in judged]).mean(0)
+        numbers["khat"] = torch.stack([khat(w).to(w) for w in judged]).mean(0)
+    totals = sums.totals() | _evidence(log_weight)
+    if is_dense(whole):
+        bound = torch.cat(bounds)  # whose error vanishes where the guide is the posterior
+        spread = bound.std() / math.sqrt(len(bound)) if len(bound) > 1 else math.nan
+        totals |= {"total_objective": bound.mean(), "total_elbo": bound.mean()}
+        totals |= {"total_elbo_se": spread}
+    else:
+        unknown = torch.full((size,), math.nan)
+        numbers |= dict.fromkeys(("elbo", "log_likelihood", "ess", "khat"), unknown)
+        unsaid = "total_elbo", "total_elbo_se", *_evidence(log_weight)
+        totals |= dict.fromkeys(unsaid, math.nan)
+    arrays = {name: value.cpu().numpy() for name, value in numbers.items()}
+    return arrays, {name: float(value) for name, value in totals.items()}
+
+
+def is_dense(parts: Terms) -> bool:
+    """Whether the guide has a density for every latent, so that its objective is a bound."""
+    joint = set(parts.log_guide) - set(parts.log_prior)
+    return bool(joint) or set(parts.log_prior) <= set(parts.log_guide)
+
+
+def _draws(
+    runs: Runs, plate: str | None, frame: Any, num_samples: int, shares: Responsibilities
+) -> Iterator[tuple[list[tuple[Terms, int]], Tensor | None]]:
+    """Draws of the globals: terms of some runs with their numbers of draws, and local weights.
+
+    The weights of the locals have shape `(draws, datum)`; None where the guide draws none.
+    """
+    drawn = drawn_nodes(runs.traces[1]).values()
+    if not any(is_inside(node, frame) for node in drawn):
+        for count, draws in runs.draws(runs.args, num_samples, runs.traces):
+            pair = runs.pair(runs.args, draws)
+            shares.add(pair[0], count, frame, draws)
+            yield [(terms(*pair, plate), count)], None
+        return
+    for _ in range(GLOBALS):
+        _, trace = runs.pair(runs.args)
+        nodes = [node for _, node in trace.iter_stochastic_nodes()]
+        held = {n["name"]: n["value"] for n in nodes if not is_inside(n, frame)}
+        guide, parts, logs = given(runs.guide, trace, held), [], []
+        for count, draws in runs.draws(runs.args, max(2, num_samples // _SHARE), runs.traces):
+            guide_trace = run_trace(guide, runs.args, draws)
+            model_trace = run_model(runs.model, guide_trace, runs.args, draws)
+            shares.add(model_trace, count, frame, draws)
+            part = terms(model_trace, guide_trace, plate)
+            parts.append((part, count))
+            weight = _part(part, local=True).log_weight.double()
+            logs.append(weight.expand(count, part.plate.size))
+        yield parts, torch.cat(logs)
+
+
+def _part(whole: Terms, *, local: bool) -> Terms:
+    """The terms of the sites in the data plate, or those of the others."""
+    kinds: dict[str, Any] = {
+        kind: {n: v for n, v in getattr(whole, kind).items() if (n in whole.local) == local}
+        for kind in _KINDS
+    }
+    return whole._replace(**kinds) if local else whole._replace(**kinds, plate=None)
+
+
+@dataclass
+class _Means:
+    """Means over draws of the terms, of each datum and of what belongs to all data."""
+
+    size: int
+    count: int = 0
+    likelihood: Any = 0.0
+    rate: Any = 0.0
+    outer_likelihood: Any = 0.0
+    outer_rate: Any = 0.0
+
+    def add(self, parts: Terms, count: int) -> None:
+        """Adds the terms of a run of so many draws."""
+        own, rest = _part(parts, local=True), _part(parts, local=False)
+
+        def rows(value: Tensor) -> Tensor:
+            return value.double().expand(count, self.size).sum(0)
+
+        self.count += count
+        self.likelihood = self.likelihood - rows(own.distortion)
+        self.rate = self.rate + rows(own.rate)
+        self.outer_likelihood = self.outer_likelihood - count * rest.distortion.double().mean()
+        self.outer_rate = self.outer_rate + count * rest.rate.double().mean()
+
+    def per_datum(self) -> dict[str, Tensor]:
+        """Distortion, rate and bound of each datum, given the globals."""
+        likelihood, rate = self.likelihood / self.count, self.rate / self.count
+        unknown = torch.full_like(rate, math.nan)
+        numbers = {"distortion": -likelihood, "rate": rate}
+        numbers |= {"objective": likelihood - rate, "elbo": likelihood - rate}
+        return numbers | {"log_likelihood": likelihood, "ess": unknown, "khat": unknown}
+
+    def totals(self) -> dict[str, Any]:
+        """The bound on log p(x) of all data, and the rate of the globals."""
+        outer = self.outer_likelihood - self.outer_rate
+        bound = ((self.likelihood - self.rate).sum() + outer) / self.count
+        totals = {"total_objective": bound, "total_elbo": bound}
+        return totals | {"global_rate": self.outer_rate / self.count}
+
+
+def _evidence(log_weight: Tensor) -> dict[str, Any]:
+    """Log p(x) of all data from weights of draws of the globals, and whether to trust it."""
+    found = estimates(log_weight[:, None])
+    return {
+        "log_evidence": found["log_likelihood"],
+        "log_evidence_se": found["log_likelihood_se"],
+        "evidence_ess": found["ess"],
+        "evidence_khat": found["khat"],
+    }
