@@ -386,16 +386,18 @@ class Pool(nn.Module):
         torch.Size([3, 17])
     """
 
-    def __init__(self, module: nn.Module, groups: int, labels: int = -1) -> None:
+    def __init__(self, module: nn.Module, groups: int, labels: int | None = None) -> None:
         super().__init__()
         known = isinstance(module, nn.Module)
         expect(known, "module", "a torch.nn.Module", repr(module), TypeError)
-        self.module, self.groups, self.labels = module, check_count("groups", groups), labels
+        self.module, self.groups = module, check_count("groups", groups)
+        self.labels = None if labels is None else check_count("labels", labels, 0)
 
     def forward(self, *args: Tensor) -> Tensor:
         """Arguments `(batch, *)` -> features `(groups, features + 1)`; the last is log(1 + n)."""
-        others = list(args)
-        member = one_hot(others.pop(self.labels), self.groups)
+        others, place = list(args), len(args) - 1 if self.labels is None else self.labels
+        expect(place < len(args), "labels", f"one of {len(args)} arguments", self.labels)
+        member = one_hot(others.pop(place), self.groups)
         features: Tensor = self.module(*others)
         member = member.to(features.dtype)
         count = member.sum(0)[:, None]

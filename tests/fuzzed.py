@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ppvae.data
 from ppvae import (
     VAE,
+    Block,
     Family,
     FamilyGuide,
     annealed_importance,
@@ -389,6 +390,17 @@ CALLS: dict[str, Call] = {
             "create_plates": None,
         },
     ),
+    "Block": Call(
+        lambda **given: FamilyGuide(linear()[0], {"z": Block(**given)}).setup(data(4)),
+        lambda: {
+            "family": "mean_scale", "source": "shared", "plate": "data", "given": (),
+            "prior": "location",
+        },
+    ),
+    "FamilyGuide, by site": Call(
+        lambda **given: FamilyGuide(linear()[0], **given).setup(data(4)),
+        lambda: {"family": {"z": "full_rank"}, "encoder": {"z": nn.Identity()}},
+    ),
     "Family": Call(
         lambda **given: Family(**given).head(3, torch.Size([2])),
         lambda: {"distribution": dist.Normal, "scale": 0.5},
@@ -411,6 +423,9 @@ CALLS: dict[str, Call] = {
     "Flow": Call(
         lambda **given: families.Flow(**given).head(3, torch.Size([2])),
         lambda: {"layers": 2, "hidden": 4, "bins": 3},
+    ),
+    "Banded": Call(
+        lambda **given: families.Banded(**given).head(3, torch.Size([4])), lambda: {"bandwidth": 2}
     ),
     "as_family": Call(
         lambda value: families.as_family(value).head(3, torch.Size([2])),
@@ -457,6 +472,10 @@ CALLS: dict[str, Call] = {
     "Affine": Call(layers.Affine, lambda: {"loc": torch.zeros(3), "scale": 2.0}),
     "Concatenate": Call(
         layers.Concatenate, lambda: {"module": nn.Linear(3, 2), "labels": {1: 2}}
+    ),
+    "Pool": Call(
+        lambda **given: layers.Pool(**given)(data(4), torch.tensor([0, 1, 1, 0])),
+        lambda: {"module": nn.Linear(3, 2), "groups": 2, "labels": 1},
     ),
     "FillMissing": Call(
         layers.FillMissing,
@@ -742,7 +761,8 @@ PROGRAMS: dict[str, tuple[Callable[[], Any], tuple[type[Exception], ...], str]] 
 
 #: what is no mistake: latents in no plate are global, a datum may have a density of zero, and a
 #: program is staged whatever its numbers are
-FINE = {("no plate", measure) for measure in ("fit", "from_pyro_svi", "stage")}
+FINE = {("no plate", measure) for measure in ("fit", "evaluate", "from_pyro_svi", "stage")}
+FINE |= {("no plate", "annealed_importance")}
 FINE |= {("a decoder of NaN", "stage")} | {
     ("a decoder of infinity", measure)
     for measure in ("evaluate", "gaps", "annealed_importance", "from_pyro_svi", "stage")

@@ -36,7 +36,7 @@ def evaluate(
     kwargs: Mapping[str, Any] | None = None,
     progress: bool | str = True,
 ) -> xr.Dataset:
-    r"""Measures a guide with local latents on data, without touching a weight or a buffer.
+    r"""Measures a guide on data, without touching a weight or a buffer.
 
     `ppvae.summary` makes a table of the result, with standard errors, and `ppvae.reading` says in
     words what it means. All values are in nats, and of the model's own densities: a weight that
@@ -60,6 +60,18 @@ def evaluate(
     In total: `mutual_information` I(x;z) under the distribution of these data, at most log N;
     `aggregate_kl` KL(q(z) || p(z)) of the aggregate posterior, what is left of the mean rate; and
     the standard errors `mutual_information_se`, `aggregate_kl_se`.
+
+    **Global latents** belong to all the data. Then the result has totals, in nats of all data:
+    `total_elbo` with its Monte Carlo error `total_elbo_se`; `log_evidence` log p(x) by importance
+    sampling, with `log_evidence_se`, `evidence_ess` and `evidence_khat` of the globals; and
+    `global_rate`, what the globals cost. Numbers per datum are given the globals, averaged over 32
+    draws of them, each with an eighth of `num_samples` draws of the local latents of every datum;
+    of a guide that draws no local latents by themselves, `num_samples` draws count, and there are
+    no `ess` and `khat` per datum. `terms`, numbers per latent, mutual information and aggregate KL
+    are left out. All data are in one run.
+
+    **Discrete latents** that are summed out have their posterior probabilities, averaged over the
+    draws of the guide: `part_responsibility` for a site `part` (dims `datum`, `part_value`).
 
     Attributes of the result: `bound`, whether the objective is one; `stochastic`, whether two
     encodings of the same data differ; `num_samples`; `family`, `channels` and `cap` (the most that
@@ -89,8 +101,7 @@ def evaluate(
         attribute `verdict`, if there is one, is that of the last `fit`.
 
     Raises:
-        ValueError: the data are not finite, an argument is out of its range, or some latent site is
-            outside the data plate.
+        ValueError: the data are not finite, or an argument is out of its range.
 
     Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2016 (log p(x), active units);
     Vehtari et al., Pareto smoothed importance sampling, 2024; Yao et al., Yes, but did it work?,

@@ -1,6 +1,6 @@
 """Runs a Pyro model and its guide: one pair of traces, many draws, and the data in minibatches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -192,15 +192,16 @@ def kept_nodes(trace: Any, values: Mapping[str, Tensor]) -> Any:
     return kept
 
 
-def held(program: Program, values: Mapping[str, Tensor]) -> Program:
+def held(program: Program, values: Mapping[str, Tensor], factors: Iterable[str] = ()) -> Program:
     """A program in which some sites have a value, and are no part of it any more.
 
     Args:
         program: a model or a guide.
         values: site -> value.
+        factors: names of factors that go with them.
     """
     fixed = poutine.condition(program, data=dict(values))
-    return poutine.block(fixed, hide=list(values))
+    return poutine.block(fixed, hide=[*values, *factors])
 
 
 def run_trace(program: Program, args: Args, draws: Any = None) -> Any:
@@ -291,7 +292,8 @@ class Runs:
         inner = [n for n in drawn_nodes(guide_trace).values() if is_inside(n, frame)]
         wanted = f"latents of each datum, in the plate {frame.name!r}"
         expect(inner, "guide", wanted, f"one that draws {list(outer)} of all data")
-        model, guide = held(self.model, outer), held(self.guide, outer)
+        factors = [n["name"] for n in observed_nodes(guide_trace) if not is_inside(n, frame)]
+        model, guide = held(self.model, outer), held(self.guide, outer, factors)
         return replace(self, model=model, guide=guide, traces=trace_pair(model, guide, *self.args))
 
     def pair(self, args: Args, draws: Any = None) -> tuple[Any, Any]:
