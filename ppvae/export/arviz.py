@@ -30,7 +30,7 @@ from ppvae.programs.nodes import (
     plates_of,
     prototype,
 )
-from ppvae.programs.runs import Args, Runs, opened, run_trace
+from ppvae.programs.runs import Args, Runs, completed, opened, run_trace
 from ppvae.programs.simulation import Uncondition
 from ppvae.programs.verdicts import verdict_of
 
@@ -121,10 +121,11 @@ def from_pyro_svi(  # noqa: D417
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         local = terms(*runs.traces, plate).is_local
         batches = runs.batches if local else [runs.args]
-        events = {node["name"]: _event_dims(node) for node in _shown(runs.traces[0])}
-        names = _dims(runs, events, local=local)
+        whole = _whole(runs, runs.traces, completed(runs.traces), runs.args)
+        events = {node["name"]: _event_dims(node) for node in _shown(whole)}
+        names = _dims(whole, runs.plate, events, local=local)
         _check_names(names, coords, renamed)
-        coords = _labels(runs, args, form_of(model, guide), names, renamed) | coords
+        coords = _labels(whole, args, form_of(model, guide), names, renamed) | coords
         pieces = [_draw_batch(runs, batch, num_samples, events) for batch in batches]
     groups = {
         group: {k: v[0] if group == "observed_data" else v[None] for k, v in values.items()}
@@ -164,10 +165,10 @@ def _check_names(names: Dims, coords: Mapping[str, Any], dims: Dims) -> None:
     expect(not paths, "model", "names without '/', which separates the groups of a tree", paths)
 
 
-def _labels(runs: Runs, args: Args, form: Form, names: Dims, renamed: Dims) -> dict[str, Any]:
+def _labels(trace: Any, args: Args, form: Form, names: Dims, renamed: Dims) -> dict[str, Any]:
     """The names of the rows and columns of a table, by dim."""
     found: dict[str, Any] = {}
-    for node in _shown(runs.traces[0]):
+    for node in _shown(trace):
         name = node["name"]
         if is_data(node) and node["value"].dim() == 2 and name not in renamed:
             labels = labels_of(args, node["value"].shape, form)
@@ -177,15 +178,15 @@ def _labels(runs: Runs, args: Args, form: Form, names: Dims, renamed: Dims) -> d
     return found
 
 
-def _dims(runs: Runs, events: Mapping[str, int], *, local: bool) -> Dims:
+def _dims(trace: Any, plate: Any, events: Mapping[str, int], *, local: bool) -> Dims:
     """Variable -> names of its dims behind `chain` and `draw`."""
-    latents = latent_nodes(runs.traces[0])
+    latents = latent_nodes(trace)
     dims: Dims = {name: ["datum"] * local for name in _STATS}
-    clash = [node["name"] for node in _shown(runs.traces[0]) if node["name"] in _STATS]
+    clash = [node["name"] for node in _shown(trace) if node["name"] in _STATS]
     expect(not clash, "model", f"sites of other names than {_STATS}", clash)
-    for node in _shown(runs.traces[0]):
-        name, plates = node["name"], sorted(plates_of(node).values(), key=lambda plate: plate.dim)
-        inside, data = is_inside(node, runs.plate), getattr(runs.plate, "name", None)
+    for node in _shown(trace):
+        name, plates = node["name"], sorted(plates_of(node).values(), key=lambda each: each.dim)
+        inside, data = is_inside(node, plate), getattr(plate, "name", None)
         dims[name] = ["datum"] * inside + [p.name for p in plates if p.name != data]
         if events[name] == 1 and len(latents) == 1 and node is latents[0]:
             dims[name].append("latent")
@@ -200,13 +201,15 @@ def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, i
     observed = prototype(runs.model, args, {})
     for _, draws in runs.draws(args, num_samples, [observed]):
         traces = runs.pair(args, draws)
-        again = run_trace(poutine.replay(open_model, trace=traces[1]), args, draws)
+        known = completed(traces)
+        drawn = _whole(runs, traces, known, args, draws)
+        again = run_trace(poutine.replay(open_model, trace=known), args, draws)
         try:
             prior = run_trace(open_model, args, draws)
         except NotImplementedError:  # an improper prior has nothing to draw from
             prior = poutine.Trace()
         groups = {
-            "posterior": _values(traces[0], runs.plate, draws, events, data=False),
+            "posterior": _values(drawn, runs.plate, draws, events, data=False),
             "posterior_predictive": _values(again, runs.plate, draws, events, data=True),
             "prior": _values(prior, runs.plate, draws, events, data=False),
             "prior_predictive": _values(prior, runs.plate, draws, events, data=True),
@@ -214,6 +217,13 @@ def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, i
         pieces.append(groups | _densities(traces, runs.plate, draws))
     values = _values(observed, runs.plate, None, events, data=True)
     return _concatenated(pieces, 0) | {"observed_data": values}
+
+
+def _whole(runs: Runs, traces: tuple[Any, Any], known: Any, args: Args, draws: Any = None) -> Any:
+    """A trace of the model with all its latents, those among them that were summed out."""
+    if known is traces[1]:
+        return traces[0]
+    return run_trace(poutine.replay(runs.model, trace=known), args, draws)
 
 
 def _concatenated(pieces: list[Groups], axis: int) -> Groups:

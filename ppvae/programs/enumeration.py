@@ -6,6 +6,7 @@ the density that depend on them, by Pyro's own tensor variable elimination. What
 like any other: of continuous latents and observations.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -216,24 +217,59 @@ def probabilities(trace: Any) -> dict[str, Tensor]:
         Discrete site -> the probability of each of its values given the data and all other latents
         of the trace, of shape `(*batch, values)`.
     """
+    return {
+        node["name"]: _logits(trace.enumerated, component, node).softmax(-1)
+        for component in getattr(trace, "components", [])
+        for node in component.discrete
+    }
+
+
+def draw_discrete(trace: Any) -> dict[str, Node]:
+    """Draws the discrete latents that were summed out of a trace, from their joint posterior.
+
+    Each is drawn given those before it: of a chain of T sites, by T sums over it.
+
+    Args:
+        trace: of the model, from `summed_out`.
+
+    Returns:
+        Discrete site -> its node, with a draw for each member of its plates as its value.
+    """
     result = {}
     for component in getattr(trace, "components", []):
-        whole = trace.enumerated
+        known = component
         for node in component.discrete:
-            symbol, dim = node["infer"]["_enumerate_symbol"], node["infer"]["_enumerate_dim"]
-            logits = contract_to_tensor(
-                _tree(component.factors),
-                set(component.symbols),
-                target_ordinal=_ordinal(whole, node),
-                target_dims={symbol},
-                ring=_LogSums(dim_to_size=_sizes(component, whole)),
-            )
-            logits = packed.unpack(logits, _dims(whole) | {symbol: dim})
-            logits = logits.unsqueeze(-1).transpose(-1, dim - 1)
-            depth = max((-f.dim for f in node["cond_indep_stack"] if f.dim is not None), default=0)
-            logits = logits.reshape(logits.shape[logits.dim() - 1 - depth :])
-            result[node["name"]] = logits.softmax(-1)
+            index = dist.Categorical(logits=_logits(trace.enumerated, known, node)).sample()
+            result[node["name"]] = {**node, "value": values_of(node)[index], "infer": {}}
+            known = known._replace(factors=[*known.factors, _fixed(trace.enumerated, node, index)])
     return result
+
+
+def _logits(trace: Any, component: Component, node: Node) -> Tensor:
+    """Log chances of the values of a discrete latent, up to a constant, `(*batch, values)`."""
+    symbol, dim = node["infer"]["_enumerate_symbol"], node["infer"]["_enumerate_dim"]
+    logits = contract_to_tensor(
+        _tree(component.factors),
+        set(component.symbols),
+        target_ordinal=_ordinal(trace, node),
+        target_dims={symbol},
+        ring=_LogSums(dim_to_size=_sizes(component, trace)),
+    )
+    logits = packed.unpack(logits, _dims(trace) | {symbol: dim})
+    logits = logits.unsqueeze(-1).transpose(-1, dim - 1)
+    depth = max((-f.dim for f in node["cond_indep_stack"] if f.vectorized), default=0)
+    return logits.reshape(logits.shape[logits.dim() - 1 - depth :])
+
+
+def _fixed(trace: Any, node: Node, index: Tensor) -> Factor:
+    """A factor that is one at a value of a discrete latent, and zero at its others."""
+    symbol, dim = node["infer"]["_enumerate_symbol"], node["infer"]["_enumerate_dim"]
+    values = torch.arange(len(values_of(node)), device=index.device)
+    here = values.reshape(-1, *[1] * (-dim - 1)) == index
+    logs = torch.where(here, 0.0, -math.inf)
+    value: Any = packed.pack(logs, {**node["infer"]["_dim_to_symbol"], dim: symbol})
+    value._pyro_ordinal = _ordinal(trace, node)
+    return Factor({**node, "is_observed": True, "infer": {}}, value)
 
 
 def values_of(node: Node) -> Tensor:

@@ -16,7 +16,7 @@ from ppvae._checks import check_count, check_flag, expect
 from ppvae._process import safe_point
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import form_of, has_missing, prepared
-from ppvae.programs.enumeration import enumerated_trace, summed_out
+from ppvae.programs.enumeration import draw_discrete, enumerated_trace, summed_out
 from ppvae.programs.keywords import bare, check_programs, has_keywords, with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import (
@@ -84,6 +84,25 @@ def check_call(model: Program, args: Args) -> None:
     check = getattr(bare(model), "check_call", None)
     if callable(check) and not has_keywords(model):
         check(*args)
+
+
+def completed(traces: tuple[Any, Any]) -> Any:
+    """Values of all latents of a pair of traces: those of the guide, and discrete ones drawn.
+
+    Args:
+        traces: of the model and its guide.
+
+    Returns:
+        The trace of the guide, with draws of the discrete latents that were summed out; to be
+        replayed.
+    """
+    nodes = draw_discrete(traces[0])
+    if not nodes:
+        return traces[1]
+    known = traces[1].copy()
+    for name, node in nodes.items():
+        known.add_node(name, **node)
+    return known
 
 
 def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:

@@ -314,3 +314,34 @@ def test_chains_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             concat_chains(trees)
+
+
+def test_discrete_latents_are_drawn_from_their_posterior(plain_pyro):
+    """Of a mixture with known parts: shares of the draws against p(k | x), and loo without them."""
+    loc = torch.tensor([-1.0, 1.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            part = pyro.sample("part", dist.Bernoulli(0.3))
+            pyro.deterministic("middle", loc[part.long()])
+            z = pyro.sample("z", dist.Normal(0.0, 0.5))
+            pyro.sample("x", dist.Normal(loc[part.long()] + z, 0.5).to_event(0), obs=x[:, 0])
+
+    model.vectorized = True
+    x = torch.linspace(-2.0, 2.0, 5)[:, None]
+    guide = FamilyGuide(model, "mean_scale", torch.nn.Identity()).setup(x)
+    tree = from_pyro_svi(model, guide, x, num_samples=4000)
+    drawn = tree["posterior"]
+    assert drawn["part"].dims == ("chain", "draw", "datum")
+    assert (drawn["middle"] == 2 * drawn["part"] - 1).all()
+    z = torch.as_tensor(drawn["z"].values[0])
+    on = 0.3 * torch.exp(dist.Normal(1.0 + z, 0.5).log_prob(x[:, 0]))
+    off = 0.7 * torch.exp(dist.Normal(-1.0 + z, 0.5).log_prob(x[:, 0]))
+    chance = (on / (on + off)).mean(0).numpy()
+    assert (abs(drawn["part"].values[0].mean(0) - chance) < 5 * 0.5 / 4000**0.5).all()
+    expected = torch.log(on + off)
+    found = torch.as_tensor(tree["log_likelihood"]["x"].values[0])
+    assert torch.allclose(found, expected, rtol=1e-6)
+    again = tree["posterior_predictive"]["x"].values[0]
+    middle = drawn["middle"].values[0] + z.numpy()
+    assert (abs((again - middle).mean(0)) < 5 * 0.5 / 4000**0.5).all()

@@ -18,7 +18,7 @@ from ppvae._scopes import private_modules, random_state
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.enumeration import probabilities, values_of
+from ppvae.programs.enumeration import draw_discrete, probabilities, values_of
 from ppvae.programs.nodes import DRAWS
 from ppvae.programs.runs import draws_plate, run_model, trace_pair
 
@@ -198,6 +198,28 @@ def test_the_sum_over_paths_of_a_chain_is_that_over_every_path():
     found = sum(terms(trace, known).log_likelihood.values())
     assert torch.allclose(found, torch.stack(log_p), rtol=1e-10)
     assert torch.allclose(probabilities(trace)["state_0"], torch.stack(chances), rtol=1e-8)
+
+
+def test_draws_of_a_chain_are_those_of_its_posterior():
+    """20,000 joint draws of the states against the chance of each of K^3 paths, written out."""
+    start, move = torch.tensor([0.5, 0.3, 0.2]), torch.softmax(2 * data(K, K), -1)
+    values = {"start": start, "move": move, "loc": torch.tensor([-1.0, 0.0, 1.0])}
+    row = torch.tensor([0.3, -0.5, 1.2])
+    count = 20_000
+    with private_modules():
+        known = poutine.trace(lambda: _points(values)).get_trace()
+        trace = run_model(chain, known, (row.expand(count, 3),))
+        drawn = draw_discrete(trace)
+    states = torch.stack([drawn[f"state_{t}"]["value"] for t in range(3)], -1)
+    assert states.shape == (count, 3)
+    logs = {}
+    for path in itertools.product(range(K), repeat=3):
+        log = start[path[0]].log() + move[path[0], path[1]].log() + move[path[1], path[2]].log()
+        logs[path] = log + dist.Normal(values["loc"][list(path)], 0.7).log_prob(row).sum()
+    chances = torch.stack([*logs.values()]).softmax(0)
+    for path, chance in zip(logs, chances, strict=True):
+        share = (states == torch.tensor(path)).all(-1).double().mean()
+        assert (share - chance).abs() < 5 * (chance * (1 - chance) / count).sqrt() + 1e-4, path
 
 
 def _points(values):
