@@ -66,8 +66,10 @@ def evaluate(
     sampling, with `log_evidence_se`, `evidence_ess` and `evidence_khat` of the globals; and
     `global_rate`, what the globals cost. Numbers per datum are given the globals, averaged over 32
     draws of them, each with an eighth of `num_samples` draws of the local latents of every datum;
-    of a guide that draws no local latents by themselves, `num_samples` draws count, and there are
-    no `ess` and `khat` per datum. `terms`, numbers per latent, mutual information and aggregate KL
+    of a guide that draws no local latents by themselves (or a model in which something outside of
+    the data plate depends on them), `num_samples` draws count, and there are no `ess` and `khat`
+    per datum; and where it draws local latents together with others, the rates are NaN, since they
+    cannot be told apart. `terms`, numbers per latent, mutual information and aggregate KL
     are left out. All data are in one run.
 
     **Discrete latents** that are summed out have their posterior probabilities, averaged over the
@@ -123,7 +125,7 @@ def evaluate(
     moments, measured, draws = [], [], []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         whole = terms(*runs.traces, plate)
-        if not whole.is_local:
+        if not (whole.is_local and whole.log_prior):
             dataset = _of_all(runs, num_samples)
             dataset.attrs |= {"bound": int(is_dense(whole)), "num_samples": num_samples}
             dataset.attrs |= _of_family(family) | verdict_of(model, guide)

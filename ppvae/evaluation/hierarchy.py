@@ -18,7 +18,8 @@ from torch import Tensor
 from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import effective_sample_size, estimates, khat, log_mean_weight
-from ppvae.programs.nodes import drawn_nodes, is_inside
+from ppvae.programs.layout import Layout, Place
+from ppvae.programs.nodes import drawn_nodes, is_inside, latent_nodes
 from ppvae.programs.runs import Runs, given, run_model, run_trace
 
 GLOBALS = 32  # draws of the globals, where each of them has draws of the locals
@@ -41,7 +42,7 @@ def by_parts(
 
     Returns:
         Numbers per datum given the globals, averaged over them, none where the model has no data
-        plate; and numbers of all the data.
+        plate; and numbers of all the data. NaN stands for what cannot be told apart.
     """
     plate = None if runs.plate is None else runs.plate.name
     whole = terms(*runs.traces, plate)
@@ -52,8 +53,10 @@ def by_parts(
             sums.add(part, count)
         first = parts[0][0]
         if log_inner is None:
-            outer += [part.log_weight.double().expand(count) for part, count in parts]
-            bounds.append(outer[-1])
+            for part, count in parts:  # without latents, each datum has a weight of its own
+                weight = part.log_weight.sum(-1) if part.is_local else part.log_weight
+                outer.append(weight.double().expand(count))
+                bounds.append(outer[-1])
         else:
             weight = _part(first, local=False).log_weight.double().reshape(-1)[:1]
             outer.append(weight + log_mean_weight(log_inner).sum())
@@ -77,6 +80,10 @@ def by_parts(
         numbers |= dict.fromkeys(("elbo", "log_likelihood", "ess", "khat"), unknown)
         unsaid = "total_elbo", "total_elbo_se", *_evidence(log_weight)
         totals |= dict.fromkeys(unsaid, math.nan)
+    if not splits(runs):
+        unknown = torch.full((size,), math.nan)
+        numbers |= dict.fromkeys(("rate", "objective", "elbo", "log_likelihood"), unknown)
+        totals["global_rate"] = math.nan
     arrays = {name: value.cpu().numpy() for name, value in numbers.items()}
     return arrays, {name: float(value) for name, value in totals.items()}
 
@@ -94,8 +101,7 @@ def _draws(
 
     The weights of the locals have shape `(draws, datum)`; None where the guide draws none.
     """
-    drawn = drawn_nodes(runs.traces[1]).values()
-    if not any(is_inside(node, frame) for node in drawn):
+    if not _has_own_locals(runs, frame):
         for count, draws in runs.draws(runs.args, num_samples, runs.traces):
             pair = runs.pair(runs.args, draws)
             shares.add(pair[0], count, frame, draws)
@@ -103,9 +109,7 @@ def _draws(
         return
     for _ in range(GLOBALS):
         _, trace = runs.pair(runs.args)
-        nodes = [node for _, node in trace.iter_stochastic_nodes()]
-        held = {n["name"]: n["value"] for n in nodes if not is_inside(n, frame)}
-        guide, parts, logs = given(runs.guide, trace, held), [], []
+        guide, parts, logs = given(runs.guide, trace, _outer_values(trace, frame)), [], []
         for count, draws in runs.draws(runs.args, max(2, num_samples // _SHARE), runs.traces):
             guide_trace = run_trace(guide, runs.args, draws)
             model_trace = run_model(runs.model, guide_trace, runs.args, draws)
@@ -115,6 +119,48 @@ def _draws(
             weight = _part(part, local=True).log_weight.double()
             logs.append(weight.expand(count, part.plate.size))
         yield parts, torch.cat(logs)
+
+
+def _has_own_locals(runs: Runs, frame: Any) -> bool:
+    """Whether each datum has draws of its latents by themselves, on which no other term depends."""
+    drawn = drawn_nodes(runs.traces[1]).values()
+    if not any(is_inside(node, frame) for node in drawn):
+        return False
+    _, trace = runs.pair(runs.args)
+    outer = _outer_values(trace, frame)
+    weights = []
+    for _ in range(2):
+        guide_trace = run_trace(given(runs.guide, trace, outer), runs.args)
+        model_trace = run_model(runs.model, guide_trace, runs.args)
+        parts = terms(model_trace, guide_trace, frame.name)
+        weights.append(_part(parts, local=False).log_weight.double().reshape(()))
+    return bool(torch.allclose(weights[0], weights[1], rtol=1e-6, equal_nan=True))
+
+
+def _outer_values(trace: Any, frame: Any) -> dict[str, Tensor]:
+    """The values of all that a guide draws outside of the data plate."""
+    nodes = [node for _, node in trace.iter_stochastic_nodes()]
+    return {node["name"]: node["value"] for node in nodes if not is_inside(node, frame)}
+
+
+def splits(runs: Runs) -> bool:
+    """Whether the guide draws the latents in the data plate apart from all others.
+
+    Else its density does not split into those of each datum and that of the globals.
+    """
+    frame, (model_trace, guide_trace) = runs.plate, runs.traces
+    if frame is None:
+        return True
+    drawn = drawn_nodes(guide_trace)
+    inner = {node["name"]: node for node in latent_nodes(model_trace) if is_inside(node, frame)}
+    inner = {name: node for name, node in inner.items() if name not in drawn}  # pieces, or points
+    if not inner:
+        return True
+    own = [n for n in drawn.values() if is_inside(n, frame) and n["infer"].get("is_auxiliary")]
+    places = Layout({name: Place.of(node, frame) for name, node in inner.items()})
+    points = not any(node["infer"].get("is_auxiliary") for node in drawn.values())
+    sizes = [Place.of(node, frame).size for node in own]
+    return points or sum(sizes) == places.size
 
 
 def _part(whole: Terms, *, local: bool) -> Terms:

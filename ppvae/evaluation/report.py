@@ -115,9 +115,11 @@ def _rows_of_all(found: xr.Dataset) -> dict[str, tuple[float, float, str]]:
         rows["log_evidence"] = (*_total(found, "log_evidence"), "nats")
     else:
         rows["objective"] = (float(found.total_objective), math.nan, "nats")
-    rows["global_rate"] = (float(found.global_rate), math.nan, "nats")
+    apart = bool(found.global_rate.notnull())
+    if apart:
+        rows["global_rate"] = (float(found.global_rate), math.nan, "nats")
     if "distortion" in found:
-        for name in ("rate", "distortion"):
+        for name in ("rate", "distortion") if apart else ("distortion",):
             rows[name] = (*_mean(found[name]), found[name].attrs["unit"])
     if found.bound:
         rows["evidence_ess"] = (float(found.evidence_ess), math.nan, "draws of the globals")
@@ -139,8 +141,12 @@ def _of_all(found: xr.Dataset) -> list[str]:
     lines = [
         f"The ELBO of all the data is {elbo:.2f} +- {error:.2f} nats; log p(x) is {log_p:.2f} +- "
         f"{log_p_se:.2f} by importance sampling, so the gap is about {log_p - elbo:.2f}.",
-        f"The globals take {float(found.global_rate):.2f} nats of all the data.",
     ]
+    if found.global_rate.isnull():
+        lines.append("The guide draws globals and locals together, so their rates are not told.")
+    else:
+        rate = float(found.global_rate)
+        lines.append(f"The globals take {rate:.2f} nats of all the data.")
     if found.get("rate", xr.DataArray([0.0])).mean() > 0:
         lines.append(f"The local latents take {float(found.rate.mean()):.2f} nats of each datum.")
     if math.isnan(khat):

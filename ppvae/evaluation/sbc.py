@@ -24,8 +24,8 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import counts, data_plate, is_inside, prototype
-from ppvae.programs.runs import Args, draw_runs, is_vectorized, minibatches, trace_pair
+from ppvae.programs.nodes import counts, data_plate, is_inside, prototype, summed_nodes
+from ppvae.programs.runs import Args, draw_runs, is_vectorized, minibatches, run_trace, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
@@ -184,8 +184,13 @@ def _plate_and_labels(
     elif plate is not None and plate.full_size is not None:
         wanted, rows = f"all the data in the plate {plate.name!r} with `refit`", plate.full_size
         expect(plate.size == rows, "model", wanted, f"{plate.size} of {rows}")
-    places = Layout.of(trace, plate if local else None).places.values()
-    return plate, [label for place in places for label in place.labels]
+    places = Layout.of(trace, plate if local else None).places
+    summed = {node["name"] for node in summed_nodes(trace)}  # not ranked, unless the guide has them
+    if summed:
+        with torch.no_grad(), eval_mode(model, guide), random_state(None, keep=True):
+            drawn = run_trace(guide, args)
+        summed -= set(drawn.nodes)
+    return plate, [v for name, p in places.items() if name not in summed for v in p.labels]
 
 
 def _needs_training(guide: Any, trace: Any, plate: Any) -> str:
@@ -253,7 +258,7 @@ def _measured(plan: _Plan, guide: Any, simulation: Simulation) -> Arrays:
         for _, draws in draw_runs(model, args, plan.num_samples, widest):
             model_trace, guide_trace = trace_pair(model, guide, *args, draws=draws)
             layout = Layout.of(model_trace, plan.plate if plan.refit is None else None, draws)
-            drawn = layout.flat({site: guide_trace.nodes[site]["value"] for site in latents})
+            drawn = layout.flat({site: guide_trace.nodes[site]["value"] for site in layout.places})
             expect(not drawn.isnan().any(), "guide", "draws that are numbers", "NaN")
             true = layout.flat(latents)
             below, ties = below + (drawn < true).sum(0), ties + (drawn == true).sum(0)

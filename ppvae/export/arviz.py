@@ -30,7 +30,7 @@ from ppvae.programs.nodes import (
     plates_of,
     prototype,
 )
-from ppvae.programs.runs import Args, Runs, completed, opened, run_trace
+from ppvae.programs.runs import Args, Runs, opened, run_trace, with_discrete
 from ppvae.programs.simulation import Uncondition
 from ppvae.programs.verdicts import verdict_of
 
@@ -121,7 +121,7 @@ def from_pyro_svi(  # noqa: D417
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         local = terms(*runs.traces, plate).is_local
         batches = runs.batches if local else [runs.args]
-        whole = _whole(runs, runs.traces, completed(runs.traces), runs.args)
+        whole, _ = with_discrete(runs.model, runs.traces, runs.args)
         events = {node["name"]: _event_dims(node) for node in _shown(whole)}
         names = _dims(whole, runs.plate, events, local=local)
         _check_names(names, coords, renamed)
@@ -201,8 +201,7 @@ def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, i
     observed = prototype(runs.model, args, {})
     for _, draws in runs.draws(args, num_samples, [observed]):
         traces = runs.pair(args, draws)
-        known = completed(traces)
-        drawn = _whole(runs, traces, known, args, draws)
+        drawn, known = with_discrete(runs.model, traces, args, draws)
         again = run_trace(poutine.replay(open_model, trace=known), args, draws)
         try:
             prior = run_trace(open_model, args, draws)
@@ -217,13 +216,6 @@ def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, i
         pieces.append(groups | _densities(traces, runs.plate, draws))
     values = _values(observed, runs.plate, None, events, data=True)
     return _concatenated(pieces, 0) | {"observed_data": values}
-
-
-def _whole(runs: Runs, traces: tuple[Any, Any], known: Any, args: Args, draws: Any = None) -> Any:
-    """A trace of the model with all its latents, those among them that were summed out."""
-    if known is traces[1]:
-        return traces[0]
-    return run_trace(poutine.replay(runs.model, trace=known), args, draws)
 
 
 def _concatenated(pieces: list[Groups], axis: int) -> Groups:

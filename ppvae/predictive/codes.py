@@ -14,7 +14,7 @@ from ppvae.predictive.expectations import expectations, one_site, point, sites_o
 from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import bare_distribution, drawn_nodes, latent_nodes
-from ppvae.programs.runs import Args, Runs, opened
+from ppvae.programs.runs import Args, Runs, opened, with_discrete
 
 
 @exclusive
@@ -117,7 +117,7 @@ def reconstruct(  # noqa: D417
 
 def _reconstructed(runs: Runs, args: Args, name: str, num_samples: int) -> Tensor:
     """What the data of a minibatch come back as."""
-    first = runs.pair(args)[0].nodes[name]
+    first = with_discrete(runs.model, runs.pair(args), args)[0].nodes[name]
     every = torch.ones_like(Place.of(first, runs.plate).front(first["value"])[0], dtype=torch.bool)
     totals: list[tuple[Tensor, Tensor]] = []
     for trace, draws, _ in weighted_runs(runs, args, num_samples):

@@ -10,7 +10,7 @@ from ppvae._checks import check_choice, expect
 from ppvae.likelihoods.mixed import Joint
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, bare_distribution, is_data, observed_nodes
-from ppvae.programs.runs import Runs
+from ppvae.programs.runs import Runs, with_discrete
 
 
 def sites_of_data(runs: Runs) -> list[Node]:
@@ -19,7 +19,8 @@ def sites_of_data(runs: Runs) -> list[Node]:
     Raises:
         ValueError: there is none.
     """
-    nodes = [node for node in observed_nodes(runs.traces[0]) if is_data(node)]
+    trace, _ = with_discrete(runs.model, runs.traces, runs.args)
+    nodes = [node for node in observed_nodes(trace) if is_data(node)]
     able = [node for node in nodes if not bare_distribution(node["fn"]).event_shape]
     expect(able, "model", "a site of elements that are independent given the latents", "none")
     return able

@@ -15,7 +15,14 @@ from ppvae.models.vae import VAE
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, choose_plate, latent_nodes, plates_of
-from ppvae.programs.runs import draw_runs, is_vectorized, largest_tensor, run_model, run_trace
+from ppvae.programs.runs import (
+    draw_runs,
+    is_vectorized,
+    largest_tensor,
+    run_model,
+    run_trace,
+    with_discrete,
+)
 
 
 @exclusive
@@ -147,7 +154,9 @@ def predict(  # noqa: D417
 def _pair(model: Any, guide: Any, args: Any, draws: Any) -> tuple[Any, Any]:
     """Traces of the model and the guide, in which the model draws what it is not given."""
     guide_trace = run_trace(guide, args, draws)
-    return run_model(model, guide_trace, args, draws), guide_trace
+    model_trace = run_model(model, guide_trace, args, draws)
+    # what was summed out may be data to be predicted
+    return with_discrete(model, (model_trace, guide_trace), args, draws)[0], guide_trace
 
 
 def _predicted(model_trace: Any, guide_trace: Any) -> list[Node]:

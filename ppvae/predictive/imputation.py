@@ -19,7 +19,7 @@ from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
 from ppvae.programs.missing import observed_entries
 from ppvae.programs.nodes import Node, bare_distribution
-from ppvae.programs.runs import Args, Runs, opened
+from ppvae.programs.runs import Args, Runs, opened, with_discrete
 
 _MOST = 10_000_000  # numbers of all draws of a minibatch that are held at a time
 
@@ -157,7 +157,7 @@ def _entries(node: Node) -> Tensor:
 
 def _draws(runs: Runs, args: Args, name: str, num_samples: int) -> _Draws:
     """All draws for a minibatch."""
-    first = runs.pair(args)[0].nodes[name]
+    first = with_discrete(runs.model, runs.pair(args), args)[0].nodes[name]
     place = Place.of(first, runs.plate)
     value, missing = place.front(first["value"])[0], ~place.front(_entries(first))[0]
     log_weight: list[Tensor] = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import Args, Runs
+from ppvae.programs.runs import Args, Runs, with_discrete
 
 
 def batches_of_draws(runs: Runs) -> list[Args]:
@@ -45,4 +45,5 @@ def weighted_runs(
         weight = parts.log_weight if parts.log_guide else torch.zeros(())
         size = parts.plate.size if parts.is_local else 1
         shape = (count, size) if parts.is_local else (count,)
+        model_trace, _ = with_discrete(runs.model, (model_trace, guide_trace), args, draws)
         yield model_trace, draws, weight.double().expand(shape).reshape(count, size)

@@ -224,25 +224,32 @@ def probabilities(trace: Any) -> dict[str, Tensor]:
     }
 
 
-def draw_discrete(trace: Any) -> dict[str, Node]:
+def draw_discrete(trace: Any, given: Container[str]) -> dict[str, Node]:
     """Draws the discrete latents that were summed out of a trace, from their joint posterior.
 
     Each is drawn given those before it: of a chain of T sites, by T sums over it.
 
     Args:
         trace: of the model, from `summed_out`.
+        given: the sites whose values are given, beside those that are observed. What else the model
+            drew, as data to be predicted, says nothing of the discrete latents.
 
     Returns:
         Discrete site -> its node, with a draw for each member of its plates as its value.
     """
     result = {}
     for component in getattr(trace, "components", []):
-        known = component
+        told = [f for f in component.factors if _is_told(f.node, given)]
+        known = component._replace(factors=told)
         for node in component.discrete:
             index = dist.Categorical(logits=_logits(trace.enumerated, known, node)).sample()
             result[node["name"]] = {**node, "value": values_of(node)[index], "infer": {}}
             known = known._replace(factors=[*known.factors, _fixed(trace.enumerated, node, index)])
     return result
+
+
+def _is_told(node: Node, given: Container[str]) -> bool:
+    return bool(node["is_observed"]) or _is_enumerated(node) or node["name"] in given
 
 
 def _logits(trace: Any, component: Component, node: Node) -> Tensor:

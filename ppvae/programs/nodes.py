@@ -55,8 +55,12 @@ def is_finite_discrete(fn: Any) -> bool:
 
 
 def summed_nodes(trace: Any) -> list[Node]:
-    """The finite discrete latents of a plain trace, which an objective sums out."""
-    return [node for node in latent_nodes(trace) if is_finite_discrete(node["fn"])]
+    """The finite discrete latents of a plain trace, which an objective sums out.
+
+    Among them are those that `obs_mask` makes of labels some of which are missing.
+    """
+    nodes = [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+    return [node for node in nodes if is_finite_discrete(node["fn"])]
 
 
 def is_data(node: Node) -> bool:

@@ -86,23 +86,28 @@ def check_call(model: Program, args: Args) -> None:
         check(*args)
 
 
-def completed(traces: tuple[Any, Any]) -> Any:
-    """Values of all latents of a pair of traces: those of the guide, and discrete ones drawn.
+def with_discrete(
+    model: Program, traces: tuple[Any, Any], args: Args, draws: Any = None
+) -> tuple[Any, Any]:
+    """Draws the discrete latents that were summed out of a pair of traces, given all the rest.
 
     Args:
+        model: the model.
         traces: of the model and its guide.
+        args: their arguments.
+        draws: the plate of draws that they were made in, or None.
 
     Returns:
-        The trace of the guide, with draws of the discrete latents that were summed out; to be
-        replayed.
+        A trace of the model with all its latents, and the values to replay it on: the traces
+        themselves, if nothing was summed out.
     """
-    nodes = draw_discrete(traces[0])
+    nodes = draw_discrete(*traces)
     if not nodes:
-        return traces[1]
+        return traces
     known = traces[1].copy()
     for name, node in nodes.items():
         known.add_node(name, **node)
-    return known
+    return run_trace(poutine.replay(model, trace=known), args, draws), known
 
 
 def draws_plate(model: Program, *args: Any, draws: int) -> pyro.plate:
@@ -127,14 +132,18 @@ def _looked(model: Program) -> Look | None:
 
 def _look_at(model: Program, trace: Any) -> Look:
     """Reads off a plain trace of a model what is kept for later calls."""
-    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
-    frames = [f for node in nodes for f in node["cond_indep_stack"] if f.name != DRAWS]
-    dims = [frame.dim for frame in frames if frame.dim is not None]
     discrete = frozenset(node["name"] for node in summed_nodes(trace))
-    found = Look(min(dims, default=0), discrete)
+    found = Look(leftmost_plate(trace), discrete)
     with suppress(TypeError):
         _looks[model] = found
     return found
+
+
+def leftmost_plate(trace: Any) -> int:
+    """The dim of the leftmost plate of a trace, but for that of draws; 0 if there is none."""
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    frames = [f for node in nodes for f in node["cond_indep_stack"] if f.name != DRAWS]
+    return min([frame.dim for frame in frames if frame.dim is not None], default=0)
 
 
 def run_model(model: Program, known: Any, args: Args, draws: Any = None) -> Any:
@@ -148,14 +157,19 @@ def run_model(model: Program, known: Any, args: Args, draws: Any = None) -> Any:
         draws: the plate of draws that the values stand in, or None.
     """
     found = _looked(model)
-    if found is None or all(name in known for name in found.discrete):
-        before = torch.get_rng_state()
-        trace = run_trace(poutine.replay(model, trace=known), args, draws)
-        if not summed_nodes(trace):
-            return trace
-        torch.set_rng_state(before)  # a model that is known to have them draws none of them
-        found = _look_at(model, trace)
-    safe_point()
+    if found is not None and any(name not in known for name in found.discrete):
+        try:
+            trace = enumerated_trace(model, known, args, draws, found.leftmost)
+            if leftmost_plate(trace) >= found.leftmost:
+                return summed_out(trace)
+        except ValueError:  # perhaps since it has more plates than before: one more look tells
+            pass
+    before = torch.get_rng_state()
+    trace = run_trace(poutine.replay(model, trace=known), args, draws)
+    if not summed_nodes(trace):
+        return trace
+    torch.set_rng_state(before)  # a model that is known to have them draws none of them
+    found = _look_at(model, trace)
     return summed_out(enumerated_trace(model, known, args, draws, found.leftmost))
 
 

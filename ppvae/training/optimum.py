@@ -54,13 +54,14 @@ def is_global(task: Task) -> bool:
     program = task.program
     if not (program.objective == ELBO() and task.batches.whole and task.parameters):
         return False
-    if not is_free(program.guide):
-        (batch,) = task.batches
-        with torch.no_grad(), random_state(None, keep=True), unchecked(), kept_buffers(program):
-            terms = task.terms(batch)
-        if {*terms.log_prior, *terms.log_guide} & terms.local:
-            return False
-    return True
+    frame = program.plate
+    if frame is not None and frame.full_size not in (None, frame.size):
+        return False  # each run draws other rows
+    (batch,) = task.batches
+    with torch.no_grad(), random_state(None, keep=True), unchecked(), kept_buffers(program):
+        terms = task.terms(batch)
+    latent = {*terms.log_prior, *terms.log_guide}
+    return bool(latent) and (is_free(program.guide) or not latent & terms.local)
 
 
 def is_free(guide: Any) -> bool:

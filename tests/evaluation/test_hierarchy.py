@@ -245,3 +245,47 @@ def test_responsibilities_of_a_local_model_are_averaged_over_its_draws():
     off = np.abs(found.part_responsibility.values - expected.detach().numpy())
     assert (off < 5 * 0.5 / math.sqrt(4000)).all()  # a chance has an sd of at most a half
     assert found.part_value.values.tolist() == [0, 1, 2]
+
+
+def test_a_datum_of_all_locals_leaves_no_evidence_of_each(plain_pyro):
+    """s depends on every z, so p(x | mu) is no product over the data: joint weights are used."""
+    x = data(5)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("s", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(3.0))
+
+    rows = torch.cat([torch.eye(5), torch.ones(1, 5)])
+    covariance = rows @ (torch.eye(5) + 1.0) @ rows.T + torch.eye(6)
+    both = torch.cat([x, torch.tensor([3.0])])
+    exact = dist.MultivariateNormal(torch.zeros(6), covariance).log_prob(both).item()
+    guide = FamilyGuide(model, "mean_scale")
+    fit(model, guide, x, **QUIET)
+    found = evaluate(model, guide, x, num_samples=20_000, **QUIET)
+    assert abs(found.log_evidence - exact) < 5 * found.log_evidence_se + 0.02
+    assert found.ess.isnull().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_rates_that_cannot_be_told_apart_are_not_told(scale, plain_pyro):
+    """A joint guide of locals and globals: its density belongs to neither; units change nothing."""
+    x = scale * data(5, 1)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, scale))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, T * scale))
+            pyro.sample("x", dist.Normal(z[..., None], S * scale).to_event(1), obs=x)
+
+    guide = FamilyGuide(model, "full_rank")
+    fit(model, guide, x, **QUIET)
+    found = evaluate(model, guide, x, num_samples=64, **QUIET)
+    expected = log_evidence(x / scale) - 5 * math.log(scale)
+    assert found.log_evidence.item() == pytest.approx(expected, abs=1e-3)
+    for name in ("global_rate", "rate", "elbo", "log_likelihood"):
+        assert found[name].isnull().all(), name
+    assert found.distortion.notnull().all() and "are not told" in reading(found)
+    assert "global_rate" not in summary(found).index

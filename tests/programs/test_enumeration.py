@@ -209,7 +209,7 @@ def test_draws_of_a_chain_are_those_of_its_posterior():
     with private_modules():
         known = poutine.trace(lambda: _points(values)).get_trace()
         trace = run_model(chain, known, (row.expand(count, 3),))
-        drawn = draw_discrete(trace)
+        drawn = draw_discrete(trace, known)
     states = torch.stack([drawn[f"state_{t}"]["value"] for t in range(3)], -1)
     assert states.shape == (count, 3)
     logs = {}
