@@ -168,7 +168,7 @@ def test_counts(run, tmp_path):
 def test_labels(run, tmp_path):
     functions = {"log_prob": {"num_samples": 4}, "evaluate": FEW}
     out = run("labels.py", "--epochs", 1, "--out", tmp_path, functions=functions)
-    assert "no labels" in out and "A plain classifier" in out
+    assert "no labels" in out and "A plain classifier" in out and "With 100 labels" in out
     assert {path.stem for path in tmp_path.glob("*.png")} == {"drawn", "latents"}
 
 
