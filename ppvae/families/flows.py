@@ -1,6 +1,7 @@
 """Normalizing flows: the family, and its head."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,25 @@ class Flow(GuideFamily):
         return FlowHead(self, features, shape[0])
 
 
+def _whole(network: nn.Module, call: Callable[..., Any], *args: Tensor) -> Any:
+    """Calls a network in the precision of its weights under autocast, too, which splines refuse."""
+    weight = next(network.parameters())
+    if not torch.is_autocast_enabled(weight.device.type):
+        return call(*args)
+    with torch.autocast(weight.device.type, enabled=False):
+        return call(*(arg.to(weight.dtype) for arg in args))
+
+
+class _Net(DenseNN):
+    def forward(self, context: Tensor) -> Any:  # type: ignore[override]
+        return _whole(self, super().forward, context)
+
+
+class _CouplingNet(ConditionalDenseNN):
+    def forward(self, x: Tensor, context: Tensor) -> Any:
+        return _whole(self, super().forward, x, context)
+
+
 class FlowHead(nn.Module):
     """Conditional couplings and a spline, scaled and shifted; the head of `families.Flow`."""
 
@@ -72,19 +92,20 @@ class FlowHead(nn.Module):
         left, hidden = size // 2, [family.hidden]
         self.couplings = nn.ModuleList()
         for _ in range(family.layers if size > 1 else 0):
-            net = ConditionalDenseNN(left, width, hidden, [size - left] * 2, nn.Tanh())
+            net = _CouplingNet(left, width, hidden, [size - left] * 2, nn.Tanh())
             _silence(net)
             self.couplings.append(transforms.ConditionalAffineCoupling(left, net))
         knots = [size * family.bins, size * family.bins, size * (family.bins - 1)]
-        net = DenseNN(width, hidden, [*knots, size * family.bins], nn.Tanh())
+        last = _Net(width, hidden, [*knots, size * family.bins], nn.Tanh())
         # slopes are softplus(raw) and must be 1 inside, as outside, for the identity
-        _silence(net)[2 * knots[0] : sum(knots)] = math.log(math.e - 1)
-        self.spline = transforms.ConditionalSpline(net, size, family.bins)
+        _silence(last)[2 * knots[0] : sum(knots)] = math.log(math.e - 1)
+        self.spline = transforms.ConditionalSpline(last, size, family.bins)
 
     def forward(self, features: Tensor | None = None) -> Any:
         """The distribution over vectors, of batch shape `(*)`."""
         context = self.context if features is None else features
-        loc = self.loc(features)
+        inputs: Any = [] if features is None else [features]
+        loc = _whole(self, self.loc, *inputs)
         flip = torch.arange(self.size - 1, -1, -1, device=loc.device)
         chain: list[Any] = []
         couplings: Any = self.couplings
@@ -95,7 +116,7 @@ class FlowHead(nn.Module):
             tril = self.scale_tril(None)
             chain.append(transforms.LowerCholeskyAffine(loc, tril, cache_size=1))
         else:
-            scale = self.scale(features)
+            scale = _whole(self, self.scale, *inputs)
             chain.append(transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1))
         base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
         return dist.TransformedDistribution(base, chain)

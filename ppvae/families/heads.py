@@ -69,7 +69,7 @@ class Argument(nn.Module):
         else:
             self.raw = nn.Parameter(0.01 * torch.randn(shift.shape) + shift)
 
-    def forward(self, features: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor | None = None) -> Tensor:
         """The argument inside its constraint: features `(*, features)` -> `(*, *shape)`."""
         if self.linear is None or features is None:
             value: Any = self.raw

@@ -373,6 +373,7 @@ class FamilyGuide(ModelGuide):
         saved = state.get("family", names[0])
         expect(saved in names, "family", f"a state of {names[0]}", f"one of {saved}")
         if state and not self._made:
+            state = _as_now(state)
             self._features, self._rows = dict(state["features"]), dict(state["rows"])
             for key, made in state["heads"].items():
                 self._build(key, _Made.of(made))
@@ -395,6 +396,17 @@ class _Made(NamedTuple):
     def of(cls, state: Mapping[str, Any]) -> "_Made":
         """The parts from a state dict."""
         return cls(**{**state, "shape": torch.Size(state["shape"])})
+
+
+def _as_now(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved state; one from before families went by site had one encoder for all heads."""
+    if "heads" in state:
+        return state
+    width = state["features"]
+    encoder = None if width is None else "all"
+    made = {"width": width, "encoder": encoder}
+    heads = {key: made | {"shape": shape, "site": key} for key, shape in state["shapes"].items()}
+    return {"features": {} if width is None else {"all": width}, "rows": {}, "heads": heads}
 
 
 def _may_be_encoded(block: Block) -> bool:

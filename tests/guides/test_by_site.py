@@ -14,7 +14,7 @@ from torch import nn
 
 from ppvae import Block, FamilyGuide, evaluate, families, fit, stage
 from ppvae._scopes import private_modules
-from ppvae.nn import Pool
+from ppvae.nn import Pool, mlp
 from ppvae.objectives import ELBO, negative_elbo
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import draws_plate, trace_pair
@@ -491,3 +491,37 @@ def test_a_plate_that_changes_its_size_is_named():
 def test_parameters_for_each_datum_are_no_match_for_minibatches():
     with pytest.raises(ValueError, match="guide: expected an encoder, or shared parameters"):
         fit(hierarchy, FamilyGuide(hierarchy, "mean_scale"), X, batch_size=3, progress=False)
+
+
+def test_a_state_from_before_families_went_by_site_is_read():
+    """Then it held the length of the features, and the shapes of the heads."""
+    guide = FamilyGuide(ladder, "mean_scale", mlp(1, 4)).setup(X)
+    state = guide.state_dict()
+    shapes = {key: [] for key in guide.heads}
+    state["_extra_state"] = {"features": 4, "shapes": shapes, "family": "mean_scale"}
+    other = FamilyGuide(ladder, "mean_scale", mlp(1, 4))
+    other.load_state_dict(state)
+    with private_modules():
+        torch.manual_seed(6)
+        expected = guide(X)
+        torch.manual_seed(6)
+        assert torch.equal(other(X)["above"], expected["above"])
+
+
+@pytest.mark.parametrize("kind", list(BY_SITE))
+def test_under_autocast(kind):
+    """Under autocast a loss is near that in full precision."""
+    families_, encoder = BY_SITE[kind]
+    x = X.float()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with private_modules():
+            guide = FamilyGuide(hierarchy, families_, copy.deepcopy(encoder)).setup(x)
+            torch.manual_seed(2)
+            full = negative_elbo(hierarchy, guide, x)
+            torch.manual_seed(2)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = negative_elbo(hierarchy, guide, x)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert torch.isfinite(half) and abs(half - full) < 0.1 * (1 + abs(full))
