@@ -58,7 +58,8 @@ def is_global(task: Task) -> bool:
     if frame is not None and frame.full_size not in (None, frame.size):
         return False  # each run draws other rows
     (batch,) = task.batches
-    with torch.no_grad(), random_state(None, keep=True), unchecked(), kept_buffers(program):
+    scopes = private_modules(), unchecked(), kept_buffers(program), random_state(None, keep=True)
+    with torch.no_grad(), scopes[0], scopes[1], scopes[2], scopes[3]:
         terms = task.terms(batch)
     latent = {*terms.log_prior, *terms.log_guide}
     return bool(latent) and (is_free(program.guide) or not latent & terms.local)

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW = {"num_samples": 4}
 LONGER = {
     "ladder": 220,
+    "labels": 175,
     "table": 175,
     "counts": 160,
     "rate_distortion": 160,
