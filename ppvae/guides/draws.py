@@ -50,9 +50,9 @@ def on_support(fn: Any, block: Drawn) -> Any:
     if isinstance(fn, Tensor):
         fn = dist.Delta(fn, event_dim=int(block.family.joint))
     if isinstance(fn, dist.Delta):
-        value = fn.v if is_real(site.support) else site.transform(fn.v)
+        value = fn.v if site.transform is None else site.transform(fn.v)
         return dist.Delta(value, event_dim=len(site.event_shape))
-    through = is_real(fn.support) and not is_real(site.support)
+    through = site.transform is not None and is_real(fn.support)
     if not block.family.joint:
         fn = fn.to_event(len(site.space if through else site.event_shape))
     return dist.TransformedDistribution(fn, [site.transform]) if through else fn
@@ -70,7 +70,7 @@ def _draw_flat(
     for site, piece in zip(block.sites, pieces, strict=True):
         with _inside(plates, (frame.name for frame in site.frames)):
             value = unconstrained = layout.shape(piece, site, block.frame, plates)
-            if not is_real(site.support):
+            if site.transform is not None:
                 value = site.transform(unconstrained)
                 if not isinstance(fn, dist.Delta) and am_i_wrapped():
                     # a factor, and not Delta's log_density, which analytic KL would forget

@@ -146,7 +146,7 @@ def around(prior: Any, site: Site) -> Around:
         bool(torch.isfinite(mean).all()) if type(mean) in (Tensor, torch.nn.Parameter) else True
     )
     expect(finite, "prior", f"a prior of {site.name!r} with a location, or a finite mean", fn)
-    return Around(mean if is_real(site.support) else site.transform.inv(mean), None)
+    return Around(mean if site.transform is None else site.transform.inv(mean), None)
 
 
 def _maps(transforms: Iterable[Any]) -> list[Any]:

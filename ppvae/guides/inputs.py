@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import is_real
 
 
 def inputs_of(
@@ -65,7 +64,7 @@ def _seen(value: Tensor, site: Site, block: Drawn, made: int) -> Tensor:
 
     The dims of draws in front stay where they are.
     """
-    free = value if is_real(site.support) else site.transform.inv(value)
+    free = value if site.transform is None else site.transform.inv(value)
     batch = free.dim() - len(site.space)
     lead = max(batch - site.rank, 0)
     names = [frame.name for frame in site.frames]
