@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         imputation_error,
         linear_probe,
         reading,
+        refine,
         summary,
         two_sample,
     )
@@ -91,6 +92,7 @@ __all__ = [
     "predict",
     "priors",
     "reading",
+    "refine",
     "reconstruct",
     "regression",
     "save_pair",
@@ -112,6 +114,7 @@ _AT_FIRST_USE = {
         "imputation_error",
         "linear_probe",
         "reading",
+        "refine",
         "summary",
         "two_sample",
     ],

@@ -51,6 +51,7 @@ from ppvae import (
     priors,
     reading,
     reconstruct,
+    refine,
     regression,
     simulate,
     stage,
@@ -212,6 +213,13 @@ CALLS: dict[str, Call] = {
         lambda: programs() | MEASURED | {
             "data": data(4), "num_samples": 16, "num_steps": 2, "log_likelihood": None,
             "progress": False,
+        },
+        named=IN_ARGS,
+    ),
+    "refine": Call(
+        on_data(refine),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_samples": 16, "num_steps": 2, "progress": False,
         },
         named=IN_ARGS,
     ),

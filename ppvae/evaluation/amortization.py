@@ -16,9 +16,9 @@ from ppvae.evaluation.search import ShiftedGuide, adam, quasi_newton, shifted_gu
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import estimates
-from ppvae.programs.runs import opened
+from ppvae.programs.runs import Runs, opened
 
-_GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
+GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
 _DRAWS = 16  # in each step of the search
 _SINGLE_DRAWS = 8  # the same where they are made one by one
 _MOST = 64  # draws in a step, where a datum has many coordinates to match
@@ -101,28 +101,39 @@ def gaps(  # noqa: D417
         >>> bool(result.approximation.mean() < 1e-3 < result.amortization.mean())
         True
     """
-    num_samples = check_count("num_samples", num_samples, 2 * _GROUPS)
+    num_samples = check_count("num_samples", num_samples, 2 * GROUPS)
     num_steps = check_count("num_steps", num_steps)
     _check_guide(guide)
-    draws = math.ceil(num_samples / _GROUPS) * _GROUPS
+    draws = math.ceil(num_samples / GROUPS) * GROUPS
     shown, label = check_label("progress", progress, "gaps")
     measured = []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
-        runs = runs.given_globals()
-        _check_terms(terms(*runs.traces, plate), guide)
+        runs = check_search(runs, guide, plate)
         exact = None if log_likelihood is None else _as_array(log_likelihood, runs.plate.size)
         total = len(runs.batches) * num_steps
         with tqdm(total=total, desc=label, disable=not shown, delay=3.0) as bar:
             for number, batch in enumerate(runs.batches, 1):
                 shifted = shifted_guide(runs, guide.heads, batch)
-                best = _search(shifted, num_steps, bar.update)
-                values = _elbos(shifted, best, draws)
+                best = search(shifted, num_steps, bar.update)
+                values = elbos(shifted, best, draws)
                 if exact is None:  # from independent draws
                     values |= estimates(shifted.log_weight(best, draws, _new_seed()))
                 measured.append({name: v.double().cpu().numpy() for name, v in values.items()})
                 bar.update(number * num_steps - bar.n)
     arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
     return _dataset(arrays, exact, {"num_samples": draws, "num_steps": num_steps})
+
+
+def check_search(runs: Runs, guide: Any, plate: str | None) -> Runs:
+    """The pair given one draw of its globals, the guide of which can be searched for each datum.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    _check_guide(guide)
+    runs = runs.given_globals()
+    _check_terms(terms(*runs.traces, plate), guide)
+    return runs
 
 
 def _check_guide(guide: Any) -> None:
@@ -157,7 +168,7 @@ def _new_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _search(shifted: ShiftedGuide, steps: int, tick: Callable[[], Any]) -> Tensor:
+def search(shifted: ShiftedGuide, steps: int, tick: Callable[[], Any]) -> Tensor:
     """The shifts of the best member for each datum.
 
     First Adam on fresh draws; then L-BFGS on a few fixed ones, which ends exactly where the draws
@@ -191,14 +202,14 @@ def _better(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
     return torch.where((losses[1] < losses[0])[:, None], other, one)
 
 
-def _elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]:
+def elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]:
     """The two ELBOs of each datum, from the same draws, with their errors."""
-    count, seeds = draws // _GROUPS, [_new_seed() for _ in range(_GROUPS)]
+    count, seeds = draws // GROUPS, [_new_seed() for _ in range(GROUPS)]
     groups = {"elbo": -torch.stack([shifted.loss(shifted.start, count, seed) for seed in seeds])}
     groups["best_elbo"] = -torch.stack([shifted.loss(best, count, seed) for seed in seeds])
     groups["amortization"] = groups["best_elbo"] - groups["elbo"]
     values = {name: group.mean(0) for name, group in groups.items()}
-    errors = {f"{k}_se": group.std(0) / math.sqrt(_GROUPS) for k, group in groups.items()}
+    errors = {f"{k}_se": group.std(0) / math.sqrt(GROUPS) for k, group in groups.items()}
     return values | errors
 
 

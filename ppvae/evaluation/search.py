@@ -63,19 +63,21 @@ class ShiftedGuide:
     shapes: dict[str, torch.Size]
     coordinates: int
 
+    def pieces(self, shifts: Tensor) -> dict[str, Tensor]:
+        """Shifts by channel, each of the shape of what a head says in one draw."""
+        pieces = zip(self.columns, shifts.split([*self.columns.values()], 1), strict=True)
+        return {key: piece.reshape(self.shapes[key]) for key, piece in pieces}
+
     def _runs(
         self, shifts: Tensor, draws: int, seed: int, match: str | None
     ) -> list[tuple[Terms, torch.Size]]:
         """The terms of runs that together make so many draws, and the shape of each."""
-        pieces = dict(zip(self.columns, shifts.split([*self.columns.values()], 1), strict=True))
-        shapes = self.shapes  # of one draw: a head that sees other latents has one for each draw
+        pieces = self.pieces(shifts)
         numbers, first = MatchedNormals(draws, common=match == "common"), 0
         results = []
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
-            stack.enter_context(
-                _shifted(self.heads, lambda key, _: pieces[key].reshape(shapes[key]))
-            )
+            stack.enter_context(with_shifts(self.heads, lambda key, _: pieces[key]))
             if match is not None:
                 stack.enter_context(numbers)
                 stack.enter_context(numbers.places(self.runs.plate))
@@ -130,7 +132,7 @@ def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
         ValueError: there is something to shift, but no gradient reaches it through a draw.
     """
     zeros: dict[str, Tensor] = {}
-    with _shifted(heads, lambda key, value: zeros.setdefault(key, torch.zeros_like(value))):
+    with with_shifts(heads, lambda key, value: zeros.setdefault(key, torch.zeros_like(value))):
         traces = runs.pair(args)
     drawn = drawn_nodes(traces[1])
     rough = {name: node["fn"] for name, node in drawn.items() if not node["fn"].has_rsample}
@@ -148,7 +150,7 @@ def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
 
 
 @contextmanager
-def _shifted(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def with_shifts(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Adds `shift(channel, value)` to what the heads see, by hooks that are gone afterwards.
 
     It is added to the output of every `Argument` that has a linear layer (`z.loc`), and so reaches

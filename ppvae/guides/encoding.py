@@ -11,7 +11,11 @@ from ppvae.programs.missing import is_nan_masked, takes_missing
 
 
 def encode(
-    encoder: nn.Module, args: tuple[Any, ...], width: int | None = None, rows: Sequence[int] = ()
+    encoder: nn.Module,
+    args: tuple[Any, ...],
+    width: int | None = None,
+    rows: Sequence[int] = (),
+    depths: Sequence[int] = (2, 3),
 ) -> Tensor:
     """The features of the data; an encoder no part of which takes NaN gets zeros in its place.
 
@@ -20,6 +24,8 @@ def encode(
         args: the positional arguments of the model.
         width: length of the features; None takes any.
         rows: lengths of the batch beside those of the arguments, as those of a plate of groups.
+
+        depths: how many dims the features may have: three, if they have steps.
 
     Returns:
         The features, of shape `(batch, features)` or `(batch, steps, features)`.
@@ -43,11 +49,14 @@ def encode(
     shape = tuple(features.shape)
     lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
     fits = (
-        len(shape) in (2, 3)
+        len(shape) in depths
         and width in (None, shape[-1])
         and (not lengths or shape[0] in [*lengths, *rows])
     )
-    wanted = f"features of shape (batch, {width or 'features'}), with the batch of the arguments"
+    steps = "" if 2 in depths else "steps, "
+    wanted = (
+        f"features of shape (batch, {steps}{width or 'features'}), with the batch of the arguments"
+    )
     expect(fits, "encoder", f"{wanted} {came}", shape)
     expect(shape[0], "encoder", "features of at least one datum", "none")
     real = features.is_floating_point()

@@ -133,6 +133,7 @@ class FamilyGuide(ModelGuide):
         self._made: dict[str, _Made] = {}
         self._features: dict[str, int] = {}
         self._rows: dict[str, int] = {}
+        self._depths: dict[str, int] = {}
         self._blocks: list[Drawn] = []
         self._sites: dict[str, Site] = {}
         self._plates, self._ready = Plates(), False
@@ -239,7 +240,7 @@ class FamilyGuide(ModelGuide):
             frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
             result = self._encode(key, module, args, *(frame.size for frame in frames))
             features[key], self._features[key] = result, result.shape[-1]
-            self._rows[key] = len(result)
+            self._rows[key], self._depths[key] = len(result), result.dim()
             plates = {blocks[n].plate for n in wanted} - {None}
             expect(len(plates) < 2, "plate", "one plate for the sites of an encoder", plates)
             plate = next(iter(plates), self.plate)
@@ -253,7 +254,8 @@ class FamilyGuide(ModelGuide):
     def _encode(self, key: str, module: nn.Module, args: tuple[Any, ...], *rows: int) -> Tensor:
         """The features of an encoder: as many rows as an argument has, or as once before."""
         known = [*rows, *([self._rows[key]] if key in self._rows else [])]
-        return encode(module, args, self._features.get(key), known)
+        depths = (2, 3) if key not in self._depths else (self._depths[key],)
+        return encode(module, args, self._features.get(key), known, depths)
 
     def posterior(self, *args: Any) -> Any:
         """The distribution q(z | x) of the one latent site of a model, for data.
