@@ -108,7 +108,7 @@ def divide(by_site: BySite, nodes: list[Node], encoded: Mapping[str, Encoded]) -
             or they are given one another in a circle.
     """
     by_name = {node["name"]: node for node in nodes}
-    drawn: list[Drawn] = []
+    together: list[list[Drawn]] = []
     for group in by_site.groups([*by_name]):
         block = group.block
         parts: dict[Any, list[tuple[Encoded, Node]]] = {}
@@ -121,9 +121,8 @@ def divide(by_site: BySite, nodes: list[Node], encoded: Mapping[str, Encoded]) -
         wanted = f"a group {group.names} of sites that one encoder feeds, or that are all free"
         expect(not split, "family", wanted, "a joint family for sites of both kinds")
         for part in parts.values():
-            drawn += _heads(block, group.names, part, [*by_name])
-    several = sum(each.key == "joint" for each in drawn) > 1
-    drawn = [_renamed(each) if several and each.key == "joint" else each for each in drawn]
+            together.append(_heads(block, group.names, part, [*by_name]))
+    drawn = _distinct(together)
     sites = {site.name: site for each in drawn for site in each.sites}
     drawn.sort(key=lambda each: [*by_name].index(each.names[0]))
     return _in_order([_padded(each, drawn, sites) for each in drawn])
@@ -178,7 +177,8 @@ def _heads(
         )
         given = upstream(block, first.name, names, order)
         given = tuple(name for name in given if name not in {site.name for site in group})
-        expect(not (flat and block.prior), "prior", "a site that is drawn by itself", [*names])
+        alone = "a site by itself: a vector for a joint family, in no plate left of the encoder's"
+        expect(not (flat and block.prior), "prior", alone, [*names])
         over = not own or block.prior is None
         expect(over, "prior", "a family over the reals", family.name)
         known = {"frame": way.frame, "encoder": way.encoder or None, "given": given}
@@ -188,8 +188,22 @@ def _heads(
     return heads
 
 
-def _renamed(drawn: Drawn) -> Drawn:
-    return drawn._replace(key=f"joint_{_key(drawn.sites[0])}")
+def _distinct(together: list[list[Drawn]]) -> list[Drawn]:
+    """The heads of all entries, with names that no others have; within one, steps share a head."""
+    several = sum(head.key == "joint" for heads in together for head in heads) > 1
+    names: dict[tuple[Any, ...], str] = {}
+    drawn = []
+    for number, heads in enumerate(together):
+        for head in heads:
+            key = f"joint_{_key(head.sites[0])}" if several and head.key == "joint" else head.key
+            whose = number, key, None if head.step is not None else head.names
+            while whose not in names:
+                if key in names.values():
+                    key += "_"
+                else:
+                    names[whose] = key
+            drawn.append(head._replace(key=names[whose]))
+    return drawn
 
 
 def _padded(drawn: Drawn, heads: list[Drawn], sites: Mapping[str, Site]) -> Drawn:

@@ -21,7 +21,16 @@ from ppvae.guides.plates import Plates, read_plates
 from ppvae.guides.sites import Site, encoder_plate
 from ppvae.models.protocol import example_of
 from ppvae.programs.missing import LeaveOut
-from ppvae.programs.nodes import Node, dtype_of, is_inside, is_point, latent_nodes, prototype
+from ppvae.programs.nodes import (
+    Node,
+    dtype_of,
+    has_tensor_bounds,
+    is_inside,
+    is_point,
+    latent_nodes,
+    prototype,
+    same_support,
+)
 
 
 class FamilyGuide(ModelGuide):
@@ -175,7 +184,9 @@ class FamilyGuide(ModelGuide):
         with torch.no_grad(), poutine.block(), private_modules(), eval_mode(self, self.model):
             with random_state(None, keep=True):
                 trace = prototype(self.model, args, kwargs)
-            every = latent_nodes(trace)
+                every = latent_nodes(trace)
+                if any(has_tensor_bounds(node["fn"].support) for node in every):
+                    _check_supports(every, prototype(self.model, args, kwargs))
             expect(every, "model", "latent sites", "none")
             nodes = [node for node in every if not self._by_site.leaves_out(node)]
             with LeaveOut():  # whatever is missing: only shapes are wanted
@@ -398,6 +409,15 @@ class _Made(NamedTuple):
     def of(cls, state: Mapping[str, Any]) -> "_Made":
         """The parts from a state dict."""
         return cls(**{**state, "shape": torch.Size(state["shape"])})
+
+
+def _check_supports(nodes: list[Node], again: Any) -> None:
+    """Raises a ValueError if a support in one trace is another in the next, of other draws."""
+    for node in nodes:
+        name, support = node["name"], node["fn"].support
+        same = name not in again.nodes or same_support(support, again.nodes[name]["fn"].support)
+        wanted = f"a support of {name!r} that does not depend on other latents"
+        expect(same, "model", wanted, support)
 
 
 def _as_now(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -141,12 +141,24 @@ def around(prior: Any, site: Site) -> Around:
             base.variance.sqrt() if scale is None and hasattr(base, "covariance_matrix") else scale
         )
         return Around(base.loc, scale)
-    mean = fn.mean
-    finite = (
-        bool(torch.isfinite(mean).all()) if type(mean) in (Tensor, torch.nn.Parameter) else True
-    )
+    mean = _middle(fn)
+    known = type(mean) in (Tensor, torch.nn.Parameter)  # in a graph it has no value
+    finite = mean is not None and (not known or bool(torch.isfinite(mean).all()))
     expect(finite, "prior", f"a prior of {site.name!r} with a location, or a finite mean", fn)
     return Around(mean if site.transform is None else site.transform.inv(mean), None)
+
+
+def _middle(fn: Any) -> Any:
+    """The mean of a distribution, or where the location of what it is made of goes, or None."""
+    with suppress(NotImplementedError):
+        return fn.mean
+    base = base_of(getattr(fn, "base_dist", None))
+    if not hasattr(base, "loc"):
+        return None
+    value = base.loc
+    for transform in fn.transforms:
+        value = transform(value)
+    return value
 
 
 def _maps(transforms: Iterable[Any]) -> list[Any]:

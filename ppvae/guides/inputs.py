@@ -78,4 +78,9 @@ def _seen(value: Tensor, site: Site, block: Drawn, made: int) -> Tensor:
     if own is not None:
         shape[own] = free.shape[own]
     shape = shape[: len(shape) - made] if made else shape
+    if not lead:  # else the draws in front are to the left of all plates
+        depth = block.sites[0].rank - made
+        if block.flat:
+            depth = 0 if block.frame is None else -block.frame.dim
+        shape = shape[max(len(shape) - depth, 0) :]
     return flat.reshape(*shape, flat.shape[-1])

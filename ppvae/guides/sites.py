@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import Node, choose_plate, from_reals, is_real, plates_of
+from ppvae.programs.nodes import Node, choose_plate, from_reals, is_real, plates_of, space_of
 
 
 class Site(NamedTuple):
@@ -75,7 +75,10 @@ def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
     try:
         if drawn and not (fn.support.is_discrete or is_real(fn.support)):
             transform = from_reals(fn.support)
-            space = torch.Size(transform.inverse_shape(fn.event_shape))
+            space = space_of(transform, fn.batch_shape, fn.event_shape)
+            wanted = f"a support of {name!r} that all members of {plate and plate.name!r} share"
+            shared = plate is None or len(transform.inverse_shape(fn.event_shape)) == len(space)
+            expect(shared, "model", wanted, fn.support)
     except NotImplementedError:
         expected = f"a bijection from the reals to the support of the latent site {name!r}"
         raise ValueError(f"model: expected {expected}, got {fn.support}") from None

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import Node, from_reals, is_inside, is_real, latent_nodes, plates_of
+from ppvae.programs.nodes import (
+    Node,
+    from_reals,
+    is_inside,
+    is_real,
+    latent_nodes,
+    plates_of,
+    space_of,
+)
 
 
 class Place(NamedTuple):
@@ -76,7 +84,7 @@ class Place(NamedTuple):
         """
         try:
             if not self.support.is_discrete:
-                return torch.Size(from_reals(self.support).inverse_shape(self.event))
+                return space_of(from_reals(self.support), self.batch, self.event)
         except NotImplementedError:
             pass
         raise ValueError(

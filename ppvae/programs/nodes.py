@@ -137,6 +137,11 @@ def from_reals(support: Any) -> Any:
     return without_shift(biject_to(support))
 
 
+def space_of(transform: Any, batch: torch.Size, event: torch.Size) -> torch.Size:
+    """Shape of an event in unconstrained space; bounds may have the shape of the batch, too."""
+    return torch.Size(transform.inverse_shape(batch + event)[len(batch) :])
+
+
 def is_real(support: Any) -> bool:
     """Whether a support is all of the reals, in any number of dimensions."""
     return isinstance(_bare(support), type(constraints.real))  # a deep copy has one of its own
@@ -151,6 +156,11 @@ def same_support(one: Any, other: Any) -> bool:
         for s in (one, other)
     ]
     return type(one) is type(other) and bounds[0] == bounds[1]
+
+
+def has_tensor_bounds(support: Any) -> bool:
+    """Whether a support has bounds that a program works out, and that may differ in other runs."""
+    return any(isinstance(value, Tensor) for value in vars(_bare(support)).values())
 
 
 def _bare(support: Any) -> Any:

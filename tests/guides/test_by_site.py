@@ -525,3 +525,105 @@ def test_under_autocast(kind):
     finally:
         torch.set_default_dtype(torch.float64)
     assert torch.isfinite(half) and abs(half - full) < 0.1 * (1 + abs(full))
+
+
+@pytest.mark.parametrize("names", [("a.b", "a_b"), ("keys", "keys_"), ("u", "v")])
+def test_every_site_has_a_head_of_its_own_whatever_its_name(names):
+    def model(x):
+        for name in names:
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, 0])
+
+    guide = FamilyGuide(model, "mean_scale").setup(X)
+    keys = [block.key for block in guide.blocks]
+    assert len(set(keys)) == 2 == len(guide.heads)
+    joint = FamilyGuide(model, {names[0]: "full_rank", names[1]: "full_rank"}).setup(X)
+    assert len(joint.heads) == 2
+
+
+@pytest.mark.parametrize("family", ["mean_scale", "full_rank", "flow"])
+def test_bounds_that_are_tensors_count_each_member_once(family):
+    """Uniform(0, 1) in a plate of 3 is three latents, however its bounds are given."""
+
+    def model(low, high):
+        with pyro.plate("p", 3):
+            s = pyro.sample("s", dist.Uniform(low, high))
+        pyro.sample("o", dist.Normal(s.sum(), 1.0), obs=torch.tensor(1.0))
+
+    losses = []
+    for low, high in ((torch.tensor(0.0), torch.tensor(1.0)), (torch.zeros(3), torch.ones(3))):
+        torch.manual_seed(0)
+        guide = FamilyGuide(model, family).setup(low, high)
+        with private_modules():
+            assert guide(low, high)["s"].shape == (3,)
+            torch.manual_seed(1)
+            losses.append(negative_elbo(model, guide, low, high))
+    assert torch.allclose(*losses, rtol=1e-9)
+
+
+def test_supports_that_move_are_refused():
+    def dependent(x):
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        s = pyro.sample("s", dist.Uniform(0.0, top))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(s, 1.0), obs=x[:, 0])
+
+    with pytest.raises(ValueError, match="support of 's' that does not depend on other latents"):
+        FamilyGuide(dependent, "mean_scale").setup(X)
+
+    def each(x):
+        with pyro.plate("data", len(x)):
+            s = pyro.sample("s", dist.Uniform(x[:, 0], x[:, 0] + 1))
+            pyro.sample("x", dist.Normal(s, 1.0), obs=x[:, 0])
+
+    with pytest.raises(ValueError, match="support of 's' that all members of 'data' share"):
+        FamilyGuide(each, "mean_scale", nn.Identity()).setup(X)
+
+
+def test_a_global_site_given_those_of_a_plate_has_its_own_shape():
+    """And the ELBO of such a guide is a bound on log p(y), which is known."""
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("g", 2):
+            th = pyro.sample("th", dist.Normal(m[..., 0:1] + m[..., 1:2], 1.0))
+        pyro.sample("o", dist.Normal(th.sum(-1), 1.0), obs=y)
+
+    y = torch.tensor(0.0)
+    guide = FamilyGuide(model, {"th": "full_rank", "m": Block("full_rank", given=["th"])}).setup(y)
+    with private_modules():
+        drawn = guide(y)
+        assert drawn["th"].shape == (2,) and drawn["m"].shape == (2,)
+    joint = FamilyGuide(model, {"th": "full_rank", "m": Block("mean_scale", given=["th"])}).setup(y)
+    with private_modules():
+        assert joint(y)["m"].shape == (2,)
+        torch.manual_seed(0)
+        losses = torch.stack([negative_elbo(model, guide, y).detach() for _ in range(400)])
+    exact = dist.Normal(0.0, math.sqrt(4 * 2 + 2 + 1)).log_prob(y)
+    assert -losses.mean() < exact + 5 * losses.std() / 400**0.5
+
+
+def test_a_prior_without_a_location_is_named_and_a_transformed_one_is_read():
+    def cholesky(x):
+        pyro.sample("L", dist.LKJCholesky(3, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, 0])
+
+    guide = FamilyGuide(cholesky, Block("mean_scale", prior="location")).setup(X)
+    with (
+        private_modules(),
+        pytest.raises(ValueError, match="prior: expected a prior of 'L' with a"),
+    ):
+        guide(X)
+
+    def moved(x):
+        shift = dist.transforms.AffineTransform(3.0, 2.0)
+        pyro.sample("w", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [shift]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, 0])
+
+    guide = FamilyGuide(moved, Block("mean_scale", prior="location")).setup(X)
+    with private_modules():
+        fn = poutine.trace(guide).get_trace(X).nodes["w"]["fn"]
+    assert torch.allclose(fn.loc, 3.0 + guide.heads["w"](None).loc)
