@@ -445,7 +445,7 @@ BAD = {
     "plate: expected the plate whose members share .* 'mu': one of": _args(
         REST | {"mu": Block("flow", source="shared")}
     ),
-    "prior: expected a site that is drawn by itself": _args(
+    "prior: expected a site by itself: a vector for a joint family": _args(
         {("mu", "theta"): Block("full_rank", prior="location"), "z": "flow"}, Members()
     ),
     "encoder: expected 4 sites, one for each step": lambda: FamilyGuide(
