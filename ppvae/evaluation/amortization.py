@@ -1,7 +1,7 @@
 """Why the ELBO is below log p(x): what the family cannot represent, and what the encoder misses."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import estimates
 from ppvae.programs.runs import Runs, opened
 
-GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
+_GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
 _DRAWS = 16  # in each step of the search
 _SINGLE_DRAWS = 8  # the same where they are made one by one
 _MOST = 64  # draws in a step, where a datum has many coordinates to match
@@ -101,27 +101,54 @@ def gaps(  # noqa: D417
         >>> bool(result.approximation.mean() < 1e-3 < result.amortization.mean())
         True
     """
-    num_samples = check_count("num_samples", num_samples, 2 * GROUPS)
     num_steps = check_count("num_steps", num_steps)
     _check_guide(guide)
-    draws = math.ceil(num_samples / GROUPS) * GROUPS
+    draws = in_groups(num_samples)
     shown, label = check_label("progress", progress, "gaps")
     measured = []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         runs = check_search(runs, guide, plate)
         exact = None if log_likelihood is None else _as_array(log_likelihood, runs.plate.size)
-        total = len(runs.batches) * num_steps
-        with tqdm(total=total, desc=label, disable=not shown, delay=3.0) as bar:
-            for number, batch in enumerate(runs.batches, 1):
-                shifted = shifted_guide(runs, guide.heads, batch)
-                best = search(shifted, num_steps, bar.update)
-                values = elbos(shifted, best, draws)
-                if exact is None:  # from independent draws
-                    values |= estimates(shifted.log_weight(best, draws, _new_seed()))
-                measured.append({name: v.double().cpu().numpy() for name, v in values.items()})
-                bar.update(number * num_steps - bar.n)
-    arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
-    return _dataset(arrays, exact, {"num_samples": draws, "num_steps": num_steps})
+        bar = tqdm(total=len(runs.batches) * num_steps, desc=label, disable=not shown, delay=3.0)
+        for shifted, best in best_members(runs, guide, num_steps, bar):
+            values = elbos(shifted, best, draws)
+            if exact is None:  # from independent draws
+                values |= estimates(shifted.log_weight(best, draws, _new_seed()))
+            measured.append(values)
+    return _dataset(as_arrays(measured), exact, {"num_samples": draws, "num_steps": num_steps})
+
+
+def in_groups(num_samples: Any) -> int:
+    """The number of draws of a measure, rounded up to whole groups.
+
+    Raises:
+        ValueError: they are too few for an error.
+    """
+    return math.ceil(check_count("num_samples", num_samples, 2 * _GROUPS) / _GROUPS) * _GROUPS
+
+
+def best_members(
+    runs: Runs, guide: Any, num_steps: int, bar: Any
+) -> Iterator[tuple[ShiftedGuide, Tensor]]:
+    """Searches the best member of the family for each datum, one minibatch after the other.
+
+    Args:
+        runs: the pair, from `check_search`.
+        guide: the guide.
+        num_steps: steps of the search.
+        bar: a progress bar of so many steps for each minibatch, which is closed at the end.
+    """
+    with bar:
+        for number, batch in enumerate(runs.batches, 1):
+            shifted = shifted_guide(runs, guide.heads, batch)
+            yield shifted, _search(shifted, num_steps, bar.update)
+            bar.update(number * num_steps - bar.n)
+
+
+def as_arrays(measured: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """What was measured of each minibatch, as arrays of all data."""
+    rows = [{k: v.double().cpu().numpy() for k, v in values.items()} for values in measured]
+    return {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
 
 
 def check_search(runs: Runs, guide: Any, plate: str | None) -> Runs:
@@ -168,7 +195,7 @@ def _new_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def search(shifted: ShiftedGuide, steps: int, tick: Callable[[], Any]) -> Tensor:
+def _search(shifted: ShiftedGuide, steps: int, tick: Callable[[], Any]) -> Tensor:
     """The shifts of the best member for each datum.
 
     First Adam on fresh draws; then L-BFGS on a few fixed ones, which ends exactly where the draws
@@ -204,12 +231,12 @@ def _better(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
 
 def elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]:
     """The two ELBOs of each datum, from the same draws, with their errors."""
-    count, seeds = draws // GROUPS, [_new_seed() for _ in range(GROUPS)]
+    count, seeds = draws // _GROUPS, [_new_seed() for _ in range(_GROUPS)]
     groups = {"elbo": -torch.stack([shifted.loss(shifted.start, count, seed) for seed in seeds])}
     groups["best_elbo"] = -torch.stack([shifted.loss(best, count, seed) for seed in seeds])
     groups["amortization"] = groups["best_elbo"] - groups["elbo"]
     values = {name: group.mean(0) for name, group in groups.items()}
-    errors = {f"{k}_se": group.std(0) / math.sqrt(GROUPS) for k, group in groups.items()}
+    errors = {f"{k}_se": group.std(0) / math.sqrt(_GROUPS) for k, group in groups.items()}
     return values | errors
 
 

@@ -13,7 +13,7 @@ from ppvae._checks import check_count, check_label
 from ppvae._process import exclusive
 from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import directions, moments_of
-from ppvae.evaluation.hierarchy import by_parts, is_dense
+from ppvae.evaluation.hierarchy import by_parts
 from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.evaluation.responsibilities import Responsibilities
@@ -127,7 +127,7 @@ def evaluate(
         whole = terms(*runs.traces, plate)
         if not (whole.is_local and whole.log_prior):
             dataset = _of_all(runs, num_samples)
-            dataset.attrs |= {"bound": int(is_dense(whole)), "num_samples": num_samples}
+            dataset.attrs |= {"bound": int(whole.is_dense), "num_samples": num_samples}
             dataset.attrs |= _of_family(family) | verdict_of(model, guide)
             return dataset
         few = draws_needed(runs.plate.size) if channels != () else 1

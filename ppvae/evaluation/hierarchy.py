@@ -69,29 +69,21 @@ def by_parts(
         numbers["log_likelihood"] = torch.stack([log_mean_weight(w) for w in inner]).mean(0)
         numbers["ess"] = torch.stack([effective_sample_size(w) for w in judged]).mean(0)
         numbers["khat"] = torch.stack([khat(w).to(w) for w in judged]).mean(0)
-    totals = sums.totals() | _evidence(log_weight)
-    if is_dense(whole):
+    totals, unknown = sums.totals() | _evidence(log_weight), torch.full((size,), math.nan)
+    if whole.is_dense:
         bound = torch.cat(bounds)  # whose error vanishes where the guide is the posterior
         spread = bound.std() / math.sqrt(len(bound)) if len(bound) > 1 else math.nan
         totals |= {"total_objective": bound.mean(), "total_elbo": bound.mean()}
         totals |= {"total_elbo_se": spread}
     else:
-        unknown = torch.full((size,), math.nan)
         numbers |= dict.fromkeys(("elbo", "log_likelihood", "ess", "khat"), unknown)
         unsaid = "total_elbo", "total_elbo_se", *_evidence(log_weight)
         totals |= dict.fromkeys(unsaid, math.nan)
     if not splits(runs):
-        unknown = torch.full((size,), math.nan)
         numbers |= dict.fromkeys(("rate", "objective", "elbo", "log_likelihood"), unknown)
         totals["global_rate"] = math.nan
     arrays = {name: value.cpu().numpy() for name, value in numbers.items()}
     return arrays, {name: float(value) for name, value in totals.items()}
-
-
-def is_dense(parts: Terms) -> bool:
-    """Whether the guide has a density for every latent, so that its objective is a bound."""
-    joint = set(parts.log_guide) - set(parts.log_prior)
-    return bool(joint) or set(parts.log_prior) <= set(parts.log_guide)
 
 
 def _draws(
@@ -205,11 +197,10 @@ class _Means:
         return numbers | {"log_likelihood": likelihood, "ess": unknown, "khat": unknown}
 
     def totals(self) -> dict[str, Any]:
-        """The bound on log p(x) of all data, and the rate of the globals."""
+        """The objective of all data, and the rate of the globals."""
         outer = self.outer_likelihood - self.outer_rate
-        bound = ((self.likelihood - self.rate).sum() + outer) / self.count
-        totals = {"total_objective": bound, "total_elbo": bound}
-        return totals | {"global_rate": self.outer_rate / self.count}
+        whole = ((self.likelihood - self.rate).sum() + outer) / self.count
+        return {"total_objective": whole, "global_rate": self.outer_rate / self.count}
 
 
 def _evidence(log_weight: Tensor) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
@@ -11,8 +10,14 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import check_count, check_label, expect
 from ppvae._process import exclusive
-from ppvae.evaluation.amortization import GROUPS, check_search, elbos, search
-from ppvae.evaluation.search import shifted_guide, with_shifts
+from ppvae.evaluation.amortization import (
+    as_arrays,
+    best_members,
+    check_search,
+    elbos,
+    in_groups,
+)
+from ppvae.evaluation.search import with_shifts
 from ppvae.programs.runs import opened
 
 
@@ -53,10 +58,9 @@ class Refined(nn.Module):
 
         def shift(channel: str, value: Tensor) -> Tensor:
             own: Any = getattr(self, f"shift_{self._places.index(channel)}")
-            rows = {size for size in value.shape[:-1] if size > 1} | {self.size}
-            fits = value.dim() >= own.dim() and value.shape[-own.dim()] == len(own)
+            rows = value.shape[-own.dim()] if value.dim() >= own.dim() else 1
             wanted = f"the {self.size} data that the guide was refined for"
-            expect(fits, "args", wanted, f"{min(rows - {self.size}, default=1)}")
+            expect(rows == len(own), "args", wanted, rows)
             return own.to(value)
 
         with with_shifts(self.guide.heads, shift):
@@ -113,25 +117,20 @@ def refine(  # noqa: D417
         (True, torch.Size([20, 2]))
     """
     num_steps = check_count("num_steps", num_steps)
-    draws = -(-check_count("num_samples", num_samples, 2 * GROUPS) // GROUPS) * GROUPS
+    draws = in_groups(num_samples)
     shown, label = check_label("progress", progress, "refine")
     measured, pieces = [], []
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         runs = check_search(runs, guide, plate)
-        total = len(runs.batches) * num_steps
-        with tqdm(total=total, desc=label, disable=not shown, delay=3.0) as bar:
-            for number, batch in enumerate(runs.batches, 1):
-                shifted = shifted_guide(runs, guide.heads, batch)
-                best = search(shifted, num_steps, bar.update)
-                pieces.append(shifted.pieces(best))
-                values = elbos(shifted, best, draws)
-                measured.append({name: v.double().cpu().numpy() for name, v in values.items()})
-                bar.update(number * num_steps - bar.n)
+        bar = tqdm(total=len(runs.batches) * num_steps, desc=label, disable=not shown, delay=3.0)
+        for shifted, best in best_members(runs, guide, num_steps, bar):
+            pieces.append(shifted.pieces(best))
+            measured.append(elbos(shifted, best, draws))
+    found = as_arrays(measured)
     names = {"elbo": "elbo", "best_elbo": "refined_elbo"}
     names |= {"amortization": "gain", "amortization_se": "gain_se"}
-    arrays = {new: np.concatenate([each[old] for each in measured]) for old, new in names.items()}
     unit = {"unit": "nats per datum"}
-    gain = xr.Dataset({name: ("datum", value, unit) for name, value in arrays.items()})
+    gain = xr.Dataset({new: ("datum", found[old], unit) for old, new in names.items()})
     gain.attrs = {"num_steps": num_steps, "num_samples": draws}
     shifts = {channel: torch.cat([piece[channel] for piece in pieces]) for channel in pieces[0]}
     return Refined(guide, shifts, gain)

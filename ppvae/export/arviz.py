@@ -23,6 +23,7 @@ from ppvae.programs.layout import Place
 from ppvae.programs.missing import observed_entries
 from ppvae.programs.nodes import (
     Node,
+    depth_of,
     is_data,
     is_inside,
     latent_nodes,
@@ -246,7 +247,7 @@ def _values(
             count, value = events[node["name"]], node["value"]
             entries = observed_entries(node) if node["is_observed"] else None
             value = value if entries is None else torch.where(entries, value, math.nan)
-            while value.dim() > count + _depth(node) and len(value) == 1:  # a dim of no plate
+            while value.dim() > count + depth_of(node) and len(value) == 1:  # a dim of no plate
                 value = value[0]
             place = Place.of({**node, "value": value}, plate, draws, events=count)
             sizes = [place.batch[dim] for dim in (place.datum, *place.plates) if dim is not None]
@@ -300,11 +301,6 @@ def _stack(node: Node) -> list[Any]:
     return [plate for plate in node["cond_indep_stack"] if plate.dim is not None]
 
 
-def _depth(node: Node) -> int:
-    """How far to the left the plates around a site reach."""
-    return max([-plate.dim for plate in _stack(node)], default=0)
-
-
 def _event_dims(node: Node) -> int:
     """Number of event dims of a site.
 
@@ -314,7 +310,7 @@ def _event_dims(node: Node) -> int:
     shape, events = node["value"].shape, len(node["fn"].event_shape)
     if not node["infer"].get("_deterministic") or events < len(shape):
         return events
-    most = max(len(shape) - _depth(node), 0)
+    most = max(len(shape) - depth_of(node), 0)
     for events in range(most, -1, -1):
         batch = shape[: len(shape) - events]
         if all(batch[plate.dim :][:1] == (plate.size,) for plate in _stack(node)):

@@ -37,7 +37,7 @@ class Drawn(NamedTuple):
     Attributes:
         key: the name of the head.
         shape: shape of the latent that the head draws.
-        sites: the sites; none where the model draws all of its latents itself.
+        sites: the sites.
         flat: whether all coordinates come from one auxiliary draw, a vector that is cut into the
             sites' pieces; needed for several sites, and for plates to the left of the data.
         family: the family of the head; it is `from_model` where the model draws the site.
@@ -295,7 +295,7 @@ def check_tails(fn: Any, block: Drawn) -> None:
 
 def _grows_exponentially(site: Site) -> bool:
     """Whether the map to the support of a site grows like exp."""
-    if is_real(site.support) or site.support.is_discrete:
+    if site.transform is None:
         return False
     return bool(site.transform(torch.full(site.space, 60.0)).abs().max() > 1e20)
 

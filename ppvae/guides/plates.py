@@ -11,7 +11,7 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import draws_its_rows
+from ppvae.programs.nodes import draws_its_rows, length_of
 
 
 class Plates(NamedTuple):
@@ -122,11 +122,6 @@ class Plates(NamedTuple):
         right = site.right or torch.Size([1] * (-frame.dim - 1))
         value = piece.reshape(draws + rows + site.left + right + site.space)
         return value.movedim(len(draws), len(draws) + len(site.left))
-
-
-def length_of(args: tuple[Any, ...]) -> int | None:
-    """Length of the first argument that is a tensor with a dimension; None if there is none."""
-    return next((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim()), None)
 
 
 def read_plates(

@@ -86,9 +86,12 @@ def log_joint_and_guide(runs: list[Terms], size: int | None) -> tuple[Tensor, Te
     """
     first = runs[0]
     points = sorted(set(first.log_prior) - set(first.log_guide))
-    joint = set(first.log_guide) - set(first.log_prior)
-    dense = joint or not points
-    expect(dense, "guide", "a density for every latent site", f"a guide where {points} are points")
+    expect(
+        first.is_dense,
+        "guide",
+        "a density for every latent site",
+        f"a guide where {points} are points",
+    )
     local = bool({*first.log_prior, *first.log_guide} & first.local)
     if local:
         first.check_local()

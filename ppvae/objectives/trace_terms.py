@@ -72,6 +72,12 @@ class Terms(NamedTuple):
         return self.plate is not None and set(self.log_prior) | set(self.log_guide) <= self.local
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the guide has a density for every latent, so that its objective is a bound."""
+        joint = set(self.log_guide) - set(self.log_prior)
+        return bool(joint) or set(self.log_prior) <= set(self.log_guide)
+
+    @property
     def log_joint(self) -> Tensor:
         """Log p(x, z): `(*draws, batch)` if `is_local`, else of all data together, `(*draws,)`."""
         return self.total({**self.log_likelihood, **self.log_prior})

@@ -14,7 +14,13 @@ from ppvae.data.adapters import form_of, prepared, real_numbers
 from ppvae.models.vae import VAE
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Place
-from ppvae.programs.nodes import Node, choose_plate, latent_nodes, plates_of
+from ppvae.programs.nodes import (
+    Node,
+    choose_plate,
+    latent_nodes,
+    length_of,
+    plates_of,
+)
 from ppvae.programs.runs import (
     draw_runs,
     is_vectorized,
@@ -169,5 +175,4 @@ def _plate(nodes: list[Node], args: Any, plate: str | None) -> Any:
     frames: dict[str, Any] = {}
     for node in nodes:
         frames |= {name: f for name, f in plates_of(node).items() if name not in frames}
-    lengths = (len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim())
-    return choose_plate(frames, next(lengths, None), plate)
+    return choose_plate(frames, length_of(args), plate)

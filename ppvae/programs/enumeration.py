@@ -23,7 +23,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import Node, counts, is_finite_discrete, log_prob, trace_of
+from ppvae.programs.nodes import Node, counts, depth_of, is_finite_discrete, log_prob, trace_of
 
 Tree = OrderedDict[Any, list[Tensor]]  # plates, as symbols -> factors of the density, packed
 
@@ -264,8 +264,7 @@ def _logits(trace: Any, component: Component, node: Node) -> Tensor:
     )
     logits = packed.unpack(logits, _dims(trace) | {symbol: dim})
     logits = logits.unsqueeze(-1).transpose(-1, dim - 1)
-    depth = max((-f.dim for f in node["cond_indep_stack"] if f.vectorized), default=0)
-    return logits.reshape(logits.shape[logits.dim() - 1 - depth :])
+    return logits.reshape(logits.shape[logits.dim() - 1 - depth_of(node) :])
 
 
 def _fixed(trace: Any, node: Node, index: Tensor) -> Factor:
@@ -309,8 +308,7 @@ def _components(trace: Any) -> Iterator[Component]:
     groups: list[tuple[list[Factor], set[str]]] = []
     for node in nodes:
         value = node["fn"].log_prob(node["value"]) if _is_enumerated(node) else log_prob(node)
-        depth = max((-f.dim for f in node["cond_indep_stack"] if f.vectorized), default=0)
-        if value.dim() <= depth and not _is_enumerated(node):
+        if value.dim() <= depth_of(node) and not _is_enumerated(node):
             continue  # it has none of their dims, which are to the left of all plates
         value = packed.pack(value, node["infer"]["_dim_to_symbol"])
         value._pyro_ordinal = _ordinal(trace, node)
@@ -415,7 +413,6 @@ def _summed_to(value: Tensor, trace: Any, term: Any, ordinal: frozenset[str]) ->
 def _with(node: Node, log_density: Tensor) -> Node:
     """A node with another density at its value."""
     sizes = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
-    depth = max((-dim for dim in sizes), default=0)
-    batch = torch.Size(sizes.get(dim, 1) for dim in range(-depth, 0))
+    batch = torch.Size(sizes.get(dim, 1) for dim in range(-depth_of(node), 0))
     value = log_density.expand(batch)
     return {**node, "fn": Summed(node["fn"], value, batch), "mask": None}

@@ -1,6 +1,6 @@
 """Reads the nodes of a trace: which are latent or observed, in which plates, on which support."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -176,6 +176,11 @@ def plates_of(node: Node) -> dict[str, Any]:
     return {f.name: f for f in stack if f.dim is not None and f.name != DRAWS}
 
 
+def depth_of(node: Node) -> int:
+    """How far to the left the plates around a node reach."""
+    return max((-f.dim for f in node["cond_indep_stack"] if f.dim is not None), default=0)
+
+
 def is_inside(node: Node, plate: Any) -> bool:
     """Whether a node lies in a plate; nothing lies in None."""
     return plate is not None and any(f.name == plate.name for f in node["cond_indep_stack"])
@@ -205,8 +210,12 @@ def data_plate(trace: Any, plate: str | None = None) -> Any:
     shared = {name for name in frames if latents and all(name in plates for plates in latents)}
     call = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
     inputs = [*call["args"], *call["kwargs"].values()]
-    length = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()), None)
-    return choose_plate(frames, length, plate, shared)
+    return choose_plate(frames, length_of(inputs), plate, shared)
+
+
+def length_of(args: Iterable[Any]) -> int | None:
+    """Length of the first argument that is a tensor with a dimension; None if there is none."""
+    return next((arg.shape[0] for arg in args if isinstance(arg, Tensor) and arg.dim()), None)
 
 
 def choose_plate(
