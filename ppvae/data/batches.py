@@ -65,6 +65,15 @@ class Batches:
         return math.ceil(self.size / (self.batch_size or self.size))
 
     @property
+    def given(self) -> bool:
+        """Whether there are data, and not just a program that has its own."""
+        return bool(self.tensors) or self.loader is not None
+
+    def rows(self, batch: tuple[Any, ...]) -> int:
+        """Number of data in a minibatch."""
+        return len(batch[0]) if self.given else self.size
+
+    @property
     def generators(self) -> list[torch.Generator]:
         """The generators of a loader of the user's own, which are moved by a pass."""
         sampler = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
@@ -129,7 +138,7 @@ def batches_of(
     Args:
         name: of the argument, for the messages.
         data: a tensor, array, table or sparse matrix, or a tuple of them; a `Dataset`; or a
-            `DataLoader`.
+            `DataLoader`. An empty tuple is for programs that have their own, and counts as one.
         batch_size: data in a minibatch, or at most so many of those that are not for training; by
             default all the data, or 128 of more than 1024.
         form: what the programs take that the data are for.
@@ -149,6 +158,8 @@ def batches_of(
         form.remember(data)
     held = isinstance(data, (Dataset, DataLoader))
     expect(held or size is None, "size", "none beside data that tell their number", size)
+    if isinstance(data, tuple) and not data:
+        return Batches(name, 1, 1, extra=extra, cut=(False,) * len(extra), form=form)
     tensors = () if held else as_tensors(name, data, form, missing=True, sparse=True)
     size = _length(name, data, size) if held else len(tensors[0]) if tensors[0].dim() else 0
     expect(size, name, "at least one datum", "none")

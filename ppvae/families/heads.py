@@ -24,6 +24,7 @@ from ppvae.families.rules import (
 # An argument in an interval that starts further out, before its transform (the sigmoid), has no
 # slope left to move by.
 _FARTHEST = 30.0
+_INSIDE = 0.05  # a share of the length of an interval
 
 
 class Argument(nn.Module):
@@ -68,6 +69,19 @@ class Argument(nn.Module):
             self.linear.bias.data += shift.reshape(-1)
         else:
             self.raw = nn.Parameter(0.01 * torch.randn(shift.shape) + shift)
+
+    def raw_at(self, value: Tensor) -> Tensor:
+        """What stands before the transform where the argument has a value.
+
+        In an interval it stays a share of the length away from the ends, where it could not move.
+        """
+        transform: Any = transform_to(self.constraint)
+        if isinstance(self.constraint, constraints.interval):
+            low, high = self.constraint.lower_bound, self.constraint.upper_bound
+            share = ((value - low) / (high - low)).clamp(_INSIDE, 1 - _INSIDE)
+            value = low + share * (high - low)
+        raw: Tensor = transform.inv(value.reshape(self.shape))
+        return raw
 
     def forward(self, features: Tensor | None = None) -> Tensor:
         """The argument inside its constraint: features `(*, features)` -> `(*, *shape)`."""

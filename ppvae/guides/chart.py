@@ -17,8 +17,6 @@ from ppvae.families.heads import Argument
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.programs.nodes import is_real
 
-_INSIDE = 0.05  # a location in an interval starts at least this share of its length from the ends
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -118,7 +116,8 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
             if name in ("loc", "v") and is_real(argument.constraint) and whole:
                 locations.append((raw, at, argument.shape))
             elif name in ("loc", "v") and whole:
-                pieces.append(_bounded(argument, mean[at]))
+                near = _moved(argument, argument.raw_at(mean[at]))
+                pieces.append(replace(near, scaled=False))
             elif name == "scale":
                 pieces.append(_scale(argument, sd[at]))
             elif name == "scale_tril" and argument.triangular:
@@ -150,14 +149,6 @@ def _factor_of(factor: Tensor, at: Tensor) -> Tensor:
         return factor
     precision = torch.cholesky_inverse(factor)[at][:, at]
     return torch.linalg.cholesky(torch.linalg.inv(precision))
-
-
-def _bounded(argument: Argument, mean: Tensor) -> Piece:
-    transform: Any = torch.distributions.transform_to(argument.constraint)
-    low, high = argument.constraint.lower_bound, argument.constraint.upper_bound
-    share = ((mean - low) / (high - low)).clamp(_INSIDE, 1 - _INSIDE)
-    start = transform.inv((low + share * (high - low)).reshape(argument.shape))
-    return replace(_moved(argument, start), scaled=False)
 
 
 def _scale(argument: Argument, sd: Tensor) -> Piece:

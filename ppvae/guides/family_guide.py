@@ -16,9 +16,11 @@ from ppvae.guides.draws import draw, on_support
 from ppvae.guides.encoding import encode
 from ppvae.guides.in_model import draw_in_model, shifted
 from ppvae.guides.inputs import inputs_of
+from ppvae.guides.marginals import Instead, joint_of, quantiles_of
 from ppvae.guides.model_guide import ModelGuide
 from ppvae.guides.plates import Plates, read_plates
 from ppvae.guides.sites import Site, encoder_plate
+from ppvae.guides.start import start_at, starting_values
 from ppvae.models.protocol import example_of
 from ppvae.programs.missing import LeaveOut
 from ppvae.programs.nodes import (
@@ -68,6 +70,9 @@ class FamilyGuide(ModelGuide):
             as many members as the batch.
         create_plates: as in Pyro's autoguides, a function of the model's arguments that returns
             plates to use.
+        init_loc_fn: as in Pyro's autoguides (`pyro.infer.autoguide.initialization`), a function
+            from a sample statement of a trace to the value at which the location of the site
+            starts, where that is a parameter of its own; `fit` searches the mode from there.
 
     Raises:
         TypeError: `family` or `encoder` is not what it should be.
@@ -114,6 +119,7 @@ class FamilyGuide(ModelGuide):
         *,
         plate: str | None = None,
         create_plates: Callable[..., Any] | None = None,
+        init_loc_fn: Callable[[dict[str, Any]], Tensor] | None = None,
     ) -> None:
         by_name = dict(encoder) if isinstance(encoder, Mapping) else {}
         modules: list[Any] = (
@@ -123,13 +129,14 @@ class FamilyGuide(ModelGuide):
         named = all(isinstance(n, (str, tuple)) for n in by_name)
         wanted = "a torch.nn.Module, or a mapping from latent sites to such"
         expect(known and named, "encoder", wanted, repr(encoder), TypeError)
-        for name, program in {"model": model, "create_plates": create_plates}.items():
+        programs = {"model": model, "create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        for name, program in programs.items():
             kind, known = type(program).__name__, callable(program) or program is None
             fits = known and not (name == "model" and program is None)
             expect(fits, name, "a function or module", kind, TypeError)
         expect(plate is None or isinstance(plate, str), "plate", "a name", repr(plate), TypeError)
         super().__init__(model, create_plates=create_plates)
-        self._by_site = BySite(family)
+        self._by_site, self.init_loc_fn = BySite(family), init_loc_fn
         self.family, self.plate = self._by_site.one or self._by_site, plate
         self._encoded_by: dict[str, tuple[str, ...]] = {}
         if by_name:
@@ -144,6 +151,8 @@ class FamilyGuide(ModelGuide):
         self._rows: dict[str, int] = {}
         self._depths: dict[str, int] = {}
         self._blocks: list[Drawn] = []
+        self._first: list[Drawn] = []
+        self._late: dict[str, Drawn] = {}
         self._sites: dict[str, Site] = {}
         self._plates, self._ready = Plates(), False
         example = None if encoder is None else example_of(model)  # else each datum has its own
@@ -194,6 +203,10 @@ class FamilyGuide(ModelGuide):
         blocks = divide(self._by_site, nodes, encoded)
         sites = {site.name: site for block in blocks for site in block.sites}
         self._sites = {node["name"]: sites[node["name"]] for node in nodes}
+        starts: dict[str, Tensor] = {}
+        if self.init_loc_fn is not None:
+            with private_modules(), eval_mode(self, self.model):
+                starts = starting_values(self.init_loc_fn, self.model, args, kwargs)
         values = [node["value"] for node in every]
         like = torch.zeros((), dtype=dtype_of(*values, *args), device=values[0].device)
         for block in blocks:
@@ -208,8 +221,11 @@ class FamilyGuide(ModelGuide):
             expect(known.shape == block.shape, "model", expected, tuple(block.shape))
             expected = f"{known.width} inputs of the head {block.key!r}, as before"
             expect(known.width == made.width, "model", expected, made.width)
+            fresh = block.key not in self.heads
             with representing(block.family, block.sites[0]):
                 self._build(block.key, made, like)
+                if fresh and starts:
+                    start_at(self.heads[block.key], block, starts)
                 with torch.no_grad(), random_state(None, keep=True), eval_mode(self):
                     some = None if not width else torch.zeros(1, width).to(_like(self, made, like))
                     fn = self.heads[block.key](some)
@@ -218,6 +234,8 @@ class FamilyGuide(ModelGuide):
         whole = {n: len(features[w.encoder]) == w.frame.full_size for n, w in frames.items()}
         self._plates = read_plates(trace, nodes, blocks, whole)
         self._blocks, self._ready = blocks, True
+        self._first = [block for block in blocks if not block.late]
+        self._late = {block.sites[0].name: block for block in blocks if block.late}
         prior: Any = getattr(self.model, "prior", None)
         if hasattr(prior, "attach") and not prior.attached:  # it is made of posteriors
             prior.attach(self.posterior)
@@ -293,21 +311,72 @@ class FamilyGuide(ModelGuide):
         expect(dense, "family", "one with a density, for a prior that is made of it", fn)
         return fn
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws every latent site; takes the model's arguments and returns the values by name."""
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """The distribution of all unconstrained latents as one vector, as in `AutoContinuous`.
+
+        The coordinates are those of `blocks`, one behind the other.
+
+        Args:
+            *args: the arguments of the model.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: a latent has no density, or depends on data or on other latents, or the
+                density is not known as a whole: several blocks that are not Gaussian.
+        """
+        self._made_for(args, kwargs)
+        return joint_of(self, partial(self._drawn, args, kwargs))
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent, `(*plates, *event)` by site; as `quantiles` for 0.5."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The quantiles of each latent under the guide, by site.
+
+        They are those of each coordinate in unconstrained space, mapped to the support: of a number
+        its own, and of a vector such as a simplex one that is in the support. They are exact where
+        a formula is known (Gaussian and Student's t families, and others with an `icdf`), and else,
+        as of flows and of sites that depend on other latents, those of 1,000 draws of a stream of
+        their own. Of a point all are the point.
+
+        Args:
+            quantiles: numbers from 0 to 1.
+            *args: the arguments of the model.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            Site -> values of shape `(quantiles, *plates, *event)`.
+
+        Raises:
+            ValueError: a quantile is not from 0 to 1.
+        """
+        self._made_for(args, kwargs)
+        return quantiles_of(self, quantiles, partial(self._drawn, args, kwargs))
+
+    def _made_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Makes the parameters, if there was no call before."""
         if not self._ready:
             self.setup(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every latent site; takes the model's arguments and returns the values by name."""
+        return self._drawn(args, kwargs)
+
+    def _drawn(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], instead: Instead | None = None
+    ) -> dict[str, Tensor]:
+        """Draws every latent site, from what its head returns, or from what is put in its place."""
+        self._made_for(args, kwargs)
         listed = None if self.master is None else self.master().plates
-        first = [block for block in self._blocks if not block.late]
-        late = {block.sites[0].name: block for block in self._blocks if block.late}
+        late = self._late
         draws: dict[str, Tensor] = {}
         features: dict[str, Tensor] = {}
         plates: dict[str, Any] | None = None
-        used = {block.encoder for block in self._blocks} - {None}
-        for key, (_, module) in self._encoders().items() if used else ():
-            if key in used:
+        for key, (_, module) in self._encoders().items() if self._features else ():
+            if key in self._features:
                 features[key] = self._encode(key, module, args)
-        if first or features:
+        if self._first or features:
 
             def rows_in_model(plate: str) -> Tensor:
                 return prototype(self.model, args, kwargs).nodes[plate]["value"]
@@ -319,9 +388,9 @@ class FamilyGuide(ModelGuide):
             own = self._create_plates(*args, **kwargs)
             plates = self._plates.make(lengths, own, args, rows_in_model)
         heads = self.heads  # once, as above
-        through = partial(self._through_head, heads=heads, features=features, plates=plates or {})
-        for block in first:
-            fn = through(block, values=draws)
+        through = partial(self._through_head, heads, features, plates or {}, instead)
+        for block in self._first:
+            fn = through(block, draws)
             name = f"_{self._pyro_name}_{block.key}"
             draws |= draw(fn, block, plates or {}, self._plates, name)
         if late:
@@ -330,22 +399,23 @@ class FamilyGuide(ModelGuide):
                 block = late[name]
                 if block.from_model:
                     return None
-                fn = through(block, values=values)
+                fn = through(block, values)
                 if block.prior is not None:
                     fn = shifted(fn, prior, block.sites[0], block.prior)
                 return on_support(fn, block)
 
-            known = plates if listed is None else listed
             call, rows = (args, kwargs), self._plates.drawn
-            draws |= draw_in_model(self.model, call, draws, late, posterior, rows, known)
+            drawn = plates if listed is None else listed
+            draws |= draw_in_model(self.model, call, draws, late, posterior, rows, drawn)
         return draws
 
     def _through_head(
         self,
-        block: Drawn,
         heads: nn.ModuleDict,
         features: Mapping[str, Tensor],
         plates: Mapping[str, Any],
+        instead: Instead | None,
+        block: Drawn,
         values: Mapping[str, Tensor],
     ) -> Any:
         """What the head of a block returns for the features and the values so far."""
@@ -354,10 +424,12 @@ class FamilyGuide(ModelGuide):
             rows = self._plates.rows(rows, plates[block.frame.name])
         into = inputs_of(block, rows, values, self._sites)
         thinned = [] if block.flat else block.sites[0].thinned
-        if not thinned:
-            return heads[block.key](into)
-        index = [(dim, plates[name].indices) for dim, name in thinned]
-        return heads[block.key](into, rows=index)
+        if thinned:
+            index = [(dim, plates[name].indices) for dim, name in thinned]
+            fn = heads[block.key](into, rows=index)
+        else:
+            fn = heads[block.key](into)
+        return fn if instead is None else instead(block, fn)
 
     def _build(self, key: str, made: "_Made", like: Tensor | None = None) -> None:
         """Makes a head that is not there yet, like the encoder's last layer or like a latent."""

@@ -81,10 +81,16 @@ def dtype_of(*values: Any) -> torch.dtype:
     return reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
 
-def prototype(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def prototype(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    init: Callable[[dict[str, Any]], Tensor] | None = None,
+) -> Any:
     """A trace of the model, where an improper prior, which nothing can be drawn from, starts at 0.
 
-    Zero means zero in unconstrained space. Nothing outside sees the run.
+    Zero means zero in unconstrained space; `init` chooses all values, as Pyro's `init_to_median`
+    does. Nothing outside sees the run.
     """
 
     def start(site: dict[str, Any]) -> Tensor:
@@ -97,7 +103,7 @@ def prototype(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             return transform(zeros)
 
     with poutine.block(), torch.no_grad():
-        return trace_of(InitMessenger(start)(model), args, kwargs)
+        return trace_of(InitMessenger(init or start)(model), args, kwargs)
 
 
 def trace_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:

@@ -1,6 +1,7 @@
 """The potential of a model: minus its log density as a function of unconstrained latents."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +59,17 @@ class Potential:
         return torch.autograd.grad(value, state)[0], value.detach()
 
     def hessian(self, state: Tensor) -> Tensor:
-        """The second derivatives, by differences where a program cannot be differentiated twice."""
-        try:
-            return torch.func.hessian(self)(state)
-        except (RuntimeError, NotImplementedError):
-            moves = 1e-4 * torch.eye(len(state), dtype=state.dtype)
-            ends = [[self.slope_and_value(state + s * m)[0] for s in (1, -1)] for m in moves]
-            return torch.stack([(after - before) / 2e-4 for after, before in ends])
+        """The second derivatives, by differences where a program cannot be differentiated twice.
+
+        Nor can it where its slope is known and theirs is not, as that of `torch.logaddexp` far out.
+        """
+        with suppress(RuntimeError, NotImplementedError):
+            found = torch.func.hessian(self)(state)
+            if torch.isfinite(found).all():
+                return found
+        moves = 1e-4 * torch.eye(len(state), dtype=state.dtype)
+        ends = [[self.slope_and_value(state + s * m)[0] for s in (1, -1)] for m in moves]
+        return torch.stack([(after - before) / 2e-4 for after, before in ends])
 
 
 def potential_of(model: Any, args: Args) -> Potential:

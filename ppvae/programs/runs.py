@@ -349,7 +349,7 @@ def largest_tensor(args: Args, *traces: Any) -> int:
     """Size of the largest tensor of a run of one draw: an argument, or the value of a site."""
     nodes = [node for trace in traces for node in trace.nodes.values() if node["type"] == "sample"]
     values = [*args, *(node["value"] for node in nodes)]
-    return max(value.numel() for value in values if isinstance(value, Tensor))
+    return max((value.numel() for value in values if isinstance(value, Tensor)), default=1)
 
 
 @contextmanager

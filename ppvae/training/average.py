@@ -90,7 +90,7 @@ class Average:
 
     def __init__(self, task: Task) -> None:
         (batch,) = task.batches
-        self.task, self.size = task, len(batch[0])
+        self.task, self.size = task, task.batches.rows(batch)
         self.batch = tuple(_double(value) for value in batch)
         names = {id(p): name for name, p in task.program.named_parameters()}
         self._names = [names[id(p)] for p in task.parameters]

@@ -96,7 +96,7 @@ def _culprits(task: Task, batch: tuple[Any, ...]) -> Iterator[str]:
         by_batch = each.reshape(*node["fn"].batch_shape, -1).sum(-1)
         yield from places.words(start, node, by_batch)
     for start, node, each, beside in summands:
-        if not torch.isfinite(each.sum() * task.batches.size / len(batch[0])):
+        if not torch.isfinite(each.sum() * task.batches.size / task.batches.rows(batch)):
             largest = each.abs() == each.abs().max()
             start = f"{start}, the sum of which overflows,"
             yield from places.words(start, node, each, beside, ok=~largest)
@@ -178,7 +178,7 @@ class _Places:
 
     def __init__(self, task: Task, batch: tuple[Any, ...], frame: Any) -> None:
         self.batches, self.batch = task.batches, batch
-        follows = frame is not None and frame.size == len(batch[0])
+        follows = frame is not None and frame.size == task.batches.rows(batch)
         self.data = frame.name if follows else None
 
     def words(

@@ -38,7 +38,7 @@ _FEWEST = 200  # ... so many epochs at least
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    data: Any,
+    data: Any = (),
     *,
     num_epochs: int | None = None,
     max_epochs: int | None = None,
@@ -90,8 +90,10 @@ def fit(
         data: a tensor, array, list of numbers, table of pandas or xarray, or sparse matrix of
             SciPy's, or a tuple of them with equal first dimension, which become the arguments; or a
             `Dataset` of such items (every part of an item becomes an argument, so leave labels
-            out); or a `DataLoader`. NaN, what is masked and NA are not observed. All take the dtype
-            of the parameters (a tensor with a warning) and are moved to their device.
+            out); or a `DataLoader`. Left out for a model that has its data, or takes them by
+            keyword: its data plate then tells their number. NaN, what is masked and NA are not
+            observed. All take the dtype of the parameters (a tensor with a warning) and are moved
+            to their device.
         num_epochs: passes through the data, at least 1; by default as many as it takes. For global
             latents at most so many steps in each round of the method; by default 1,000.
         max_epochs: a bound on them where `num_epochs` is not given; by default 200, or as many as

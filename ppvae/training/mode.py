@@ -21,7 +21,8 @@ class Gaussian(NamedTuple):
     Attributes:
         mean: shape `(size,)`.
         factor: lower Cholesky factor of the covariance.
-        others: by how many nats other modes, that were met, are above the one that was taken.
+        others: by how many nats other modes, that were met, are above the one that was taken
+            (below it, if negative).
     """
 
     mean: Tensor
@@ -29,8 +30,10 @@ class Gaussian(NamedTuple):
     others: list[float]
 
 
-def gaussian_near(potential: Potential, seed: int) -> Gaussian:
+def gaussian_near(potential: Potential, seed: int, start: Tensor | None = None) -> Gaussian:
     """The Laplace approximation at the best mode that is met from several starts.
+
+    Where a start is given, it is the mode that is met from there, whether or not it is the best.
 
     An interrupt ends the search where it stands.
 
@@ -41,16 +44,17 @@ def gaussian_near(potential: Potential, seed: int) -> Gaussian:
     away = torch.randn(potential.size, generator=generator, device="cpu")
     away = away.to(torch.get_default_device())
     ends = []
-    for start in (0 * away, away, -away):
-        way: list[Tensor] = [start]
+    for begin in (0 * away if start is None else start, away, -away):
+        way: list[Tensor] = [begin]
 
         def after(place: Tensor, _: float, way: list[Tensor] = way) -> bool:
             way.append(place)
             return interrupted()
 
-        end = lbfgs(potential.slope_and_value, start, steps=500, tolerance=1e-8, after=after)
+        end = lbfgs(potential.slope_and_value, begin, steps=500, tolerance=1e-8, after=after)
         ends.append((potential.slope_and_value(end)[1].item(), end, way))
-    lowest, end, way = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else FAR)
+    best = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else FAR)
+    lowest, end, way = best if start is None or not math.isfinite(ends[0][0]) else ends[0]
     mode, factor, found = _newton(potential, end)
     if not found:
         way = way[-1:] if interrupted() else way

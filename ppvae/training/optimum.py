@@ -21,11 +21,12 @@ from ppvae._process import interrupted
 from ppvae._scopes import double_precision, kept_buffers, private_modules, random_state, unchecked
 from ppvae.guides import FamilyGuide
 from ppvae.guides.chart import Chart, pieces_of
+from ppvae.guides.start import starting_values
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import bare
 from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import matched
-from ppvae.programs.potential import potential_of
+from ppvae.programs.potential import Potential, potential_of
 from ppvae.training.average import Average, average_of, without_fallback_warnings
 from ppvae.training.blame import first_culprit
 from ppvae.training.descent import descend_over_kinks, lbfgs
@@ -89,7 +90,8 @@ class Optimum:
         error: the largest Monte Carlo error of a mean, in posterior sds.
         excess: the nats by which the objective is short of its optimum since the draws are few;
             NaN where that is not known.
-        others: by how many nats other modes, that were met, are above the one it started from.
+        others: by how many nats other modes, that were met, are above the one it started from
+            (below it, if negative).
         layout: of the latents.
     """
 
@@ -150,7 +152,7 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         if potential.size > _LATENTS:
             return None
         potential = replace(potential, args=average.batch)
-        near = gaussian_near(potential, seed)
+        near = gaussian_near(potential, seed, _start(task, potential))
         value = potential.slope_and_value(near.mean)[1].item()
         if not math.isfinite(value):
             why = f"minus the log density of the model is {value} wherever it was tried"
@@ -166,6 +168,15 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         few = (~chart.known()).sum() <= _PARAMETERS
         method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
         return method(average, chart, way, steps, seed, potential.layout, near.others)
+
+
+def _start(task: Task, potential: Potential) -> Tensor | None:
+    """Where the guide was told to start, in the coordinates of a potential; None if nowhere."""
+    init = getattr(bare(task.program.guide), "init_loc_fn", None)
+    if init is None:
+        return None
+    values = starting_values(init, task.program.model, potential.args, {})
+    return potential.layout.free(values).flatten().to(torch.get_default_dtype())
 
 
 def _with_fixed_draws(

@@ -69,7 +69,7 @@ class Single(Engine):
 
     def data(self, minibatch: tuple[Any, ...], step: int) -> tuple[tuple[Any, ...], int]:
         """The minibatch, and its number of data."""
-        return minibatch, len(minibatch[0])
+        return minibatch, self.task.batches.rows(minibatch)
 
     def losses(self, data: tuple[Any, ...], step: int) -> Tensor:
         """The loss in nats per datum; leaves the gradients in the parameters."""

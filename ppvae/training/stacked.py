@@ -68,7 +68,7 @@ class Stacked(Engine):
             with stream:
                 batch = next(batches)
                 drawn.append(self.staged.data(batch, program.settings(step)))
-        return _stacked(drawn), len(batch[0])
+        return _stacked(drawn), self.batches.rows(batch)
 
     def losses(self, data: list[Tensor], step: int) -> Tensor:
         """The losses in nats per datum; leaves the gradients in the parameters."""

@@ -1,5 +1,6 @@
 """What is to be trained: a model, its guide, an objective and data, which fit each other."""
 
+import inspect
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,8 +52,8 @@ class Task:
         with torch.no_grad(), random_state(0), eval_mode(program), unchecked():
             for batch in held_out:
                 loss = program.loss(batch, step, size=held_out.size)
-                total += loss.item() * len(batch[0])
-                count += len(batch[0])
+                total += loss.item() * held_out.rows(batch)
+                count += held_out.rows(batch)
         return total / count
 
     def first_loss(self) -> float:
@@ -77,7 +78,7 @@ class Task:
         start = 0
         for batch in replace(data, shuffle=False):
             self._check_batch(data.name, batch, start)
-            start += len(batch[0])
+            start += data.rows(batch)
 
     def _check_batch(self, name: str, batch: tuple[Any, ...], start: int = 0) -> None:
         program = self.program
@@ -93,11 +94,22 @@ def training_batches(
 ) -> Batches:
     """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
     form = form_of(model, guide)
+    if isinstance(data, tuple) and not (data or extra):
+        expect(_has_data(model, guide), "data", "at least one tensor or array", "none")
     batches = batches_of("data", data, batch_size, form, training=True, extra=extra, **told)
     whole = batches.tensors and all(isinstance(each, Tensor) for each in batches.tensors)
     if whole and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     return batches
+
+
+def _has_data(model: Any, guide: Any) -> bool:
+    """Whether a pair can be called without data; an encoder always takes some."""
+    try:
+        inspect.signature(getattr(model, "forward", model)).bind()
+    except TypeError:
+        return False
+    return getattr(guide, "encoder", None) is None
 
 
 _FAR = 5.0  # standard deviations of a column, beyond which zero is none of its values
@@ -159,8 +171,11 @@ def task_of(
     if batches.missing:
         _tell_of_zeros(bare(guide), batches)
     batch = batches.example()
-    program = program_of(model, guide, objective, batch, size=batches.size, plate=plate)
-    if program.plate is not None:
+    size = batches.size if batches.given else None
+    program = program_of(model, guide, objective, batch, size=size, plate=plate)
+    if program.plate is not None and not batches.given:  # its data are the program's own
+        batches.size = batches.batch_size = program.plate.full_size or program.plate.size
+    elif program.plate is not None:
         sizes, rows = (program.plate.size, program.plate.full_size), len(batch[0])
         wanted = f"{sizes[0]} rows, the size of the plate {program.plate.name!r} of the model"
         expect(rows in sizes, "data", wanted, rows)

@@ -67,7 +67,8 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
     """
     step = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
     near = [other for other in optimum.others if other < _NEAR]
-    modes = f"; there is another mode, {min(near):.2g} nats above this one" if near else ""
+    beyond = "above" if min(near, default=0.0) >= 0 else "below"
+    modes = f"; there is another mode, {abs(min(near)):.2g} nats {beyond} this one" if near else ""
     loss, labels = optimum.losses[-1], optimum.layout.free_labels
     draws, words, narrow, gap, allowed = "", "", False, 0.0, 1.0
     if optimum.draws != 1:  # no point

@@ -119,3 +119,16 @@ def nothing(x):
 def test_what_has_no_coordinates_is_refused(program, words):
     with pytest.raises(ValueError, match=words):
         potential_of(program, (X,))
+
+
+def test_curvature_where_pytorch_knows_the_slope_alone():
+    """Of two bowls of curvature 100 that are far apart; PyTorch's is NaN."""
+
+    def two():
+        m = pyro.sample("m", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.factor("bowls", torch.logaddexp(-50 * (m - 3) ** 2, -50 * (m + 3) ** 2))
+
+    potential = potential_of(two, ())
+    at = torch.tensor([3.0], dtype=torch.float64)
+    assert torch.func.hessian(potential)(at).isnan().all()
+    assert potential.hessian(at).item() == pytest.approx(100, rel=1e-6)

@@ -26,7 +26,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from scipy import optimize
 from torch import nn
 
-from ppvae import Diverged, FamilyGuide, NarrowFamily, families
+from ppvae import Diverged, FamilyGuide, NarrowFamily, evaluate, families
 from ppvae._scopes import double_precision, private_modules, unchecked
 from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
@@ -163,6 +163,35 @@ def test_a_logistic_regression_is_within_the_promised_errors():
         assert torch.equal(again.heads["w"](None).mean, fn.mean)
     assert ((found[0] - found[1]) / sd).abs().max() < 0.1
     assert not torch.equal(*found)
+
+
+@narrow
+def test_a_model_that_has_its_data_is_fitted_as_one_that_is_given_them():
+    """Held to the last bit: the same runs, whether the data are arguments, keywords or its own."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+
+    def given(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", 8):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * eta, 10.0), obs=y)
+
+    found = []
+    for model, data, kwargs in (
+        (given, (y,), None),
+        (lambda: given(y), (), None),
+        (lambda *, y: given(y), (), {"y": y}),
+    ):
+        torch.manual_seed(0)
+        guide = FamilyGuide(model, "mean_scale")
+        result = quiet(model, guide, data[0] if data else (), kwargs=kwargs)
+        measured = evaluate(model, guide, *data, kwargs=kwargs, num_samples=20, seed=0)
+        found.append((result.losses, guide.median(*data, **(kwargs or {})), measured))
+    for losses, median, measured in found[1:]:
+        assert losses == found[0][0]
+        assert all(torch.equal(median[name], found[0][1][name]) for name in median)
+        assert measured.equals(found[0][2])
 
 
 @narrow

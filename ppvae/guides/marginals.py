@@ -1,0 +1,172 @@
+"""Medians and quantiles of what a guide draws, and its density as one vector."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from scipy import special
+from torch import Tensor
+
+from ppvae._checks import expect
+from ppvae._scopes import eval_mode, private_modules, random_state
+from ppvae.families.banded import PrecisionNormal
+from ppvae.guides.blocks import Drawn
+from ppvae.guides.sites import Site
+from ppvae.programs.nodes import from_reals, is_real
+
+#: What a head returned, to what is drawn from in its place.
+Instead = Callable[[Drawn, Any], Any]
+#: A call of a guide, in which the one takes the place of the other.
+Call = Callable[[Instead | None], Mapping[str, Tensor]]
+
+_DRAWS = 1000  # where no formula is known
+_GAUSSIANS = (dist.MultivariateNormal, dist.LowRankMultivariateNormal, PrecisionNormal)
+
+
+def quantiles_of(guide: Any, levels: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
+    """The quantiles of each latent coordinate under a guide, in unconstrained space, mapped back.
+
+    Args:
+        guide: a `FamilyGuide` that is set up.
+        levels: shape `(levels,)`, from 0 to 1.
+        call: calls it.
+
+    Returns:
+        Site -> values of shape `(levels, *plates, *event)`.
+
+    Raises:
+        ValueError: a level is not from 0 to 1.
+    """
+    levels = torch.as_tensor(levels, device="cpu").double()
+    inside = levels.dim() == 1 and bool(((levels >= 0) & (levels <= 1)).all())
+    expect(inside, "quantiles", "a list of numbers from 0 to 1", levels.tolist())
+    with _apart(guide):
+        known: set[str] = set()
+        at = {level: call(partial(_at, level, known)) for level in _both_ways(levels)}
+        drawn: list[Mapping[str, Tensor]] = []
+        if any(site.name not in known for site in guide.sites):
+            drawn = [call(None) for _ in range(_DRAWS)]
+    found = {}
+    for site in guide.sites:
+        if site.name in known:
+            ways = [1 - level if _is_falling(site) else level for level in levels.tolist()]
+            found[site.name] = torch.stack([at[way][site.name] for way in ways])
+        else:
+            values = torch.stack([values[site.name] for values in drawn])
+            found[site.name] = _of_draws(values, levels, site)
+    return found
+
+
+def joint_of(guide: Any, call: Call) -> Any:
+    """The distribution of all unconstrained coordinates, block behind block.
+
+    Args:
+        guide: a `FamilyGuide` that is set up.
+        call: calls it.
+
+    Raises:
+        ValueError: the guide does not draw from one density that is known as a whole.
+    """
+    fns: list[Any] = []
+
+    def kept(block: Drawn, fn: Any) -> Any:
+        plain = block.frame is None and not block.given and not block.in_model and block.over_reals
+        wanted = "latents that are drawn from free parameters, and depend on nothing else"
+        expect(plain, "guide", wanted, f"{[*block.names]} (see `posterior` for one of an encoder)")
+        dense = not isinstance(fn, (Tensor, dist.Delta))
+        expect(dense, "guide", "a density of every latent", f"a point for {[*block.names]}")
+        flat = block.family.joint or isinstance(fn, dist.Normal)
+        expect(flat, "guide", "joint families, or Gaussian ones", block.family.name)
+        fns.append(fn if block.family.joint else _vector(fn))
+        return fn
+
+    with _apart(guide):
+        call(kept)
+    if all(isinstance(fn, dist.Normal) for fn in fns):
+        loc, scale = (torch.cat([getattr(fn, name) for fn in fns]) for name in ("loc", "scale"))
+        return dist.Normal(loc, scale).to_event(1)
+    if len(fns) == 1:
+        return fns[0]
+    gaussian = all(isinstance(fn, (dist.Normal, *_GAUSSIANS)) for fn in fns)
+    expect(gaussian, "guide", "one joint family, or Gaussian ones", f"{guide.family.name}")
+    factor = torch.block_diag(*map(_factor, fns))
+    return dist.MultivariateNormal(torch.cat([fn.mean for fn in fns]), scale_tril=factor)
+
+
+@contextmanager
+def _apart(guide: Any) -> Any:
+    """A run of a guide that nothing outside sees, of a stream of its own."""
+    with ExitStack() as stack:
+        for scope in (torch.no_grad(), poutine.block(), private_modules()):
+            stack.enter_context(scope)
+        stack.enter_context(eval_mode(guide, guide.model))
+        yield stack.enter_context(random_state(0))
+
+
+def _both_ways(levels: Tensor) -> list[float]:
+    """The levels and those from the other end, for maps that fall."""
+    return [*dict.fromkeys([*levels.tolist(), *(1 - levels).tolist()])]
+
+
+def _at(level: float, known: set[str], block: Drawn, fn: Any) -> Any:
+    """The point at which every coordinate has a quantile, and the names of its sites; or `fn`."""
+    value = None if block.given or block.in_model else _quantile(fn, level)
+    if value is None or not block.over_reals:
+        return fn
+    known |= set(block.names)
+    return value
+
+
+def _quantile(fn: Any, level: float) -> Tensor | None:
+    """A quantile of each coordinate of what a head returned; None where no formula is known."""
+    if isinstance(fn, (Tensor, dist.Delta)):
+        value: Tensor = fn if isinstance(fn, Tensor) else fn.v
+        return value
+    if isinstance(fn, _GAUSSIANS):
+        fn = dist.Normal(fn.mean, fn.variance.sqrt())
+    if isinstance(fn, dist.StudentT):
+        unit = special.stdtrit(fn.df.detach().cpu().double().numpy(), level)
+        return fn.loc + fn.scale * torch.as_tensor(unit).to(fn.scale)
+    try:
+        return None if fn.event_dim else fn.icdf(fn.sample().new_tensor(level))
+    except NotImplementedError:
+        return None
+
+
+def _is_falling(site: Site) -> bool:
+    """Whether a site gets smaller where its unconstrained coordinate grows."""
+    try:
+        return site.transform is not None and bool(torch.as_tensor(site.transform.sign < 0).any())
+    except NotImplementedError:  # a map of vectors
+        return False
+
+
+def _of_draws(values: Tensor, levels: Tensor, site: Site) -> Tensor:
+    """Quantiles of draws `(draws, *shape)`, `(levels, *shape)`."""
+    if site.support.is_discrete:
+        found = np.quantile(values.cpu().numpy(), levels.numpy(), axis=0, method="inverted_cdf")
+        return torch.as_tensor(found).to(values)
+    if is_real(site.support):
+        return torch.as_tensor(np.quantile(values.cpu().numpy(), levels.numpy(), 0)).to(values)
+    transform = from_reals(site.support)
+    free = transform.inv(values).cpu().double().numpy()
+    levels = 1 - levels if _is_falling(site) else levels
+    return transform(torch.as_tensor(np.quantile(free, levels.numpy(), 0)).to(values))
+
+
+def _vector(fn: Any) -> Any:
+    """A Gaussian of single numbers, of batch shape `(size,)`."""
+    return dist.Normal(fn.loc.flatten(), fn.scale.flatten())
+
+
+def _factor(fn: Any) -> Tensor:
+    """A Cholesky factor of the covariance of a Gaussian."""
+    if isinstance(fn, dist.Normal):
+        return torch.diag(fn.scale)
+    known = getattr(fn, "scale_tril", None)
+    return torch.linalg.cholesky(fn.covariance_matrix) if known is None else known
