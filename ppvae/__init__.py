@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         summary,
         two_sample,
     )
-    from ppvae.export import concat_chains, from_pyro_svi, to_netcdf
+    from ppvae.export import concat_chains, from_pyro_svi, loo, to_netcdf, to_zarr
     from ppvae.predictive import (
         encode,
         generate,
@@ -86,6 +86,7 @@ __all__ = [
     "linear_probe",
     "load_pair",
     "log_prob",
+    "loo",
     "nan_masked",
     "objectives",
     "plots",
@@ -100,6 +101,7 @@ __all__ = [
     "stage",
     "summary",
     "to_netcdf",
+    "to_zarr",
     "two_sample",
 ]
 
@@ -118,7 +120,7 @@ _AT_FIRST_USE = {
         "summary",
         "two_sample",
     ],
-    "export": ["concat_chains", "from_pyro_svi", "to_netcdf"],
+    "export": ["concat_chains", "from_pyro_svi", "loo", "to_netcdf", "to_zarr"],
     "plots": ["plots"],
     "predictive": [
         "encode",

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.responsibilities import Responsibilities
+from ppvae.objectives.nested import draws_locals, inner_run
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import effective_sample_size, estimates, khat, log_mean_weight
 from ppvae.programs.layout import Layout, Place
 from ppvae.programs.nodes import drawn_nodes, is_inside, latent_nodes
-from ppvae.programs.runs import Runs, given, run_model, run_trace
+from ppvae.programs.runs import Runs
 
 GLOBALS = 32  # draws of the globals, where each of them has draws of the locals
 _SHARE = 8  # one in so many of the draws that are asked for is made of the locals, for each global
 _JUDGED = 4  # draws of the globals for which the weights of each datum are looked at
-
-_KINDS = "log_likelihood", "log_prior", "log_guide", "kl"
 
 
 def by_parts(
@@ -58,7 +57,7 @@ def by_parts(
                 outer.append(weight.double().expand(count))
                 bounds.append(outer[-1])
         else:
-            weight = _part(first, local=False).log_weight.double().reshape(-1)[:1]
+            weight = first.part(local=False).log_weight.double().reshape(-1)[:1]
             outer.append(weight + log_mean_weight(log_inner).sum())
             bounds.append(weight + log_inner.mean(0).sum())
             inner.append(log_inner)
@@ -93,7 +92,7 @@ def _draws(
 
     The weights of the locals have shape `(draws, datum)`; None where the guide draws none.
     """
-    if not _has_own_locals(runs, frame):
+    if not draws_locals(runs, frame):
         for count, draws in runs.draws(runs.args, num_samples, runs.traces):
             pair = runs.pair(runs.args, draws)
             shares.add(pair[0], count, frame, draws)
@@ -101,38 +100,13 @@ def _draws(
         return
     for _ in range(GLOBALS):
         _, trace = runs.pair(runs.args)
-        guide, parts, logs = given(runs.guide, trace, _outer_values(trace, frame)), [], []
+        parts, logs = [], []
         for count, draws in runs.draws(runs.args, max(2, num_samples // _SHARE), runs.traces):
-            guide_trace = run_trace(guide, runs.args, draws)
-            model_trace = run_model(runs.model, guide_trace, runs.args, draws)
-            shares.add(model_trace, count, frame, draws)
-            part = terms(model_trace, guide_trace, plate)
-            parts.append((part, count))
-            weight = _part(part, local=True).log_weight.double()
-            logs.append(weight.expand(count, part.plate.size))
+            inner = inner_run(runs, trace, frame, draws)
+            shares.add(inner.model_trace, count, frame, draws)
+            parts.append((inner.terms, count))
+            logs.append(inner.log_weight.expand(count, inner.terms.plate.size))
         yield parts, torch.cat(logs)
-
-
-def _has_own_locals(runs: Runs, frame: Any) -> bool:
-    """Whether each datum has draws of its latents by themselves, on which no other term depends."""
-    drawn = drawn_nodes(runs.traces[1]).values()
-    if not any(is_inside(node, frame) for node in drawn):
-        return False
-    _, trace = runs.pair(runs.args)
-    outer = _outer_values(trace, frame)
-    weights = []
-    for _ in range(2):
-        guide_trace = run_trace(given(runs.guide, trace, outer), runs.args)
-        model_trace = run_model(runs.model, guide_trace, runs.args)
-        parts = terms(model_trace, guide_trace, frame.name)
-        weights.append(_part(parts, local=False).log_weight.double().reshape(()))
-    return bool(torch.allclose(weights[0], weights[1], rtol=1e-6, equal_nan=True))
-
-
-def _outer_values(trace: Any, frame: Any) -> dict[str, Tensor]:
-    """The values of all that a guide draws outside of the data plate."""
-    nodes = [node for _, node in trace.iter_stochastic_nodes()]
-    return {node["name"]: node["value"] for node in nodes if not is_inside(node, frame)}
 
 
 def splits(runs: Runs) -> bool:
@@ -155,15 +129,6 @@ def splits(runs: Runs) -> bool:
     return points or sum(sizes) == places.size
 
 
-def _part(whole: Terms, *, local: bool) -> Terms:
-    """The terms of the sites in the data plate, or those of the others."""
-    kinds: dict[str, Any] = {
-        kind: {n: v for n, v in getattr(whole, kind).items() if (n in whole.local) == local}
-        for kind in _KINDS
-    }
-    return whole._replace(**kinds) if local else whole._replace(**kinds, plate=None)
-
-
 @dataclass
 class _Means:
     """Means over draws of the terms, of each datum and of what belongs to all data."""
@@ -177,7 +142,7 @@ class _Means:
 
     def add(self, parts: Terms, count: int) -> None:
         """Adds the terms of a run of so many draws."""
-        own, rest = _part(parts, local=True), _part(parts, local=False)
+        own, rest = parts.part(local=True), parts.part(local=False)
 
         def rows(value: Tensor) -> Tensor:
             return value.double().expand(count, self.size).sum(0)

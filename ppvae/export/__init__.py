@@ -2,6 +2,7 @@ r"""From a Pyro model and its guide to ArviZ: draws, predictions and densities i
 
 from ppvae.export.arviz import from_pyro_svi
 from ppvae.export.chains import concat_chains
-from ppvae.export.files import to_netcdf
+from ppvae.export.files import to_netcdf, to_zarr
+from ppvae.export.loo import loo
 
-__all__ = ["concat_chains", "from_pyro_svi", "to_netcdf"]
+__all__ = ["concat_chains", "from_pyro_svi", "loo", "to_netcdf", "to_zarr"]

@@ -1,45 +1,30 @@
 """From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import arviz_base
-import numpy as np
-import pyro
-import pyro.distributions as dist
-import torch
 import xarray as xr
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 
 from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
-from ppvae.data.adapters import Form, form_of
-from ppvae.data.tables import labels_of
-from ppvae.objectives.trace_terms import terms
-from ppvae.programs.layout import Place
-from ppvae.programs.missing import observed_entries
-from ppvae.programs.nodes import (
-    Node,
-    depth_of,
-    is_data,
-    is_inside,
-    latent_nodes,
-    per_datum,
-    plates_of,
-    prototype,
+from ppvae.data.adapters import form_of, items_of, prepared
+from ppvae.export.constants import constants_of
+from ppvae.export.groups import (
+    at_the_top,
+    concatenated,
+    event_dims,
+    groups_of,
+    predicted,
+    shown,
+    whole_numbers,
 )
-from ppvae.programs.runs import Args, Runs, opened, run_trace, with_discrete
+from ppvae.export.names import check_names, dims_of, free_dims, mapping, stacked, table_coords
+from ppvae.export.tree import dataset_of, prior_sbc, versions, words_of
+from ppvae.objectives.nested import can_integrate
+from ppvae.objectives.trace_terms import terms
+from ppvae.programs.nodes import prototype
+from ppvae.programs.runs import Runs, opened, with_discrete
 from ppvae.programs.simulation import Uncondition
-from ppvae.programs.verdicts import verdict_of
-
-Groups = dict[str, dict[str, np.ndarray]]
-Dims = dict[str, list[str]]
-
-_DRAWN = ["chain", "draw"]  # the dims that every variable of a draw has
-_STATS = ["log_p", "log_q"]  # the variables that are no sites
 
 
 @exclusive
@@ -55,30 +40,49 @@ def from_pyro_svi(  # noqa: D417
     seed: int | None = None,
     plate: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    num_inner: int = 16,
+    stack: Mapping[str, str] | None = None,
+    predictions: Any = None,
     evaluation: xr.Dataset | None = None,
+    calibration: xr.Dataset | None = None,
 ) -> xr.DataTree:
     r"""Draws from a fitted guide and lays out what ArviZ works with.
 
     Works for every model and guide with local latents (in the data plate), global ones, or both.
     The groups of the tree, each with dims `chain` and `draw`:
 
-    - `posterior`: draws of the guide, and the model's deterministic sites; its attributes
-      `verdict` and `converged` are those of the last `fit`, if there was one;
+    - `posterior`: draws of the guide, and the model's deterministic sites. Its attributes say what
+      drew them (`family`, `seed`), what the last `fit` said, if there was one (`verdict`,
+      `converged`, `objective`), and for global latents what the draws are worth as weighted ones
+      (`khat`, `ess`, `log_evidence`);
+    - `unconstrained_posterior`: the latents on the reals, where some have another support;
     - `posterior_predictive`: the observed sites drawn anew, given those draws;
-    - `log_likelihood`: log p(x | z) per datum, in nats, whatever `poutine.scale` says; NaN for one
-      of which all entries are missing, which ArviZ's `loo` is to be told nothing of;
-    - `sample_stats`: `log_p` = log p(x, z), in which `poutine.scale` counts, and `log_q` = log q(z)
-      of the draws, per datum where all latents are local and one number per draw otherwise, as
-      `loo_approximate_posterior` wants them (there is no `log_q` for a point guide, which has no
-      density);
+    - `predictions` and `predictions_constant_data`, if there are `predictions`;
+    - `log_likelihood` of each datum, in nats, whatever `poutine.scale` says. The latents of a datum
+      are integrated out by importance weights (by those of all draws, or of `num_inner` for each
+      draw of the global latents), so that `loo` is about new data; where they cannot be, as of a
+      point, a scaled model, or one joint draw of all data, it is given the latents, and the
+      attribute `latents` says which. Of several observed sites they have one, `joint`. NaN for a
+      datum of which all entries are missing, which ArviZ's `loo` is to be told nothing of;
+    - `log_prior` of the global latents that depend on no others, one number per draw and site: it
+      is these that `psense` scales;
+    - `sample_stats`: `log_p` = log p(x, z), in which `poutine.scale` counts, `log_q` = log q(z) and
+      `log_weight`, their difference without the scale: per datum where all latents are local, and
+      one number per draw otherwise, of the global latents alone where the others are integrated
+      out, as `loo_approximate_posterior` wants them (`ppvae.loo` calls it; there is no `log_q` for
+      a point guide, which has no density);
     - `prior` and `prior_predictive`: draws of the model alone, its observations taken off (left
       out where a prior is improper);
-    - `observed_data`, without the two dims; NaN where an entry is missing;
-    - `evaluation`, without the two dims: the result of `evaluate`, if it is given.
+    - `observed_data` and `constant_data`, without the two dims; NaN where an entry is missing. The
+      constants are the arguments that are not observed, by their names, and the columns of tables;
+    - `evaluation`, without the two dims: the result of `evaluate`, if it is given;
+    - `prior_sbc`, for `plot_ecdf_pit`: where in the posterior the truth was, from 0 to 1, in each
+      simulation of `calibration`, if its result is given.
 
     The data plate is the dim `datum`, and the coordinates of a single latent vector `latent`. A
-    table that is observed gives the names of its rows and columns as coordinates.
-    Local latents are drawn in minibatches. Nothing is trained or changed.
+    table that is observed gives the names of its rows and columns as coordinates. Discrete sites
+    are whole numbers, where none is missing. Local latents are drawn in minibatches. Nothing is
+    trained or changed.
 
     Args:
         model: a Pyro model.
@@ -89,7 +93,15 @@ def from_pyro_svi(  # noqa: D417
         dims: names of the dims after `chain` and `draw` by variable, in place of the names above.
         seed: seeds the draws, and leaves the caller's stream where it was; None, as in all
             functions that draw, uses that stream.
+        num_inner: draws of the latents of each datum for each draw of the global ones, by which
+            they are integrated out of its likelihood; each costs a run.
+        stack: from the stem of names of sites to the name of a dim: `{"z": "time"}` makes one
+            variable of the sites z_0, z_1, ..., with the steps along `time`.
+        predictions: arguments for new data, a tensor or a tuple: what is observed is drawn for
+            them, given draws of the global latents; whatever they say of it does not count, and may
+            be None. A mapping gives keyword arguments.
         evaluation: a result of `evaluate`, of any data, to join the tree.
+        calibration: a result of `calibration`, to join the tree.
         batch_size, vectorized, plate, kwargs: as for `evaluate`.
 
     Returns:
@@ -97,10 +109,10 @@ def from_pyro_svi(  # noqa: D417
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: an argument is out of its range, `coords` or `dims` have a name that is not in
-            the tree, a site has the name of a dim or one with "/" in it, the data are not finite or
-            not in the support of their likelihood, guide and model do not fit, or the model draws
-            its own subsample.
+        ValueError: an argument is out of its range, `coords`, `dims` or `stack` have a name that is
+            not in the tree, a site has the name of a dim or one with "/" in it, the data are not
+            finite or not in the support of their likelihood, guide and model do not fit, or the
+            model draws its own subsample.
 
     Example:
         >>> import torch
@@ -112,207 +124,69 @@ def from_pyro_svi(  # noqa: D417
         ('chain', 'draw', 'datum', 'latent')
     """
     num_samples = check_count("num_samples", num_samples)
-    coords, renamed = (
-        _named("coords", coords),
-        {k: list(v) for k, v in _named("dims", dims).items()},
-    )
-    known = evaluation is None or isinstance(evaluation, xr.Dataset)
-    got = type(evaluation).__name__
+    num_inner = check_count("num_inner", num_inner)
+    coords = mapping("coords", coords)
+    renamed = {name: list(given) for name, given in mapping("dims", dims).items()}
+    known, got = evaluation is None or isinstance(evaluation, xr.Dataset), type(evaluation).__name__
     expect(known, "evaluation", "a result of evaluate", got, TypeError)
+    known = calibration is None or {"rank", "latent"} <= {*getattr(calibration, "variables", ())}
+    got = type(calibration).__name__
+    expect(known, "calibration", "a result of calibration", got, TypeError)
+    form = form_of(model, guide)
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
-        local = terms(*runs.traces, plate).is_local
+        local, extra = terms(*runs.traces, plate).is_local, dict(kwargs or {})
         batches = runs.batches if local else [runs.args]
         whole, _ = with_discrete(runs.model, runs.traces, runs.args)
-        events = {node["name"]: _event_dims(node) for node in _shown(whole)}
-        names = _dims(whole, runs.plate, events, local=local)
-        _check_names(names, coords, renamed)
-        coords = _labels(whole, args, form_of(model, guide), names, renamed) | coords
-        pieces = [_draw_batch(runs, batch, num_samples, events) for batch in batches]
-    groups = {
-        group: {k: v[0] if group == "observed_data" else v[None] for k, v in values.items()}
-        for group, values in _concatenated(pieces, 1).items()
+        nodes = shown(whole)
+        events = {node["name"]: event_dims(node) for node in nodes}
+        names = dims_of(nodes, whole, runs.plate, events, local=local)
+        inner = num_inner if can_integrate(runs) else None
+        how: Any = {"num_inner": inner, "top": at_the_top(runs)}
+        pieces = [groups_of(runs, batch, num_samples, events, **how) for batch in batches]
+        groups = concatenated(pieces, 1)
+        tables = table_coords(nodes, args, form, names, renamed)
+        constants = [constants_of(model, args, runs.args, extra, whole, runs.plate)]
+        groups["constant_data"] = constants[0].arrays
+        if predictions is not None:
+            new, told = _new_arguments(predictions, runs, form, extra)
+            groups["predictions"] = predicted(runs, new, num_samples, events)
+            trace = prototype(Uncondition()(runs.model), new, {})
+            constants.append(constants_of(model, told, new, extra, trace, runs.plate))
+            groups["predictions_constant_data"] = constants[1].arrays
+    whole_numbers(groups, nodes)
+    groups, names, steps = stacked(groups, names, events, stack or {})
+    check_names({**constants[-1].dims, **constants[0].dims, **names}, coords, renamed)
+    own = {"constant_data": constants[0].dims, "predictions_constant_data": constants[-1].dims}
+    own["unconstrained_posterior"] = names | free_dims(whole, names, events)
+    for each in constants:
+        tables = each.coords | tables
+    coords = tables | steps | coords
+    attrs = {"posterior": words_of(model, guide, seed, None if local else groups["sample_stats"])}
+    attrs["log_likelihood"] = {"latents": "given" if inner is None else "integrated out"}
+    data = {
+        group: dataset_of(group, values, {**own.get(group, names), **renamed}, coords, attrs)
+        for group, values in groups.items()
         if values
     }
-    library = {"inference_library": "pyro-ppl", "inference_library_version": pyro.__version__}
-    attrs = {"/": library, "posterior": verdict_of(model, guide)}
-    tree = arviz_base.from_dict(groups, coords=coords, dims=names | renamed, attrs=attrs)
+    tree = xr.DataTree.from_dict(data)
+    tree.attrs = versions()
     if evaluation is not None:
         tree["evaluation"] = xr.DataTree(evaluation)
+    if calibration is not None:
+        tree["prior_sbc"] = xr.DataTree(prior_sbc(calibration))
     return tree
 
 
-def _named(name: str, given: Any) -> dict[str, Any]:
-    """`coords` or `dims`, where each name comes with a sequence, and a word is none."""
-    given = {} if given is None else given
-    fits = isinstance(given, Mapping) and all(np.ndim(values) == 1 for values in given.values())
-    expect(fits, name, "a mapping from names to sequences", repr(given), TypeError)
-    return dict(given)
-
-
-def _check_names(names: Dims, coords: Mapping[str, Any], dims: Dims) -> None:
-    """Refuses names that ArviZ would ignore, or that xarray would take for others."""
-    unknown = [name for name in dims if name not in names]
-    expect(not unknown, "dims", f"variables among {list(names)}", unknown)
-    for name, given in dims.items():
-        twice = [dim for dim in given if [*_DRAWN, *given].count(dim) > 1]
-        expect(not twice, "dims", f"names for {name!r} that differ, also from {_DRAWN}", twice)
-    used = {*_DRAWN}.union(*{**names, **dims}.values())
-    unknown = [dim for dim in coords if dim not in used]
-    expect(not unknown, "coords", f"dims among {sorted(used)}", unknown)
-    sites = [name for name in names if name not in _STATS]
-    clash = [name for name in sites if name in used]
-    expect(not clash, "model", f"sites of other names than the dims {sorted(used)}", clash)
-    paths = [name for name in [*sites, *used] if "/" in name]
-    expect(not paths, "model", "names without '/', which separates the groups of a tree", paths)
-
-
-def _labels(trace: Any, args: Args, form: Form, names: Dims, renamed: Dims) -> dict[str, Any]:
-    """The names of the rows and columns of a table, by dim."""
-    found: dict[str, Any] = {}
-    for node in _shown(trace):
-        name = node["name"]
-        if is_data(node) and node["value"].dim() == 2 and name not in renamed:
-            labels = labels_of(args, node["value"].shape, form)
-            for dim, told in zip(names[name], (labels.rows, labels.columns), strict=False):
-                if told is not None:
-                    found[dim] = told
-    return found
-
-
-def _dims(trace: Any, plate: Any, events: Mapping[str, int], *, local: bool) -> Dims:
-    """Variable -> names of its dims behind `chain` and `draw`."""
-    latents = latent_nodes(trace)
-    dims: Dims = {name: ["datum"] * local for name in _STATS}
-    clash = [node["name"] for node in _shown(trace) if node["name"] in _STATS]
-    expect(not clash, "model", f"sites of other names than {_STATS}", clash)
-    for node in _shown(trace):
-        name, plates = node["name"], sorted(plates_of(node).values(), key=lambda each: each.dim)
-        inside, data = is_inside(node, plate), getattr(plate, "name", None)
-        dims[name] = ["datum"] * inside + [p.name for p in plates if p.name != data]
-        if events[name] == 1 and len(latents) == 1 and node is latents[0]:
-            dims[name].append("latent")
-        else:
-            dims[name] += [f"{name}_dim_{i}" for i in range(events[name])]
-    return dims
-
-
-def _draw_batch(runs: Runs, args: Args, num_samples: int, events: Mapping[str, int]) -> Groups:
-    """All groups for one minibatch, with the draws in front, from as many runs as they need."""
-    open_model, pieces = Uncondition()(runs.model), []
-    observed = prototype(runs.model, args, {})
-    for _, draws in runs.draws(args, num_samples, [observed]):
-        traces = runs.pair(args, draws)
-        drawn, known = with_discrete(runs.model, traces, args, draws)
-        again = run_trace(poutine.replay(open_model, trace=known), args, draws)
-        try:
-            prior = run_trace(open_model, args, draws)
-        except NotImplementedError:  # an improper prior has nothing to draw from
-            prior = poutine.Trace()
-        groups = {
-            "posterior": _values(drawn, runs.plate, draws, events, data=False),
-            "posterior_predictive": _values(again, runs.plate, draws, events, data=True),
-            "prior": _values(prior, runs.plate, draws, events, data=False),
-            "prior_predictive": _values(prior, runs.plate, draws, events, data=True),
-        }
-        pieces.append(groups | _densities(traces, runs.plate, draws))
-    values = _values(observed, runs.plate, None, events, data=True)
-    return _concatenated(pieces, 0) | {"observed_data": values}
-
-
-def _concatenated(pieces: list[Groups], axis: int) -> Groups:
-    """Joins the arrays of all pieces along an axis, which those of a single piece may not have."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return {
-        key: {name: np.concatenate([piece[key][name] for piece in pieces], axis) for name in group}
-        for key, group in pieces[0].items()
-    }
-
-
-def _values(
-    trace: Any, plate: Any, draws: Any, events: Mapping[str, int], *, data: bool
-) -> dict[str, np.ndarray]:
-    """Site -> values as `(draws, datum, *other plates, *event)`, of data or of all else.
-
-    Args:
-        trace: of the model.
-        plate: the data plate.
-        draws: the plate of draws, or None.
-        events: number of event dims of each site.
-        data: whether to take the observed sites, and not the others.
-    """
-    arrays = {}
-    for node in _shown(trace):
-        if is_data(node) == data:
-            count, value = events[node["name"]], node["value"]
-            entries = observed_entries(node) if node["is_observed"] else None
-            value = value if entries is None else torch.where(entries, value, math.nan)
-            while value.dim() > count + depth_of(node) and len(value) == 1:  # a dim of no plate
-                value = value[0]
-            place = Place.of({**node, "value": value}, plate, draws, events=count)
-            sizes = [place.batch[dim] for dim in (place.datum, *place.plates) if dim is not None]
-            value = place.front(value).reshape(place.batch[0], *sizes, *place.event)
-            arrays[node["name"]] = _array(value)
-    return arrays
-
-
-def _array(value: Tensor) -> np.ndarray:
-    """A tensor as an array, in single precision where NumPy has not its dtype."""
-    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-
-
-def _densities(traces: tuple[Any, Any], plate: Any, draws: Any) -> Groups:
-    """Log densities of one run; what no draw changes is repeated."""
-    sites = terms(*traces, None if plate is None else plate.name)
-
-    def stacked(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        count = 1 if draws is None else draws.size
-        rows = {k: v[None] if draws is None else v for k, v in values.items()}
-        return {k: _array(v.expand(count, *v.shape[1:])) for k, v in rows.items()}
-
-    parts = {**sites.log_likelihood, **sites.log_prior}
-    scaled = {name: value * sites.scales[name] for name, value in parts.items()}
-    stats = {"log_p": sites.total(scaled)} | ({"log_q": sites.log_q} if sites.log_guide else {})
-    nodes = {name: traces[0].nodes[name] for name in sites.log_likelihood}
-    seen = {name: _seen(node, plate) for name, node in nodes.items()}
-    values = {k: torch.where(seen[k], v, math.nan) for k, v in sites.log_likelihood.items()}
-    return {"log_likelihood": stacked(values), "sample_stats": stacked(stats)}
-
-
-def _seen(node: Node, plate: Any) -> Tensor:
-    """Whether anything of each datum of a site is observed: one that is not has no likelihood."""
-    entries = observed_entries(node)
-    if entries is None:
-        return torch.ones((), dtype=torch.bool, device=node["value"].device)
-    inside = plate if is_inside(node, plate) else None
-    events = len(node["fn"].event_shape)
-    each = entries.flatten(-events).any(-1) if events else entries
-    return per_datum(each.int(), node, inside) > 0
-
-
-def _shown(trace: Any) -> list[Node]:
-    """The sample sites that are variables: no subsamples and no factors."""
-    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
-    return [n for n in nodes if not (site_is_subsample(n) or isinstance(n["fn"], dist.Unit))]
-
-
-def _stack(node: Node) -> list[Any]:
-    """The vectorized plates around a site, those of draws among them."""
-    return [plate for plate in node["cond_indep_stack"] if plate.dim is not None]
-
-
-def _event_dims(node: Node) -> int:
-    """Number of event dims of a site.
-
-    A deterministic one may say nothing of them. They are then what is right of its plates, where
-    they have the sizes of its plates.
-    """
-    shape, events = node["value"].shape, len(node["fn"].event_shape)
-    if not node["infer"].get("_deterministic") or events < len(shape):
-        return events
-    most = max(len(shape) - depth_of(node), 0)
-    for events in range(most, -1, -1):
-        batch = shape[: len(shape) - events]
-        if all(batch[plate.dim :][:1] == (plate.size,) for plate in _stack(node)):
-            return events
-    return most
+def _new_arguments(predictions: Any, runs: Runs, form: Any, extra: dict[str, Any]) -> Any:
+    """Arguments for new data, those by keyword last; and the positional ones as they came."""
+    words = dict(extra)
+    given: tuple[Any, ...] = ()
+    if isinstance(predictions, Mapping):
+        unknown = [name for name in predictions if name not in words]
+        expect(not unknown, "predictions", f"keyword arguments among {list(words)}", unknown)
+        words |= predictions
+    else:
+        given = items_of(predictions)
+        count = len(runs.args) - len(words)
+        expect(len(given) == count, "predictions", f"{count} arguments", len(given))
+    return (*prepared(given, form), *prepared(tuple(words.values()))), given

@@ -97,6 +97,14 @@ class Terms(NamedTuple):
         whole = not self.is_local
         return _sum({k: v.sum(-1) if whole and k in self.local else v for k, v in values.items()})
 
+    def part(self, *, local: bool) -> "Terms":
+        """The terms of the sites in the data plate, or those of the others."""
+        kinds: dict[str, Any] = {
+            kind: {n: v for n, v in getattr(self, kind).items() if (n in self.local) == local}
+            for kind in ("log_likelihood", "log_prior", "log_guide", "kl")
+        }
+        return self._replace(**kinds) if local else self._replace(**kinds, plate=None)
+
     def check_local(self) -> None:
         """Raises a ValueError unless all sites are in the data plate."""
         expect(self.plate is not None, "model", "a plate over the data", "none")

@@ -30,6 +30,7 @@ from ppvae.regression import LinearRegression, exact_posterior
 
 GROUPS = {"posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior"}
 GROUPS |= {"prior_predictive", "observed_data"}
+GLOBAL = GROUPS | {"log_prior", "unconstrained_posterior", "constant_data"}
 SAMPLE = ("chain", "draw")
 
 
@@ -42,7 +43,7 @@ def build(family="mean_scale", seed=0):
 @pytest.mark.parametrize("vectorized", [True, False])
 @pytest.mark.parametrize("batch_size", [256, 4])
 def test_densities_are_those_of_the_draws(vectorized, batch_size):
-    """log p(x | z), log p(x, z) and log q(z), computed again from the draws in the tree."""
+    """log p(x, z), log q(z) and log p(x) of their weights, again from the draws in the tree."""
     model, guide, x = build("full_rank")
     options = {"num_samples": 5, "vectorized": vectorized, "batch_size": batch_size}
     tree = from_pyro_svi(model, guide, x, **options)
@@ -53,9 +54,12 @@ def test_densities_are_those_of_the_draws(vectorized, batch_size):
         log_z = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
         log_q = guide.heads["z"](guide.encoder(x)).log_prob(z)
     stats = tree.sample_stats
-    assert np.allclose(tree.log_likelihood.x.values[0], log_x, atol=1e-10)
     assert np.allclose(stats.log_p.values[0], log_x + log_z, atol=1e-10)
     assert np.allclose(stats.log_q.values[0], log_q, atol=1e-10)
+    assert np.allclose(stats.log_weight.values[0], log_x + log_z - log_q, atol=1e-10)
+    whole = (log_x + log_z - log_q).logsumexp(0) - math.log(5)
+    assert np.allclose(tree.log_likelihood.x.values[0], whole, atol=1e-8)  # 1e-10 of some 20
+    assert tree.log_likelihood.attrs["latents"] == "integrated out"
     assert np.array_equal(tree.observed_data.x.values, x.numpy())
 
 
@@ -195,6 +199,14 @@ def test_exact_global_guide_gives_the_evidence_and_loo(plain_pyro):
     assert result.elpd == pytest.approx(exact.loo().total, abs=0.3)
 
 
+def expected_inner(guide, w, z, x):
+    """The weight of the one draw of each datum, given the global one."""
+    with torch.no_grad():
+        q = guide[1].heads["z"](guide[1].encoder(x)).log_prob(z)
+    prior = dist.Normal(0.0, 1.0).log_prob(z)
+    return prior + dist.Normal(z * w[:, None], 1.0).log_prob(x[:, 0]) - q
+
+
 def test_local_and_global_latents_share_one_density_per_draw(plain_pyro):
     def model(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -208,12 +220,13 @@ def test_local_and_global_latents_share_one_density_per_draw(plain_pyro):
     guide = AutoGuideList(model)
     guide.append(FamilyGuide(poutine.block(model, expose=["w"]), families.mean_scale))
     guide.append(FamilyGuide(poutine.block(model, hide=["w"]), families.mean_scale, mlp(3, 4)))
-    tree = from_pyro_svi(model, guide, x, num_samples=3)
+    tree = from_pyro_svi(model, guide, x, num_samples=3, num_inner=1)
     assert tree.sample_stats.log_p.dims == tree.sample_stats.log_q.dims == SAMPLE
     w, z = (torch.as_tensor(tree.posterior[name].values[0]) for name in "wz")
-    expected = dist.Normal(0.0, 1.0).log_prob(w) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    expected += dist.Normal(z * w[:, None], 1.0).log_prob(x[:, 0]).sum(-1)
+    inner = expected_inner(guide, w, z, x)
+    expected = dist.Normal(0.0, 1.0).log_prob(w) + inner.sum(-1)
     assert np.allclose(tree.sample_stats.log_p.values[0], expected, atol=1e-9)
+    assert np.allclose(tree.log_likelihood.x.values[0], inner, atol=1e-9)
     assert np.allclose(tree.posterior.double.values, 2 * tree.posterior.w.values)
     assert tree.posterior.pair.dims == (*SAMPLE, "pair_dim_0")
 
@@ -224,7 +237,7 @@ def test_any_guide_of_pyro_and_an_improper_prior(plain_pyro):
     assert tree.posterior.s.dims == SAMPLE and (tree.posterior.s > 0).all()
     flat = LinearRegression(3, weight=None, noise=1.0)
     tree = from_pyro_svi(flat, FamilyGuide(flat, families.mean_scale), *case.args, num_samples=4)
-    assert set(tree.children) == GROUPS - {"prior", "prior_predictive"}
+    assert set(tree.children) == GLOBAL - {"prior", "prior_predictive", "unconstrained_posterior"}
 
 
 def test_arviz_takes_the_tree():
@@ -339,9 +352,11 @@ def test_discrete_latents_are_drawn_from_their_posterior(plain_pyro):
     off = 0.7 * torch.exp(dist.Normal(-1.0 + z, 0.5).log_prob(x[:, 0]))
     chance = (on / (on + off)).mean(0).numpy()
     assert (abs(drawn["part"].values[0].mean(0) - chance) < 5 * 0.5 / 4000**0.5).all()
-    expected = torch.log(on + off)
+    with torch.no_grad():
+        q = guide.heads["z"](guide.encoder(x)).log_prob(z)
+    weights = torch.log(on + off) + dist.Normal(0.0, 0.5).log_prob(z) - q
     found = torch.as_tensor(tree["log_likelihood"]["x"].values[0])
-    assert torch.allclose(found, expected, rtol=1e-6)
+    assert torch.allclose(found, weights.logsumexp(0) - math.log(4000), rtol=1e-6)
     again = tree["posterior_predictive"]["x"].values[0]
     middle = drawn["middle"].values[0] + z.numpy()
     assert (abs((again - middle).mean(0)) < 5 * 0.5 / 4000**0.5).all()

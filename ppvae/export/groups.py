@@ -1,0 +1,299 @@
+"""The groups of a tree as arrays, from runs of a model and its guide."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppvae.export.names import JOINT, Groups
+from ppvae.objectives.nested import inner_run
+from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.weights import log_mean_weight
+from ppvae.programs.layout import Place
+from ppvae.programs.missing import observed_entries
+from ppvae.programs.nodes import (
+    Node,
+    depth_of,
+    from_reals,
+    is_data,
+    is_inside,
+    is_real,
+    latent_nodes,
+    log_prob,
+    per_datum,
+    plates_of,
+    prototype,
+    space_of,
+)
+from ppvae.programs.runs import Args, Runs, kept_nodes, run_trace, with_discrete
+from ppvae.programs.simulation import Uncondition
+
+
+def groups_of(
+    runs: Runs,
+    args: Args,
+    num_samples: int,
+    events: Mapping[str, int],
+    *,
+    num_inner: int | None,
+    top: Iterable[str],
+) -> Groups:
+    """All groups of draws for one minibatch, with the draws in front.
+
+    Args:
+        runs: the pair.
+        args: the minibatch.
+        num_samples: number of draws.
+        events: number of event dims of each site.
+        num_inner: draws of the latents of each datum by which they are integrated out of its
+            likelihood; None if they are not.
+        top: the latents whose log prior is wanted.
+    """
+    open_model, pieces = Uncondition()(runs.model), []
+    observed = prototype(runs.model, args, {})
+    for _, draws in runs.draws(args, num_samples, [observed]):
+        traces = runs.pair(args, draws)
+        drawn, known = with_discrete(runs.model, traces, args, draws)
+        again = run_trace(poutine.replay(open_model, trace=known), args, draws)
+        try:
+            prior = run_trace(open_model, args, draws)
+        except NotImplementedError:  # an improper prior has nothing to draw from
+            prior = poutine.Trace()
+        groups = {
+            "posterior": values_of(drawn, runs.plate, draws, events, data=False),
+            "posterior_predictive": values_of(again, runs.plate, draws, events, data=True),
+            "prior": values_of(prior, runs.plate, draws, events, data=False),
+            "prior_predictive": values_of(prior, runs.plate, draws, events, data=True),
+            "unconstrained_posterior": _unconstrained(traces[0], runs.plate, draws),
+        }
+        pieces.append(groups | _densities(runs, traces, draws, num_inner, top))
+    values = values_of(observed, runs.plate, None, events, data=True)
+    groups = concatenated(pieces, 0) | {"observed_data": values}
+    stats = groups["sample_stats"]
+    if num_inner is not None and stats["log_weight"].ndim == 2:  # the draws are those of each datum
+        whole = _integrated(torch.as_tensor(stats["log_weight"]).double())
+        (name,) = groups["log_likelihood"]
+        unseen = np.isnan(groups["log_likelihood"][name])
+        groups["log_likelihood"] = {name: np.where(unseen, np.nan, whole)}
+    return groups
+
+
+def _integrated(log_weight: Tensor) -> np.ndarray:
+    """Log p(x) of each datum from the weights of its draws, the same in all of them.
+
+    But for a share of 1e-10: were the numbers equal, ArviZ's `loo` would refuse them. It takes the
+    tail of what minus the log likelihood leaves for that of weights; so this is where the weights
+    of the draws go, and the Pareto k that it reports is theirs.
+    """
+    whole = log_mean_weight(log_weight)
+    share = (log_weight - log_weight.amax(0)).exp()
+    even = torch.linspace(0.0, 1.0, len(share), dtype=share.dtype, device=share.device)[:, None]
+    share = torch.where(share.amin(0) > 1 - 1e-5, even, share)
+    return _array(whole - 1e-10 * (1 + whole.abs()) * share)
+
+
+def predicted(
+    runs: Runs, new: Args, num_samples: int, events: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The observed sites for new arguments, drawn given draws of the global latents.
+
+    The latents of new data are drawn from the model.
+    """
+    open_model, pieces = Uncondition()(runs.model), []
+    first = prototype(open_model, new, {})
+    names = [node["name"] for node in shown(runs.traces[0]) if is_data(node)]
+    for _, draws in runs.draws(runs.args, num_samples, [*runs.traces, first]):
+        known, _ = runs.pair(runs.args, draws)
+        outer = [node for node in latent_nodes(known) if not is_inside(node, runs.plate)]
+        kept = kept_nodes(known, {node["name"]: node["value"] for node in outer})
+        trace = run_trace(poutine.replay(open_model, trace=kept), new, draws)
+        frames = [f for n in names for f in trace.nodes[n]["cond_indep_stack"]]
+        plate = next((f for f in frames if runs.plate and f.name == runs.plate.name), None)
+        nodes = [trace.nodes[name] for name in names]
+        pieces.append({"": {n["name"]: _front(n, n["value"], plate, draws, events) for n in nodes}})
+    return concatenated(pieces, 0)[""]
+
+
+def concatenated(pieces: list[Groups], axis: int) -> Groups:
+    """Joins the arrays of all pieces along an axis, which those of a single piece may not have."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return {
+        key: {name: np.concatenate([piece[key][name] for piece in pieces], axis) for name in group}
+        for key, group in pieces[0].items()
+    }
+
+
+def whole_numbers(groups: Groups, nodes: Iterable[Node]) -> None:
+    """Makes whole numbers of the values of discrete sites, where none is missing."""
+    discrete = {node["name"] for node in nodes if node["fn"].support.is_discrete}
+    for group in groups.values():
+        for name in discrete & group.keys():
+            if np.isfinite(group[name]).all():
+                group[name] = group[name].astype(np.int64)
+
+
+def values_of(
+    trace: Any, plate: Any, draws: Any, events: Mapping[str, int], *, data: bool
+) -> dict[str, np.ndarray]:
+    """Site -> values as `(draws, datum, *other plates, *event)`, of data or of all else.
+
+    Args:
+        trace: of the model.
+        plate: the data plate.
+        draws: the plate of draws, or None.
+        events: number of event dims of each site.
+        data: whether to take the observed sites, and not the others.
+    """
+    arrays = {}
+    for node in shown(trace):
+        if is_data(node) == data:
+            value = node["value"]
+            entries = observed_entries(node) if node["is_observed"] else None
+            value = value if entries is None else torch.where(entries, value, math.nan)
+            arrays[node["name"]] = _front(node, value, plate, draws, events)
+    return arrays
+
+
+def _front(
+    node: Node, value: Tensor, plate: Any, draws: Any, events: Mapping[str, int]
+) -> np.ndarray:
+    """A value of a site as `(draws, datum, *other plates, *event)`."""
+    count = events[node["name"]]
+    while value.dim() > count + depth_of(node) and len(value) == 1:  # a dim of no plate
+        value = value[0]
+    place = Place.of({**node, "value": value}, plate, draws, events=count)
+    sizes = [place.batch[dim] for dim in (place.datum, *place.plates) if dim is not None]
+    return _array(place.front(value).reshape(place.batch[0], *sizes, *place.event))
+
+
+def _unconstrained(trace: Any, plate: Any, draws: Any) -> dict[str, np.ndarray]:
+    """The latents where the model has them on the reals; none if they all are there already."""
+    nodes = [node for node in latent_nodes(trace) if not node["fn"].support.is_discrete]
+    if all(is_real(node["fn"].support) for node in nodes):
+        return {}
+    free = {}
+    for node in nodes:
+        try:
+            transform = from_reals(node["fn"].support)
+        except NotImplementedError:
+            continue
+        value = transform.inv(node["value"])
+        batch = node["fn"].batch_shape
+        count = len(space_of(transform, batch, node["fn"].event_shape))
+        free[node["name"]] = _front(node, value, plate, draws, {node["name"]: count})
+    return free
+
+
+def _array(value: Tensor) -> np.ndarray:
+    """A tensor as an array, in single precision where NumPy has not its dtype."""
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+
+
+def _densities(
+    runs: Runs, traces: tuple[Any, Any], draws: Any, num_inner: int | None, top: Iterable[str]
+) -> Groups:
+    """Log densities of one run; what no draw changes is repeated."""
+    plate = runs.plate
+    sites = terms(*traces, None if plate is None else plate.name)
+
+    def stacked(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        count = 1 if draws is None else draws.size
+        rows = {k: v[None] if draws is None else v for k, v in values.items()}
+        return {k: _array(v.expand(count, *v.shape[1:])) for k, v in rows.items()}
+
+    parts = {**sites.log_likelihood, **sites.log_prior}
+    scaled = {name: value * sites.scales[name] for name, value in parts.items()}
+    stats = {"log_p": sites.total(scaled)}
+    if sites.log_guide:
+        stats |= {"log_q": sites.log_q, "log_weight": sites.log_weight}
+    nodes = {name: traces[0].nodes[name] for name in sites.log_likelihood}
+    seen = {name: _seen(node, plate) for name, node in nodes.items()}
+    values = {k: torch.where(seen[k], v, math.nan) for k, v in sites.log_likelihood.items()}
+    if num_inner is not None:
+        own = [name for name in values if name in sites.local]
+        inner = log_mean_weight(_inner_weights(runs, traces[1], sites, draws, num_inner))
+        some = torch.stack([seen[name].expand(inner.shape[-1:]) for name in own]).any(0)
+        outer = sites.part(local=False)
+        values = {k: v for k, v in values.items() if k not in own}
+        values[own[0] if len(own) == 1 else JOINT] = torch.where(some, inner, math.nan)
+        if not sites.is_local:
+            stats = {"log_p": outer.log_joint + inner.sum(-1), "log_q": outer.log_q}
+            stats["log_weight"] = stats["log_p"] - stats["log_q"]
+    priors = {name: _summed(sites.log_prior[name], draws) for name in top}
+    groups = {"log_likelihood": stacked(values), "sample_stats": stacked(stats)}
+    return groups | {"log_prior": stacked(priors)}
+
+
+def _inner_weights(
+    runs: Runs, guide_trace: Any, sites: Terms, draws: Any, num_inner: int
+) -> Tensor:
+    """Log weights of the latents of each datum given the globals, `(inner, *draws, datum)`."""
+    weights = [sites.part(local=True).log_weight.double()]
+    if not sites.is_local:
+        more = (inner_run(runs, guide_trace, sites.plate, draws) for _ in range(num_inner - 1))
+        weights += [run.log_weight for run in more]
+    return torch.stack(torch.broadcast_tensors(*weights))
+
+
+def _summed(value: Tensor, draws: Any) -> Tensor:
+    """A term of a site summed over all but the draws."""
+    return value.sum() if draws is None else value.reshape(len(value), -1).sum(-1)
+
+
+def at_the_top(runs: Runs) -> list[str]:
+    """The global latents whose prior is the same in every draw, as it depends on no other latent.
+
+    It is held against the prior in another draw; a point, which is the same in all, tells nothing.
+    """
+    first, second = (runs.pair(runs.args)[0] for _ in range(2))
+    sites = terms(*runs.traces, None if runs.plate is None else runs.plate.name)
+    found = []
+    for node in latent_nodes(first) if sites.log_guide else ():
+        other = second.nodes[node["name"]]
+        if not is_inside(node, sites.plate):
+            again = log_prob({**other, "value": node["value"]})
+            if torch.equal(log_prob(node).nan_to_num(), again.nan_to_num()):
+                found.append(node["name"])
+    return found
+
+
+def _seen(node: Node, plate: Any) -> Tensor:
+    """Whether anything of each datum of a site is observed: one that is not has no likelihood."""
+    entries = observed_entries(node)
+    if entries is None:
+        return torch.ones((), dtype=torch.bool, device=node["value"].device)
+    inside = plate if is_inside(node, plate) else None
+    events = len(node["fn"].event_shape)
+    each = entries.flatten(-events).any(-1) if events else entries
+    return per_datum(each.int(), node, inside) > 0
+
+
+def shown(trace: Any) -> list[Node]:
+    """The sample sites that are variables: no subsamples and no factors."""
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    return [n for n in nodes if not (site_is_subsample(n) or isinstance(n["fn"], dist.Unit))]
+
+
+def event_dims(node: Node) -> int:
+    """Number of event dims of a site.
+
+    A deterministic one may say nothing of them. They are then what is right of its plates, where
+    they have the sizes of its plates.
+    """
+    shape, events = node["value"].shape, len(node["fn"].event_shape)
+    if not node["infer"].get("_deterministic") or events < len(shape):
+        return events
+    most = max(len(shape) - depth_of(node), 0)
+    stack = plates_of(node).values()
+    for events in range(most, -1, -1):
+        batch = shape[: len(shape) - events]
+        if all(batch[plate.dim :][:1] == (plate.size,) for plate in stack):
+            return events
+    return most
