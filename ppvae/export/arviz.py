@@ -5,7 +5,7 @@ from typing import Any
 
 import xarray as xr
 
-from ppvae._checks import check_count, expect
+from ppvae._checks import check_choice, check_count, expect
 from ppvae._process import exclusive
 from ppvae.data.adapters import form_of, items_of, prepared
 from ppvae.export.constants import constants_of
@@ -18,7 +18,15 @@ from ppvae.export.groups import (
     shown,
     whole_numbers,
 )
-from ppvae.export.names import check_names, dims_of, free_dims, mapping, stacked, table_coords
+from ppvae.export.names import (
+    by_number,
+    check_names,
+    dims_of,
+    free_dims,
+    mapping,
+    stacked,
+    table_coords,
+)
 from ppvae.export.tree import dataset_of, prior_sbc, versions, words_of
 from ppvae.objectives.nested import can_integrate
 from ppvae.objectives.trace_terms import terms
@@ -41,6 +49,7 @@ def from_pyro_svi(  # noqa: D417
     plate: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     num_inner: int = 16,
+    pointwise: str = "datum",
     stack: Mapping[str, str] | None = None,
     predictions: Any = None,
     evaluation: xr.Dataset | None = None,
@@ -95,6 +104,10 @@ def from_pyro_svi(  # noqa: D417
             functions that draw, uses that stream.
         num_inner: draws of the latents of each datum for each draw of the global ones, by which
             they are integrated out of its likelihood; each costs a run.
+        pointwise: "element" for the likelihood of each number of a datum in place of that of the
+            datum, given the latents. Data that are vectors then run along one dim, as
+            `x_element`: what `loo_pit`, `loo_score`, `metrics` and the predictive plots want, for
+            which they leave out one number.
         stack: from the stem of names of sites to the name of a dim: `{"z": "time"}` makes one
             variable of the sites z_0, z_1, ..., with the steps along `time`.
         predictions: arguments for new data, a tensor or a tuple: what is observed is drawn for
@@ -125,6 +138,7 @@ def from_pyro_svi(  # noqa: D417
     """
     num_samples = check_count("num_samples", num_samples)
     num_inner = check_count("num_inner", num_inner)
+    check_choice("pointwise", pointwise, ("datum", "element"))
     coords = mapping("coords", coords)
     renamed = {name: list(given) for name, given in mapping("dims", dims).items()}
     known, got = evaluation is None or isinstance(evaluation, xr.Dataset), type(evaluation).__name__
@@ -140,21 +154,28 @@ def from_pyro_svi(  # noqa: D417
         nodes = shown(whole)
         events = {node["name"]: event_dims(node) for node in nodes}
         names = dims_of(nodes, whole, runs.plate, events, local=local)
-        inner = num_inner if can_integrate(runs) else None
-        how: Any = {"num_inner": inner, "top": at_the_top(runs)}
+        by_element = pointwise == "element"
+        inner = None if by_element or not can_integrate(runs) else num_inner
+        new, beside = None, ()
+        if predictions is not None:
+            new, beside = _new_arguments(predictions, runs, form, extra)
+        how: Any = {"num_inner": inner, "top": at_the_top(runs), "by_element": by_element}
+        how["new"] = None if local else new
         pieces = [groups_of(runs, batch, num_samples, events, **how) for batch in batches]
         groups = concatenated(pieces, 1)
         tables = table_coords(nodes, args, form, names, renamed)
         constants = [constants_of(model, args, runs.args, extra, whole, runs.plate)]
         groups["constant_data"] = constants[0].arrays
-        if predictions is not None:
-            new, told = _new_arguments(predictions, runs, form, extra)
-            groups["predictions"] = predicted(runs, new, num_samples, events)
+        if new is not None:
+            if local:
+                groups["predictions"] = predicted(runs, new, num_samples, events)
             trace = prototype(Uncondition()(runs.model), new, {})
-            constants.append(constants_of(model, told, new, extra, trace, runs.plate))
+            constants.append(constants_of(model, beside, new, extra, trace, runs.plate))
             groups["predictions_constant_data"] = constants[1].arrays
     whole_numbers(groups, nodes)
     groups, names, steps = stacked(groups, names, events, stack or {})
+    if by_element:
+        groups, names = by_number(groups, names, nodes)
     check_names({**constants[-1].dims, **constants[0].dims, **names}, coords, renamed)
     own = {"constant_data": constants[0].dims, "predictions_constant_data": constants[-1].dims}
     own["unconstrained_posterior"] = names | free_dims(whole, names, events)
@@ -162,7 +183,8 @@ def from_pyro_svi(  # noqa: D417
         tables = each.coords | tables
     coords = tables | steps | coords
     attrs = {"posterior": words_of(model, guide, seed, None if local else groups["sample_stats"])}
-    attrs["log_likelihood"] = {"latents": "given" if inner is None else "integrated out"}
+    latents = "given" if inner is None else "integrated out"
+    attrs["log_likelihood"] = {"latents": latents, "pointwise": pointwise}
     data = {
         group: dataset_of(group, values, {**own.get(group, names), **renamed}, coords, attrs)
         for group, values in groups.items()

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae.export.names import JOINT, Groups
 from ppvae.objectives.nested import inner_run
 from ppvae.objectives.trace_terms import Terms, terms
@@ -19,6 +20,7 @@ from ppvae.programs.layout import Place
 from ppvae.programs.missing import observed_entries
 from ppvae.programs.nodes import (
     Node,
+    bare_distribution,
     depth_of,
     from_reals,
     is_data,
@@ -31,7 +33,7 @@ from ppvae.programs.nodes import (
     prototype,
     space_of,
 )
-from ppvae.programs.runs import Args, Runs, kept_nodes, run_trace, with_discrete
+from ppvae.programs.runs import Args, Runs, run_trace, with_discrete
 from ppvae.programs.simulation import Uncondition
 
 
@@ -43,6 +45,8 @@ def groups_of(
     *,
     num_inner: int | None,
     top: Iterable[str],
+    by_element: bool,
+    new: Args | None = None,
 ) -> Groups:
     """All groups of draws for one minibatch, with the draws in front.
 
@@ -54,6 +58,8 @@ def groups_of(
         num_inner: draws of the latents of each datum by which they are integrated out of its
             likelihood; None if they are not.
         top: the latents whose log prior is wanted.
+        by_element: whether the likelihood is that of each number, given the latents.
+        new: arguments for predictions, given the draws; None for none.
     """
     open_model, pieces = Uncondition()(runs.model), []
     observed = prototype(runs.model, args, {})
@@ -72,7 +78,12 @@ def groups_of(
             "prior_predictive": values_of(prior, runs.plate, draws, events, data=True),
             "unconstrained_posterior": _unconstrained(traces[0], runs.plate, draws),
         }
-        pieces.append(groups | _densities(runs, traces, draws, num_inner, top))
+        groups |= _densities(runs, traces, draws, num_inner, top)
+        if by_element:
+            groups["log_likelihood"] = _of_elements(traces[0], runs.plate, draws, events)
+        if new is not None:
+            groups["predictions"] = _predicted(runs, drawn, new, draws, events)
+        pieces.append(groups)
     values = values_of(observed, runs.plate, None, events, data=True)
     groups = concatenated(pieces, 0) | {"observed_data": values}
     stats = groups["sample_stats"]
@@ -101,23 +112,31 @@ def _integrated(log_weight: Tensor) -> np.ndarray:
 def predicted(
     runs: Runs, new: Args, num_samples: int, events: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """The observed sites for new arguments, drawn given draws of the global latents.
+    """The observed sites for new arguments, of a model without global latents: drawn from it."""
+    pieces = []
+    first = prototype(Uncondition()(runs.model), new, {})
+    for _, draws in runs.draws(runs.args, num_samples, [*runs.traces, first]):
+        pieces.append({"": _predicted(runs, poutine.Trace(), new, draws, events)})
+    return concatenated(pieces, 0)[""]
+
+
+def _predicted(
+    runs: Runs, known: Any, new: Args, draws: Any, events: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The observed sites for new arguments, given the global latents in a trace of the model.
 
     The latents of new data are drawn from the model.
     """
-    open_model, pieces = Uncondition()(runs.model), []
-    first = prototype(open_model, new, {})
     names = [node["name"] for node in shown(runs.traces[0]) if is_data(node)]
-    for _, draws in runs.draws(runs.args, num_samples, [*runs.traces, first]):
-        known, _ = runs.pair(runs.args, draws)
-        outer = [node for node in latent_nodes(known) if not is_inside(node, runs.plate)]
-        kept = kept_nodes(known, {node["name"]: node["value"] for node in outer})
-        trace = run_trace(poutine.replay(open_model, trace=kept), new, draws)
-        frames = [f for n in names for f in trace.nodes[n]["cond_indep_stack"]]
-        plate = next((f for f in frames if runs.plate and f.name == runs.plate.name), None)
-        nodes = [trace.nodes[name] for name in names]
-        pieces.append({"": {n["name"]: _front(n, n["value"], plate, draws, events) for n in nodes}})
-    return concatenated(pieces, 0)[""]
+    kept = poutine.Trace()  # of latents alone, as the plates have other rows
+    for node in latent_nodes(known):
+        if not is_inside(node, runs.plate):
+            kept.add_node(node["name"], **node)
+    trace = run_trace(poutine.replay(Uncondition()(runs.model), trace=kept), new, draws)
+    nodes = [trace.nodes[name] for name in names]
+    frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
+    plate = next((f for f in frames if runs.plate and f.name == runs.plate.name), None)
+    return {n["name"]: _front(n, n["value"], plate, draws, events) for n in nodes}
 
 
 def concatenated(pieces: list[Groups], axis: int) -> Groups:
@@ -133,7 +152,8 @@ def concatenated(pieces: list[Groups], axis: int) -> Groups:
 def whole_numbers(groups: Groups, nodes: Iterable[Node]) -> None:
     """Makes whole numbers of the values of discrete sites, where none is missing."""
     discrete = {node["name"] for node in nodes if node["fn"].support.is_discrete}
-    for group in groups.values():
+    densities = "log_likelihood", "log_prior", "sample_stats"
+    for group in [values for key, values in groups.items() if key not in densities]:
         for name in discrete & group.keys():
             if np.isfinite(group[name]).all():
                 group[name] = group[name].astype(np.int64)
@@ -229,6 +249,21 @@ def _densities(
     priors = {name: _summed(sites.log_prior[name], draws) for name in top}
     groups = {"log_likelihood": stacked(values), "sample_stats": stacked(stats)}
     return groups | {"log_prior": stacked(priors)}
+
+
+def _of_elements(
+    trace: Any, plate: Any, draws: Any, events: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The log likelihood of each number that is observed, given all latents."""
+    found = {}
+    for node in [each for each in shown(trace) if is_data(each)]:
+        fn, name = bare_distribution(node["fn"]), node["name"]
+        wanted = f"numbers of {name!r} that are independent given the latents"
+        expect(not fn.event_shape, "pointwise", wanted, type(fn).__name__)
+        value, entries = fn.log_prob(node["value"]), observed_entries(node)
+        value = value if entries is None else torch.where(entries, value, math.nan)
+        found[name] = _front(node, value, plate, draws, events)
+    return found
 
 
 def _inner_weights(

@@ -45,15 +45,16 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
     """
     import arviz_stats  # takes half a second
 
-    whole = isinstance(tree, xr.DataTree)
-    expect(whole, "tree", "a result of from_pyro_svi", type(tree).__name__, TypeError)
+    known = isinstance(tree, xr.DataTree)
+    expect(known, "tree", "a result of from_pyro_svi", type(tree).__name__, TypeError)
     known = {"log_likelihood", "sample_stats"} <= {*tree.children}
     expect(known, "tree", "a result of from_pyro_svi", f"one of {[*tree.children]}")
     stats, data = tree["sample_stats"], tree["log_likelihood"]
     dense = "log_q" in stats
     expect(dense, "tree", "draws of a guide with a density", "those of a point")
     local = "log_q" in stats and "datum" in stats["log_q"].dims
-    inside = local and data.attrs.get("latents") != "integrated out"
+    whole = data.attrs.get("pointwise") == "datum"
+    inside = local and whole and data.attrs.get("latents") != "integrated out"
     what = "the likelihood given the latents of each datum, in a model with a scale"
     expect(not inside, "tree", "latents of each datum that are integrated out", what)
     with without_warnings():  # the Pareto k says how far to trust it

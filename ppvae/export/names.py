@@ -156,3 +156,16 @@ def stacked(
         known = coords.setdefault(dim, steps)
         expect(known == steps, "stack", f"as many sites {stem!r} as others along {dim!r}", steps)
     return groups, names, coords
+
+
+def by_number(groups: Groups, names: Dims, nodes: Sequence[Node]) -> tuple[Groups, Dims]:
+    """Puts the numbers of data that are vectors, or stand in several plates, along one dim."""
+    names = dict(names)
+    for name in [node["name"] for node in nodes if is_data(node)]:
+        if len(names.get(name, [])) < 2:
+            continue
+        names[name] = [f"{name}_element"]
+        for group in groups.values():
+            if name in group:
+                group[name] = group[name].reshape(len(group[name]), -1)
+    return groups, names

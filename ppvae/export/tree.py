@@ -35,13 +35,15 @@ def dataset_of(
         attrs: group -> attributes.
 
     Raises:
-        ValueError: coordinates are not as many as the dim is long.
+        ValueError: coordinates are not as many as the dim is long, or an array has more dims.
     """
     lead = [] if group in _UNDRAWN else [*DRAWN]
     data: dict[str, tuple[list[str], np.ndarray]] = {}
     for name, array in values.items():
         value = array[None] if lead else array[0] if group == "observed_data" else array
         own = names.get(name, ["datum"])[: value.ndim - len(lead)]
+        shape, fits = value.shape[len(lead) :], len(own) == value.ndim - len(lead)
+        expect(fits, "model", f"values of {name!r} along {own} (is it `vectorized`?)", shape)
         data[name] = ([*lead, *own], value)
     sizes = {d: n for dims, value in data.values() for d, n in zip(dims, value.shape, strict=True)}
     found: dict[str, Any] = {}

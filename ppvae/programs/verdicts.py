@@ -1,6 +1,7 @@
 """What a fit said of a guide, for as long as model and guide are what the fit left."""
 
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -12,15 +13,15 @@ class _Said(NamedTuple):
 
     model: Any
     versions: list[tuple[int, int]]
-    words: str
+    words: Mapping[str, str]
     converged: bool | None
 
 
 _SAID: weakref.WeakKeyDictionary[Any, _Said] = weakref.WeakKeyDictionary()
 
 
-def remember(model: Any, guide: Any, *, words: str, converged: bool | None) -> None:
-    """Keeps the verdict of a fit beside the guide.
+def remember(model: Any, guide: Any, *, words: Mapping[str, str], converged: bool | None) -> None:
+    """Keeps what a fit says, its verdict and its objective, beside the guide.
 
     Those of plain functions are not kept: what their `pyro.param` statements will mean later is
     not known.
@@ -32,7 +33,9 @@ def remember(model: Any, guide: Any, *, words: str, converged: bool | None) -> N
 
 
 def verdict_of(model: Any, guide: Any) -> dict[str, Any]:
-    """The last verdict as attributes of a data set: `verdict`, and `converged` where it is known.
+    """What the last fit said, as attributes of a data set.
+
+    They are `verdict`, `objective`, and `converged` where it is known.
 
     Empty if there was no fit, or a parameter was written to since.
     """
@@ -43,7 +46,7 @@ def verdict_of(model: Any, guide: Any) -> dict[str, Any]:
     if said is None or said.model() is not model or said.versions != _versions(model, guide):
         return {}
     known = {} if said.converged is None else {"converged": int(said.converged)}
-    return {"verdict": said.words, **known}
+    return {**said.words, **known}
 
 
 def _versions(*programs: Any) -> list[tuple[int, int]]:

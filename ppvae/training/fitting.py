@@ -228,7 +228,7 @@ def fit(
                 if ending is not None and not result.interrupted:
                     Verdict(result.verdict, result.converged, result.losses[-1]).warn()
             result = result._replace(interrupted=answer_interrupt())
-    remember_fit(model, guide, result)
+    remember_fit(model, guide, result, task.program.objective)
     return result
 
 
@@ -251,9 +251,10 @@ def checkpoint_of(path: Any, task: Task, options: Options, run: Mapping[str, str
     return Checkpoint(path, parts | chosen | own | dict(run))
 
 
-def remember_fit(model: Any, guide: Any, result: Fit) -> None:
-    """Leaves the verdict to `evaluate` and to the export."""
-    remember(bare(model), bare(guide), words=result.verdict, converged=result.converged)
+def remember_fit(model: Any, guide: Any, result: Fit, objective: Any) -> None:
+    """Leaves the verdict, and the objective in words, to `evaluate` and to the export."""
+    words = {"verdict": result.verdict, "objective": in_words(objective)}
+    remember(bare(model), bare(guide), words=words, converged=result.converged)
 
 
 def _max_epochs(max_epochs: Any, batches: Batches) -> int:

@@ -164,8 +164,8 @@ def fit_replicates(
                     results = train(engine, options, bar, file=file)
                     came = answer_interrupt()
                 results = [result._replace(interrupted=came) for result in results]
-                for pair, result in zip(pairs, results, strict=True):
-                    remember_fit(*pair, result)
+                for pair, result, task in zip(pairs, results, tasks, strict=True):
+                    remember_fit(*pair, result, task.program.objective)
                 return results
     told |= {"num_epochs": num_epochs, "batch_size": batch_size, "compile": compile}
     told |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
