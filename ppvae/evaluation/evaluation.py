@@ -18,7 +18,7 @@ from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.families.family import cap
-from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.trace_terms import Terms, has_masked_latents, terms
 from ppvae.programs.runs import Args, Runs, opened
 from ppvae.programs.verdicts import verdict_of
 
@@ -130,16 +130,18 @@ def evaluate(
             dataset.attrs |= {"bound": int(whole.is_dense), "num_samples": num_samples}
             dataset.attrs |= _of_family(family) | verdict_of(model, guide)
             return dataset
+        ragged = False
         few = draws_needed(runs.plate.size) if channels != () else 1
         for batch in tqdm(runs.batches, label, disable=not shown, delay=3.0, unit="batch"):
             pairs = [runs.pair(batch) for _ in range(few)]
             moments.append(moments_of(pairs[0][0], runs.plate))
             sample, shares = _sample(runs, batch, pairs[0], num_samples)
             measured.append(_measured(sample) | shares.arrays())
+            ragged |= has_masked_latents(pairs[0][0])
             if whole.log_guide:
                 draws.append(draws_of(pairs, runs.plate))
         arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
-        totals = information(runs, draws, arrays["rate"], channels)
+        totals = information(runs, [] if ragged else draws, arrays["rate"], channels)
     coords = {"site": list(sample.terms), "latent": sample.coordinates.layout.labels}
     summed, own = shares.variables(arrays)
     dataset = xr.Dataset(_variables(arrays, totals) | summed, coords | own)
