@@ -130,9 +130,10 @@ class DeepMarkov(Decoded):
         if lengths is None:
             return
         kind = getattr(lengths, "dtype", type(lengths).__name__)
-        real = isinstance(lengths, Tensor) and lengths.dtype != torch.bool
-        real = real and not lengths.is_complex()
-        expect(real, "lengths", "a tensor of whole numbers", kind, TypeError)
+        dense = isinstance(lengths, Tensor) and lengths.layout is torch.strided
+        real = dense and lengths.dtype != torch.bool and not lengths.is_complex()
+        real = real and lengths.device == x.device
+        expect(real, "lengths", "a dense tensor of whole numbers where x is", kind, TypeError)
         wanted = f"shape ({len(x)},), one for each sequence"
         expect(lengths.shape == x.shape[:1], "lengths", wanted, tuple(lengths.shape))
         if not torch.compiler.is_compiling():
