@@ -16,6 +16,7 @@ from ppvae import (
     evaluate,
     fit,
     from_pyro_svi,
+    generate,
     impute,
     likelihoods,
     models,
@@ -155,6 +156,7 @@ def test_all_that_is_done_with_a_pair():
         assert torch.allclose(staged, ELBO()(model, guide, x[:7]), rtol=1e-9)
     tree = from_pyro_svi(model, guide, x, num_samples=7)
     assert tree["posterior/z_top"].shape == (1, 7, N, 2)
+    assert torch.equal(generate(model, 5, seed=0), generate(model, 5, seed=0))
     drawn = simulate(model, x, seed=0)
     assert drawn.args[0].shape == x.shape and drawn.latents["z_bottom"].shape == (N, 3)
     gaps = x.clone()
