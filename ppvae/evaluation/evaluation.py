@@ -59,7 +59,8 @@ def evaluate(
 
     In total: `mutual_information` I(x;z) under the distribution of these data, at most log N;
     `aggregate_kl` KL(q(z) || p(z)) of the aggregate posterior, what is left of the mean rate; and
-    the standard errors `mutual_information_se`, `aggregate_kl_se`.
+    the standard errors `mutual_information_se`, `aggregate_kl_se`. They are NaN where some data
+    have latents that others have not, since the model masks them.
 
     **Global latents** belong to all the data. Then the result has totals, in nats of all data:
     `total_elbo` with its Monte Carlo error `total_elbo_se`; `log_evidence` log p(x) by importance

@@ -22,10 +22,11 @@ class DeepMarkov(Decoded):
 
     Called as `model(x)` with sequences of one length, or as `model(x, lengths)` with such as end
     earlier: what stands behind an end, be it zeros or NaN, counts nothing, neither in the
-    likelihood nor in prior and guide (`poutine.mask`; a guide that is trained by plain Pyro needs a
-    mask of its own). Steps that were not observed, in the middle, are NaN. A joint family, such as
-    `families.Banded`, draws all states of all sequences: it takes those that end earlier without
-    their lengths, as sequences whose last steps are NaN, and log p(x) is the same.
+    likelihood nor in prior and guide (`poutine.mask`), and what a guide draws there means nothing.
+    A guide that is trained by plain Pyro needs a mask of its own. Steps that were not observed, in
+    the middle, are NaN. A joint family, such as `families.Banded`, draws all states of all
+    sequences: it takes those that end earlier without their lengths, as sequences whose last steps
+    are NaN, and log p(x) is the same.
 
     Args:
         decoder: a module `(batch, latent) -> (batch, *event)`, from a state to its observation.

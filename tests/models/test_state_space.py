@@ -21,6 +21,7 @@ from ppvae import (
     likelihoods,
     models,
     priors,
+    reading,
     simulate,
     stage,
 )
@@ -165,6 +166,7 @@ def test_with_the_smoother_as_its_guide_every_draw_gives_log_p(lengths):
         found = evaluate(model, guide, *args, num_samples=3, vectorized=vectorized, **QUIET)
         assert torch.allclose(torch.tensor(found.log_likelihood.values), expected, rtol=1e-12)
         assert found.mutual_information.isnull() == (lengths is not None)
+        assert ("There is no I(x; z)" in reading(found)) == (lengths is not None)
     annealed = annealed_importance(model, guide, *args, num_temperatures=3, num_chains=2, **QUIET)
     assert torch.allclose(torch.tensor(annealed.log_likelihood.values), expected, rtol=1e-9)
 
