@@ -28,7 +28,7 @@ from ppvae.training import (
 )
 
 if TYPE_CHECKING:
-    from ppvae import plots, regression
+    from ppvae import models, plots, regression
     from ppvae.comparison import compare_families
     from ppvae.evaluation import (
         annealed_importance,
@@ -87,6 +87,7 @@ __all__ = [
     "load_pair",
     "log_prob",
     "loo",
+    "models",
     "nan_masked",
     "objectives",
     "plots",
@@ -105,7 +106,7 @@ __all__ = [
     "two_sample",
 ]
 
-#: Where the names are that are imported when they are first used; two are modules.
+#: Where the names are that are imported when they are first used; some are modules.
 _AT_FIRST_USE = {
     "comparison": ["compare_families"],
     "evaluation": [
@@ -121,6 +122,7 @@ _AT_FIRST_USE = {
         "two_sample",
     ],
     "export": ["concat_chains", "from_pyro_svi", "loo", "to_netcdf", "to_zarr"],
+    "models": ["models"],
     "plots": ["plots"],
     "predictive": [
         "encode",

@@ -44,6 +44,7 @@ from ppvae import (
     likelihoods,
     linear_probe,
     log_prob,
+    models,
     nan_masked,
     objectives,
     plots,
@@ -105,6 +106,11 @@ def in_scope(function):
             return function(**given)
 
     return call
+
+
+def markov():
+    parts = nn.Linear(2, 3), priors.Learned(2, context=2), 2, likelihoods.Normal(0.5)
+    return models.DeepMarkov(*parts)
 
 
 def one_weight(X, y):
@@ -389,6 +395,25 @@ CALLS: dict[str, Call] = {
             "decoder": nn.Linear(2, 3), "latent": 2, "likelihood": likelihoods.Normal(0.5),
             "prior": None,
         },
+    ),
+    "TwoLevelVAE": Call(
+        models.TwoLevelVAE,
+        lambda: {
+            "decoder": nn.Linear(2, 3), "between": priors.Learned(2, context=1), "latent": (1, 2),
+            "likelihood": likelihoods.Normal(0.5), "prior": None,
+        },
+    ),
+    "DeepMarkov": Call(
+        models.DeepMarkov,
+        lambda: {
+            "decoder": nn.Linear(2, 3), "transition": priors.Learned(2, context=2), "latent": 2,
+            "likelihood": likelihoods.Normal(0.5), "prior": None,
+        },
+    ),
+    "DeepMarkov, called": Call(
+        in_scope(lambda **given: markov()(**given)),
+        lambda: {"x": torch.zeros(2, 4, 3), "lengths": torch.tensor([4.0, 1.0]), "size": 1},
+        infinite="",
     ),
     "VAE.draw_prior": Call(linear()[0].draw_prior, lambda: {"size": 3}),
     "FamilyGuide": Call(

@@ -11,7 +11,7 @@ FLOORS = [
     ["_checks"],
     ["_files", "_look", "_process", "_scopes"],
     ["data", "families"],
-    ["closed_form", "likelihoods", "nn", "priors"],
+    ["closed_form", "likelihoods", "models", "nn", "priors"],
     ["models", "programs"],
     ["objectives"],
     ["export", "guides", "staging"],

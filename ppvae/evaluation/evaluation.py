@@ -18,7 +18,7 @@ from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.families.family import cap
-from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.objectives.trace_terms import Terms, has_masked_latents, terms
 from ppvae.programs.runs import Args, Runs, opened
 from ppvae.programs.verdicts import verdict_of
 
@@ -59,7 +59,8 @@ def evaluate(
 
     In total: `mutual_information` I(x;z) under the distribution of these data, at most log N;
     `aggregate_kl` KL(q(z) || p(z)) of the aggregate posterior, what is left of the mean rate; and
-    the standard errors `mutual_information_se`, `aggregate_kl_se`.
+    the standard errors `mutual_information_se`, `aggregate_kl_se`. They are NaN where some data
+    have latents that others have not, since the model masks them.
 
     **Global latents** belong to all the data. Then the result has totals, in nats of all data:
     `total_elbo` with its Monte Carlo error `total_elbo_se`; `log_evidence` log p(x) by importance
@@ -130,16 +131,18 @@ def evaluate(
             dataset.attrs |= {"bound": int(whole.is_dense), "num_samples": num_samples}
             dataset.attrs |= _of_family(family) | verdict_of(model, guide)
             return dataset
+        ragged = False
         few = draws_needed(runs.plate.size) if channels != () else 1
         for batch in tqdm(runs.batches, label, disable=not shown, delay=3.0, unit="batch"):
             pairs = [runs.pair(batch) for _ in range(few)]
             moments.append(moments_of(pairs[0][0], runs.plate))
             sample, shares = _sample(runs, batch, pairs[0], num_samples)
             measured.append(_measured(sample) | shares.arrays())
+            ragged |= has_masked_latents(pairs[0][0])
             if whole.log_guide:
                 draws.append(draws_of(pairs, runs.plate))
         arrays = {name: np.concatenate([each[name] for each in measured]) for name in measured[0]}
-        totals = information(runs, draws, arrays["rate"], channels)
+        totals = information(runs, [] if ragged else draws, arrays["rate"], channels)
     coords = {"site": list(sample.terms), "latent": sample.coordinates.layout.labels}
     summed, own = shares.variables(arrays)
     dataset = xr.Dataset(_variables(arrays, totals) | summed, coords | own)

@@ -62,7 +62,8 @@ def information(
 
     Args:
         runs: a model and its guide, which has local latents.
-        draws: `draws_of` each minibatch; an empty list for a point, whose values are NaN.
+        draws: `draws_of` each minibatch; an empty list for a point, whose values are NaN, and where
+            data have different latents, since the model masks some: they have no aggregate.
         rate: KL(q(z | x) || p(z)) per datum, shape `(N,)`.
         channels: the channels of the guide's family, or None for a guide of another kind.
 

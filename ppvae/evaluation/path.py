@@ -1,6 +1,6 @@
 """The two log densities that an annealed run moves between, at any point of unconstrained space."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.guides.score import Auxiliary, auxiliary_draws
-from ppvae.objectives.trace_terms import terms
+from ppvae.objectives.trace_terms import log_prob_of_guide, terms
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import Node, drawn_nodes, log_prob, observed_nodes, per_datum
 from ppvae.programs.runs import Args, Runs, given, kept_nodes, run_model, run_trace
@@ -103,7 +103,7 @@ class Densities:
         program = given(self.runs.guide, self.traces[1], values)
         drawn = drawn_nodes(run_trace(program, self.args, self.draws))
         try:
-            log_q = zero + self._sum(drawn.values())
+            log_q = zero + self._of_guide(drawn, trace)
         except (NotImplementedError, KeyError) as error:  # a transform without an inverse
             raise ValueError(
                 f"guide: expected a density that can be evaluated at given latents; {error}"
@@ -111,9 +111,18 @@ class Densities:
         # an auxiliary draw is made in unconstrained space
         return log_q + sum(log_dets[name] for name in drawn if name in log_dets), log_p
 
+    def _of_guide(self, drawn: Mapping[str, Node], model_trace: Any) -> Any:
+        """Log density of the guide's draws; what the model masks counts nothing."""
+        cut = [model_trace.nodes[name] for name in self.layout.places if name not in drawn]
+        values = {name: log_prob_of_guide(node, model_trace, cut) for name, node in drawn.items()}
+        return self._total(per_datum(value, drawn[n], self.plate) for n, value in values.items())
+
     def _sum(self, nodes: Iterable[Node]) -> Any:
         """Log density of some nodes together; the values broadcast to `(chains, datum)`."""
-        total: Any = sum(per_datum(log_prob(node), node, self.plate) for node in nodes)
+        return self._total(per_datum(log_prob(node), node, self.plate) for node in nodes)
+
+    def _total(self, values: Iterable[Tensor]) -> Any:
+        total: Any = sum(values)
         return total if self.plate is not None else total.unsqueeze(-1)
 
 

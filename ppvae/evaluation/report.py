@@ -222,6 +222,11 @@ def _bound(found: xr.Dataset) -> list[str]:
             f"The latents tell all these {size} data apart: I(x; z) is at its limit here, log N = "
             f"{math.log(size):.2f}, and more data would show more."
         )
+    elif math.isnan(carried):
+        lines.append(
+            "There is no I(x; z): some data have latents that others have not, or a rate is "
+            "infinite."
+        )
     else:
         carried = round(carried, 2) + 0.0  # no negative zero
         lines.append(f"The latents tell {carried:.2f} +- {carried_se:.2f} nats of each datum.")

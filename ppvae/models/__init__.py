@@ -1,5 +1,7 @@
 """Models: Pyro programs to fit; `protocol.py` writes down what a model may say of itself."""
 
+from ppvae.models.state_space import DeepMarkov
+from ppvae.models.two_level import TwoLevelVAE
 from ppvae.models.vae import VAE
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "DeepMarkov", "TwoLevelVAE"]

@@ -3,17 +3,15 @@
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
-from ppvae._scopes import UniquelyNamed, eval_mode, random_state
+from ppvae.models.decoded import Decoded
 from ppvae.nn import one_hot
-from ppvae.priors import as_prior, distribution_of, moved, parts_of
 
 
-class VAE(UniquelyNamed):
+class VAE(Decoded):
     r"""The model `p(z) p(x | z)`: a prior, a decoder and a likelihood.
 
     Its sites are `z` and `x`, in the plate `data`. What is usually called the encoder is no part of
@@ -68,23 +66,8 @@ class VAE(UniquelyNamed):
         *,
         context: int | None = None,
     ) -> None:
-        super().__init__()
-        for name, module in {"decoder": decoder, "likelihood": likelihood}.items():
-            known = isinstance(module, nn.Module)
-            expect(known, name, "a torch.nn.Module", repr(module), TypeError)
-        self.decoder, self.latent = decoder, check_count("latent", latent)
-        self.likelihood = likelihood
-        like = next(decoder.parameters(), torch.zeros(()))
-        zeros = torch.zeros(self.latent, dtype=like.dtype, device=like.device)
-        self.register_buffer("_zeros", zeros, persistent=False)
-        self.context = None if context is None else check_count("context", context)
-        self.prior = None if prior is None else as_prior(prior, self.latent, self.context)
+        super().__init__(decoder, latent, likelihood, prior, context)
         self.event_dim = self.example()[0].dim() - 1
-
-    def _prior(self, context: Tensor | None) -> Any:
-        if self.prior is None:
-            return dist.Normal(self._zeros, torch.ones_like(self._zeros)).to_event(1)
-        return distribution_of(self.prior, context)
 
     def _features(self, context: Any) -> Tensor | None:
         """The context as numbers `(batch, context)`; labels become zeros and a one."""
@@ -99,47 +82,10 @@ class VAE(UniquelyNamed):
             return context.to(self._zeros.dtype)
         return one_hot(context, self.context, "context").to(self._zeros.dtype)
 
-    @property
-    def schema(self) -> Any:
-        """The columns and categories of a table, where the likelihood was made from one."""
-        return getattr(self.likelihood, "schema", None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "VAE":  # noqa: FBT001, FBT002
-        """What `.to()` and its like do to each tensor; a fixed prior goes along."""
-        super()._apply(fn, recurse)
-        self.prior = self.prior if isinstance(self.prior, nn.Module) else moved(self.prior, fn)
-        return self
-
     def example(self) -> tuple[Tensor, ...]:
         """Arguments of a call on one datum of zeros, from which a guide can learn the shapes."""
         context = () if self.context is None else (self._zeros.new_zeros(1, self.context),)
-        z = torch.cat([self._zeros.expand(1, -1), *context], -1)
-        with eval_mode(self), torch.no_grad(), random_state(None, keep=True):
-            try:
-                output = self.decoder(z)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"decoder: expected a module that takes shape {tuple(z.shape)}, got one "
-                    f"that does not: {error}"
-                ) from error
-            came = getattr(output, "shape", type(output).__name__)
-            whole = isinstance(output, Tensor) and output.shape[:1] == (1,)
-            expect(whole, "decoder", "an output of shape (1, *event) for one latent", came)
-            real = output.is_floating_point()
-            expect(real, "decoder", "an output of real numbers", output.dtype, TypeError)
-            try:
-                fn = self.likelihood(output)
-            except RuntimeError as error:
-                shape = tuple(output.shape)
-                raise ValueError(
-                    f"likelihood: expected a module that takes shape {shape}, got one that does "
-                    f"not: {error}"
-                ) from error
-        kind = "a module that returns a Pyro distribution"
-        expect(isinstance(fn, dist.Distribution), "likelihood", kind, repr(fn), TypeError)
-        one = fn.shape()[:1] == (1,)
-        expect(one, "likelihood", "a distribution of shape (1, *event) for one datum", fn.shape())
-        return (output.new_zeros(fn.shape()), *context)
+        return (self._datum(torch.cat([self._zeros.expand(1, -1), *context], -1)), *context)
 
     def forward(
         self,
@@ -193,26 +139,6 @@ class VAE(UniquelyNamed):
                 expect(len(features) == len(x), "context", f"{len(x)} rows, as x", len(features))
         return features
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What of prior and likelihood is no parameter: their kinds, and a fixed prior's values."""
-        learned = [name for name, _ in self.likelihood.named_parameters()]
-        settings: list[str] = getattr(self.likelihood, "settings", list)()
-        learned_prior = isinstance(self.prior, nn.Module)
-        return {
-            "likelihood": [type(self.likelihood).__qualname__, *learned, *settings],
-            "prior": [type(self.prior).__qualname__] if learned_prior else parts_of(self.prior),
-            "context": [f"{self.context}"],
-        }
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Does nothing: a state of another prior or likelihood was refused before."""
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        own, saved = self.get_extra_state(), state_dict.setdefault(prefix + "_extra_state", {})
-        for name in saved.keys() & own.keys():
-            expect(_alike(own[name], saved[name]), name, f"a state of {own[name]}", saved[name])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def _likelihood(self, output: Tensor, exposure: Tensor | None = None) -> Any:
         if exposure is None:
             return self.likelihood(output)
@@ -224,11 +150,7 @@ class VAE(UniquelyNamed):
     def _decode(self, z: Tensor, features: Tensor | None) -> Tensor:
         if features is not None:
             z = torch.cat([z, features.expand(*z.shape[:-1], -1)], -1)
-        output = self.decoder(z.reshape(-1, z.shape[-1]) if z.dim() != 2 else z)
-        whole = isinstance(output, Tensor) and output.dim() > 0
-        came = getattr(output, "shape", type(output).__name__)
-        expect(whole, "decoder", "an output of shape (batch, *event)", came)
-        return output if z.dim() == 2 else output.reshape(z.shape[:-1] + output.shape[1:])
+        return self._decoded(z)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The decoder's output for latents with any number of leading dims, `(*, latent)`.
@@ -249,13 +171,3 @@ class VAE(UniquelyNamed):
         """
         fn = self._prior(self._features(context) if context is not None else None)
         return fn.expand([check_count("size", size, 0)]).sample()
-
-
-def _alike(some: list[Any], others: list[Any]) -> bool:
-    """Whether two lists have the same words and, up to the rounding of a dtype, numbers."""
-    return len(some) == len(others) and all(
-        isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double())
-        if isinstance(a, Tensor)
-        else a == b
-        for a, b in zip(some, others, strict=True)
-    )

@@ -158,14 +158,31 @@ def terms(model_trace: Any, guide_trace: Any, plate: str | None = None) -> Terms
     log_likelihood = {node["name"]: read(node, log_prob(node)) for node in observed}
     points = [name for name in log_prior if is_point(guide_trace.nodes[name]["fn"])]
     cut = [model_trace.nodes[name] for name in points]
-    for node in _dense_nodes(guide_trace):  # what the model masks counts nothing here
-        name, value = node["name"], log_prob(node)
-        owner = model_trace.nodes[name] if name in log_prior else _masked_alike(cut, value)
-        log_guide[name] = read(node, value if owner is None else masked(value, owner))
+    for node in _dense_nodes(guide_trace):
+        log_guide[node["name"]] = read(node, log_prob_of_guide(node, model_trace, cut))
     pieces = common_scale([scales[name] for name in log_prior if name not in log_guide])
     if pieces is not None:
         scales |= {name: pieces for name in log_guide if name not in log_prior}
     return Terms(log_likelihood, log_prior, log_guide, kl, frame, frozenset(local), scales)
+
+
+def log_prob_of_guide(node: Node, model_trace: Any, cut: list[Node]) -> Tensor:
+    """Log density of a guide's node by batch element; what the model masks counts nothing here.
+
+    Args:
+        node: the node.
+        model_trace: the trace of the model.
+        cut: the latents of the model that the guide cuts from joint draws.
+    """
+    value = log_prob(node)
+    owner = model_trace.nodes.get(node["name"]) or _masked_alike(cut, value)
+    return value if owner is None else masked(value, owner)
+
+
+def has_masked_latents(model_trace: Any) -> bool:
+    """Whether the model masks some of its latents, so that these are none of some data."""
+    masks = [mask_of(node) for node in latent_nodes(model_trace)]
+    return any(mask is not None and not torch.as_tensor(mask).all() for mask in masks)
 
 
 def _masked_alike(nodes: list[Node], value: Tensor) -> Node | None:

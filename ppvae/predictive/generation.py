@@ -11,7 +11,7 @@ from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import form_of, prepared, real_numbers
-from ppvae.models.vae import VAE
+from ppvae.models import VAE, TwoLevelVAE
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import (
@@ -33,14 +33,14 @@ from ppvae.programs.runs import (
 
 @exclusive
 def generate(
-    model: VAE,
+    model: VAE | TwoLevelVAE,
     num_samples: int | None = None,
     *,
     context: Any = None,
     exposure: Any = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Data drawn from a `VAE`: latents of the prior, decoded, and the noise of the likelihood.
+    """Data drawn from a `VAE` or `TwoLevelVAE`: latents of the prior, decoded, with its noise.
 
     `simulate` draws from any other model, `model.mean(model.draw_prior(n))` has no noise.
 
@@ -64,7 +64,10 @@ def generate(
         >>> generate(model, 20).shape
         torch.Size([20, 5])
     """
-    expect(isinstance(model, VAE), "model", "a VAE", type(model).__name__, TypeError)
+    known, kind = isinstance(model, (VAE, TwoLevelVAE)), type(model).__name__
+    expect(known, "model", "a VAE or a TwoLevelVAE", kind, TypeError)
+    takes = exposure is None or isinstance(model, VAE)
+    expect(takes, "exposure", f"none for a {kind}", "one")
     form, needed = form_of(model), model.context is None
     expect(needed or context is not None, "context", "one for a model that has it", None)
     expect(num_samples is not None or not needed, "num_samples", "how many data", None)

@@ -5,6 +5,7 @@ import linecache
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -30,7 +31,10 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
         try:
             lengths = _symbolic_lengths(program, args)
-            with torch.enable_grad(), _UncheckedSites(), lengths, _sources_forgotten():
+            quiet = warnings.catch_warnings()
+            with torch.enable_grad(), _UncheckedSites(), lengths, _sources_forgotten(), quiet:
+                # recurrent layers keep their parameters in a list, too, which is put back
+                warnings.filterwarnings("ignore", r"The tensor attributes? .*\._flat_weights")
                 exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
             _let_go(exported)
             return exported

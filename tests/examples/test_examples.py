@@ -5,6 +5,7 @@ from pathlib import Path
 import arviz_base
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from ppvae import closed_form, data, families, fit
@@ -25,7 +26,7 @@ LONGER = {
 
 
 def test_every_example_is_short_and_tested():
-    others = {"guide_for_your_model", "inspect_with_arviz", "labels"}
+    others = {"guide_for_your_model", "inspect_with_arviz", "labels", "sequences"}
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
@@ -171,6 +172,30 @@ def test_labels(run, tmp_path):
     out = run("labels.py", "--epochs", 1, "--out", tmp_path, functions=functions)
     assert "no labels" in out and "A plain classifier" in out and "With 100 labels" in out
     assert {path.stem for path in tmp_path.glob("*.png")} == {"drawn", "latents"}
+
+
+def test_sequences(run, load, tmp_path):
+    """The filter is a Gaussian density of all that is seen, and the smoother its posterior."""
+    functions = {"evaluate": {"num_samples": 20}, "from_pyro_svi": {"num_samples": 20}}
+    options = ["--epochs", 1, "--size", 100, "--out", tmp_path]
+    out = run("sequences.py", *options, functions=functions)
+    assert all(name in out for name in ("each step alone", "banded precision", "Kalman filter"))
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"bands"}
+    program = load("sequences.py")
+    x = torch.randn(1, program.STEPS, 1, dtype=torch.float64)
+    x[0, [2, 7, 8]] = torch.nan
+    place = torch.arange(program.STEPS, dtype=x.dtype)
+    spread = program.MOVE**2 / (1 - program.KEPT**2)
+    states = spread * program.KEPT ** (place[:, None] - place).abs()
+    seen = ~x[0, :, 0].isnan()
+    noisy = states[seen][:, seen] + program.NOISE**2 * torch.eye(int(seen.sum()), dtype=x.dtype)
+    value, weight = x[0, seen, 0], torch.linalg.solve(noisy, states[seen]).T
+    fn = torch.distributions.MultivariateNormal(torch.zeros_like(value), noisy)
+    variance = (states - weight @ states[seen]).diagonal()
+    for found, expected in zip(
+        program.kalman(x), (fn.log_prob(value), weight @ value, variance.sqrt()), strict=True
+    ):
+        torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_ladder_with_another_prior(run, capsys, tmp_path):

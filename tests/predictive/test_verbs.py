@@ -230,7 +230,11 @@ def test_a_context_goes_along():
     [
         (lambda m, g: generate(m), ValueError, "^num_samples: expected how many data"),
         (lambda m, g: generate(m, 0), ValueError, "^num_samples: .* at least 1, got 0"),
-        (lambda m, g: generate(_two, 3), TypeError, "^model: expected a VAE, got function"),
+        (
+            lambda m, g: generate(_two, 3),
+            TypeError,
+            "^model: expected a VAE or a TwoLevelVAE, got func",
+        ),
         (lambda m, g: generate(m, 3, context=1), ValueError, "^context: expected none, as the mod"),
         (
             lambda m, g: generate(_labelled()[0], 3),
