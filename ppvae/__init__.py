@@ -28,7 +28,7 @@ from ppvae.training import (
 )
 
 if TYPE_CHECKING:
-    from ppvae import plots, regression
+    from ppvae import models, plots, regression
     from ppvae.comparison import compare_families
     from ppvae.evaluation import (
         annealed_importance,
@@ -86,6 +86,7 @@ __all__ = [
     "linear_probe",
     "load_pair",
     "log_prob",
+    "models",
     "nan_masked",
     "objectives",
     "plots",
@@ -103,7 +104,7 @@ __all__ = [
     "two_sample",
 ]
 
-#: Where the names are that are imported when they are first used; two are modules.
+#: Where the names are that are imported when they are first used; three are modules.
 _AT_FIRST_USE = {
     "comparison": ["compare_families"],
     "evaluation": [
@@ -119,6 +120,7 @@ _AT_FIRST_USE = {
         "two_sample",
     ],
     "export": ["concat_chains", "from_pyro_svi", "to_netcdf"],
+    "models": ["models"],
     "plots": ["plots"],
     "predictive": [
         "encode",

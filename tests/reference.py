@@ -8,7 +8,9 @@ from importlib import import_module
 
 import ppvae
 
-MODULES = "families likelihoods priors objectives nn data closed_form regression plots".split()
+MODULES = (
+    "models families likelihoods priors objectives nn data closed_form regression plots".split()
+)
 MODULES += ["regression.plots"]
 HIDDEN = ["forward", "extra_repr", "get_extra_state", "set_extra_state"]  # for PyTorch to call
 HIDDEN += ["begin", "exposed", "settings", "location_and_scale"]  # for a model and its likelihood

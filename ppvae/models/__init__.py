@@ -1,5 +1,7 @@
 """Models: Pyro programs to fit; `protocol.py` writes down what a model may say of itself."""
 
+from ppvae.models.hierarchical import HierarchicalRegression
+from ppvae.models.mixture import GaussianMixture
 from ppvae.models.vae import VAE
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "GaussianMixture", "HierarchicalRegression"]
