@@ -89,7 +89,7 @@ def picture(found: dict[str, tuple], sizes: np.ndarray, mean: float, path: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument(
         "--nuts", type=int, default=300, help="draws, after half as many to warm up"
     )
@@ -119,7 +119,7 @@ def main() -> None:
         for rate in (0.02, 0.004, 0.0008):
             fit(
                 model, guide, data, num_epochs=args.steps, learning_rate=rate, seed=args.seed,
-                objective=objectives.ELBO(num_samples=16), progress=name,
+                objective=objectives.ELBO(num_samples=8), progress=name,
             )  # fmt: skip
         seconds_of = time.perf_counter() - start
         told = evaluate(model, guide, *data, num_samples=4000, progress=False)

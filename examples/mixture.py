@@ -162,8 +162,9 @@ def topics(args: argparse.Namespace) -> None:
         tried.append((numbers[0], mean[np.argsort(columns)]))
     best = max(tried, key=lambda pair: pair[0])[1]
     print(
-        "\ndistance: total variation, 0 to 1, of each topic from the true one that it is matched to"
+        "\nOf 100 documents not trained on. right topic: of a word, by its probabilities; off by:"
     )
+    print("total variation, from 0 to 1, of each topic from the true one that it is matched to.")
     figure = _look.empty(1.1 * TOPICS, 2.6)
     panels = figure.subplots(2, TOPICS)
     for column in range(TOPICS):

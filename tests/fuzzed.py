@@ -44,6 +44,7 @@ from ppvae import (
     likelihoods,
     linear_probe,
     log_prob,
+    models,
     nan_masked,
     objectives,
     plots,
@@ -389,6 +390,23 @@ CALLS: dict[str, Call] = {
             "decoder": nn.Linear(2, 3), "latent": 2, "likelihood": likelihoods.Normal(0.5),
             "prior": None,
         },
+    ),
+    "HierarchicalRegression": Call(
+        models.HierarchicalRegression,
+        lambda: {
+            "columns": 2, "groups": 3, "mu": 0.5, "tau": dist.HalfNormal(1.0), "noise": 1.0,
+        },
+    ),
+    "GaussianMixture": Call(
+        models.GaussianMixture,
+        lambda: {
+            "components": 2, "columns": 3, "covariance": "full", "weights": None,
+            "means": dist.Normal(0.0, 1.0), "scales": None, "correlations": None,
+        },
+    ),
+    "GaussianMixture.of": Call(
+        models.GaussianMixture.of,
+        lambda: {"x": X, "components": 2, "covariance": "diag", "seed": 0},
     ),
     "VAE.draw_prior": Call(linear()[0].draw_prior, lambda: {"size": 3}),
     "FamilyGuide": Call(

@@ -104,6 +104,11 @@ class GaussianMixture(UniquelyNamed):
             else:
                 setattr(self, name, PyroParam(start, support, max(support.event_dim, 1)))
 
+    def extra_repr(self) -> str:
+        """What `repr` says in its brackets."""
+        priors = "".join(f", {name}={prior}" for name, prior in self.priors.items())
+        return f"{self.components}, {self.columns}, {self.covariance!r}{priors}"
+
     @classmethod
     def of(
         cls, x: Any, components: int, covariance: str = "full", *, seed: int = 0, **priors: Any
@@ -129,13 +134,15 @@ class GaussianMixture(UniquelyNamed):
         table = table.detach().to(torch.get_default_dtype())
         expect(torch.isfinite(table).all(), "x", "finite numbers", "others")
         scale = table.std(0)
-        expect((scale > 0).all(), "x", "columns that vary", f"sds {scale.tolist()}")
+        fits = (scale > 0) & torch.isfinite(scale)
+        expect(fits.all(), "x", "columns that vary, of finite sds", scale.tolist())
         unit = table / scale
         with random_state(check_seed(seed)):
             model = cls(components, table.shape[1], covariance, **priors)
             rows = torch.randint(len(table), (1,)).tolist()
             while len(rows) < model.components:
                 away = torch.cdist(unit, unit[rows]).min(1).values.square()
+                expect(away.any(), "x", f"at least {components} different data", len(rows))
                 rows.append(int(torch.multinomial(away, 1)))
         if "means" not in model.priors:
             model.means = table[rows]

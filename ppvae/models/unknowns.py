@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -47,7 +46,7 @@ def check_values(name: str, values: Any, shape: tuple[int, ...], support: Any) -
         TypeError: they are no real numbers.
         ValueError: they have another shape, or one is not finite or not in the support.
     """
-    found = check_real(name, values if isinstance(values, Tensor) else np.asarray(values))
+    found = check_real(name, values)
     fits, came = tuple(found.shape) in ((), shape), f"shape {tuple(found.shape)}"
     expect(fits, name, f"a prior, or numbers of shape () or {shape}", came)
     fine = torch.isfinite(found) & support.check(found)

@@ -166,7 +166,7 @@ def _model(**given):
     return lambda: GaussianMixture(**{"components": 3, "columns": 2} | given)
 
 
-X = torch.randn(6, 2)
+X = torch.randn(6, 2, dtype=torch.float64)
 CONSTANT = torch.ones(6, 2)
 BAD = [
     (_model(components=0), ValueError, "components: expected a whole number"),
@@ -184,6 +184,8 @@ BAD = [
     (lambda: GaussianMixture.of(X[0], 1), ValueError, r"x: expected shape \(batch, columns\)"),
     (lambda: GaussianMixture.of(X * torch.nan, 2), ValueError, "x: expected finite numbers"),
     (lambda: GaussianMixture.of(CONSTANT, 2), ValueError, "x: expected columns that vary"),
+    (lambda: GaussianMixture.of(X * 1e200, 2), ValueError, "x: expected .* of finite sds"),
+    (lambda: GaussianMixture.of(X[:2].repeat(3, 1), 3), ValueError, "x: .* 3 different .* got 2"),
     (lambda: GaussianMixture.of("x", 2), TypeError, "x: expected real numbers"),
 ]
 
