@@ -134,8 +134,8 @@ class GaussianMixture(UniquelyNamed):
         table = table.detach().to(torch.get_default_dtype())
         expect(torch.isfinite(table).all(), "x", "finite numbers", "others")
         scale = table.std(0)
-        fits = (scale > 0) & torch.isfinite(scale)
-        expect(fits.all(), "x", "columns that vary, of finite sds", scale.tolist())
+        varies = (scale > 0) & torch.isfinite(scale)
+        expect(varies.all(), "x", "columns that vary, of finite sds", scale.tolist())
         unit = table / scale
         with random_state(check_seed(seed)):
             model = cls(components, table.shape[1], covariance, **priors)
