@@ -116,7 +116,7 @@ class Counts(nn.Module):
 
 
 def documents(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, the topic of each, and the true topics."""
+    """Words, the topic of each, and the true topics; shares are sparser than the model supposes."""
     rng = np.random.default_rng(seed)
     bars = np.zeros((TOPICS, SIDE, SIDE))
     for i in range(SIDE):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from ppvae._checks import check_real, expect
+from ppvae._scopes import random_state
 from ppvae.priors import moved
 
 
@@ -33,7 +34,7 @@ def check_prior(name: str, prior: Any, shape: tuple[int, ...], support: Any) -> 
     wanted = f"a prior of batch shape () or {batch} and event shape {event}"
     expect(fits, name, wanted, f"{tuple(prior.batch_shape)} and {tuple(prior.event_shape)}")
     outside = support is constraints.positive and prior.support.check(-torch.ones(shape)).any()
-    with torch.random.fork_rng(), torch.no_grad():
+    with random_state(None, keep=True), torch.no_grad():
         inside = support.check(prior.sample()).all()
     expect(inside and not outside, name, f"a prior of {support}", prior)
     return prior
