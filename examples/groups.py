@@ -25,18 +25,14 @@ from ppvae.models import HierarchicalRegression
 
 GROUPS, NOISE = 20, 1.0
 GLOBALS = ("mu", "tau", "noise")
+GIVEN = Block("mean_scale", given=["mu", "tau"])
+AROUND = Block("mean_scale", prior="location_scale")
 #: row -> what draws each site
 ROWS: dict[str, Any] = {
     "mean field": "mean_scale",
     "globals jointly": {GLOBALS: "full_rank", "weight": "mean_scale"},
-    "groups given globals": {
-        GLOBALS: "full_rank",
-        "weight": Block("mean_scale", given=["mu", "tau"]),
-    },
-    "groups around prior": {
-        GLOBALS: "full_rank",
-        "weight": Block("mean_scale", prior="location_scale"),
-    },
+    "groups given globals": {GLOBALS: "full_rank", "weight": GIVEN},
+    "groups around prior": {GLOBALS: "full_rank", "weight": AROUND},
     "all jointly": "full_rank",
 }
 
