@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument(
-        "--nuts", type=int, default=300, help="draws, after half as many to warm up"
+        "--nuts", type=int, default=1000, help="draws, after half as many to warm up"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/groups"))
