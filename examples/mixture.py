@@ -1,4 +1,4 @@
-"""Discrete latents summed out: a mixture, and topics (a minute; writes results/mixture).
+"""Discrete latents summed out: a mixture, and topics (forty seconds; writes results/mixture).
 
 First a Gaussian mixture of irises, by maximum likelihood, beside scikit-learn's EM algorithm. Then
 topics in documents (latent Dirichlet allocation; Blei, Ng and Jordan, 2003) whose true topics are
