@@ -415,6 +415,23 @@ CALLS: dict[str, Call] = {
         lambda: {"x": torch.zeros(2, 4, 3), "lengths": torch.tensor([4.0, 1.0]), "size": 1},
         infinite="",
     ),
+    "HierarchicalRegression": Call(
+        models.HierarchicalRegression,
+        lambda: {
+            "columns": 2, "groups": 3, "mu": 0.5, "tau": dist.HalfNormal(1.0), "noise": 1.0,
+        },
+    ),
+    "GaussianMixture": Call(
+        models.GaussianMixture,
+        lambda: {
+            "components": 2, "columns": 3, "covariance": "full", "weights": None,
+            "means": dist.Normal(0.0, 1.0), "scales": None, "correlations": None,
+        },
+    ),
+    "GaussianMixture.of": Call(
+        models.GaussianMixture.of,
+        lambda: {"x": X, "components": 2, "covariance": "diag", "seed": 0},
+    ),
     "VAE.draw_prior": Call(linear()[0].draw_prior, lambda: {"size": 3}),
     "FamilyGuide": Call(
         lambda **given: FamilyGuide(**given).setup(data(4)),

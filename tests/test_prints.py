@@ -6,6 +6,7 @@ import torch
 from pairs import build, data
 
 from ppvae import Family, closed_form, families, fit, likelihoods, nn, objectives, stage
+from ppvae.models import GaussianMixture, HierarchicalRegression
 from ppvae.regression import Horseshoe, LinearRegression, evidence_maximum, exact_posterior
 
 X = torch.linspace(-1, 1, 12).reshape(6, 2).square().cumsum(0)
@@ -35,6 +36,11 @@ PRINTED = {
     "maximum": (lambda: evidence_maximum(X, Y, noise=1.0), "EvidenceMaximum at scale "),
     "prior": (Horseshoe, "Horseshoe(scale=1.0)"),
     "regression": (lambda: LinearRegression(2, noise=0.7), "LinearRegression(2, weight=Normal("),
+    "groups": (lambda: HierarchicalRegression(2, 5, tau=1.0), "HierarchicalRegression(2, 5, mu="),
+    "mixture": (
+        lambda: GaussianMixture(3, 2, "diag", means=dist.Normal(0.0, 1.0)),
+        "GaussianMixture(3, 2, 'diag', means=Normal(loc: 0.0, scale: 1.0))",
+    ),
     "optimum": (
         lambda: closed_form.regression(X, Y, 1.0, 1.0, families.mean_scale), "Optimum(objective: -"
     ),

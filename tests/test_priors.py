@@ -13,6 +13,7 @@ from cases import PRIORS
 from pairs import data, traceless
 from sklearn.mixture import GaussianMixture
 from torch import nn
+from torch.distributions import AffineTransform, ExpTransform
 
 from ppvae import (
     VAE,
@@ -29,6 +30,7 @@ from ppvae import (
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO, IWAE, negative_elbo
+from ppvae.priors import moved
 
 QUIET = {"progress": False}
 FAMILIES = ["mean_scale", "shared_scale", "full_rank", "low_rank", "student_t", "flow"]
@@ -236,3 +238,21 @@ def test_a_guide_by_hand_says_what_its_posterior_is():
             pyro.sample("z", dist.Normal(encoder(x), 0.5).to_event(1))
 
     assert fit(model, guide, data(6), num_epochs=2, **QUIET).num_steps == 2
+
+
+def test_a_distribution_moves_also_once_its_inverse_was_asked_for():
+    """PyTorch's transforms keep their inverse, which holds them in turn."""
+    prior = dist.LogNormal(0.0, torch.tensor(0.5))
+    inverted = dist.TransformedDistribution(dist.Normal(0.0, torch.tensor(0.5)), ExpTransform())
+    for fn, value in ((prior, 2.0), (inverted, 2.0)):
+        value = torch.tensor(value)
+        expected = fn.log_prob(value)
+        single = moved(fn, lambda tensor: tensor.float())
+        assert single.log_prob(value.float()).dtype == torch.float32
+        assert torch.allclose(single.log_prob(value.float()).double(), expected, rtol=1e-6)
+    shift = AffineTransform(torch.tensor(1.0), torch.tensor(2.0)).inv
+    fn = dist.TransformedDistribution(dist.Normal(0.0, torch.tensor(1.0)), [shift])
+    expected = fn.log_prob(torch.tensor(0.3))  # of (z - 1) / 2
+    assert torch.allclose(expected, dist.Normal(-0.5, 0.5).log_prob(torch.tensor(0.3)))
+    single = moved(fn, lambda tensor: tensor.float()).log_prob(torch.tensor(0.3).float())
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), expected, rtol=1e-6)

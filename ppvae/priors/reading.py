@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
 
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, random_state
@@ -77,7 +78,10 @@ def moved(part: Any, move: Callable[[Tensor], Tensor], **attributes: Any) -> Any
     if isinstance(part, (list, tuple)):
         return type(part)(moved(each, move, **attributes) for each in part)
     if isinstance(part, (torch.distributions.Distribution, Transform)):
-        held = {name: moved(value, move, **attributes) for name, value in vars(part).items()}
+        held = dict(vars(part))
+        if isinstance(part, Transform) and not isinstance(part, _InverseTransform):
+            held["_inv"] = None  # which it keeps once it was asked for, and which holds it in turn
+        held = {name: moved(value, move, **attributes) for name, value in held.items()}
         part = copy.copy(part)
         part.__dict__ = held | attributes
     return part

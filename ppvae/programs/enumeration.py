@@ -255,6 +255,8 @@ def _is_told(node: Node, given: Container[str]) -> bool:
 def _logits(trace: Any, component: Component, node: Node) -> Tensor:
     """Log chances of the values of a discrete latent, up to a constant, `(*batch, values)`."""
     symbol, dim = node["infer"]["_enumerate_symbol"], node["infer"]["_enumerate_dim"]
+    if len(values_of(node)) == 1:  # it is certain, and packing leaves out a dim of one
+        return component.factors[0].value.new_zeros((*_batch_of(node), 1))
     logits = contract_to_tensor(
         _tree(component.factors),
         set(component.symbols),
@@ -410,9 +412,14 @@ def _summed_to(value: Tensor, trace: Any, term: Any, ordinal: frozenset[str]) ->
     return value.sum(drop, keepdim=True) if drop else value
 
 
+def _batch_of(node: Node) -> torch.Size:
+    """The sizes of the plates around a node."""
+    sizes = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    return torch.Size(sizes.get(dim, 1) for dim in range(-depth_of(node), 0))
+
+
 def _with(node: Node, log_density: Tensor) -> Node:
     """A node with another density at its value."""
-    sizes = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
-    batch = torch.Size(sizes.get(dim, 1) for dim in range(-depth_of(node), 0))
+    batch = _batch_of(node)
     value = log_density.expand(batch)
     return {**node, "fn": Summed(node["fn"], value, batch), "mask": None}

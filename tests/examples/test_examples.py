@@ -1,5 +1,6 @@
 """The example programs, with few steps."""
 
+import re
 from pathlib import Path
 
 import arviz_base
@@ -22,11 +23,12 @@ LONGER = {
     "regression": 230,
     "when_does_noise_help": 205,
     "benchmark": 514,
+    "mixture": 200,
 }
 
 
 def test_every_example_is_short_and_tested():
-    others = {"guide_for_your_model", "inspect_with_arviz", "labels", "sequences"}
+    others = {"guide_for_your_model", "inspect_with_arviz", "labels", "groups", "sequences"}
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
@@ -196,6 +198,27 @@ def test_sequences(run, load, tmp_path):
         program.kalman(x), (fn.log_prob(value), weight @ value, variance.sqrt()), strict=True
     ):
         torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_groups(run, tmp_path):
+    options = ["--steps", 2, "--nuts", 10, "--out", tmp_path]
+    out = run("groups.py", *options, functions={"evaluate": FEW, "NUTS": {"max_tree_depth": 1}})
+    names = ("mean field", "globals jointly", "groups given", "groups around", "all jointly")
+    assert all(f"\n{name}" in out for name in names) and "321 rows in 20 groups" in out
+    width = float(out.split(" (least squares, each alone)")[0].split()[-1])
+    assert width > 1.0  # 2 x 1.645 sds of a slope from at most 6 rows of noise 1
+    assert (tmp_path / "slopes.png").exists()
+
+
+def test_mixture(run, tmp_path):
+    """The mixture is at a maximum after few steps; the topics are not."""
+    options = ["--topic-epochs", 3, "--topic-starts", 1, "--documents", 100, "--starts", 1]
+    out = run("mixture.py", *options, "--out", tmp_path)
+    for name in ("diag", "full"):
+        ours, theirs = map(float, re.search(rf"^{name} +(\S+) +(\S+)", out, re.M).groups())
+        assert ours > theirs - 0.2
+    assert "start 0" in out and "start 1" not in out
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"irises", "topics"}
 
 
 def test_ladder_with_another_prior(run, capsys, tmp_path):

@@ -73,6 +73,8 @@ PRINTED = {
     "`table.py`": ["table", "table_miwae"],
     "`counts.py`": ["counts"],
     "`labels.py`": ["labels"],
+    "`groups.py`": ["groups"],
+    "`mixture.py`": ["mixture"],
     "`sequences.py`": ["sequences"],
     "Priors": ["ladder_priors", "ladder"],
     "`when_does_noise_help.py`": ["when_does_noise_help"],

@@ -427,3 +427,24 @@ def test_what_cannot_be_summed_out_says_what_to_do():
     guide = FamilyGuide(_funnel, {"*": families.noise_only}).setup(x)
     with private_modules(), pytest.raises(ValueError, match=r"depends on no discrete .*'part'"):
         trace_pair(_funnel, guide, x)
+
+
+def test_a_discrete_latent_of_one_value_is_certain():
+    def one(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            part = pyro.sample("part", dist.Categorical(torch.ones(1)))
+            pyro.sample("x", dist.Normal(mu + part, 1.0), obs=x)
+
+    x = data(N)
+    for draws in (None, 4):
+        guide = FamilyGuide(one, "mean_scale").setup(x)
+        with private_modules(), torch.no_grad():
+            plate = None if draws is None else draws_plate(one, x, draws=draws)
+            trace, _ = trace_pair(one, guide, x, draws=plate)
+        batch = (N,) if draws is None else (draws, N)
+        assert torch.equal(probabilities(trace)["part"], torch.ones(*batch, 1))
+        assert torch.equal(draw_discrete(trace, {"mu"})["part"]["value"], torch.zeros(batch))
+        trace.compute_log_prob()
+        log_p = dist.Normal(trace.nodes["mu"]["value"], 1.0).log_prob(x)
+        assert torch.allclose(trace.nodes["x"]["log_prob"], log_p)
