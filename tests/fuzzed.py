@@ -44,6 +44,7 @@ from ppvae import (
     likelihoods,
     linear_probe,
     log_prob,
+    loo,
     models,
     nan_masked,
     objectives,
@@ -58,6 +59,7 @@ from ppvae import (
     stage,
     summary,
     to_netcdf,
+    to_zarr,
     two_sample,
 )
 from ppvae import (
@@ -167,8 +169,8 @@ def ranked():
     return calibration(*linear(), data(4), num_samples=4, progress=False)
 
 
-def tree(seed=0):
-    return from_pyro_svi(*linear(), data(4), num_samples=3, seed=seed)
+def tree(seed=0, count=3):
+    return from_pyro_svi(*linear(), data(4), num_samples=count, seed=seed)
 
 
 @cache
@@ -271,9 +273,11 @@ CALLS: dict[str, Call] = {
     "from_pyro_svi": Call(
         on_data(from_pyro_svi),
         lambda: programs() | MEASURED | {
-            "data": data(4), "num_samples": 3, "coords": None, "dims": None, "evaluation": None
+            "data": data(4), "num_samples": 3, "coords": None, "dims": None, "evaluation": None,
+            "num_inner": 2, "pointwise": "element", "stack": None, "predictions": None,
+            "calibration": None,
         },
-        named=IN_ARGS,
+        named=IN_ARGS | {"predictions": "args"},
         infinite="/+(observed_data|log_likelihood)/.*",  # of what is not observed
     ),
     "impute": Call(
@@ -385,6 +389,8 @@ CALLS: dict[str, Call] = {
         named={"train": "data"},
     ),
     "to_netcdf": Call(to_netcdf, lambda: {"tree": tree(), "path": "tree.nc"}),
+    "to_zarr": Call(to_zarr, lambda: {"tree": tree(), "path": "tree.zarr"}),
+    "loo": Call(loo, lambda: {"tree": tree(count=30), "var_name": None}),
     "concat_chains": Call(concat_chains, lambda: {"trees": [tree(0), tree(1)]}),
     "reading": Call(reading, lambda: {"found": found(), "beta": 1.0}),
     "summary": Call(summary, lambda: {"found": found()}),
@@ -437,8 +443,14 @@ CALLS: dict[str, Call] = {
         lambda **given: FamilyGuide(**given).setup(data(4)),
         lambda: {
             "model": linear()[0], "family": "mean_scale", "encoder": nn.Identity(), "plate": None,
-            "create_plates": None,
+            "create_plates": None, "init_loc_fn": None,
         },
+    ),
+    "FamilyGuide.quantiles": Call(
+        lambda quantiles: FamilyGuide(linear()[0], "mean_scale", nn.Identity()).quantiles(
+            quantiles, data(4)
+        ),
+        lambda: {"quantiles": [0.1, 0.5]},
     ),
     "Block": Call(
         lambda **given: FamilyGuide(linear()[0], {"z": Block(**given)}).setup(data(4)),

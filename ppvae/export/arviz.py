@@ -173,7 +173,7 @@ def from_pyro_svi(  # noqa: D417
             constants.append(constants_of(model, beside, new, extra, trace, runs.plate))
             groups["predictions_constant_data"] = constants[1].arrays
     whole_numbers(groups, nodes)
-    groups, names, steps = stacked(groups, names, events, stack or {})
+    groups, names, steps = stacked(groups, names, events, {} if stack is None else stack)
     if by_element:
         groups, names = by_number(groups, names, nodes)
     check_names({**constants[-1].dims, **constants[0].dims, **names}, coords, renamed)

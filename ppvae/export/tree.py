@@ -12,7 +12,7 @@ import xarray as xr
 from ppvae._checks import expect
 from ppvae.export.names import DRAWN, Dims
 from ppvae.objectives.weights import estimates
-from ppvae.programs.verdicts import verdict_of
+from ppvae.programs.verdicts import said_of
 
 #: the groups whose variables have no draws
 _UNDRAWN = ["observed_data", "constant_data", "predictions_constant_data"]
@@ -72,7 +72,7 @@ def words_of(
         found = estimates(torch.as_tensor(weight)[:, None])
         names = {"khat": "khat", "ess": "ess", "log_evidence": "log_likelihood"}
         words |= {name: found[key].item() for name, key in names.items()}
-    return words | verdict_of(model, guide)
+    return words | said_of(model, guide)
 
 
 def versions() -> dict[str, str]:

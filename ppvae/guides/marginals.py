@@ -12,7 +12,7 @@ from pyro import poutine
 from scipy import special
 from torch import Tensor
 
-from ppvae._checks import expect
+from ppvae._checks import check_array, check_real, expect
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.families.banded import PrecisionNormal
 from ppvae.guides.blocks import Drawn
@@ -42,9 +42,10 @@ def quantiles_of(guide: Any, levels: Sequence[float] | Tensor, call: Call) -> di
     Raises:
         ValueError: a level is not from 0 to 1.
     """
-    levels = torch.as_tensor(levels, device="cpu").double()
-    inside = levels.dim() == 1 and bool(((levels >= 0) & (levels <= 1)).all())
-    expect(inside, "quantiles", "a list of numbers from 0 to 1", levels.tolist())
+    shares = check_array("quantiles", check_real("quantiles", levels), ("quantiles",))
+    levels = torch.as_tensor(shares, device="cpu").double()
+    inside = len(levels) > 0 and bool(((levels >= 0) & (levels <= 1)).all())
+    expect(inside, "quantiles", "numbers from 0 to 1", levels.tolist())
     with _apart(guide):
         known: set[str] = set()
         at = {level: call(partial(_at, level, known)) for level in _both_ways(levels)}

@@ -32,10 +32,10 @@ def remember(model: Any, guide: Any, *, words: Mapping[str, str], converged: boo
             _SAID[guide] = _Said(weakref.ref(model), versions, words, converged)
 
 
-def verdict_of(model: Any, guide: Any) -> dict[str, Any]:
+def said_of(model: Any, guide: Any) -> dict[str, Any]:
     """What the last fit said, as attributes of a data set.
 
-    They are `verdict`, `objective`, and `converged` where it is known.
+    They are `verdict`, `objective` in words, and `converged` where it is known.
 
     Empty if there was no fit, or a parameter was written to since.
     """
@@ -47,6 +47,12 @@ def verdict_of(model: Any, guide: Any) -> dict[str, Any]:
         return {}
     known = {} if said.converged is None else {"converged": int(said.converged)}
     return {**said.words, **known}
+
+
+def verdict_of(model: Any, guide: Any) -> dict[str, Any]:
+    """The verdict alone, for `evaluate`, whose `objective` is a number."""
+    said = said_of(model, guide)
+    return {name: value for name, value in said.items() if name != "objective"}
 
 
 def _versions(*programs: Any) -> list[tuple[int, int]]:

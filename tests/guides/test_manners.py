@@ -186,7 +186,7 @@ def test_quantiles_of_sites_that_depend_on_others_are_marginal():
 def test_bad_levels_and_posteriors_are_named():
     guide = FamilyGuide(scale_and_location, "mean_scale")
     for bad in ([1.5], 0.5, [float("nan")]):
-        with pytest.raises(ValueError, match=r"quantiles: expected a list of numbers from 0 to 1"):
+        with pytest.raises(ValueError, match="quantiles: expected"):
             guide.quantiles(bad, X)
     with pytest.raises(ValueError, match=r"a density of every latent"):
         FamilyGuide(scale_and_location, "deterministic").get_posterior(X)

@@ -4,8 +4,10 @@ from typing import Any
 
 import xarray as xr
 
-from ppvae._checks import expect
+from ppvae._checks import check_choice, expect
 from ppvae._scopes import without_warnings
+
+_FEWEST = 30  # draws: a tail of six, the fewest that every version of ArviZ fits
 
 
 def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
@@ -28,7 +30,8 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
 
     Raises:
         TypeError: `tree` is no tree.
-        ValueError: it has no likelihood of each datum, or the latents of a datum are in it.
+        ValueError: it has no likelihood of each datum, or the latents of a datum are in it; it has
+            fewer than 30 draws; or there is no such site.
 
     Vehtari, Gelman, Gabry, Practical Bayesian model evaluation using leave-one-out
     cross-validation, 2017; Magnusson et al., Bayesian leave-one-out cross-validation for large
@@ -57,6 +60,13 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
     inside = local and whole and data.attrs.get("latents") != "integrated out"
     what = "the likelihood given the latents of each datum, in a model with a scale"
     expect(not inside, "tree", "latents of each datum that are integrated out", what)
+    count = stats["log_q"].sizes["chain"] * stats["log_q"].sizes["draw"]
+    expect(count >= _FEWEST, "tree", f"at least {_FEWEST} draws", count)
+    names = [str(name) for name in data.data_vars]
+    if var_name is None:
+        expect(len(names) == 1, "var_name", f"one of {names}", None)
+    else:
+        check_choice("var_name", var_name, names)
     with without_warnings():  # the Pareto k says how far to trust it
         if local:
             return arviz_stats.loo(tree, var_name=var_name, pointwise=True)
