@@ -8,7 +8,7 @@ a regression in years, grams or dollars make no difference to it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +103,24 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
         places[site.name] = torch.arange(start, start + size)
         start += size
     pieces: list[Piece] = []
-    locations: list[tuple[nn.Parameter, Tensor, torch.Size]] = []
+    locations: list[_Location] = []
     for block in guide.blocks:
-        if block.frame is not None or block.given or block.prior or block.from_model:
+        if block.frame is not None or block.prior or block.from_model:
             continue  # not a parameter for each coordinate
         at = torch.cat([places[name] for name in block.names])
+        seen = torch.cat([at[:0], *(places[name] for name in block.given)])
         arguments = dict(guide.heads[block.key].named_children()) if block.over_reals else {}
         for name, argument in arguments.items():
-            if not isinstance(argument, Argument) or argument.raw is None:
+            if not isinstance(argument, Argument):
                 continue
-            raw, whole = argument.raw, argument.shape.numel() == len(at)
-            if name in ("loc", "v") and is_real(argument.constraint) and whole:
-                locations.append((raw, at, argument.shape))
+            whole = argument.shape.numel() == len(at)
+            located = name in ("loc", "v") and is_real(argument.constraint) and whole
+            size = argument.raw_shape.numel()
+            slope = _slope(factor, at, seen) if located else factor.new_zeros(size, len(seen))
+            if argument.linear is not None:
+                pieces.append(_weight(argument.linear.weight, slope))
+            if located:
+                locations.append(_Location(_own(argument), at, seen, slope))
             elif name in ("loc", "v") and whole:
                 near = _moved(argument, argument.raw_at(mean[at]))
                 pieces.append(replace(near, scaled=False))
@@ -131,16 +137,43 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
     return pieces
 
 
-def _location(
-    locations: list[tuple[nn.Parameter, Tensor, torch.Size]], mean: Tensor, factor: Tensor
-) -> Piece:
+class _Location(NamedTuple):
+    """A parameter that is the location of some coordinates, beside a slope in others."""
+
+    raw: nn.Parameter
+    at: Tensor
+    seen: Tensor
+    slope: Tensor
+
+
+def _location(locations: list[_Location], mean: Tensor, factor: Tensor) -> Piece:
     """The locations of all latents, moved together along the axes of the posterior."""
 
     def values(u: Tensor) -> list[Tensor]:
         moved = mean + factor @ u
-        return [moved[at].reshape(shape) for _, at, shape in locations]
+        return [(moved[p.at] - p.slope @ moved[p.seen]).reshape(p.raw.shape) for p in locations]
 
-    return Piece([raw for raw, _, _ in locations], len(mean), values, located=True)
+    return Piece([place.raw for place in locations], len(mean), values, located=True)
+
+
+def _own(argument: Argument) -> nn.Parameter:
+    """The free parameter of an argument: all of it, or what it is where its inputs are zero."""
+    raw: Any = argument.raw if argument.linear is None else argument.linear.bias
+    return raw
+
+
+def _slope(factor: Tensor, at: Tensor, seen: Tensor) -> Tensor:
+    """The regression of some latents on others, `(at, seen)`."""
+    covariance = factor @ factor.T
+    slope: Tensor = torch.linalg.solve(covariance[seen][:, seen], covariance[seen][:, at]).mT
+    return slope
+
+
+def _weight(weight: Tensor, slope: Tensor) -> Piece:
+    """The weights of an argument on the latents that it is given; more inputs are padding."""
+    start = slope.new_zeros(weight.shape)
+    start[:, : slope.shape[1]] = slope
+    return Piece([weight], start.numel(), lambda u: [start + u.reshape(start.shape)], scaled=False)
 
 
 def _factor_of(factor: Tensor, at: Tensor) -> Tensor:
@@ -161,14 +194,15 @@ def _scale(argument: Argument, sd: Tensor) -> Piece:
 
 
 def _moved(argument: Argument, start: Tensor) -> Piece:
-    raw: Any = argument.raw
+    raw = _own(argument)
+    start = start.reshape(raw.shape)
     usable = torch.where(torch.isfinite(start), start, raw.detach().double())
     return Piece([raw], usable.numel(), lambda u: [usable + u.reshape(usable.shape)])
 
 
 def _triangle(argument: Argument, factor: Tensor) -> Piece:
     """A Cholesky factor, which is `factor` times one that starts at the identity."""
-    raw: Any = argument.raw
+    raw = _own(argument)
     rows, columns = torch.tril_indices(*factor.shape)
     diagonal = rows == columns
 
@@ -185,12 +219,16 @@ def _triangle(argument: Argument, factor: Tensor) -> Piece:
 
 def _loading(argument: Argument, factor: Tensor, sd: Tensor) -> Piece:
     """The factor of a low rank: along the largest axes of the correlations."""
-    raw: Any = argument.raw
+    raw = _own(argument)
     scaled = factor / sd[:, None]
-    values, vectors = torch.linalg.eigh(scaled @ scaled.T)
+    sizes, vectors = torch.linalg.eigh(scaled @ scaled.T)
     number = argument.shape[-1]
     start = torch.zeros(argument.shape, dtype=factor.dtype)
     most = min(number, len(sd))
-    size = (values[-most:] - 1).clamp_min(0.01).sqrt()
+    size = (sizes[-most:] - 1).clamp_min(0.01).sqrt()
     start[:, :most] = vectors[:, -most:] * size * sd[:, None]
-    return Piece([raw], start.numel(), lambda u: [start + sd[:, None] * u.reshape(start.shape)])
+
+    def values(u: Tensor) -> list[Tensor]:
+        return [(start + sd[:, None] * u.reshape(start.shape)).reshape(raw.shape)]
+
+    return Piece([raw], start.numel(), values)

@@ -26,8 +26,9 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from scipy import optimize
 from torch import nn
 
-from ppvae import Diverged, FamilyGuide, NarrowFamily, evaluate, families
+from ppvae import Block, Diverged, FamilyGuide, NarrowFamily, evaluate, families
 from ppvae._scopes import double_precision, private_modules, unchecked
+from ppvae.models import HierarchicalRegression
 from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
 from ppvae.regression import LinearRegression
@@ -429,3 +430,17 @@ def test_keyword_arguments_make_no_difference():
     assert result.converged and result.method == direct.method == "L-BFGS"
     assert ((fn.mean - mean) / sd).abs().max() < 1e-5
     assert ((other.heads["w"](None).mean - mean) / sd).abs().max() < 1e-5
+
+
+def test_latents_that_are_given_others_start_at_their_regression_on_them():
+    """The posterior of a linear model is in the family: groups are independent given the mean."""
+    X, group = torch.ones(30, 1), torch.arange(30) % 6
+    y = noise(30) + noise(6, seed=1)[group]
+    model = HierarchicalRegression(1, 6, tau=0.7, noise=1.0)
+    by_site = {"mu": "mean_scale", "weight": Block("mean_scale", given=["mu"])}
+    guide = FamilyGuide(model, by_site)
+    result = quiet(model, guide, (X, group, y))
+    assert result.converged and len(result.losses) < 10
+    own = 0.49 * (group[:, None] == group) + torch.eye(30)
+    whole = dist.MultivariateNormal(torch.zeros(30), own + torch.ones(30, 30))
+    assert -result.losses[-1] * 30 == pytest.approx(whole.log_prob(y).item(), abs=1e-6)
