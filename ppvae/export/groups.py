@@ -156,7 +156,8 @@ def whole_numbers(groups: Groups, nodes: Iterable[Node]) -> None:
     for group in [values for key, values in groups.items() if key not in densities]:
         for name in discrete & group.keys():
             if np.isfinite(group[name]).all():
-                group[name] = group[name].astype(np.int64)
+                small = abs(group[name]).max() < np.iinfo(np.int32).max
+                group[name] = group[name].astype(np.int32 if small else np.int64)
 
 
 def values_of(

@@ -107,6 +107,7 @@ def test_guide_for_your_model(run):
     assert all(name in out for name in families.LADDER)
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")  # of ArviZ's own
 def test_inspect_with_arviz(run, tmp_path):
     options = ["--epochs", 1, "--out", tmp_path]
     functions = {"evaluate": FEW, "from_pyro_svi": {"num_samples": 50}}
