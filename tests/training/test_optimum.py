@@ -33,7 +33,7 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.potential import potential_of
 from ppvae.regression import LinearRegression
 from ppvae.training.descent import descend_over_kinks
-from ppvae.training.mode import gaussian_near
+from ppvae.training.mode import gaussian_near, natural_gradients
 from ppvae.training.optimum import is_free, is_global
 
 narrow = pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
@@ -430,6 +430,44 @@ def test_keyword_arguments_make_no_difference():
     assert result.converged and result.method == direct.method == "L-BFGS"
     assert ((fn.mean - mean) / sd).abs().max() < 1e-5
     assert ((other.heads["w"](None).mean - mean) / sd).abs().max() < 1e-5
+
+
+@narrow
+def test_a_funnel_is_fitted_at_its_mass_and_not_at_its_neck():
+    """Groups that differ little have an unbounded density where they are all alike.
+
+    Log p(y) is an integral over the sd of the groups of normal densities, on a grid. Each family
+    contains the next, up to what a log-normal misses of the posterior of that sd: some 0.3 nats.
+    """
+    X, group = torch.ones(48, 1), torch.arange(48) % 8
+    y = noise(48) + 0.5 * noise(8, seed=2)[group]
+    model = HierarchicalRegression(1, 8, noise=1.0)
+    tau = torch.linspace(1e-3, 6.0, 6000)
+    alike = (group[:, None] == group).to(y.dtype)
+    covariance = tau[:, None, None] ** 2 * alike + 1 + torch.eye(48)
+    log_p = dist.MultivariateNormal(torch.zeros(48), covariance).log_prob(y)
+    log_p = (log_p + dist.HalfNormal(1.0).log_prob(tau)).logsumexp(0) + math.log(6.0 / 6000)
+    given = {("mu", "tau"): "full_rank", "weight": Block("mean_scale", given=["mu", "tau"])}
+    gaps = []
+    for family in (given, "full_rank", "mean_scale"):
+        result = quiet(model, FamilyGuide(model, family), (X, group, y))
+        assert result.converged
+        gaps.append(log_p.item() + 48 * result.losses[-1])
+    assert 0 < gaps[0] < 0.5 and gaps[0] < gaps[1] < gaps[2] < 1.6
+
+
+def test_natural_gradients_find_a_gaussian_and_leave_it():
+    X, y = columns()
+    with double_precision(torch.device("cpu")), private_modules(), unchecked():
+        potential = potential_of(linear, (X.double(), y.double()))
+        mean, precision, evidence = posterior(X.double(), y.double())
+        start = mean + torch.tensor([3.0, 0.1, 0.001, 30.0], dtype=torch.float64)
+        wide = 3 * torch.linalg.cholesky(torch.linalg.inv(precision))
+        found, factor = natural_gradients(potential, start, wide, seed=0)
+        sd = precision.inverse().diagonal().sqrt()
+        assert ((found - mean) / sd).abs().max() < 0.02
+        ratio = factor.T @ precision @ factor
+        assert torch.allclose(ratio, torch.eye(4, dtype=ratio.dtype), atol=0.02)
 
 
 def test_latents_that_are_given_others_start_at_their_regression_on_them():
