@@ -453,7 +453,7 @@ def test_a_funnel_is_fitted_at_its_mass_and_not_at_its_neck():
         result = quiet(model, FamilyGuide(model, family), (X, group, y))
         assert result.converged
         gaps.append(log_p.item() + 48 * result.losses[-1])
-    assert 0 < gaps[0] < 0.5 and gaps[0] < gaps[1] < gaps[2] < 1.6
+    assert 0 < gaps[0] < 0.5 and gaps[0] < gaps[1] < gaps[2] < 2.0
 
 
 def test_natural_gradients_find_a_gaussian_and_leave_it():
