@@ -173,7 +173,7 @@ def compare_families(
     expect(level < 1, "level", "a number from 0 to below 1", level)
     expect(callable(build), "build", "a function", type(build).__name__, TypeError)
     seed = check_seed(seed)
-    args = _test_data(train if test is None else test)
+    args = _test_data("train", train) if test is None else _test_data("test", test)
     seeds = list(range(seed, seed + num_seeds))
     shown, label = check_label("progress", progress, "compare_families")
     runs = list(itertools.product(seeds, members.items()))
@@ -397,12 +397,12 @@ def _name(family: Any) -> str:
     return block.name if by_site.one is not None else by_site.name
 
 
-def _test_data(test: Any) -> tuple[Any, ...]:
+def _test_data(name: str, test: Any) -> tuple[Any, ...]:
     """The test data as tensors, with at least two data; tables stay, whose names a model knows."""
     held = not isinstance(test, (Dataset, DataLoader))
-    expect(held, "test", "a tensor, an array or a tuple", type(test).__name__, TypeError)
-    args = as_tensors("test", test, missing=True)
+    expect(held, name, "a tensor, an array or a tuple", type(test).__name__, TypeError)
+    args = as_tensors(name, test, missing=True)
     size = len(args[0]) if args[0].dim() else 1
-    expect(size >= 2, "test", "at least 2 data", size)
+    expect(size >= 2, name, "at least 2 data", size)
     pairs = zip(items_of(test), args, strict=True)
     return tuple(arg if schema_of(item) is None else item for item, arg in pairs)
