@@ -306,7 +306,8 @@ def _run(
     measured = evaluate(model, guide, *test, **same)
     whole = "total_elbo" in measured
     infinite = int(np.isinf(measured["total_elbo" if whole else "elbo"]).sum())
-    expect(not infinite, "test", "data of a finite ELBO", f"{infinite} of an infinite one")
+    name = "train" if whole else "test"
+    expect(not infinite, name, "data of a finite ELBO", f"{infinite} of an infinite one")
     told = options.get("num_epochs") if fitted.method == "stochastic gradient" else None
     ended = len(fitted.losses) < told if told else fitted.converged is not False
     losses = fitted.validation_losses or fitted.losses
