@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         linear_probe,
         reading,
         refine,
+        resample,
         summary,
         two_sample,
     )
@@ -97,6 +98,7 @@ __all__ = [
     "refine",
     "reconstruct",
     "regression",
+    "resample",
     "save_pair",
     "simulate",
     "stage",
@@ -118,6 +120,7 @@ _AT_FIRST_USE = {
         "linear_probe",
         "reading",
         "refine",
+        "resample",
         "summary",
         "two_sample",
     ],

@@ -55,6 +55,7 @@ from ppvae import (
     reconstruct,
     refine,
     regression,
+    resample,
     simulate,
     stage,
     summary,
@@ -124,6 +125,10 @@ def one_weight(X, y):
 def global_pair():
     model = one_weight
     return model, FamilyGuide(model, families.mean_scale)
+
+
+def no_encoder():
+    return one_weight, None
 
 
 def fresh():
@@ -230,6 +235,15 @@ CALLS: dict[str, Call] = {
             "data": data(4), "num_samples": 16, "num_steps": 2, "progress": False,
         },
         named=IN_ARGS,
+    ),
+    "resample": Call(
+        on_data(resample),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "num_samples": 3, "num_candidates": 2, "num_temperatures": 2,
+            "num_leapfrog": 1, "progress": False,
+        },
+        named=IN_ARGS,
+        infinite="/khat",  # of few draws
     ),
     "annealed_importance": Call(
         on_data(annealed_importance),
@@ -385,6 +399,15 @@ CALLS: dict[str, Call] = {
             "build": fresh, "families": ["noise_only", "mean_only"], "train": data(4),
             "test": data(3), "num_seeds": 2, "seed": 0, "min_gain": 0.05, "level": 0.9,
             "num_samples": 4, "progress": False, "num_epochs": 1,
+        },
+        named={"train": "data"},
+    ),
+    "compare_families, global": Call(
+        compare_families,
+        lambda: {
+            "build": no_encoder, "families": {"a": "mean_only", "b": {"w": "mean_scale"}},
+            "train": (torch.tensor(X), torch.tensor(Y)), "num_seeds": 2, "num_samples": 4,
+            "progress": False, "num_epochs": 3,
         },
         named={"train": "data"},
     ),
@@ -839,7 +862,8 @@ def frozen_guide(x):
 
 
 #: what takes too long
-LEFT_OUT = {(name, "num_epochs", "None") for name in ("fit", "fit, global", "compare_families")} | {
+TRAINS = "fit", "fit, global", "compare_families", "compare_families, global"
+LEFT_OUT = {(name, "num_epochs", "None") for name in TRAINS} | {
     ("fit", "compile", "True"),
     ("fit_replicates", "compile", "True"),
 }

@@ -5,6 +5,7 @@ from ppvae.evaluation.annealing import annealed_importance
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.evaluation.refinement import refine
 from ppvae.evaluation.report import reading, summary
+from ppvae.evaluation.resampling import resample
 from ppvae.evaluation.sbc import calibration
 from ppvae.evaluation.scores import imputation_error, linear_probe, two_sample
 
@@ -17,6 +18,7 @@ __all__ = [
     "linear_probe",
     "reading",
     "refine",
+    "resample",
     "summary",
     "two_sample",
 ]

@@ -79,6 +79,13 @@ def transition(
 def anneal(
     densities: Densities, point: Point, schedule: Schedule, tick: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
+    """Runs all chains along a path; as `chains`, without where they end."""
+    return chains(densities, point, schedule, tick)[1:]
+
+
+def chains(
+    densities: Densities, point: Point, schedule: Schedule, tick: Callable[[int], object]
+) -> tuple[Point, Tensor, Tensor]:
     """Runs all chains along a path.
 
     Args:
@@ -88,9 +95,10 @@ def anneal(
         tick: called with the number of chains after each temperature.
 
     Returns:
-        The log weights, and the mean acceptance over transitions; both `(chains, datum)`, in
-        double precision. The mean of a weight is the ratio of the integrals of the densities at
-        the last temperature and the first.
+        Where the chains end, the log weights, and the mean acceptance over transitions; the last
+        two `(chains, datum)`, in double precision. The mean of a weight is the ratio of the
+        integrals of the densities at the last temperature and the first, and the ends with these
+        weights are draws of the density at the last temperature.
 
     Neal, Annealed importance sampling, 2001.
     """
@@ -105,7 +113,7 @@ def anneal(
             point, probability = transition(densities, point, *here)
             accepted = accepted + probability
         tick(len(log_weight))
-    return log_weight, accepted / (count - 1) if count > 1 else accepted * math.nan
+    return point, log_weight, accepted / (count - 1) if count > 1 else accepted * math.nan
 
 
 def tune(densities: Densities, num_temperatures: int, num_leapfrog: int) -> Schedule:

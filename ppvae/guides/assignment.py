@@ -100,23 +100,25 @@ class BySite:
     Args:
         families: a family, its name or a `Block`, for all sites; or a mapping to such from a name,
             a pattern ("z_*", "*" for the rest), or a tuple of names and patterns.
+        argument: what errors call them.
 
     Raises:
         TypeError: a key or a value is not what it should be.
         ValueError: the mapping is empty.
     """
 
-    def __init__(self, families: Any) -> None:
+    def __init__(self, families: Any, argument: str = "family") -> None:
         whole = not isinstance(families, Mapping)
         entries = {"*": families} if whole else dict(families)
-        expect(entries, "family", "a family for every latent site", "none")
+        expect(entries, argument, "a family for every latent site", "none")
         self.entries: dict[tuple[str, ...], Block] = {}
         for key, value in entries.items():
             names = (key,) if isinstance(key, str) else key
             named = isinstance(names, tuple) and names and all(isinstance(n, str) for n in names)
             wanted = "a mapping from names of latent sites, or tuples of them, to families"
-            expect(named, "family", wanted, repr(key), TypeError)
-            self.entries[names] = value if isinstance(value, Block) else Block(value)
+            expect(named, argument, wanted, repr(key), TypeError)
+            block = value if isinstance(value, Block) else Block(as_family(value, argument))
+            self.entries[names] = block
         self.one = next(iter(self.entries.values())).family if whole else None
 
     @property
