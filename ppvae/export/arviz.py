@@ -8,7 +8,7 @@ import xarray as xr
 from ppvae._checks import check_choice, check_count, expect
 from ppvae._process import exclusive
 from ppvae.data.adapters import form_of, items_of, prepared
-from ppvae.export.constants import constants_of
+from ppvae.export.constants import constants_of, observed_positions
 from ppvae.export.groups import (
     at_the_top,
     concatenated,
@@ -148,7 +148,8 @@ def from_pyro_svi(  # noqa: D417
     expect(known, "calibration", "a result of calibration", got, TypeError)
     form = form_of(model, guide)
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
-        local, extra = terms(*runs.traces, plate).is_local, dict(kwargs or {})
+        sites, extra = terms(*runs.traces, plate), dict(kwargs or {})
+        local = sites.is_local
         batches = runs.batches if local else [runs.args]
         whole, _ = with_discrete(runs.model, runs.traces, runs.args)
         nodes = shown(whole)
@@ -164,13 +165,16 @@ def from_pyro_svi(  # noqa: D417
         pieces = [groups_of(runs, batch, num_samples, events, **how) for batch in batches]
         groups = concatenated(pieces, 1)
         tables = table_coords(nodes, args, form, names, renamed)
-        constants = [constants_of(model, args, runs.args, extra, whole, runs.plate)]
+        seen = observed_positions(runs.args, runs.traces[0])
+        constants = [constants_of(model, args, runs.args, extra, whole, runs.plate, seen)]
         groups["constant_data"] = constants[0].arrays
         if new is not None:
             if local:
                 groups["predictions"] = predicted(runs, new, num_samples, events)
             trace = prototype(Uncondition()(runs.model), new, {})
-            constants.append(constants_of(model, beside, new, extra, trace, runs.plate))
+            frames = [f for n in shown(trace) for f in n["cond_indep_stack"] if runs.plate]
+            frame = next((f for f in frames if f.name == runs.plate.name), None)
+            constants.append(constants_of(model, beside, new, extra, whole, frame, seen))
             groups["predictions_constant_data"] = constants[1].arrays
     whole_numbers(groups, nodes)
     groups, names, steps = stacked(groups, names, events, {} if stack is None else stack)
@@ -183,7 +187,8 @@ def from_pyro_svi(  # noqa: D417
         tables = each.coords | tables
     coords = tables | steps | coords
     attrs = {"posterior": words_of(model, guide, seed, None if local else groups["sample_stats"])}
-    latents = "given" if inner is None else "integrated out"
+    alone = inner is None and (by_element or bool(sites.log_prior))
+    latents = "given" if alone else "integrated out"
     attrs["log_likelihood"] = {"latents": latents, "pointwise": pointwise}
     data = {
         group: dataset_of(group, values, {**own.get(group, names), **renamed}, coords, attrs)

@@ -1,7 +1,7 @@
 """What a model was told beside its data: covariates, groups, exposures, as constant data."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.data.tables import Labels
 from ppvae.programs.keywords import bare
-from ppvae.programs.nodes import observed_nodes, plates_of
+from ppvae.programs.nodes import latent_nodes, observed_nodes, plates_of
 
 
 class Constants(NamedTuple):
@@ -29,6 +29,7 @@ def constants_of(
     kwargs: Mapping[str, Any],
     trace: Any,
     plate: Any,
+    observed: Collection[int],
 ) -> Constants:
     """The arguments of a model that are no observations, by the names of its parameters.
 
@@ -39,34 +40,32 @@ def constants_of(
         given: its positional arguments, as the user gave them.
         args: all its arguments as tensors, those by keyword last.
         kwargs: the keyword arguments.
-        trace: of the model on them.
+        trace: of the model, which tells the names that are taken.
         plate: the data plate.
+        observed: positions of the arguments that are observations.
     """
     names = [*_positional(model, len(given)), *kwargs]
-    sizes: dict[int, set[str]] = {}
-    for node in trace.nodes.values():
-        if node["type"] == "sample":
-            for frame in plates_of(node).values():
-                own = plate is not None and frame.name == plate.name
-                sizes.setdefault(frame.size, set()).add("datum" if own else frame.name)
-    observed = [node["value"] for node in observed_nodes(trace)]
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    taken = {frame.name for node in nodes for frame in plates_of(node).values()}
+    taken |= {"chain", "draw", "datum", "latent"} | {node["name"] for node in latent_nodes(trace)}
     found = Constants({}, {}, {})
     for position, (name, value) in enumerate(zip(names, args, strict=False)):
-        if not isinstance(value, Tensor) or any(_is_of(value, data) for data in observed):
+        if not isinstance(value, Tensor) or position in observed:
             continue
+        name += "_data" * (name in taken)  # which is the name of a latent, or of a dim
         array = value.detach().float() if value.dtype == torch.bfloat16 else value.detach()
         dims = [f"{name}_dim_{axis}" for axis in range(value.dim())]
         if dims:
-            plates = sizes.get(len(value), set())
-            dims[0] = "datum" if "datum" in plates else next(iter(plates), dims[0])
+            dims[0] = "datum" if plate is not None and len(value) == plate.size else dims[0]
         found.arrays[name], found.dims[name] = array.cpu().numpy(), dims
         labels = Labels(given[position]) if position < len(given) else Labels(None)
         if labels.columns is not None and len(dims) == 2:
             found.coords[dims[1]] = labels.columns
-            for column, words in enumerate(labels.columns):
-                if str(words) not in found.arrays:
-                    found.arrays[str(words)] = found.arrays[name][:, column]
-                    found.dims[str(words)] = dims[:1]
+            for column, words in enumerate(map(str, labels.columns)):
+                word = f"{words}_data" if words in taken else words
+                if word not in found.arrays:
+                    found.arrays[word] = found.arrays[name][:, column]
+                    found.dims[word] = dims[:1]
         if labels.rows is not None and dims:
             found.coords.setdefault(dims[0], labels.rows)
     return found
@@ -83,7 +82,17 @@ def _positional(model: Any, count: int) -> list[str]:
     return names + [f"arg_{number}" for number in range(len(names), count)]
 
 
-def _is_of(value: Tensor, data: Any) -> bool:
-    """Whether an argument is what a site observes."""
-    alike = isinstance(data, Tensor) and value.shape == data.shape and value.dtype == data.dtype
-    return alike and torch.equal(value.nan_to_num(), data.nan_to_num())
+def observed_positions(args: Sequence[Any], trace: Any) -> list[int]:
+    """Which arguments a model observes as they are."""
+    values = [node["value"] for node in observed_nodes(trace)]
+    return [i for i, arg in enumerate(args) if any(_is_of(arg, value) for value in values)]
+
+
+def _is_of(value: Any, data: Any) -> bool:
+    """Whether an argument is the very tensor that a site observes, with NaN filled in or not."""
+    both = isinstance(value, Tensor) and isinstance(data, Tensor)
+    if not both or value.shape != data.shape:
+        return False
+    if not (value.is_floating_point() and value.isnan().any()):
+        return value.data_ptr() == data.data_ptr()
+    return bool(((value == data) | value.isnan()).all())

@@ -17,10 +17,10 @@ from ppvae.objectives.nested import inner_run
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
 from ppvae.programs.layout import Place
-from ppvae.programs.missing import observed_entries
 from ppvae.programs.nodes import (
     Node,
     bare_distribution,
+    counted_entries,
     depth_of,
     from_reals,
     is_data,
@@ -132,7 +132,13 @@ def _predicted(
     for node in latent_nodes(known):
         if not is_inside(node, runs.plate):
             kept.add_node(node["name"], **node)
-    trace = run_trace(poutine.replay(Uncondition()(runs.model), trace=kept), new, draws)
+    try:
+        trace = run_trace(poutine.replay(Uncondition()(runs.model), trace=kept), new, draws)
+    except Exception as error:
+        error.add_note(
+            "from_pyro_svi: in a run for `predictions`, whose groups must be those known"
+        )
+        raise
     nodes = [trace.nodes[name] for name in names]
     frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
     plate = next((f for f in frames if runs.plate and f.name == runs.plate.name), None)
@@ -176,7 +182,7 @@ def values_of(
     for node in shown(trace):
         if is_data(node) == data:
             value = node["value"]
-            entries = observed_entries(node) if node["is_observed"] else None
+            entries = counted_entries(node) if node["is_observed"] and data else None
             value = value if entries is None else torch.where(entries, value, math.nan)
             arrays[node["name"]] = _front(node, value, plate, draws, events)
     return arrays
@@ -234,21 +240,34 @@ def _densities(
     stats = {"log_p": sites.total(scaled)}
     if sites.log_guide:
         stats |= {"log_q": sites.log_q, "log_weight": sites.log_weight}
+    elif not sites.log_prior:  # without latents each datum has its likelihood
+        stats |= {"log_q": torch.zeros_like(stats["log_p"]), "log_weight": sites.log_joint}
     nodes = {name: traces[0].nodes[name] for name in sites.log_likelihood}
     seen = {name: _seen(node, plate) for name, node in nodes.items()}
     values = {k: torch.where(seen[k], v, math.nan) for k, v in sites.log_likelihood.items()}
     if num_inner is not None:
         own = [name for name in values if name in sites.local]
         inner = log_mean_weight(_inner_weights(runs, traces[1], sites, draws, num_inner))
-        some = torch.stack([seen[name].expand(inner.shape[-1:]) for name in own]).any(0)
+        some = torch.stack(torch.broadcast_tensors(*(seen[name] for name in own))).any(0)
         outer = sites.part(local=False)
         values = {k: v for k, v in values.items() if k not in own}
         values[own[0] if len(own) == 1 else JOINT] = torch.where(some, inner, math.nan)
         if not sites.is_local:
-            stats = {"log_p": outer.log_joint + inner.sum(-1), "log_q": outer.log_q}
-            stats["log_weight"] = stats["log_p"] - stats["log_q"]
+            own_p = outer.total({k: v for k, v in scaled.items() if k not in sites.local})
+            stats = {"log_p": own_p + inner.sum(-1), "log_q": outer.log_q}
+            stats["log_weight"] = outer.log_weight + inner.sum(-1)
     priors = {name: _summed(sites.log_prior[name], draws) for name in top}
     groups = {"log_likelihood": stacked(values), "sample_stats": stacked(stats)}
+    for name, node in nodes.items():  # data in plates of their own, of which each member counts
+        if name not in sites.local and plates_of(node):
+            value = log_prob(node)
+            entries = counted_entries(node)
+            if entries is not None:
+                events = len(node["fn"].event_shape)
+                entries = entries.flatten(-events).any(-1) if events else entries
+                value = torch.where(entries, value, math.nan)
+            members = _front({**node, "value": value}, value, plate, draws, {name: 0})
+            groups["log_likelihood"][name] = members
     return groups | {"log_prior": stacked(priors)}
 
 
@@ -261,7 +280,7 @@ def _of_elements(
         fn, name = bare_distribution(node["fn"]), node["name"]
         wanted = f"numbers of {name!r} that are independent given the latents"
         expect(not fn.event_shape, "pointwise", wanted, type(fn).__name__)
-        value, entries = fn.log_prob(node["value"]), observed_entries(node)
+        value, entries = fn.log_prob(node["value"]), counted_entries(node)
         value = value if entries is None else torch.where(entries, value, math.nan)
         found[name] = _front(node, value, plate, draws, events)
     return found
@@ -286,9 +305,9 @@ def _summed(value: Tensor, draws: Any) -> Tensor:
 def at_the_top(runs: Runs) -> list[str]:
     """The global latents whose prior is the same in every draw, as it depends on no other latent.
 
-    It is held against the prior in another draw; a point, which is the same in all, tells nothing.
+    It is held against the prior given draws of the model's own.
     """
-    first, second = (runs.pair(runs.args)[0] for _ in range(2))
+    first, second = runs.traces[0], prototype(runs.model, runs.args, {})
     sites = terms(*runs.traces, None if runs.plate is None else runs.plate.name)
     found = []
     for node in latent_nodes(first) if sites.log_guide else ():
@@ -302,7 +321,7 @@ def at_the_top(runs: Runs) -> list[str]:
 
 def _seen(node: Node, plate: Any) -> Tensor:
     """Whether anything of each datum of a site is observed: one that is not has no likelihood."""
-    entries = observed_entries(node)
+    entries = counted_entries(node)
     if entries is None:
         return torch.ones((), dtype=torch.bool, device=node["value"].device)
     inside = plate if is_inside(node, plate) else None

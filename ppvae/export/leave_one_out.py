@@ -62,11 +62,12 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
     expect(not inside, "tree", "latents of each datum that are integrated out", what)
     count = stats["log_q"].sizes["chain"] * stats["log_q"].sizes["draw"]
     expect(count >= _FEWEST, "tree", f"at least {_FEWEST} draws", count)
-    names = [str(name) for name in data.data_vars]
+    names = [str(name) for name, each in data.data_vars.items() if each.ndim > 2]
     if var_name is None:
-        expect(len(names) == 1, "var_name", f"one of {names}", None)
+        expect(len(names) == 1, "var_name", f"one of {names}, which have data in a plate", None)
     else:
         check_choice("var_name", var_name, names)
+    tree = _observed(tree, var_name or names[0])
     with without_warnings():  # the Pareto k says how far to trust it
         if local:
             return arviz_stats.loo(tree, var_name=var_name, pointwise=True)
@@ -74,3 +75,16 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
         return arviz_stats.loo_approximate_posterior(
             tree, *parts, var_name=var_name, pointwise=True
         )
+
+
+def _observed(tree: xr.DataTree, name: str) -> xr.DataTree:
+    """The tree without the data that have no likelihood, of which nothing is observed."""
+    values = tree["log_likelihood"][name]
+    dims = [dim for dim in values.dims if dim not in ("chain", "draw")]
+    seen = values.notnull().all(["chain", "draw"])
+    if bool(seen.all()):
+        return tree
+    rows = values.stack(left=dims).isel(left=seen.stack(left=dims).values)  # noqa: PD013
+    rows = rows.reset_index("left", drop=True).rename(left=f"{name}_seen")
+    groups = {"posterior": tree["posterior"], "sample_stats": tree["sample_stats"]}
+    return xr.DataTree.from_dict({**groups, "log_likelihood": xr.Dataset({name: rows})})

@@ -53,6 +53,11 @@ def dims_of(
     dims: Dims = {name: ["datum"] * local for name in STATS}
     clash = [node["name"] for node in nodes if node["name"] in STATS]
     expect(not clash, "model", f"sites of other names than {STATS}", clash)
+    frames = {f.name for node in nodes for f in plates_of(node).values()} - {
+        getattr(plate, "name", None)
+    }
+    clash = sorted(frames & {*DRAWN, "datum", "latent"})
+    expect(not clash, "model", f"plates of other names than {[*DRAWN, 'datum', 'latent']}", clash)
     for node in nodes:
         name, plates = node["name"], sorted(plates_of(node).values(), key=lambda each: each.dim)
         inside, data = is_inside(node, plate), getattr(plate, "name", None)

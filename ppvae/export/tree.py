@@ -45,7 +45,11 @@ def dataset_of(
         shape, fits = value.shape[len(lead) :], len(own) == value.ndim - len(lead)
         expect(fits, "model", f"values of {name!r} along {own} (is it `vectorized`?)", shape)
         data[name] = ([*lead, *own], value)
-    sizes = {d: n for dims, value in data.values() for d, n in zip(dims, value.shape, strict=True)}
+    sizes: dict[str, int] = {}
+    for dims, value in data.values():
+        for dim, size in zip(dims, value.shape, strict=True):
+            one = sizes.setdefault(dim, size)
+            expect(one == size, "dims", f"one size of {dim!r} in {group!r}", f"{one} and {size}")
     found: dict[str, Any] = {}
     for dim, size in sizes.items():
         known = coords.get(dim)

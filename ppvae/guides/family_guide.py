@@ -180,6 +180,11 @@ class FamilyGuide(ModelGuide):
         return tuple(self._sites.values())
 
     @property
+    def drawn(self) -> frozenset[str]:
+        """Names of the plates that draw a subsample of their own."""
+        return self._plates.drawn
+
+    @property
     def held(self) -> frozenset[str]:
         """Names of the plates that have parameters for each of their members."""
         return self._plates.held
@@ -349,7 +354,8 @@ class FamilyGuide(ModelGuide):
             Site -> values of shape `(quantiles, *plates, *event)`.
 
         Raises:
-            ValueError: a quantile is not from 0 to 1.
+            ValueError: a quantile is not from 0 to 1, or a plate draws a subsample, whose members
+                the values would be of.
         """
         self._made_for(args, kwargs)
         return quantiles_of(self, quantiles, partial(self._drawn, args, kwargs))

@@ -40,18 +40,22 @@ def quantiles_of(guide: Any, levels: Sequence[float] | Tensor, call: Call) -> di
         Site -> values of shape `(levels, *plates, *event)`.
 
     Raises:
-        ValueError: a level is not from 0 to 1.
+        ValueError: a level is not from 0 to 1, or a plate draws a subsample.
     """
     shares = check_array("quantiles", check_real("quantiles", levels), ("quantiles",))
     levels = torch.as_tensor(shares, device="cpu").double()
     inside = len(levels) > 0 and bool(((levels >= 0) & (levels <= 1)).all())
     expect(inside, "quantiles", "numbers from 0 to 1", levels.tolist())
+    parts = sorted(
+        frame.name for site in guide.sites for frame in site.frames if frame.name in guide.drawn
+    )
+    expect(not parts, "model", "plates with all their members", f"subsamples of {parts}")
     with _apart(guide):
         known: set[str] = set()
+        call(partial(_at, 0.5, known))
+        some = any(site.name not in known for site in guide.sites)
+        drawn = [call(None) for _ in range(_DRAWS)] if some else []
         at = {level: call(partial(_at, level, known)) for level in _both_ways(levels)}
-        drawn: list[Mapping[str, Tensor]] = []
-        if any(site.name not in known for site in guide.sites):
-            drawn = [call(None) for _ in range(_DRAWS)]
     found = {}
     for site in guide.sites:
         if site.name in known:
@@ -88,6 +92,7 @@ def joint_of(guide: Any, call: Call) -> Any:
 
     with _apart(guide):
         call(kept)
+    expect(fns, "guide", "latents with free parameters", guide.family.name)
     if all(isinstance(fn, dist.Normal) for fn in fns):
         loc, scale = (torch.cat([getattr(fn, name) for fn in fns]) for name in ("loc", "scale"))
         return dist.Normal(loc, scale).to_event(1)

@@ -28,6 +28,9 @@ def starting_values(init: Init, model: Any, args: Any, kwargs: Any) -> dict[str,
         value, name, support = init(site), site["name"], site["fn"].support
         wanted = f"a tensor for {name!r}"
         expect(isinstance(value, Tensor), "init_loc_fn", wanted, repr(value), TypeError)
+        shape = site["fn"].shape()
+        fits = value.shape == shape
+        expect(fits, "init_loc_fn", f"shape {tuple(shape)} for {name!r}", tuple(value.shape))
         inside = bool(support.check(value).all())
         expect(inside, "init_loc_fn", f"a value in the support of {name!r}, {support}", value)
         return value
@@ -46,6 +49,9 @@ def start_at(head: nn.Module, block: Drawn, values: Mapping[str, Tensor]) -> Non
         head: the head of the block.
         block: what it draws.
         values: site -> a value of shape `(*plates, *event)`.
+
+    Raises:
+        ValueError: the location is bounded, and a value beyond.
     """
     argument = getattr(head, "loc", getattr(head, "v", None))
     if not isinstance(argument, Argument) or argument.raw is None:
@@ -53,8 +59,12 @@ def start_at(head: nn.Module, block: Drawn, values: Mapping[str, Tensor]) -> Non
     if block.given or block.prior or not block.over_reals:
         return
     pieces = [_free(site, values[site.name], block).flatten() for site in block.sites]
+    value = torch.cat(pieces)
+    reached = bool(argument.constraint.check(value.reshape(argument.shape)).all())
+    wanted = f"values of {[*block.names]} that a location of {block.family.name} reaches"
+    expect(reached, "init_loc_fn", wanted, value.tolist())
     with torch.no_grad():
-        argument.raw.copy_(argument.raw_at(torch.cat(pieces)).to(argument.raw))
+        argument.raw.copy_(argument.raw_at(value).to(argument.raw))
 
 
 def _free(site: Site, value: Tensor, block: Drawn) -> Tensor:

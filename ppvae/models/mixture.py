@@ -163,12 +163,13 @@ class GaussianMixture(UniquelyNamed):
             The data, of shape `(batch, columns)`.
         """
         self.check_call(x)
+        size = check_count("size", size) if x is None else len(x)
         weights = self._of("weights", 0)
         with pyro.plate("components", self.components, dim=-1):
             means, scales = self._of("means", 1), self._of("scales", 1)
             full = self.covariance == "full"
             correlations = self._of("correlations", 1) if full else None
-        with pyro.plate("data", size if x is None else len(x), dim=-1):
+        with pyro.plate("data", size, dim=-1):
             part = pyro.sample("part", dist.Categorical(weights))
             loc, scale = (Vindex(v.unsqueeze(-3))[..., part, :] for v in (means, scales))
             fn: Any = dist.Normal(loc, scale).to_event(1)

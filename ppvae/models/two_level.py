@@ -78,7 +78,8 @@ class TwoLevelVAE(Decoded):
             The data, of shape `(batch, *event)`.
         """
         self.check_call(x)
-        with pyro.plate("data", size if x is None else len(x), dim=-1):
+        size = check_count("size", size) if x is None else len(x)
+        with pyro.plate("data", size, dim=-1):
             top = pyro.sample("z_top", self._prior())
             bottom = pyro.sample("z_bottom", self.between(top))
             fn = self.likelihood(self.decode(bottom))

@@ -61,6 +61,10 @@ def can_integrate(runs: Runs) -> bool:
     """
     parts = terms(*runs.traces, None if runs.plate is None else runs.plate.name)
     scaled = any(bool((torch.as_tensor(parts.scales[n]) != 1).any()) for n in parts.local)
-    if runs.plate is None or scaled or not (parts.is_dense and parts.log_guide):
+    if runs.plate is None or scaled:
+        return False
+    if not parts.log_prior:
+        return parts.is_local
+    if not (parts.is_dense and parts.log_guide):
         return False
     return parts.is_local or draws_locals(runs, parts.plate)

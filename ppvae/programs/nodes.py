@@ -336,6 +336,34 @@ def mask_of(node: Node) -> Any:
     return mask
 
 
+def counted_entries(node: Node) -> Tensor | None:
+    """Which numbers of a node's value count, of its shape: those that no mask leaves out.
+
+    None, if all do. What is missing among data is masked, too.
+    """
+    found = _unmasked(node["fn"])
+    if node["mask"] is not None:
+        found = [*found, (node["mask"], len(node["fn"].event_shape))]
+    if not found:
+        return None
+    value = node["value"]
+    seen = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    for mask, events in found:
+        part = torch.as_tensor(mask, device=value.device)
+        seen = seen & part.reshape(part.shape + (1,) * events)
+    return seen
+
+
+def _unmasked(fn: Any) -> list[tuple[Any, int]]:
+    """The masks in a distribution, and how many event dims are to the right of each."""
+    found = []
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution):
+            found.append((fn._mask, len(fn.event_shape)))
+        fn = fn.base_dist
+    return found
+
+
 def masked(value: Tensor, node: Node) -> Tensor:
     """A value by batch element, made zero where the node's mask is false."""
     mask = mask_of(node)

@@ -346,3 +346,152 @@ def test_a_store_of_zarr_is_there_whole_or_as_it_was(tmp_path):
         to_zarr(tree, tmp_path / "tree.nc")
     with pytest.raises(FileNotFoundError, match="path: expected a folder that exists"):
         to_zarr(tree, tmp_path / "none" / "tree.zarr")
+
+
+# What is masked, named like something else, or in plates of its own
+
+
+@pytest.mark.parametrize("how", ["obs_mask", "handler"])
+def test_what_is_masked_has_no_likelihood(how):
+    """Ten of twenty data count: by datum and by element, in the tree and in leave-one-out."""
+
+    def model(x, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            told = {"obs_mask": seen} if how == "obs_mask" else {}
+            with poutine.mask(mask=True if how == "obs_mask" else seen):
+                pyro.sample("x", dist.Normal(mu, 1.0), obs=x, **told)
+
+    x = torch.cat([torch.randn(10), torch.full((10,), 50.0)])
+    seen = torch.arange(20) < 10
+    guide = FamilyGuide(model, "mean_scale")
+    fit(model, guide, (x, seen), progress=False, seed=0)
+    name = "x_observed" if how == "obs_mask" else "x"
+    for pointwise in ("datum", "element"):
+        told = {"num_samples": 200, "pointwise": pointwise, "seed": 0}
+        tree = from_pyro_svi(model, guide, x, seen, **told)
+        mu = torch.as_tensor(tree.posterior.mu.values)[..., None]
+        found = tree.log_likelihood[name].values
+        assert np.isnan(found[..., 10:]).all()
+        assert np.allclose(found[..., :10], dist.Normal(mu, 1.0).log_prob(x[:10]))
+        assert np.isnan(tree.observed_data[name].values[10:]).all()
+        result = loo(tree, var_name=name)
+        assert result.n_data_points == 10 and result.elpd > -25
+
+
+def test_a_point_among_other_latents_hides_no_dependence():
+    guide = FamilyGuide(grouped, {"tau": "deterministic", "*": "mean_scale"})
+    assert [*from_pyro_svi(grouped, guide, GROUP, X, Y, num_samples=5).log_prior] == ["mu", "tau"]
+
+
+def test_data_in_two_plates_have_likelihoods_of_their_own():
+    """Leave-one-out of the second set, whose exact value is a product of normal densities."""
+    a, b = noise_of(30, 0) + 1, noise_of(12, 1) - 1
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("first", 30):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=a)
+        with pyro.plate("second", 12):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=b)
+
+    guide = FamilyGuide(model, "mean_scale")
+    fit(model, guide, progress=False, seed=0)
+    tree = from_pyro_svi(model, guide, num_samples=2000, seed=0)
+    assert tree.log_likelihood.y.dims == ("chain", "draw", "second")
+    total, exact = a.sum() + b.sum(), 0.0
+    for value in b:
+        variance = 1 / (1 / 9 + 41)
+        exact += dist.Normal(variance * (total - value), (variance + 1) ** 0.5).log_prob(value)
+    # an se of some 0.15 / sqrt(2000) for each of twelve means of weights
+    assert loo(tree, var_name="y").elpd == pytest.approx(exact.item(), abs=5 * 0.15 * 12**0.5 / 45)
+    with pytest.raises(ValueError, match=r"var_name: expected one of \['x', 'y'\]"):
+        loo(tree)
+
+
+def noise_of(size, seed):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_scale_on_the_global_latents_counts_in_log_p_where_the_others_are_integrated_out():
+    def model(x):
+        with poutine.scale(scale=3.0):
+            mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    tree = from_pyro_svi(model, exact_guide, x, num_samples=6)
+    prior = dist.Normal(0.0, 2.0).log_prob(torch.as_tensor(tree.posterior.mu.values)).numpy()
+    inner = tree.log_likelihood.x.sum("datum").values
+    assert np.allclose(tree.sample_stats.log_p, 3 * prior + inner)
+    assert np.allclose(tree.sample_stats.log_weight + tree.sample_stats.log_q, prior + inner)
+
+
+def test_placeholders_of_predictions_are_no_constants_and_equal_columns_are():
+    def model(c, x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(c)):
+            pyro.sample("x", dist.Normal(c * w, 1.0), obs=x)
+
+    x = noise_of(9, 0)
+    guide = FamilyGuide(model, "mean_scale").setup(x, x)
+    new = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    tree = from_pyro_svi(model, guide, x.clone(), x, num_samples=4, predictions=new)
+    assert [*tree.constant_data.data_vars] == ["c"]
+    assert [*tree.predictions_constant_data.data_vars] == ["c"]
+
+
+def test_an_argument_with_the_name_of_a_plate_or_a_latent_is_renamed():
+    def model(county, a, y):
+        with pyro.plate("county", 3):
+            slope = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(slope[..., county], a), obs=y)
+
+    y = noise_of(7, 0)
+    guide = FamilyGuide(model, "mean_scale")
+    tree = from_pyro_svi(model, guide, GROUP, torch.ones_like(y), y, num_samples=3)
+    assert {*tree.constant_data.data_vars} == {"county_data", "a_data"}
+    assert tree.posterior.a.dims == ("chain", "draw", "county")
+
+
+@pytest.mark.parametrize("name", ["draw", "chain", "datum", "latent"])
+def test_plates_with_the_name_of_a_dim_are_refused(name):
+    def model(x):
+        with pyro.plate(name, 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=rf"model: expected plates of other names .* \['{name}'\]"):
+        from_pyro_svi(model, FamilyGuide(model, "mean_scale"), noise_of(4, 0), num_samples=3)
+
+
+def test_a_model_without_latents_has_the_likelihood_of_each_datum():
+    from ppvae.models import GaussianMixture
+
+    x = torch.randn(40, 2)
+    model = GaussianMixture.of(x, 2)
+    guide = FamilyGuide(model, "mean_scale")
+    tree = from_pyro_svi(model, guide, x, num_samples=30)
+    assert tree.log_likelihood.attrs["latents"] == "integrated out"
+    with torch.no_grad():
+        means, scales, weights = model.means, model.scales, model.weights
+        parts = dist.Normal(means, scales).to_event(1).log_prob(x[:, None]) + weights.log()
+    assert loo(tree).elpd == pytest.approx(parts.logsumexp(-1).sum().item(), rel=1e-8)
+
+
+def test_one_name_for_dims_of_two_sizes_is_refused():
+    def model(x):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a.sum(-1) + b.sum(-1), 1.0), obs=x)
+
+    guide, x = FamilyGuide(model, "mean_scale"), noise_of(4, 0)
+    with pytest.raises(
+        ValueError, match="dims: expected one size of 'k' in 'posterior', got 2 and"
+    ):
+        from_pyro_svi(model, guide, x, num_samples=2, dims={"a": ["k"], "b": ["k"]})

@@ -112,9 +112,13 @@ def test_quantiles_are_those_of_draws(family, case):
     Each is at most sqrt(p (1 - p) (1 / 400 + 1 / 1000)): the second for quantiles that are
     themselves those of 1,000 draws. About 10,000 comparisons: a chance of 0.01 in all.
     """
-    case = cases()[case]
+    own_rows, case = case == "own rows", cases()[case]
     torch.manual_seed(1)
     guide = FamilyGuide(case.model, FAMILIES[family], case.encoder).setup(*case.args)
+    if own_rows:  # each draw is of other rows
+        with pytest.raises(ValueError, match=r"all their members, got subsamples of \['data'\]"):
+            guide.quantiles(LEVELS, *case.args)
+        return
     before = torch.get_rng_state()
     found = guide.quantiles(LEVELS, *case.args)
     assert torch.equal(before, torch.get_rng_state())
@@ -122,12 +126,9 @@ def test_quantiles_are_those_of_draws(family, case):
         draws = [guide(*case.args) for _ in range(400)]
     for site in guide.sites:
         name, transform = site.name, biject_to(site.support)
-        own_rows = any(frame.full_size not in (None, frame.size) for frame in site.frames)
         values = torch.stack([draw[name] for draw in draws])
         assert found[name].shape == (3, *values.shape[1:])
         assert site.support.check(found[name]).all()
-        if own_rows:  # each draw is of other rows
-            continue
         for number, level in enumerate(LEVELS):
             free, at = transform.inv(values), transform.inv(found[name][number])
             share = (free <= at).double().mean(0)
@@ -328,3 +329,29 @@ def test_parts_of_a_model_in_a_guide_list(how):
     found, at = guide.median(X[:, None]), guide.quantiles(LEVELS, X[:, None])
     assert {name: value.shape for name, value in found.items()} == {"mu": (), "tau": (), "z": (6,)}
     assert torch.allclose(at["z"][1], found["z"])
+
+
+def test_starts_that_do_not_fit_are_named():
+    def start(**values):
+        told = {"mu": torch.zeros(2), "tau": torch.tensor(1.0), **values}
+        return init_to_value(values=told)
+
+    for values, message in (
+        ({"mu": torch.tensor(1.0)}, r"init_loc_fn: expected shape \(2,\) for 'mu', got \(\)"),
+        ({"mu": torch.zeros(3)}, r"init_loc_fn: expected shape \(2,\) for 'mu', got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FamilyGuide(scale_and_location, "mean_scale", init_loc_fn=start(**values)).setup(X)
+    bounded = FamilyGuide(
+        scale_and_location, "mean_only_bounded", init_loc_fn=start(mu=torch.full((2,), 4.0))
+    )
+    with pytest.raises(ValueError, match=r"init_loc_fn: expected values of \['mu'\] that a loc"):
+        bounded.setup(X)
+    with pytest.raises(ValueError, match="guide: expected latents with free parameters, got noi"):
+        FamilyGuide(scale_and_location, "noise_only").get_posterior(X)
+
+
+def test_the_median_is_the_middle_quantile_of_a_flow():
+    guide = FamilyGuide(scale_and_location, "flow")
+    found, median = guide.quantiles([0.1, 0.5], X), guide.median(X)
+    assert all(torch.equal(found[name][1], median[name]) for name in median)
