@@ -260,14 +260,8 @@ def _densities(
     groups = {"log_likelihood": stacked(values), "sample_stats": stacked(stats)}
     for name, node in nodes.items():  # data in plates of their own, of which each member counts
         if name not in sites.local and plates_of(node):
-            value = log_prob(node)
-            entries = counted_entries(node)
-            if entries is not None:
-                events = len(node["fn"].event_shape)
-                entries = entries.flatten(-events).any(-1) if events else entries
-                value = torch.where(entries, value, math.nan)
-            members = _front({**node, "value": value}, value, plate, draws, {name: 0})
-            groups["log_likelihood"][name] = members
+            value = torch.where(_any_counts(node), log_prob(node), math.nan)
+            groups["log_likelihood"][name] = _front(node, value, plate, draws, {name: 0})
     return groups | {"log_prior": stacked(priors)}
 
 
@@ -321,13 +315,16 @@ def at_the_top(runs: Runs) -> list[str]:
 
 def _seen(node: Node, plate: Any) -> Tensor:
     """Whether anything of each datum of a site is observed: one that is not has no likelihood."""
-    entries = counted_entries(node)
+    inside = plate if is_inside(node, plate) else None
+    return per_datum(_any_counts(node).int(), node, inside) > 0
+
+
+def _any_counts(node: Node) -> Tensor:
+    """Whether anything of each batch element of a site is observed."""
+    entries, events = counted_entries(node), len(node["fn"].event_shape)
     if entries is None:
         return torch.ones((), dtype=torch.bool, device=node["value"].device)
-    inside = plate if is_inside(node, plate) else None
-    events = len(node["fn"].event_shape)
-    each = entries.flatten(-events).any(-1) if events else entries
-    return per_datum(each.int(), node, inside) > 0
+    return entries.flatten(-events).any(-1) if events else entries
 
 
 def shown(trace: Any) -> list[Node]:
