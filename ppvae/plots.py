@@ -240,6 +240,7 @@ def interpolation(
         expect(good, f"rows, {name}", "a function and two codes", repr(row), TypeError)
         decode, *ends = row
         start, end = (check_real(f"rows, {name}", code) for code in ends)
+        expect(start.numel(), f"rows, {name}", "codes of at least one number", "none")
         for code in (start, end):
             check_array(f"rows, {name}", code, (start.numel(),))
         kind = torch.result_type(start, end)

@@ -93,6 +93,7 @@ class DeepMarkov(Decoded):
             The sequences, of shape `(batch, steps, *event)`.
         """
         self.check_call(x, lengths)
+        expect(x is not None or steps is not None, "x", "sequences, or `steps` without", None)
         size = check_count("size", size) if x is None else len(x)
         steps = check_count("steps", steps) if x is None else x.shape[1]
         inside: Any = None

@@ -315,7 +315,7 @@ BAD = [
     (lambda: small(transition=Scalar()), ValueError, r"transition: expected event shape \(2,\)"),
     (lambda: small(transition=mlp(3, 2)), ValueError, r"transition: .* takes shape \(1, 2\)"),
     (lambda: small(latent=0), ValueError, "latent: .* got 0"),
-    (lambda: small()(), ValueError, "steps: expected a whole number of at least 1, got None"),
+    (lambda: small()(), ValueError, "x: expected sequences, or `steps` without, got None"),
     (lambda: small()(X[0]), ValueError, r"x: expected shape \(batch, steps, 3\).* got \(4, 3\)"),
     (lambda: small()([1]), TypeError, "x: expected a tensor, got list"),
     (lambda: small()(X, [4, 4]), TypeError, "lengths: expected a dense tensor of whole numb"),
