@@ -55,7 +55,7 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
     stats, data = tree["sample_stats"], tree["log_likelihood"]
     dense = "log_q" in stats
     expect(dense, "tree", "draws of a guide with a density", "those of a point")
-    local = "log_q" in stats and "datum" in stats["log_q"].dims
+    local = "datum" in stats["log_q"].dims
     whole = data.attrs.get("pointwise") == "datum"
     inside = local and whole and data.attrs.get("latents") != "integrated out"
     what = "the likelihood given the latents of each datum, in a model with a scale"
@@ -65,16 +65,14 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> Any:
     names = [str(name) for name, each in data.data_vars.items() if each.ndim > 2]
     if var_name is None:
         expect(len(names) == 1, "var_name", f"one of {names}, which have data in a plate", None)
-    else:
-        check_choice("var_name", var_name, names)
-    tree = _observed(tree, var_name or names[0])
+        (var_name,) = names
+    check_choice("var_name", var_name, names)
+    tree = _observed(tree, var_name)
+    how: dict[str, Any] = {"var_name": var_name, "pointwise": True}
     with without_warnings():  # the Pareto k says how far to trust it
         if local:
-            return arviz_stats.loo(tree, var_name=var_name, pointwise=True)
-        parts = stats["log_p"], stats["log_q"]
-        return arviz_stats.loo_approximate_posterior(
-            tree, *parts, var_name=var_name, pointwise=True
-        )
+            return arviz_stats.loo(tree, **how)
+        return arviz_stats.loo_approximate_posterior(tree, stats["log_p"], stats["log_q"], **how)
 
 
 def _observed(tree: xr.DataTree, name: str) -> xr.DataTree:

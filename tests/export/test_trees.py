@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from global_latents import noise
 from linear import Linear
 from pyro import poutine
 
@@ -386,7 +387,7 @@ def test_a_point_among_other_latents_hides_no_dependence():
 
 def test_data_in_two_plates_have_likelihoods_of_their_own():
     """Leave-one-out of the second set, whose exact value is a product of normal densities."""
-    a, b = noise_of(30, 0) + 1, noise_of(12, 1) - 1
+    a, b = noise(30) + 1, noise(12, seed=1) - 1
 
     def model():
         mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
@@ -407,10 +408,6 @@ def test_data_in_two_plates_have_likelihoods_of_their_own():
     assert loo(tree, var_name="y").elpd == pytest.approx(exact.item(), abs=5 * 0.15 * 12**0.5 / 45)
     with pytest.raises(ValueError, match=r"var_name: expected one of \['x', 'y'\]"):
         loo(tree)
-
-
-def noise_of(size, seed):
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_a_scale_on_the_global_latents_counts_in_log_p_where_the_others_are_integrated_out():
@@ -435,7 +432,7 @@ def test_placeholders_of_predictions_are_no_constants_and_equal_columns_are():
         with pyro.plate("data", len(c)):
             pyro.sample("x", dist.Normal(c * w, 1.0), obs=x)
 
-    x = noise_of(9, 0)
+    x = noise(9)
     guide = FamilyGuide(model, "mean_scale").setup(x, x)
     new = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     tree = from_pyro_svi(model, guide, x.clone(), x, num_samples=4, predictions=new)
@@ -450,7 +447,7 @@ def test_an_argument_with_the_name_of_a_plate_or_a_latent_is_renamed():
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(slope[..., county], a), obs=y)
 
-    y = noise_of(7, 0)
+    y = noise(7)
     guide = FamilyGuide(model, "mean_scale")
     tree = from_pyro_svi(model, guide, GROUP, torch.ones_like(y), y, num_samples=3)
     assert {*tree.constant_data.data_vars} == {"county_data", "a_data"}
@@ -466,7 +463,7 @@ def test_plates_with_the_name_of_a_dim_are_refused(name):
             pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
     with pytest.raises(ValueError, match=rf"model: expected plates of other names .* \['{name}'\]"):
-        from_pyro_svi(model, FamilyGuide(model, "mean_scale"), noise_of(4, 0), num_samples=3)
+        from_pyro_svi(model, FamilyGuide(model, "mean_scale"), noise(4), num_samples=3)
 
 
 def test_a_model_without_latents_has_the_likelihood_of_each_datum():
@@ -490,8 +487,21 @@ def test_one_name_for_dims_of_two_sizes_is_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(a.sum(-1) + b.sum(-1), 1.0), obs=x)
 
-    guide, x = FamilyGuide(model, "mean_scale"), noise_of(4, 0)
+    guide, x = FamilyGuide(model, "mean_scale"), noise(4)
     with pytest.raises(
         ValueError, match="dims: expected one size of 'k' in 'posterior', got 2 and"
     ):
         from_pyro_svi(model, guide, x, num_samples=2, dims={"a": ["k"], "b": ["k"]})
+
+
+def test_leave_one_out_takes_the_only_site_that_has_data_in_a_plate():
+    def model(x, total):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        pyro.sample("total", dist.Normal(4 * mu, 1.0), obs=total)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    x = noise(9)
+    tree = from_pyro_svi(model, FamilyGuide(model, "mean_scale"), x, x.sum(), num_samples=30)
+    assert tree.log_likelihood.total.dims == ("chain", "draw")
+    assert loo(tree).elpd == loo(tree, var_name="x").elpd and loo(tree).n_data_points == 9
