@@ -12,20 +12,21 @@ from ppvae._checks import expect
 _numbers = itertools.count()
 
 
-def as_path(name: str, value: Any) -> Path:
-    """The path of a file, from text or a path.
+def as_path(name: str, value: Any, *, folder: bool = False) -> Path:
+    """The path of a file, or of a folder, from text or a path.
 
     Raises:
         TypeError: it is neither.
-        ValueError: there is a folder.
+        ValueError: there is a folder, where a file is wanted.
         FileNotFoundError: the folder in which it would be is not there.
     """
     fits = isinstance(value, (str, os.PathLike))
-    expect(fits, name, "the path of a file", repr(value), TypeError)
+    wanted = f"the path of a {'folder' if folder else 'file'}"
+    expect(fits, name, wanted, repr(value), TypeError)
     path = Path(value)
-    expect(not path.is_dir(), name, "the path of a file", f"that of a folder, {str(path)!r}")
-    folder = path.resolve().parent
-    expect(folder.is_dir(), name, "a folder that exists", str(folder), FileNotFoundError)
+    expect(folder or not path.is_dir(), name, wanted, f"that of a folder, {str(path)!r}")
+    parent = path.resolve().parent
+    expect(parent.is_dir(), name, "a folder that exists", str(parent), FileNotFoundError)
     return path
 
 

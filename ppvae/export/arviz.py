@@ -30,9 +30,7 @@ from ppvae.export.names import (
 from ppvae.export.tree import dataset_of, prior_sbc, versions, words_of
 from ppvae.objectives.nested import can_integrate
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.nodes import prototype
 from ppvae.programs.runs import Runs, opened, with_discrete
-from ppvae.programs.simulation import Uncondition
 
 
 @exclusive
@@ -156,25 +154,26 @@ def from_pyro_svi(  # noqa: D417
         events = {node["name"]: event_dims(node) for node in nodes}
         names = dims_of(nodes, whole, runs.plate, events, local=local)
         by_element = pointwise == "element"
-        inner = None if by_element or not can_integrate(runs) else num_inner
+        inner = None if by_element or not can_integrate(runs, sites) else num_inner
         new, beside = None, ()
         if predictions is not None:
             new, beside = _new_arguments(predictions, runs, form, extra)
-        how: Any = {"num_inner": inner, "top": at_the_top(runs), "by_element": by_element}
+        how: Any = {"num_inner": inner, "top": at_the_top(runs, sites), "by_element": by_element}
         how["new"] = None if local else new
         pieces = [groups_of(runs, batch, num_samples, events, **how) for batch in batches]
         groups = concatenated(pieces, 1)
         tables = table_coords(nodes, args, form, names, renamed)
         seen = observed_positions(runs.args, runs.traces[0])
-        constants = [constants_of(model, args, runs.args, extra, whole, runs.plate, seen)]
+        size = None if runs.plate is None else runs.plate.size
+        constants = [constants_of(model, args, runs.args, extra, whole, size, seen)]
         groups["constant_data"] = constants[0].arrays
         if new is not None:
             if local:
                 groups["predictions"] = predicted(runs, new, num_samples, events)
-            trace = prototype(Uncondition()(runs.model), new, {})
-            frames = [f for n in shown(trace) for f in n["cond_indep_stack"] if runs.plate]
-            frame = next((f for f in frames if f.name == runs.plate.name), None)
-            constants.append(constants_of(model, beside, new, extra, whole, frame, seen))
+            drawn = groups["predictions"]
+            rows = [v.shape[1] for name, v in drawn.items() if names[name][:1] == ["datum"]]
+            size = next(iter(rows), None)
+            constants.append(constants_of(model, beside, new, extra, whole, size, seen))
             groups["predictions_constant_data"] = constants[1].arrays
     whole_numbers(groups, nodes)
     groups, names, steps = stacked(groups, names, events, {} if stack is None else stack)

@@ -28,7 +28,7 @@ def constants_of(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     trace: Any,
-    plate: Any,
+    size: int | None,
     observed: Collection[int],
 ) -> Constants:
     """The arguments of a model that are no observations, by the names of its parameters.
@@ -41,7 +41,7 @@ def constants_of(
         args: all its arguments as tensors, those by keyword last.
         kwargs: the keyword arguments.
         trace: of the model, which tells the names that are taken.
-        plate: the data plate.
+        size: number of data; None, where there is no data plate.
         observed: positions of the arguments that are observations.
     """
     names = [*_positional(model, len(given)), *kwargs]
@@ -56,7 +56,7 @@ def constants_of(
         array = value.detach().float() if value.dtype == torch.bfloat16 else value.detach()
         dims = [f"{name}_dim_{axis}" for axis in range(value.dim())]
         if dims:
-            dims[0] = "datum" if plate is not None and len(value) == plate.size else dims[0]
+            dims[0] = "datum" if len(value) == size else dims[0]
         found.arrays[name], found.dims[name] = array.cpu().numpy(), dims
         labels = Labels(given[position]) if position < len(given) else Labels(None)
         if labels.columns is not None and len(dims) == 2:

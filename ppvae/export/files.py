@@ -4,6 +4,7 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
@@ -38,8 +39,7 @@ def to_netcdf(tree: xr.DataTree | xr.Dataset, path: str | os.PathLike[str]) -> P
         ...     xarray.load_dataset(path).a.item()
         3.0
     """
-    known = isinstance(tree, (xr.DataTree, xr.Dataset))
-    expect(known, "tree", "a DataTree or a Dataset", type(tree).__name__, TypeError)
+    _check_tree(tree)
     path = as_path("path", path)
     with replacing(path) as beside:
         tree.to_netcdf(beside, engine="h5netcdf")  # the one that is among the requirements
@@ -74,18 +74,13 @@ def to_zarr(tree: xr.DataTree | xr.Dataset, path: str | os.PathLike[str]) -> Pat
         ...     xarray.open_zarr(path).a.item()
         3.0
     """
-    known = isinstance(tree, (xr.DataTree, xr.Dataset))
-    expect(known, "tree", "a DataTree or a Dataset", type(tree).__name__, TypeError)
-    fits = isinstance(path, (str, os.PathLike))
-    expect(fits, "path", "the path of a Zarr store", repr(path), TypeError)
-    path = Path(path)
+    _check_tree(tree)
+    path = as_path("path", path, folder=True)
     store = not path.exists() or (path / "zarr.json").exists()
     expect(store, "path", "that of a Zarr store, or of nothing", str(path))
-    folder = path.resolve().parent
-    expect(folder.is_dir(), "path", "a folder that exists", str(folder), FileNotFoundError)
     wanted = find_spec("zarr") is not None
     expect(wanted, "to_zarr", "the package zarr (pip install zarr)", "none", ImportError)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as hidden:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.resolve().parent) as hidden:
         new, old = Path(hidden) / "new", Path(hidden) / "old"
         with without_warnings():  # of a part of the format that other readers may not know
             tree.to_zarr(new)
@@ -93,3 +88,9 @@ def to_zarr(tree: xr.DataTree | xr.Dataset, path: str | os.PathLike[str]) -> Pat
             path.rename(old)
         new.rename(path)
     return path
+
+
+def _check_tree(tree: Any) -> None:
+    """Raises a TypeError unless something is a tree, or a data set."""
+    known = isinstance(tree, (xr.DataTree, xr.Dataset))
+    expect(known, "tree", "a DataTree or a Dataset", type(tree).__name__, TypeError)

@@ -182,8 +182,7 @@ def values_of(
     for node in shown(trace):
         if is_data(node) == data:
             value = node["value"]
-            entries = counted_entries(node) if node["is_observed"] and data else None
-            value = value if entries is None else torch.where(entries, value, math.nan)
+            value = _with_gaps(node, value) if node["is_observed"] and data else value
             arrays[node["name"]] = _front(node, value, plate, draws, events)
     return arrays
 
@@ -274,10 +273,15 @@ def _of_elements(
         fn, name = bare_distribution(node["fn"]), node["name"]
         wanted = f"numbers of {name!r} that are independent given the latents"
         expect(not fn.event_shape, "pointwise", wanted, type(fn).__name__)
-        value, entries = fn.log_prob(node["value"]), counted_entries(node)
-        value = value if entries is None else torch.where(entries, value, math.nan)
+        value = _with_gaps(node, fn.log_prob(node["value"]))
         found[name] = _front(node, value, plate, draws, events)
     return found
+
+
+def _with_gaps(node: Node, value: Tensor) -> Tensor:
+    """Numbers of a site's shape, NaN where its own are missing or masked."""
+    entries = counted_entries(node)
+    return value if entries is None else torch.where(entries, value, math.nan)
 
 
 def _inner_weights(
@@ -296,13 +300,16 @@ def _summed(value: Tensor, draws: Any) -> Tensor:
     return value.sum() if draws is None else value.reshape(len(value), -1).sum(-1)
 
 
-def at_the_top(runs: Runs) -> list[str]:
+def at_the_top(runs: Runs, sites: Terms) -> list[str]:
     """The global latents whose prior is the same in every draw, as it depends on no other latent.
 
     It is held against the prior given draws of the model's own.
+
+    Args:
+        runs: the pair.
+        sites: its terms; there are none of them for a guide that is a point.
     """
     first, second = runs.traces[0], prototype(runs.model, runs.args, {})
-    sites = terms(*runs.traces, None if runs.plate is None else runs.plate.name)
     found = []
     for node in latent_nodes(first) if sites.log_guide else ():
         other = second.nodes[node["name"]]

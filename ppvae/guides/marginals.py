@@ -154,15 +154,15 @@ def _is_falling(site: Site) -> bool:
 
 def _of_draws(values: Tensor, levels: Tensor, site: Site) -> Tensor:
     """Quantiles of draws `(draws, *shape)`, `(levels, *shape)`."""
-    if site.support.is_discrete:
-        found = np.quantile(values.cpu().numpy(), levels.numpy(), axis=0, method="inverted_cdf")
-        return torch.as_tensor(found).to(values)
-    if is_real(site.support):
-        return torch.as_tensor(np.quantile(values.cpu().numpy(), levels.numpy(), 0)).to(values)
-    transform = from_reals(site.support)
-    free = transform.inv(values).cpu().double().numpy()
+    discrete = site.support.is_discrete
+    bent = not (discrete or is_real(site.support))
+    transform = from_reals(site.support) if bent else None
+    free = values if transform is None else transform.inv(values)
     levels = 1 - levels if _is_falling(site) else levels
-    return transform(torch.as_tensor(np.quantile(free, levels.numpy(), 0)).to(values))
+    method: Any = "inverted_cdf" if discrete else "linear"
+    found = np.quantile(free.cpu().double().numpy(), levels.numpy(), axis=0, method=method)
+    value = torch.as_tensor(found).to(values)
+    return value if transform is None else transform(value)
 
 
 def _vector(fn: Any) -> Any:

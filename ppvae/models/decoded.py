@@ -2,6 +2,7 @@
 
 from typing import Any, Self
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,15 @@ class Decoded(UniquelyNamed):
         expect(whole, "decoder", "an output of shape (batch, *event)", came)
         return output if z.dim() == 2 else output.reshape(z.shape[:-1] + output.shape[1:])
 
+    def decode(self, z: Tensor) -> Tensor:
+        """The decoder's output for its inputs with any number of leading dims, `(*, latent)`."""
+        return self._decoded(z)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """The mean of the likelihood for inputs of the decoder `(*, latent)`, `(*, *event)`."""
+        mean: Tensor = self.likelihood(self.decode(z)).mean
+        return mean
+
     def get_extra_state(self) -> dict[str, Any]:
         """What of prior and likelihood is no parameter: their kinds, and a fixed prior's values."""
         learned = [name for name, _ in self.likelihood.named_parameters()]
@@ -117,6 +127,28 @@ class Decoded(UniquelyNamed):
         for name in saved.keys() & own.keys():
             expect(_alike(own[name], saved[name]), name, f"a state of {own[name]}", saved[name])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_x(x: Any) -> None:
+    """Raises a TypeError unless data are a tensor, a ValueError if there are none."""
+    got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"
+    expect(isinstance(x, Tensor) and x.dim() > 0, "x", wanted, got, TypeError)
+    expect(len(x), "x", "at least one datum", "none")
+
+
+def observe(fn: Any, x: Tensor | None, event_dim: int) -> Tensor:
+    """Samples the site `x` from what a likelihood returned, or conditions it on data.
+
+    Raises:
+        ValueError: the data have another shape than the decoder's output.
+    """
+    fn = fn.to_event(event_dim - fn.event_dim)
+    if x is not None:
+        fits = fn.shape()[-x.dim() :] == x.shape and x.dim() == event_dim + 1
+        wanted = f"output of shape {tuple(x.shape)}, as x"
+        expect(fits, "decoder", wanted, tuple(fn.shape()))
+    drawn: Tensor = pyro.sample("x", fn, obs=x)
+    return drawn
 
 
 def check_module(name: str, module: Any) -> None:

@@ -145,12 +145,3 @@ class DeepMarkov(Decoded):
             row = bad.nonzero()
             got = f"{lengths[row[0, 0]].item():g} in row {row[0, 0]}" if len(row) else ""
             expect(not len(row), "lengths", f"whole numbers from 1 to {x.shape[1]}", got)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The decoder's output for states with any number of leading dims, `(*, latent)`."""
-        return self._decoded(z)
-
-    def mean(self, z: Tensor) -> Tensor:
-        """The mean of `p(x_t | z_t)` for states `(*, latent)`, of shape `(*, *event)`."""
-        mean: Tensor = self.likelihood(self.decode(z)).mean
-        return mean

@@ -6,7 +6,7 @@ import pyro
 from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
-from ppvae.models.decoded import Decoded, check_conditional
+from ppvae.models.decoded import Decoded, check_conditional, check_x, observe
 
 
 class TwoLevelVAE(Decoded):
@@ -82,13 +82,7 @@ class TwoLevelVAE(Decoded):
         with pyro.plate("data", size, dim=-1):
             top = pyro.sample("z_top", self._prior())
             bottom = pyro.sample("z_bottom", self.between(top))
-            fn = self.likelihood(self.decode(bottom))
-            fn = fn.to_event(self.event_dim - fn.event_dim)
-            if x is not None:
-                fits = fn.shape()[-x.dim() :] == x.shape and x.dim() == self.event_dim + 1
-                wanted = f"output of shape {tuple(x.shape)}, as x"
-                expect(fits, "decoder", wanted, tuple(fn.shape()))
-            return pyro.sample("x", fn, obs=x)
+            return observe(self.likelihood(self.decode(bottom)), x, self.event_dim)
 
     def check_call(self, x: Tensor | None = None, *others: Any) -> None:
         """Checks the arguments of a call.
@@ -99,15 +93,4 @@ class TwoLevelVAE(Decoded):
         """
         expect(not others, "args", "data only", f"{1 + len(others)} arguments", TypeError)
         if x is not None:
-            got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"
-            expect(isinstance(x, Tensor) and x.dim() > 0, "x", wanted, got, TypeError)
-            expect(len(x), "x", "at least one datum", "none")
-
-    def decode(self, bottom: Tensor) -> Tensor:
-        """The decoder's output for bottom latents with any number of leading dims."""
-        return self._decoded(bottom)
-
-    def mean(self, bottom: Tensor) -> Tensor:
-        """The mean of `p(x | z_bottom)` for latents `(*, bottom)`, of shape `(*, *event)`."""
-        mean: Tensor = self.likelihood(self.decode(bottom)).mean
-        return mean
+            check_x(x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
-from ppvae.models.decoded import Decoded
+from ppvae.models.decoded import Decoded, check_x, observe
 from ppvae.nn import one_hot
 
 
@@ -112,12 +112,7 @@ class VAE(Decoded):
         with pyro.plate("data", size if given is None else len(given), dim=-1):
             z = pyro.sample("z", self._prior(features))
             fn = self._likelihood(self._decode(z, features), exposure)
-            fn = fn.to_event(self.event_dim - fn.event_dim)
-            if x is not None:
-                fits = fn.shape()[-x.dim() :] == x.shape and x.dim() == self.event_dim + 1
-                wanted = f"output of shape {tuple(x.shape)}, as x"
-                expect(fits, "decoder", wanted, tuple(fn.shape()))
-            return pyro.sample("x", fn, obs=x)
+            return observe(fn, x, self.event_dim)
 
     def check_call(
         self, x: Tensor | None = None, context: Tensor | None = None, *others: Any
@@ -132,9 +127,7 @@ class VAE(Decoded):
         expect(not others, "args", "data, and a context at most", told, TypeError)
         features = self._features(context)
         if x is not None:
-            got, wanted = type(x).__name__, "a tensor of shape (batch, *event)"
-            expect(isinstance(x, Tensor) and x.dim() > 0, "x", wanted, got, TypeError)
-            expect(len(x), "x", "at least one datum", "none")
+            check_x(x)
             if features is not None:
                 expect(len(features) == len(x), "context", f"{len(x)} rows, as x", len(features))
         return features

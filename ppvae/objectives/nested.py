@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.nodes import drawn_nodes, is_inside
+from ppvae.programs.nodes import drawn_nodes, is_inside, values_outside
 from ppvae.programs.runs import Runs, given, run_model, run_trace
 
 
@@ -33,9 +33,8 @@ def inner_run(runs: Runs, trace: Any, frame: Any, draws: Any = None) -> Inner:
         frame: the frame of the data plate.
         draws: the plate of draws.
     """
-    nodes = [node for _, node in trace.iter_stochastic_nodes()]
-    outer = {node["name"]: node["value"] for node in nodes if not is_inside(node, frame)}
-    guide_trace = run_trace(given(runs.guide, trace, outer), runs.args, draws)
+    guide = given(runs.guide, trace, values_outside(frame, trace))
+    guide_trace = run_trace(guide, runs.args, draws)
     model_trace = run_model(runs.model, guide_trace, runs.args, draws)
     parts = terms(model_trace, guide_trace, frame.name)
     return Inner(model_trace, parts, parts.part(local=True).log_weight.double())
@@ -54,12 +53,15 @@ def draws_locals(runs: Runs, frame: Any) -> bool:
     return bool(torch.allclose(first, second, rtol=1e-6, equal_nan=True))
 
 
-def can_integrate(runs: Runs) -> bool:
+def can_integrate(runs: Runs, parts: Terms) -> bool:
     """Whether the latents of each datum can be integrated out of its likelihood by weights.
 
     They cannot where the guide is a point, or a `poutine.scale` makes the terms no densities.
+
+    Args:
+        runs: the pair.
+        parts: its terms.
     """
-    parts = terms(*runs.traces, None if runs.plate is None else runs.plate.name)
     scaled = any(bool((torch.as_tensor(parts.scales[n]) != 1).any()) for n in parts.local)
     if runs.plate is None or scaled:
         return False

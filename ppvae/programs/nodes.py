@@ -23,6 +23,13 @@ Node = dict[str, Any]
 DRAWS = "_draws"
 
 
+def values_outside(frame: Any, *traces: Any) -> dict[str, Tensor]:
+    """The values of all that traces draw outside of a plate, but for subsamples."""
+    nodes = [node for trace in traces for _, node in trace.iter_stochastic_nodes()]
+    drawn = [node for node in nodes if not site_is_subsample(node)]
+    return {node["name"]: node["value"] for node in drawn if not is_inside(node, frame)}
+
+
 def latent_nodes(trace: Any) -> list[Node]:
     """The latent sample statements of a trace.
 
@@ -341,7 +348,7 @@ def counted_entries(node: Node) -> Tensor | None:
 
     None, if all do. What is missing among data is masked, too.
     """
-    found = _unmasked(node["fn"])
+    found = _masks_in(node["fn"])
     if node["mask"] is not None:
         found = [*found, (node["mask"], len(node["fn"].event_shape))]
     if not found:
@@ -354,7 +361,7 @@ def counted_entries(node: Node) -> Tensor | None:
     return seen
 
 
-def _unmasked(fn: Any) -> list[tuple[Any, int]]:
+def _masks_in(fn: Any) -> list[tuple[Any, int]]:
     """The masks in a distribution, and how many event dims are to the right of each."""
     found = []
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):

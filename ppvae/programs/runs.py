@@ -33,6 +33,7 @@ from ppvae.programs.nodes import (
     prototype,
     summed_nodes,
     trace_of,
+    values_outside,
 )
 
 Program = Callable[..., Any]  # a Pyro model or guide
@@ -317,9 +318,7 @@ class Runs:
             ValueError: the guide draws no latent of a datum by itself.
         """
         frame, guide_trace = self.plate, self.traces[1]
-        nodes = [node for trace in self.traces for _, node in trace.iter_stochastic_nodes()]
-        latent = [node for node in nodes if not site_is_subsample(node)]
-        outer = {n["name"]: n["value"] for n in latent if not is_inside(n, frame)}
+        outer = values_outside(frame, *self.traces)
         if frame is None or not outer:
             return self
         inner = [n for n in drawn_nodes(guide_trace).values() if is_inside(n, frame)]
