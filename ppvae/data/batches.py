@@ -51,6 +51,11 @@ class Batches:
         """Whether one batch is all the data."""
         return self.loader is None and self.batch_size == self.size
 
+    @property
+    def numbered(self) -> bool:
+        """Whether minibatches are picked from dense tensors by the numbers of their data."""
+        return not (self.whole or self.loader) and all(isinstance(t, Tensor) for t in self.tensors)
+
     @cached_property
     def missing(self) -> bool:
         """Whether there are missing entries, which are NaN; of a loader's data it is not known."""
@@ -113,13 +118,20 @@ class Batches:
             dense = (t[:] if isinstance(t, SparseMatrix) else t for t in self.tensors)
             yield (*dense, *self.extra)
         else:
-            order = torch.randperm(self.size) if self.shuffle else torch.arange(self.size)
-            for rows in order.to(self.device).split(self.batch_size or self.size):
-                extra = zip(self.extra, self.cut, strict=True)
-                yield (
-                    *(tensor[rows] for tensor in self.tensors),
-                    *(value[rows] if cut else value for value, cut in extra),
-                )
+            yield from map(self.picked, self.numbers())
+
+    def numbers(self) -> Iterator[Tensor]:
+        """The numbers of the data in each minibatch of a pass through tensors."""
+        order = torch.randperm(self.size) if self.shuffle else torch.arange(self.size)
+        yield from order.to(self.device).split(self.batch_size or self.size)
+
+    def picked(self, rows: Any) -> tuple[Any, ...]:
+        """The minibatch of the data of those numbers, or of a slice of them."""
+        extra = zip(self.extra, self.cut, strict=True)
+        return (
+            *(tensor[rows] for tensor in self.tensors),
+            *(value[rows] if cut else value for value, cut in extra),
+        )
 
 
 def batches_of(

@@ -37,7 +37,7 @@ class Gradients:
     def __init__(self, staged: Staged, *, compiled: bool, replicated: bool = False) -> None:
         self.staged, self.trained, self.replicated = staged, staged.trained(), replicated
         self.execution = "compiled" if compiled else "staged"
-        self._plain: _Function = _value_and_slopes(staged, self.trained)
+        self._plain: _Function = value_and_slopes(staged, self.trained)
         if replicated:
             self._plain = torch.vmap(self._plain, randomness="different")
         self._function: Any = None  # the graph of both passes, or that graph compiled
@@ -128,7 +128,7 @@ class Gradients:
         raise NotStageable("the graph is for batches of one size only")
 
 
-def _value_and_slopes(staged: Staged, trained: list[int]) -> _Function:
+def value_and_slopes(staged: Staged, trained: list[int]) -> _Function:
     """A function of leaves, state and data, which gives the loss and its slopes at the leaves."""
 
     def call(leaves: Any, state: Any, data: Any) -> tuple[Tensor, list[Tensor]]:

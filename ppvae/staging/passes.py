@@ -39,7 +39,7 @@ def clean(module: fx.GraphModule) -> None:
 def drop_unused(graph: fx.Graph) -> None:
     """Erases nodes that nothing uses, except random draws: without one the next would change."""
     ends = ("placeholder", "output")
-    graph.eliminate_dead_code(lambda n: n.op in ends or _writes_outside(n) or _is_random(n))
+    graph.eliminate_dead_code(lambda n: n.op in ends or _writes_outside(n) or is_random(n))
 
 
 def spell_sizes(graph: fx.Graph) -> None:
@@ -74,7 +74,7 @@ def _rewrite(graph: fx.Graph, node: Any) -> None:
             # `x.add_(y)` on a new tensor that nothing else sees is `x.add(y)`
             packet, overload = str(node.target).removeprefix("aten.").split(".")
             pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
-            filled = not _is_random(node) or _is_blank(node.args[0])
+            filled = not is_random(node) or _is_blank(node.args[0])
             if packet.endswith("_") and pure is not None and filled:
                 _replace(node, graph.call_function(pure, node.args, node.kwargs))
 
@@ -157,7 +157,8 @@ def _is_mutable(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
@@ -180,7 +181,7 @@ def split_noise(graph: fx.Graph, state: int) -> tuple[fx.Graph, fx.Graph]:
     rest.output(rest.graph_copy(graph, into))
     drawn = []
     for node in graph.nodes:
-        if node.op == "call_function" and _is_random(node):
+        if node.op == "call_function" and is_random(node):
             if not _depends_on_shapes(node):
                 break
             drawn.append(node)
@@ -209,7 +210,7 @@ def split_noise(graph: fx.Graph, state: int) -> tuple[fx.Graph, fx.Graph]:
 def _depends_on_shapes(node: fx.Node) -> bool:
     """Whether nothing but the shapes of arguments and constants leads to a node."""
     return not _writes_outside(node) and all(
-        part.op == "call_function" and (part is node or not _is_random(part))
+        part.op == "call_function" and (part is node or not is_random(part))
         for part in _ancestors([node])
     )
 

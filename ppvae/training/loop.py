@@ -128,11 +128,12 @@ class Training:
         numbers, engine = self.numbers, self.steps.engine
         if not numbers.position:
             self._began = engine.random_numbers()
-        for minibatch in self._minibatches():
-            values, rows = self.steps.take(minibatch)
-            numbers.totals = [t + v * rows for t, v in zip(numbers.totals, values, strict=True)]
-            numbers.size += rows
-            numbers.position += 1
+        for losses, rows in self.steps.through(self._minibatches()):
+            for values, count in zip(losses, rows, strict=True):
+                totals = zip(numbers.totals, values, strict=True)
+                numbers.totals = [total + value * count for total, value in totals]
+                numbers.size += count
+            numbers.position += len(rows)
             if interrupted():
                 return
 

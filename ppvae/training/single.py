@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppvae._checks import TROUBLE, expect
-from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
+from ppvae._scopes import random_state, stacklevel, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
 from ppvae.training.steps import Engine
+from ppvae.training.strides import Strides
 from ppvae.training.task import Task
 
 # Steps after which it has paid to stage a loss, and to compile it: it takes 0.4 s and 5 s or so,
@@ -37,7 +37,7 @@ def how_to_run(compile: Any, steps: int, rows: int) -> str:
     if compile is False or rows < 2:
         return "eager"
     if compile is True or steps >= COMPILE:
-        return "compiled"
+        return "looped"
     return "staged" if steps >= STAGE else "eager"
 
 
@@ -50,26 +50,49 @@ class Single(Engine):
         gradients: the compiled graph of loss and gradients; None leaves these to autograd.
     """
 
-    def __init__(
-        self, task: Task, staged: Staged | None = None, gradients: Gradients | None = None
-    ) -> None:
-        self.task, self.staged, self.gradients = task, staged, gradients
+    def __init__(self, task: Task, staged: Staged | None = None, how: str = "eager") -> None:
+        self.task, self.staged, self.execution = task, staged, how
+        self.gradients: Gradients | None = None
+        self._strides: Strides | None = None
         self.tasks, self.objectives, self.modules = [task], [task.program.objective], [task.program]
         self.parameters = task.parameters
-        self.execution = gradients.execution if gradients else "staged" if staged else "eager"
 
     def values(self) -> dict[str, Tensor]:
         """Parameters and buffers by their names in the program."""
         program = self.task.program
         return dict(program.named_parameters()) | dict(program.named_buffers())
 
-    def minibatches(self) -> Iterable[tuple[Any, ...]]:
-        """Goes once through the data."""
-        return self.task.batches
+    def strides(self, optimizer: Any, clip: float | None) -> Strides | None:
+        """What takes many steps at a call, where the loss is to run so and can."""
+        if self.staged is None or self.execution != "looped":
+            return None
+        try:
+            self._strides = Strides(self.task, self.staged, optimizer, clip)
+        except NotStageable as why:
+            self._strides = None
+            self.compile(str(why))
+        return self._strides
 
-    def data(self, minibatch: tuple[Any, ...], step: int) -> tuple[tuple[Any, ...], int]:
+    def compile(self, why: str = "") -> None:
+        """Compiles loss and gradients, which leaves the steps to PyTorch's optimizer."""
+        task, staged = self.task, self.staged
+        if staged is None:
+            return
+        self.gradients = Gradients(staged, compiled=True)
+        if staged.covers(*task.example):  # made for the first minibatch, wherever training goes on
+            with random_state(None, keep=True):
+                data = staged.data(task.example, task.program.settings(0))
+            self.gradients.make(staged.state(), data)
+        self.execution = self.gradients.execution
+
+    def minibatches(self) -> Iterable[Any]:
+        """Goes once through the data."""
+        return self.task.batches if self._strides is None else self._strides.minibatches()
+
+    def data(self, minibatch: Any, step: int) -> tuple[tuple[Any, ...], int]:
         """The minibatch, and its number of data."""
-        return minibatch, self.task.batches.rows(minibatch)
+        batch = minibatch if self._strides is None else self._strides.batch(minibatch)
+        return batch, self.task.batches.rows(batch)
 
     def losses(self, data: tuple[Any, ...], step: int) -> Tensor:
         """The loss in nats per datum; leaves the gradients in the parameters."""
@@ -87,9 +110,7 @@ class Single(Engine):
                 loss.backward()
         loss = loss.detach()
         if step == 0 and math.isfinite(loss):
-            program = self.task.program  # once with the checks of Pyro and PyTorch, if they are on
-            with random_state(None, keep=True), torch.no_grad(), kept_buffers(program):
-                program.loss(data, 0)
+            self.task.check(data)
         return loss
 
     def replicate(self, number: int, data: tuple[Any, ...]) -> tuple[Task, tuple[Any, ...]]:
@@ -102,7 +123,7 @@ def single(task: Task, how: str) -> Single:
 
     Args:
         task: what is trained.
-        how: "eager", "staged" or "compiled".
+        how: "eager", "staged", "compiled" or "looped".
     """
     if how == "eager":
         return Single(task)
@@ -111,11 +132,7 @@ def single(task: Task, how: str) -> Single:
     except NotStageable as error:
         warnings.warn(f"fit: runs eagerly; {error} ({TROUBLE})", stacklevel=stacklevel())
         return Single(task)
-    if how == "staged":
-        return Single(task, staged)
-    gradients = Gradients(staged, compiled=True)
-    if staged.covers(*task.example):  # made for the first minibatch, wherever training goes on
-        with random_state(None, keep=True):
-            data = staged.data(task.example, task.program.settings(0))
-        gradients.make(staged.state(), data)
-    return Single(task, staged, gradients)
+    engine = Single(task, staged, how)
+    if how == "compiled":
+        engine.compile()
+    return engine

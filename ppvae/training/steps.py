@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
 from ppvae.training.options import Named, Options, clip_gradients
 from ppvae.training.snapshots import Diverged, Snapshot
+from ppvae.training.strides import Strides
 from ppvae.training.task import Task
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
@@ -62,6 +63,10 @@ class Engine(ABC):
     def replicate(self, number: int, data: Any) -> tuple[Task, tuple[Any, ...]]:
         """The task of one of `objectives`, with its parameters of now, and its minibatch."""
 
+    def strides(self, optimizer: Any, clip: float | None) -> Strides | None:
+        """What takes many steps of an optimizer at a call; None where they go one by one."""
+        return None
+
     def write_back(self) -> None:
         """Gives models and guides the values of the parameters, where those are copies."""
         return
@@ -102,6 +107,62 @@ class Steps:
             self.optimizer, self.scheduler = options.descent(engine.named)
         self._last: Any = None  # the data of the last step
         self.snapshot = Snapshot(engine.parameters, engine.modules)
+        self.strides: Strides | None = None
+        if self.optimizer is not None:
+            self.strides = engine.strides(self.optimizer, options.clip)
+
+    def through(self, minibatches: Iterable[Any]) -> Iterator[tuple[list[list[float]], list[int]]]:
+        """Takes a step for each minibatch, one by one or in strides.
+
+        Yields:
+            For each of one or several steps the losses before it, and the number of data.
+
+        Raises:
+            Diverged: as `take` does.
+        """
+        strides = self.strides
+        losses: list[list[float]] = []
+        rows: list[int] = []
+        for minibatch in minibatches:
+            fits = strides is not None and strides.fits(minibatch)
+            if strides and strides.begun and not (fits and strides.continues(minibatch)):
+                losses += self._stride(strides)
+            if strides and fits:
+                strides.add(minibatch, self.number + strides.begun)
+                rows.append(strides.rows(minibatch))
+                if strides.is_full:
+                    losses += self._stride(strides)
+            else:
+                values, count = self.take(minibatch)
+                losses.append(values)
+                rows.append(count)
+            if len(losses) == len(rows):
+                yield losses, rows
+                losses, rows = [], []
+        if strides and strides.begun:
+            yield [*losses, *self._stride(strides)], rows
+
+    def _stride(self, strides: Strides) -> list[list[float]]:
+        """Takes the steps of a stride; returns the loss before each."""
+        first = self.number
+        self.snapshot.take(first)
+        values = strides.go(first)
+        bad = next((at for at, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            self._step_back(strides, first + bad)
+            self.number = first + bad
+            self._last = self.engine.data(strides.walked[-1].minibatches[bad], self.number)[0]
+            self._diverge("the loss", 0, f"is {values[bad]}")
+        if first == 0:
+            strides.check(strides.walked[-1].minibatches[0])
+        strides.keep()
+        self.number += len(values)
+        return [[value] for value in values]
+
+    def _step_back(self, strides: Strides, number: int) -> None:
+        """Takes a snapshot of before the last step whose loss was finite; stays where it is."""
+        self.snapshot.take(strides.go_to(number - 1))
+        strides.go_to(number)
 
     def take(self, minibatch: Any) -> tuple[list[float], int]:
         """Takes a step; returns the losses before it, and the number of data in the minibatch.
@@ -112,6 +173,8 @@ class Steps:
         engine = self.engine
         data, rows = engine.data(minibatch, self.number)
         self._last = data
+        if self.strides:
+            self.strides.walked.clear()  # from which nothing leads here any more
         values: list[list[float]] = []
 
         def evaluate() -> Tensor:
@@ -153,6 +216,10 @@ class Steps:
             rows = parameter.reshape(len(self.engine.objectives), -1)
             finite = torch.isfinite(rows).all(1).tolist()
             if not all(finite):
+                if self.strides and self.strides.walked:
+                    last = self.strides.walked[-1].minibatches[-1]
+                    self._last = self.engine.data(last, self.number)[0]
+                    self._step_back(self.strides, self.number)
                 replicate = finite.index(False)
                 self._diverge("a parameter", replicate, "is not finite")
 

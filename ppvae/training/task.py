@@ -61,6 +61,11 @@ class Task:
         with torch.no_grad(), random_state(0), kept_buffers(self.program), unchecked():
             return self.program.loss(self.example, 0).item()
 
+    def check(self, batch: tuple[Any, ...]) -> None:
+        """Runs the loss on a minibatch with the checks of Pyro and PyTorch, if they are on."""
+        with random_state(None, keep=True), torch.no_grad(), kept_buffers(self.program):
+            self.program.loss(batch, 0)
+
     def terms(self, batch: tuple[Any, ...]) -> Terms:
         """The terms of the objective on a minibatch, for one draw of the guide."""
         return terms(*self.program.traces(batch), self.program.plate_name)

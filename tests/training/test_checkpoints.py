@@ -105,7 +105,7 @@ WAYS = {
     "functions": (written, data, {}),
     "until flat": (linear, data, {"num_epochs": None, "max_epochs": 9}),
     "staged": (normed, data, {}),
-    "compiled": (linear, data, {"compile": True}),
+    "compiled": (partial(linear, "student_t"), data, {"compile": True}),
     "a family without channels": (partial(build, "noise_only"), data, {}),
 }
 

@@ -1,0 +1,110 @@
+"""Compiled code that is kept in files, so that no process compiles what another one has."""
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ppvae._files import replacing
+from ppvae._scopes import without_warnings
+
+Compiled = Callable[[list[Tensor]], list[Tensor]]
+
+# What PyTorch's compiler is told: all of C++, without checks of sizes that are checked before.
+_OPTIONS = {
+    "aot_inductor.package": True,
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+}
+
+
+def folder() -> Path:
+    """Where compiled code is kept: `$PPVAE_CACHE`, or `ppvae` in the user's folder for caches.
+
+    Each file is for one machine and one version of PyTorch, which are part of its name; a file that
+    is not there is made again. Files may be copied from one such folder to another.
+    """
+    given = os.environ.get("PPVAE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppvae"
+
+
+def compiled(what: list[str], graph: Callable[[], tuple[fx.GraphModule, list[Tensor]]]) -> Compiled:
+    """The compiled code of a graph, from its file if there is one.
+
+    Args:
+        what: all that the graph depends on, in words.
+        graph: makes the graph, and inputs of the kind that it takes.
+
+    Returns:
+        A function from a list of tensors to a list of tensors; it draws no random numbers.
+
+    Raises:
+        Exception: whatever a compiler may raise.
+    """
+    name = f"{_digest(*what, *_here(), f'threads {torch.get_num_threads()}')}.pt2"
+    path = folder() / name
+    if path.is_file():
+        return _loaded(path)
+    files = _compile(*graph())
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            _pack(files, beside)
+        return _loaded(path)
+    except OSError:  # there is no place where it could be kept
+        with tempfile.TemporaryDirectory() as place:
+            return _loaded(_pack(files, Path(place) / name))
+
+
+def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """The files of a graph, as PyTorch's compiler makes them."""
+    import torch._inductor
+
+    logged = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # the caller gets an error
+    try:
+        with without_warnings():
+            return torch._inductor.aot_compile(graph, tuple(inputs), options=_OPTIONS)
+    finally:
+        logging.disable(logged)
+
+
+def _pack(files: Any, path: Path) -> Path:
+    from torch._inductor.package import package_aoti
+
+    with path.open("wb") as file:
+        package_aoti(file, files)
+    return path
+
+
+def _loaded(path: Path) -> Compiled:
+    import torch._inductor
+
+    loader = torch._inductor.aoti_load_package(path).loader
+    run: Compiled = loader.boxed_run  # empties the list, so that nothing is held longer than needed
+    return lambda inputs: run([*inputs])
+
+
+@cache
+def _here() -> tuple[str, ...]:
+    """This machine, PyTorch, and the code of this package, in words."""
+    processor = Path("/proc/cpuinfo")
+    told = processor.read_text().split("\n\n")[0] if processor.is_file() else platform.processor()
+    lines = [line for line in told.splitlines() if line.startswith(("model name", "flags"))]
+    sources = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return platform.platform(), torch.__version__, *(lines or [told]), *sources
+
+
+def _digest(*words: str) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]

@@ -1,0 +1,317 @@
+"""Many steps of Adam as one compiled graph with a loop in it.
+
+A step by step training leaves the compiled code after each step, to draw noise, to pick data, to
+move parameters and to read the loss. A stride draws the noise of many steps beforehand, and does
+all else in one call.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppvae._scopes import random_state, unchecked, without_warnings
+from ppvae.staging.artifacts import Compiled, compiled
+from ppvae.staging.gradients import value_and_slopes
+from ppvae.staging.passes import drop_unused, is_random, spell_sizes
+from ppvae.staging.staged import NotStageable, Staged, alike, one_line
+
+#: Of an argument of a step: a row of a matrix of all data is taken for each datum, or one of a
+#: stack for the step, or it is the same in every step.
+PICKED, STACKED, SAME = "picked", "stacked", "same"
+
+
+class Moved(NamedTuple):
+    """What steps move.
+
+    Attributes:
+        values: the parameters, one behind the other in a vector.
+        mean: Adam's running mean of their gradients.
+        square: that of their squares.
+        buffers: what the loss itself moves, such as running means.
+    """
+
+    values: Tensor
+    mean: Tensor
+    square: Tensor
+    buffers: list[Tensor]
+
+
+def rates_of(betas: Sequence[float], rate: float, done: int, steps: int) -> Tensor:
+    """For each of some steps of Adam its length, and the root of the weight of its squares.
+
+    Args:
+        betas: Adam's.
+        rate: the learning rate.
+        done: how many steps were taken before.
+        steps: how many there are.
+
+    Returns:
+        A tensor of shape `(steps, 2)` in double precision.
+    """
+    number = torch.arange(done + 1, done + steps + 1, dtype=torch.float64)
+    first, second = (1 - beta**number for beta in betas)
+    return torch.stack([rate / first, second.sqrt()], 1)
+
+
+class Taken(NamedTuple):
+    """What steps are computed from.
+
+    Attributes:
+        rates: for each step the two numbers of `rates_of`, in the dtype of the parameters.
+        rows: the data of each step by their numbers, of shape `(steps, batch)`; they are of no
+            matter where nothing is picked.
+        data: as `Staged.data` gives it, each of its kind: where a step picks, all data, and where
+            it takes one of a stack, a first dimension of steps.
+    """
+
+    rates: Tensor
+    rows: Tensor
+    data: list[Tensor]
+
+
+class Stride:
+    """Steps of Adam on a staged loss, as many as are asked for, by one call.
+
+    The number of steps and that of data in a minibatch may differ from call to call: the numbers
+    are the same as if each step were taken alone, to the last bit.
+
+    Args:
+        staged: the loss.
+        kinds: for each of `staged.data`, `PICKED`, `STACKED` or `SAME`.
+        betas: Adam's.
+        eps: Adam's.
+        clip: the largest norm of the gradient, or None.
+        example: what two steps are computed from.
+
+    Attributes:
+        trained: which of the state are moved by Adam.
+        buffers: which the loss itself moves.
+
+    Raises:
+        NotStageable: the loss has draws that depend on numbers, or parameters that are no one
+            vector; or there is no compiler, or it compiles something else.
+    """
+
+    def __init__(
+        self,
+        staged: Staged,
+        kinds: Sequence[str],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        clip: float | None,
+        example: Taken,
+    ) -> None:
+        self.staged, self.kinds, self.trained = staged, list(kinds), staged.trained()
+        self.betas, self.eps, self.clip = betas, eps, clip
+        state = staged.state()
+        leaves = [state[at] for at in self.trained]
+        if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1 or leaves[0].is_complex():
+            raise NotStageable("the parameters are of several kinds, or there are none")
+        if leaves[0].device.type != "cpu":
+            raise NotStageable("a loop on this device waits for it in every step")
+        if any(map(is_random, staged.rest.graph.nodes)):
+            raise NotStageable("the loss draws random numbers that depend on others")
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.sizes = [leaf.numel() for leaf in leaves]
+        self._slopes = value_and_slopes(staged, self.trained)
+        self.buffers = self._written(example)
+        moved = {*self.trained, *self.buffers}
+        self.fixed = [at for at in range(len(state)) if at not in moved]
+        self._run = self._made(example)
+
+    def moved(self, mean: list[Tensor] | None, square: list[Tensor] | None) -> Moved:
+        """What is moved, as it is now; Adam's means of each parameter, None for zeros."""
+        values = self._flat(self.parameters())
+        first = torch.zeros_like(values) if mean is None else self._flat(mean)
+        second = torch.zeros_like(values) if square is None else self._flat(square)
+        return Moved(values, first, second, [value.clone() for value in self.buffers_now()])
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are moved, in the order of the vectors."""
+        state = self.staged.state()
+        return [state[at] for at in self.trained]
+
+    def buffers_now(self) -> list[Tensor]:
+        """The buffers that are moved."""
+        state = self.staged.state()
+        return [state[at] for at in self.buffers]
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector that belong to each parameter."""
+        pieces = zip(vector.split(self.sizes), self.shapes, strict=True)
+        return [piece.view(shape) for piece, shape in pieces]
+
+    def __call__(self, moved: Moved, taken: Taken, steps: int) -> tuple[Tensor, Moved]:
+        """Takes steps.
+
+        Args:
+            moved: what is moved; it stays as it is.
+            taken: from what they are computed.
+            steps: how many are taken, at most as many as there are data for.
+
+        Returns:
+            The loss before each step, and what is moved, as it is after them.
+        """
+        state = self.staged.state()
+        fixed = [state[at].detach() for at in self.fixed]
+        head = torch.tensor(steps), taken.rates, taken.rows
+        inputs = [*head, *moved[:3], *moved.buffers, *fixed, *taken.data]
+        losses, values, mean, square, *buffers = self._run(inputs)
+        return losses[:steps], Moved(values, mean, square, buffers)
+
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.detach().reshape(-1) for part in parts])
+
+    def _step(self, moved: Moved, rate: Tensor, fixed: Any, data: Any) -> tuple[Tensor, Moved]:
+        """One step, in operations that a graph can hold."""
+        state: list[Any] = [None] * len(self.staged.state())
+        buffers = [value.clone() for value in moved.buffers]
+        for at, value in [
+            *zip(self.buffers, buffers, strict=True),
+            *zip(self.fixed, fixed, strict=True),
+        ]:
+            state[at] = value
+        loss, slopes = self._slopes(self.parts(moved.values), state, list(data))
+        slope = torch.cat([part.reshape(-1) for part in slopes])
+        if self.clip is not None:
+            slope = slope * (self.clip / (slope.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+        first, second = self.betas
+        mean = moved.mean + (1 - first) * (slope - moved.mean)
+        square = second * moved.square + (1 - second) * slope.square()
+        length, root = rate.unbind()
+        values = moved.values - length * mean / (square.sqrt() / root + self.eps)
+        return loss, Moved(values, mean, square, buffers)
+
+    def _loop(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """The steps of a call, from its inputs."""
+        several, still = len(self.buffers), len(self.fixed)
+        count, rates, rows, *rest = inputs
+        carried, constant = rest[: 3 + several], rest[3 + several :]
+
+        def go_on(number: Tensor, losses: Tensor, *others: Tensor) -> Tensor:
+            return number < others[len(carried)]
+
+        def body(number: Tensor, losses: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            values, mean, square, *buffers = others[: len(carried)]
+            _, rates, rows, *constant = others[len(carried) :]
+            at = number.reshape(1)
+
+            def now(value: Tensor, kind: str) -> Tensor:
+                if kind == PICKED:
+                    return value.index_select(0, rows.index_select(0, at)[0])
+                return value.index_select(0, at)[0] if kind == STACKED else value
+
+            data = [now(v, kind) for v, kind in zip(constant[still:], self.kinds, strict=True)]
+            moved = Moved(values, mean, square, buffers)
+            rate = rates.index_select(0, at)[0]
+            loss, moved = self._step(moved, rate, constant[:still], data)
+            losses = losses.index_copy(0, at, loss.reshape(1).to(losses.dtype))
+            return (number + 1, losses, *moved[:3], *moved.buffers)
+
+        start = torch.zeros((), dtype=torch.int64), torch.zeros_like(rates[:, 0])
+        first: Any = (*start, *carried)
+        _, *results = while_loop_op(go_on, body, first, (count, rates, rows, *constant))
+        return tuple(results)
+
+    def _written(self, example: Taken) -> list[int]:
+        """Which of the state a loss writes to."""
+        before = self.staged.state()
+        state = [value.detach().clone() for value in before]
+        with torch.no_grad(), unchecked():
+            self.staged.rest.forward(*state, *self._at(0, example))
+        # some operations write without a word, and what others write may be what was there
+        pairs = zip(state, before, strict=True)
+        return [at for at, (v, was) in enumerate(pairs) if v._version or not torch.equal(v, was)]
+
+    def _at(self, step: int, taken: Taken) -> list[Tensor]:
+        """The data of one step."""
+        data = []
+        for value, kind in zip(taken.data, self.kinds, strict=True):
+            picked = value[taken.rows[step]] if kind == PICKED else value
+            data.append(value[step] if kind == STACKED else picked)
+        return data
+
+    def _made(self, example: Taken) -> Compiled:
+        """The compiled loop; raises NotStageable."""
+        try:
+            with random_state(None, keep=True), unchecked(), without_warnings(), torch.no_grad():
+                run = compiled(self._words(), lambda: self._graph(example))
+                self._run = run
+                right = self._agrees(example)
+        except NotStageable:
+            raise
+        except Exception as error:  # whatever a compiler may raise
+            raise NotStageable(f"the loop is not compiled: {one_line(error)}") from error
+        if not right:
+            raise NotStageable("the compiled loop gives other numbers")
+        return run
+
+    def _words(self) -> list[str]:
+        """All that the graph of the loop depends on, in words."""
+        staged, told = self.staged, (self.kinds, self.betas, self.eps, self.clip)
+        graphs = [staged.noise, staged.rest]
+        held = [
+            v for g in graphs for v in (*g.buffers(), *vars(g).values()) if isinstance(v, Tensor)
+        ]
+        state = [f"{value.shape} {value.stride()} {value.dtype}" for value in staged.state()]
+        constants = [f"{value.tolist()}" for value in held if isinstance(value, Tensor)]
+        return [*(g.code for g in graphs), f"{staged.shapes} {told}", *state, *constants]
+
+    def _graph(self, example: Taken) -> tuple[fx.GraphModule, list[Tensor]]:
+        """The graph of the loop, and inputs of sizes that nothing else has."""
+        state = self.staged.state()
+        taken = {size for value in [*state, *example.data] for size in value.shape}
+        count, batch, rows = [size for size in range(3, len(taken) + 6) if size not in taken][:3]
+        resized = self.staged.resized(self._at(0, example), batch)
+        if resized is None:
+            raise NotStageable("the loss is for minibatches of one size only")
+        data = []
+        for value, whole, kind in zip(resized, example.data, self.kinds, strict=True):
+            some = torch.stack([value] * count) if kind == STACKED else value
+            data.append(whole[torch.arange(rows) % len(whole)] if kind == PICKED else some)
+        rates = example.rates[torch.zeros(count, dtype=torch.int64)]
+        numbers = torch.zeros(count, batch, dtype=torch.int64)
+        moved = self.moved(None, None)
+        fixed = [state[at].detach() for at in self.fixed]
+        inputs = [torch.tensor(count), rates, numbers, *moved[:3], *moved.buffers, *fixed, *data]
+        inputs = [
+            value.clone() for value in inputs
+        ]  # each for itself: what is one is traced as one
+        graph = make_fx(lambda *each: self._loop([*each]), tracing_mode="symbolic")(*inputs)
+        for part in graph.modules():
+            if isinstance(part, fx.GraphModule):
+                spell_sizes(part.graph)
+                drop_unused(part.graph)
+                part.recompile()
+        places = graph.graph.find_nodes(op="placeholder")
+        for place, value in zip(places, inputs, strict=True):
+            for size, known in zip(value.shape, place.meta["val"].shape, strict=True):
+                fixed_to = known if isinstance(known, int) else known.node.maybe_as_int()
+                if size in (count, batch, rows) and fixed_to is not None:
+                    raise NotStageable("the loss is for minibatches of one size only")
+        return graph, inputs
+
+    def _agrees(self, example: Taken) -> bool:
+        """Whether the compiled loop gives the numbers of its steps, and as many steps as told."""
+        start = self.moved(None, None)
+        once, twice = self(start, example, 1), self(start, example, 2)
+        state = self.staged.state()
+        fixed = [state[at].detach() for at in self.fixed]
+        loss, wanted = self._step(start, example.rates[0], fixed, self._at(0, example))
+        length, root = example.rates[0]
+        got = once[1]
+        values = start.values - length * got.mean / (got.square.sqrt() / root + self.eps)
+        right = alike(
+            [once[0][0], got.mean, got.square, got.values, *got.buffers],
+            [loss, wanted.mean, wanted.square, values, *wanted.buffers],
+        )
+        stacked = [kind == STACKED for kind in self.kinds]
+        data = [v[1:] if later else v for v, later in zip(example.data, stacked, strict=True)]
+        then = self(got, Taken(example.rates[1:], example.rows[1:], data), 1)
+        pairs = zip([*then[1][:3], then[0][0]], [*twice[1][:3], twice[0][1]], strict=True)
+        return right and all(torch.equal(*pair) for pair in pairs)

@@ -1,0 +1,159 @@
+"""Many steps at a call of a compiled graph: the numbers of single steps, wherever one looks."""
+
+import signal
+from functools import partial
+
+import pytest
+import torch
+from pairs import Normed, build, data, linear, made, same, traceless, values
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ppvae.training.strides as walking
+from ppvae import fit
+from ppvae.objectives import ELBO, warm_up
+from ppvae.staging import artifacts
+from ppvae.training import Diverged
+from ppvae.training.strides import Strides
+
+#: torch, on itself, while it compiles
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
+
+TOLD = {"num_epochs": 5, "batch_size": 4, "learning_rate": 0.01, "progress": False, "seed": 3}
+
+
+def normed():
+    return build(encoder=Normed(dropout=False))
+
+
+def halved(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def trained(make, x, **told):
+    ((model, guide),) = made(make)
+    with traceless(model, guide):
+        result = fit(model, guide, x, **{**TOLD, "compile": True, **told})
+    return result, values(model, guide)
+
+
+#: Statistics, a schedule, a clip and a warm-up; batches of four, four and three.
+ALL = {"scheduler": halved, "clip": 0.5, "objective": ELBO(beta=warm_up(8)), "num_epochs": 6}
+DOUBLE = partial(data, dtype=torch.float64)
+HELD = {"validation": DOUBLE(6) + 1.0, "patience": 2}
+LOADER = DataLoader(TensorDataset(DOUBLE(9)), 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "told"),
+    [
+        pytest.param(normed, DOUBLE(11), {**ALL, **HELD}, id="all at once"),
+        pytest.param(linear, DOUBLE(13), {"batch_size": 4}, id="a datum that is left"),
+        pytest.param(linear, LOADER, {"batch_size": None}, id="loader"),
+        pytest.param(linear, DOUBLE(9), {"batch_size": None}, id="all data"),
+    ],
+)
+def test_strides_are_single_steps(make, x, told):
+    """The compiler may reorder sums; a few steps multiply a difference in the last place by less
+    than 1e6.
+    """
+    (alone, before), (strides, after) = (
+        trained(make, x, compile=compile, **told) for compile in (False, True)
+    )
+    assert (alone.execution, strides.execution) == ("eager", "looped")
+    assert strides.num_steps == alone.num_steps and strides.best_epoch == alone.best_epoch
+    assert strides.losses == pytest.approx(alone.losses, rel=1e-9)
+    assert strides.validation_losses == pytest.approx(alone.validation_losses, rel=1e-9)
+    assert same(before, after, 1e-9)
+    pairs = zip(alone.optimizer.state.values(), strides.optimizer.state.values(), strict=True)
+    for one, other in pairs:
+        assert one.keys() == other.keys() and one["step"] == other["step"]
+        assert all(same([one[name]], [other[name]], 1e-9) for name in one)
+    assert alone.optimizer.param_groups[0]["lr"] == strides.optimizer.param_groups[0]["lr"]
+
+
+def test_the_length_of_a_stride_and_the_step_of_a_ctrl_c_change_no_bit(
+    monkeypatch, tmp_path, ctrl_c
+):
+    whole, end = trained(linear, data(11), num_epochs=8)
+    monkeypatch.setattr(walking, "_MOST", 1)
+    assert trained(linear, data(11), num_epochs=8)[0].losses == whole.losses
+    monkeypatch.setattr(walking, "_MOST", 64)
+    go = Strides.go
+
+    def stopping(strides, before):
+        if before >= 5:
+            signal.raise_signal(signal.SIGINT)
+        return go(strides, before)
+
+    monkeypatch.setattr(Strides, "go", stopping)
+    path = tmp_path / "run.pt"
+    part, _ = trained(linear, data(11), num_epochs=8, checkpoint=path)
+    assert part.interrupted and 5 < part.num_steps < 24 and part.execution == "looped"
+    monkeypatch.setattr(Strides, "go", go)
+    rest, there = trained(linear, data(11), num_epochs=8, checkpoint=path)
+    assert rest.losses == whole.losses and same(there, end) and rest.execution == "looped"
+
+
+class Late(nn.Module):
+    """Finite for a while: a weight that grows by each step of Adam, and a root of what is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, z):
+        return z.repeat_interleave(3, -1)[..., :3] * 0.0 + (0.105 - self.weight).sqrt() * 100
+
+
+def test_what_diverges_within_a_stride_is_told_at_its_step():
+    """Adam moves a weight by its rate in each step, as long as its gradient has one sign: after 11
+    steps of 0.01 the root is of a negative number.
+    """
+
+    def make():
+        model, guide = linear()
+        model.decoder = Late()
+        return model, guide
+
+    told, ends = [], []
+    for compile in (False, True):
+        ((model, guide),) = made(make)
+        with traceless(model, guide), pytest.raises(Diverged) as caught:
+            fit(model, guide, data(11), **{**TOLD, "num_epochs": 20, "compile": compile})
+        told.append(str(caught.value))
+        ends.append(values(model, guide))
+    alone, strides = (words.partition("; parameters and buffers are back at ") for words in told)
+    assert alone[0] == strides[0] and alone[0].startswith("the loss is nan at step 11: ")
+    assert (alone[2], strides[2]) == ("those of step 10", "those of step 10")
+    assert same(*ends, 1e-9)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.Adam, amsgrad=True)])
+def test_other_optimizers_take_their_own_steps(optimizer, monkeypatch):
+    monkeypatch.setattr(walking, "Stride", None)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    assert trained(linear, data(11), optimizer=optimizer)[0].execution == "compiled"
+
+
+def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
+    import torch._inductor
+
+    def none(*args, **kwargs):
+        raise AssertionError("it is compiled again")
+
+    monkeypatch.setenv("PPVAE_CACHE", str(tmp_path / "kept"))
+    first, _ = trained(linear, data(11))
+    (file,) = (tmp_path / "kept").iterdir()
+    assert file.parent == artifacts.folder() and file.parent.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(torch._inductor, "aot_compile", none)
+    again, _ = trained(linear, data(14), batch_size=5, num_epochs=2)
+    assert (first.execution, again.execution) == ("looped", "looped")  # of other sizes, too
+    assert trained(linear, data(11))[0].losses == first.losses
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_for_once(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("PPVAE_CACHE", str(tmp_path / "file"))
+    assert trained(linear, data(11))[0].execution == "looped"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
