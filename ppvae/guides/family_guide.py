@@ -21,7 +21,8 @@ from ppvae.guides.model_guide import ModelGuide
 from ppvae.guides.plates import Plates, read_plates
 from ppvae.guides.sites import Site, encoder_plate
 from ppvae.guides.start import start_at, starting_values
-from ppvae.models.protocol import example_of
+from ppvae.models.protocol import example_of, present_in
+from ppvae.programs.keywords import bare
 from ppvae.programs.missing import LeaveOut
 from ppvae.programs.nodes import (
     Node,
@@ -30,6 +31,7 @@ from ppvae.programs.nodes import (
     is_inside,
     is_point,
     latent_nodes,
+    mask_of,
     prototype,
     same_support,
 )
@@ -110,6 +112,8 @@ class FamilyGuide(ModelGuide):
         >>> {name: tuple(value.shape) for name, value in guide(x).items()}
         {'mu': (), 'z': (10,)}
     """
+
+    _asks = True  # whether the model has a word on which latents count, where that is not known
 
     def __init__(
         self,
@@ -202,6 +206,8 @@ class FamilyGuide(ModelGuide):
                 if any(has_tensor_bounds(node["fn"].support) for node in every):
                     _check_supports(every, prototype(self.model, args, kwargs))
             expect(every, "model", "latent sites", "none")
+            present = present_in(bare(self.model), args, kwargs)
+            _check_present(every, present)
             nodes = [node for node in every if not self._by_site.leaves_out(node)]
             with LeaveOut():  # whatever is missing: only shapes are wanted
                 encoded, features = self._encoders_of(nodes, args)
@@ -239,6 +245,7 @@ class FamilyGuide(ModelGuide):
         whole = {n: len(features[w.encoder]) == w.frame.full_size for n, w in frames.items()}
         self._plates = read_plates(trace, nodes, blocks, whole)
         self._blocks, self._ready = blocks, True
+        self._asks = hasattr(bare(self.model), "present")
         self._first = [block for block in blocks if not block.late]
         self._late = {block.sites[0].name: block for block in blocks if block.late}
         prior: Any = getattr(self.model, "prior", None)
@@ -375,6 +382,7 @@ class FamilyGuide(ModelGuide):
         """Draws every latent site, from what its head returns, or from what is put in its place."""
         self._made_for(args, kwargs)
         listed = None if self.master is None else self.master().plates
+        present = present_in(bare(self.model), args, kwargs) if self._asks else {}
         late = self._late
         draws: dict[str, Tensor] = {}
         features: dict[str, Tensor] = {}
@@ -394,11 +402,11 @@ class FamilyGuide(ModelGuide):
             own = self._create_plates(*args, **kwargs)
             plates = self._plates.make(lengths, own, args, rows_in_model)
         heads = self.heads  # once, as above
-        through = partial(self._through_head, heads, features, plates or {}, instead)
+        through = partial(self._through_head, heads, features, plates or {}, present, instead)
         for block in self._first:
             fn = through(block, draws)
             name = f"_{self._pyro_name}_{block.key}"
-            draws |= draw(fn, block, plates or {}, self._plates, name)
+            draws |= draw(fn, block, plates or {}, self._plates, name, present)
         if late:
 
             def posterior(name: str, prior: Any, values: Mapping[str, Tensor]) -> Any:
@@ -420,6 +428,7 @@ class FamilyGuide(ModelGuide):
         heads: nn.ModuleDict,
         features: Mapping[str, Tensor],
         plates: Mapping[str, Any],
+        present: Mapping[str, Tensor],
         instead: Instead | None,
         block: Drawn,
         values: Mapping[str, Tensor],
@@ -428,7 +437,7 @@ class FamilyGuide(ModelGuide):
         rows = features.get(block.encoder) if block.encoder is not None else None
         if rows is not None:
             rows = self._plates.rows(rows, plates[block.frame.name])
-        into = inputs_of(block, rows, values, self._sites)
+        into = inputs_of(block, rows, values, self._sites, present)
         thinned = [] if block.flat else block.sites[0].thinned
         if thinned:
             index = [(dim, plates[name].indices) for dim, name in thinned]
@@ -496,6 +505,18 @@ def _check_supports(nodes: list[Node], again: Any) -> None:
         same = name not in again.nodes or same_support(support, again.nodes[name]["fn"].support)
         wanted = f"a support of {name!r} that does not depend on other latents"
         expect(same, "model", wanted, support)
+
+
+def _check_present(nodes: list[Node], present: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if a model says of its latents what its masks do not."""
+    known = {node["name"]: mask_of(node) for node in nodes}
+    for name, counts in present.items():
+        wanted = f"latent sites in its `present`, {[*known]}"
+        expect(name in known, "model", wanted, name)
+        mask = torch.as_tensor(True if known[name] is None else known[name])  # noqa: FBT003
+        same = mask.shape == counts.shape or not mask.dim()
+        same = same and bool((mask.to(counts.device) == counts).all())
+        expect(same, "model", f"the mask of {name!r} from its `present`", "something else")
 
 
 def _as_now(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -343,6 +343,31 @@ def mask_of(node: Node) -> Any:
     return mask
 
 
+def common_mask(masks: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """The one mask of latents that are cut from a joint draw; None if none is masked.
+
+    Args:
+        masks: site -> its mask, or None.
+        shape: of the log density of the draw.
+
+    Raises:
+        ValueError: they are masked differently, so that the density of a part would be wanted.
+    """
+    hidden = {name: mask for name, mask in masks.items() if mask is not None}
+    if not hidden:
+        return None
+    known = [torch.as_tensor(mask) for mask in hidden.values()]
+    first, *others = known
+    alike = len(known) == len(masks)
+    alike = alike and all(mask is first or torch.equal(mask, first) for mask in others)
+    if alike and torch.broadcast_shapes(first.shape, shape) == shape:
+        return first
+    if all(bool(mask.all()) for mask in known):
+        return None
+    wanted = "latents drawn one by one where the model masks some, as mean_scale draws them"
+    raise ValueError(f"guide: expected {wanted}; got a joint draw of {[*hidden]} and others")
+
+
 def counted_entries(node: Node) -> Tensor | None:
     """Which numbers of a node's value count, of its shape: those that no mask leaves out.
 
