@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ppvae._checks import expect
 from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.guides.assignment import Block, BySite, fits
-from ppvae.guides.blocks import Drawn, Encoded, check_tails, divide, representing
+from ppvae.guides.blocks import Drawn, Encoded, check_draws, check_tails, divide, representing
 from ppvae.guides.draws import draw, on_support
 from ppvae.guides.encoding import encode
 from ppvae.guides.in_model import draw_in_model, shifted
@@ -238,9 +238,11 @@ class FamilyGuide(ModelGuide):
                 if fresh and starts:
                     start_at(self.heads[block.key], block, starts)
                 with torch.no_grad(), random_state(None, keep=True), eval_mode(self):
-                    some = None if not width else torch.zeros(1, width).to(_like(self, made, like))
+                    near = _like(self, made, like)
+                    some = torch.zeros(1, width).to(near) if width else None
                     fn = self.heads[block.key](some)
                     check_tails(fn, block)
+                    check_draws(fn, near.dtype)
         frames = {way.frame.name: way for way in encoded.values()}
         whole = {n: len(features[w.encoder]) == w.frame.full_size for n, w in frames.items()}
         self._plates = read_plates(trace, nodes, blocks, whole)
