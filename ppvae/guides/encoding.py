@@ -1,6 +1,7 @@
 """Runs an encoder on the arguments of a model, and checks what it puts out."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,26 @@ from ppvae._checks import expect
 from ppvae.programs.missing import is_nan_masked, takes_missing
 
 
+def keywords_of(encoder: nn.Module) -> tuple[str, ...]:
+    """The arguments that the `forward` of an encoder names, and so can be given by keyword.
+
+    Modules of PyTorch's and of this library name none: their `input` or `x` means any.
+    """
+    forward = getattr(encoder, "_orig_mod", encoder).forward  # of a compiled module
+    if (getattr(forward, "__module__", None) or "").split(".")[0] in ("torch", "ppvae"):
+        return ()
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # no function of Python's
+        return ()
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    return tuple(each.name for each in parameters if each.kind in named)
+
+
 def encode(
     encoder: nn.Module,
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     width: int | None = None,
     rows: Sequence[int] = (),
     depths: Sequence[int] = (2, 3),
@@ -22,9 +40,9 @@ def encode(
     Args:
         encoder: a module from the arguments to the features.
         args: the positional arguments of the model.
+        kwargs: the keyword arguments of the model that the encoder names.
         width: length of the features; None takes any.
         rows: lengths of the batch beside those of the arguments, as those of a plate of groups.
-
         depths: how many dims the features may have: three, if they have steps.
 
     Returns:
@@ -36,9 +54,13 @@ def encode(
     """
     if is_nan_masked() and not takes_missing(encoder):
         args = tuple(map(_filled, args))
-    came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+        kwargs = {name: _filled(arg) for name, arg in kwargs.items()}
+    every = [*args, *kwargs.values()]
+    came: Any = [_in_words(arg) for arg in args]
+    if kwargs:
+        came = f"{came} and {', '.join(f'{n}={_in_words(a)}' for n, a in kwargs.items())}"
     try:
-        features = encoder(*args)
+        features = encoder(*args, **kwargs)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"encoder: expected a module that takes {came}, got one that does not: {error}"
@@ -47,7 +69,7 @@ def encode(
     dense = isinstance(features, Tensor) and features.layout is torch.strided
     expect(dense, "encoder", "features in a dense tensor", kind, TypeError)
     shape = tuple(features.shape)
-    lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
+    lengths = [length for a in every if isinstance(a, Tensor) for length in a.shape]
     fits = (
         len(shape) in depths
         and width in (None, shape[-1])
@@ -62,6 +84,11 @@ def encode(
     real = features.is_floating_point()
     expect(real, "encoder", "features that are real numbers", features.dtype, TypeError)
     return features
+
+
+def _in_words(arg: Any) -> Any:
+    """The shape of a tensor, and the type of what is none."""
+    return tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__
 
 
 def _filled(arg: Any) -> Any:

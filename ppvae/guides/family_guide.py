@@ -13,7 +13,7 @@ from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.guides.assignment import Block, BySite, fits
 from ppvae.guides.blocks import Drawn, Encoded, check_draws, check_tails, divide, representing
 from ppvae.guides.draws import draw, on_support
-from ppvae.guides.encoding import encode
+from ppvae.guides.encoding import encode, keywords_of
 from ppvae.guides.in_model import draw_in_model, shifted
 from ppvae.guides.inputs import inputs_of
 from ppvae.guides.marginals import Instead, joint_of, quantiles_of
@@ -62,7 +62,8 @@ class FamilyGuide(ModelGuide):
             rest), or from tuples of these, whose sites a joint family draws together. A `Block` in
             the place of a family says more: what a site depends on, and where its channels come
             from.
-        encoder: a module `*args -> features` of shape `(batch, features)`; or a mapping to such
+        encoder: a module `*args -> features` of shape `(batch, features)`, which also gets the
+            keyword arguments of the model that its `forward` names; or a mapping to such
             from names or patterns, where sites have encoders of their own, along the plates that
             they stand in (as a plate of groups). With features of shape `(batch, steps, features)`
             the sites of an entry, or the members of a plate inside that of the batch, take one step
@@ -113,7 +114,9 @@ class FamilyGuide(ModelGuide):
         {'mu': (), 'z': (10,)}
     """
 
-    _asks = True  # whether the model has a word on which latents count, where that is not known
+    # where a guide that was pickled before knows no better
+    _asks = True  # whether the model has a word on which latents count
+    _named: dict[str, tuple[str, ...]] = {}  # encoder -> keyword arguments that it names
 
     def __init__(
         self,
@@ -151,6 +154,7 @@ class FamilyGuide(ModelGuide):
             self.encoder = encoder
         self.heads = nn.ModuleDict()
         self._made: dict[str, _Made] = {}
+        self._named: dict[str, tuple[str, ...]] = {}
         self._features: dict[str, int] = {}
         self._rows: dict[str, int] = {}
         self._depths: dict[str, int] = {}
@@ -210,7 +214,7 @@ class FamilyGuide(ModelGuide):
             _check_present(every, present)
             nodes = [node for node in every if not self._by_site.leaves_out(node)]
             with LeaveOut():  # whatever is missing: only shapes are wanted
-                encoded, features = self._encoders_of(nodes, args)
+                encoded, features = self._encoders_of(nodes, args, kwargs)
         blocks = divide(self._by_site, nodes, encoded)
         sites = {site.name: site for block in blocks for site in block.sites}
         self._sites = {node["name"]: sites[node["name"]] for node in nodes}
@@ -238,7 +242,7 @@ class FamilyGuide(ModelGuide):
                 if fresh and starts:
                     start_at(self.heads[block.key], block, starts)
                 with torch.no_grad(), random_state(None, keep=True), eval_mode(self):
-                    near = _like(self, made, like)
+                    near: Any = _like(self, made, like)
                     some = torch.zeros(1, width).to(near) if width else None
                     fn = self.heads[block.key](some)
                     check_tails(fn, block)
@@ -264,7 +268,7 @@ class FamilyGuide(ModelGuide):
         return {} if encoder is None else {"all": (("*",), encoder)}
 
     def _encoders_of(
-        self, nodes: list[Node], args: tuple[Any, ...]
+        self, nodes: list[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Encoded], dict[str, Tensor]]:
         """Site -> its encoder, and encoder -> features; runs each encoder that a site wants."""
         names = [node["name"] for node in nodes]
@@ -281,7 +285,8 @@ class FamilyGuide(ModelGuide):
             if not wanted:
                 continue
             frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
-            result = self._encode(key, module, args, *(frame.size for frame in frames))
+            self._named[key] = keywords_of(module)
+            result = self._encode(key, module, args, kwargs, *(frame.size for frame in frames))
             features[key], self._features[key] = result, result.shape[-1]
             self._rows[key], self._depths[key] = len(result), result.dim()
             plates = {blocks[n].plate for n in wanted} - {None}
@@ -294,11 +299,20 @@ class FamilyGuide(ModelGuide):
             encoded |= {name: Encoded(key, frame, steps) for name in inside}
         return encoded, features
 
-    def _encode(self, key: str, module: nn.Module, args: tuple[Any, ...], *rows: int) -> Tensor:
+    def _encode(
+        self,
+        key: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *rows: int,
+    ) -> Tensor:
         """The features of an encoder: as many rows as an argument has, or as once before."""
+        named = self._named.get(key, ()) if kwargs else ()
+        kwargs = {name: kwargs[name] for name in named if name in kwargs}
         known = [*rows, *([self._rows[key]] if key in self._rows else [])]
         depths = (2, 3) if key not in self._depths else (self._depths[key],)
-        return encode(module, args, self._features.get(key), known, depths)
+        return encode(module, args, kwargs, self._features.get(key), known, depths)
 
     def posterior(self, *args: Any) -> Any:
         """The distribution q(z | x) of the one latent site of a model, for data.
@@ -319,7 +333,7 @@ class FamilyGuide(ModelGuide):
         one = one and not self._blocks[0].prior
         expect(one and not self._blocks[0].sites[0].right, "guide", wanted, f"{self.family.name}")
         (block,) = self._blocks
-        features = encode(self.encoder, args, self._features["all"])
+        features = encode(self.encoder, args, {}, self._features["all"])
         fn = on_support(self.heads[block.key](features), block)
         dense = not is_point(fn)
         expect(dense, "family", "one with a density, for a prior that is made of it", fn)
@@ -391,7 +405,7 @@ class FamilyGuide(ModelGuide):
         plates: dict[str, Any] | None = None
         for key, (_, module) in self._encoders().items() if self._features else ():
             if key in self._features:
-                features[key] = self._encode(key, module, args)
+                features[key] = self._encode(key, module, args, kwargs)
         if self._first or features:
 
             def rows_in_model(plate: str) -> Tensor:

@@ -109,8 +109,12 @@ def prototype(
             zeros = torch.zeros(transform.inverse_shape(fn.shape()), dtype=dtype_of(*args))
             return transform(zeros)
 
+    def program(*args: Any, **kwargs: Any) -> None:
+        with InitMessenger(init or start):  # around the call, since a wrapped model takes no `fn=`
+            model(*args, **kwargs)
+
     with poutine.block(), torch.no_grad():
-        return trace_of(InitMessenger(init or start)(model), args, kwargs)
+        return trace_of(program, args, kwargs)
 
 
 def trace_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
