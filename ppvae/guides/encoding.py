@@ -55,40 +55,35 @@ def encode(
     if is_nan_masked() and not takes_missing(encoder):
         args = tuple(map(_filled, args))
         kwargs = {name: _filled(arg) for name, arg in kwargs.items()}
-    every = [*args, *kwargs.values()]
-    came: Any = [_in_words(arg) for arg in args]
-    if kwargs:
-        came = f"{came} and {', '.join(f'{n}={_in_words(a)}' for n, a in kwargs.items())}"
     try:
         features = encoder(*args, **kwargs)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"encoder: expected a module that takes {came}, got one that does not: {error}"
-        ) from error
+        takes = f"a module that takes {_in_words(args, kwargs)}"
+        raise ValueError(f"encoder: expected {takes}, got one that does not: {error}") from error
     kind = type(features).__name__
     dense = isinstance(features, Tensor) and features.layout is torch.strided
     expect(dense, "encoder", "features in a dense tensor", kind, TypeError)
     shape = tuple(features.shape)
-    lengths = [length for a in every if isinstance(a, Tensor) for length in a.shape]
-    fits = (
-        len(shape) in depths
-        and width in (None, shape[-1])
-        and (not lengths or shape[0] in [*lengths, *rows])
-    )
-    steps = "" if 2 in depths else "steps, "
-    wanted = (
-        f"features of shape (batch, {steps}{width or 'features'}), with the batch of the arguments"
-    )
-    expect(fits, "encoder", f"{wanted} {came}", shape)
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    lengths = [length for tensor in tensors for length in tensor.shape]
+    fits = len(shape) in depths and width in (None, shape[-1])
+    if not fits or (lengths and shape[0] not in [*lengths, *rows]):
+        steps = "" if 2 in depths else "steps, "
+        wanted = f"features of shape (batch, {steps}{width or 'features'}), with the batch of the"
+        came = _in_words(args, kwargs)
+        raise ValueError(f"encoder: expected {wanted} arguments {came}, got {shape}")
     expect(shape[0], "encoder", "features of at least one datum", "none")
     real = features.is_floating_point()
     expect(real, "encoder", "features that are real numbers", features.dtype, TypeError)
     return features
 
 
-def _in_words(arg: Any) -> Any:
-    """The shape of a tensor, and the type of what is none."""
-    return tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__
+def _in_words(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """The shapes of arguments, and the types of those that are no tensors."""
+    every = [*args, *kwargs.values()]
+    came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in every]
+    named = [f"{n}={shape}" for n, shape in zip(kwargs, came[len(args) :], strict=True)]
+    return " and ".join([f"{came[: len(args)]}", *([", ".join(named)] if named else [])])
 
 
 def _filled(arg: Any) -> Any:
