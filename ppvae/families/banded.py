@@ -12,6 +12,7 @@ from torch.distributions.utils import _standard_normal
 
 from ppvae._checks import check_count
 from ppvae.families.base import GuideFamily, check_head
+from ppvae.families.half import InHalf, dtype_in_half, widened
 from ppvae.families.heads import Argument
 
 _SHAPE = torch.Size()
@@ -84,7 +85,7 @@ class BandedHead(nn.Module):
         return PrecisionNormal(loc, factor.reshape(*values.shape[:-1], size, size))
 
 
-class PrecisionNormal(dist.TorchDistribution):
+class _PrecisionNormal(dist.TorchDistribution):
     """A Gaussian with the precision `L L'`; a draw is `loc + L'^-1 noise`.
 
     Args:
@@ -104,11 +105,11 @@ class PrecisionNormal(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same distribution with more batch dims."""
-        new = self._get_checked_instance(PrecisionNormal, _instance)
+        new = self._get_checked_instance(type(self), _instance)
         batch = torch.Size(batch_shape)
         new.loc, new.factor = self.loc.expand(*batch, -1), self.factor.expand(*batch, -1, -1)
         new._draw = None
-        super(PrecisionNormal, new).__init__(batch, self.event_shape, validate_args=False)
+        super(_PrecisionNormal, new).__init__(batch, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -161,3 +162,11 @@ class PrecisionNormal(dist.TorchDistribution):
             self.factor, one.expand_as(self.factor), upper=False
         )
         return inverse.square().sum(-2)
+
+
+class PrecisionNormal(InHalf, _PrecisionNormal):
+    """The same, also of latents of half precision."""
+
+    def __init__(self, loc: Tensor, factor: Tensor, validate_args: Any = None) -> None:
+        self.narrow = dtype_in_half(loc)
+        super().__init__(widened(loc), widened(factor), validate_args)

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
 from ppvae.families.base import GuideFamily, check_head
+from ppvae.families.half import HALF, InHalf, dtype_in_half, widened
 from ppvae.families.heads import Argument
+
+_SHAPE = torch.Size()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,27 @@ class Flow(GuideFamily):
 
 
 def _whole(network: nn.Module, call: Callable[..., Any], *args: Tensor) -> Any:
-    """Calls a network in the precision of its weights under autocast, too, which splines refuse."""
+    """Calls a network in the precision of its weights, under autocast, too.
+
+    What it puts out is in single precision at least, since splines refuse less.
+    """
     weight = next(network.parameters())
-    if not torch.is_autocast_enabled(weight.device.type):
+    if torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            found = call(*(arg.to(weight.dtype) for arg in args))
+    elif weight.dtype in HALF:
+        found = call(*(arg.to(weight.dtype) for arg in args))
+    else:
         return call(*args)
-    with torch.autocast(weight.device.type, enabled=False):
-        return call(*(arg.to(weight.dtype) for arg in args))
+    return tuple(map(widened, found)) if isinstance(found, tuple) else widened(found)
+
+
+class _Flowing(InHalf, dist.TransformedDistribution):  # type: ignore[misc]
+    """What a flow makes of a Gaussian, also of latents of half precision."""
+
+    def sample(self, sample_shape: Any = _SHAPE) -> Tensor:
+        """A draw, of the dtype of the latent."""
+        return self._round(super().sample(sample_shape))
 
 
 class _Net(DenseNN):
@@ -113,13 +131,15 @@ class FlowHead(nn.Module):
             chain += [coupling.condition(context), transforms.Permute(flip)]
         chain.append(self.spline.condition(context))
         if features is None:
-            tril = self.scale_tril(None)
+            tril = widened(self.scale_tril(None))
             chain.append(transforms.LowerCholeskyAffine(loc, tril, cache_size=1))
         else:
             scale = _whole(self, self.scale, *inputs)
             chain.append(transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1))
         base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
-        return dist.TransformedDistribution(base, chain)
+        fn = _Flowing(base, chain)
+        fn.narrow = dtype_in_half(next(self.loc.parameters()))
+        return fn
 
 
 def _silence(net: Any) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributions.utils import _standard_normal
 
+from ppvae.families.half import InHalf, dtype_in_half, widened
+
 _SHAPE = torch.Size()
 
 
-class MultivariateNormal(dist.MultivariateNormal):
-    """`pyro.distributions.MultivariateNormal`, of which own draws are scored by their noise."""
+class _ByNoise(dist.MultivariateNormal):
+    """A Gaussian of which own draws are scored by their noise."""
 
     _draw: tuple[Tensor, Tensor] | None = None
 
@@ -38,13 +40,22 @@ class MultivariateNormal(dist.MultivariateNormal):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same distribution with more batch dims, and no draw yet."""
-        new = super().expand(batch_shape, _instance)
+        new = self._get_checked_instance(type(self), _instance)
         new._draw = None
-        return new
+        return super().expand(batch_shape, new)
 
 
-class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
-    """`pyro.distributions.LowRankMultivariateNormal`, own draws of which are scored by their noise.
+class MultivariateNormal(InHalf, _ByNoise):
+    """`pyro.distributions.MultivariateNormal`, of which own draws are scored by their noise."""
+
+    def __init__(self, loc: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.narrow = dtype_in_half(loc)
+        named = {name: widened(value) for name, value in kwargs.items()}
+        super().__init__(widened(loc), *map(widened, args), **named)
+
+
+class _LowRankByNoise(dist.LowRankMultivariateNormal):
+    """A Gaussian of low rank of which own draws are scored by their noise.
 
     With `A = cov_factor / sqrt(cov_diag)` and `C C' = 1 + A' A`, the squared Mahalanobis length of
     the draw from noises e (of the factor) and d (of the diagonal) is `|e|^2 + |d|^2 - |C^-1 (A' d -
@@ -94,18 +105,21 @@ class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same distribution with more batch dims, and no draw yet."""
-        new = self._get_checked_instance(LowRankMultivariateNormal, _instance)
+        new = self._get_checked_instance(type(self), _instance)
         new._scaled, new._draw = self._scaled, None
         return super().expand(batch_shape, new)
+
+
+class LowRankMultivariateNormal(InHalf, _LowRankByNoise):
+    """`pyro.distributions.LowRankMultivariateNormal`, own draws of which are scored by noise."""
+
+    def __init__(
+        self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: Any = None
+    ) -> None:
+        self.narrow = dtype_in_half(loc)
+        super().__init__(widened(loc), widened(cov_factor), widened(cov_diag), validate_args)
 
 
 def _standard(noise: Tensor) -> Tensor:
     """Log density of standard normal vectors."""
     return -0.5 * (noise.square().sum(-1) + noise.shape[-1] * math.log(2 * math.pi))
-
-
-#: What a head makes in place of a distribution of Pyro's.
-STABLE: dict[Any, Any] = {
-    dist.MultivariateNormal: MultivariateNormal,
-    dist.LowRankMultivariateNormal: LowRankMultivariateNormal,
-}

@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from ppvae.families.gaussians import STABLE
+from ppvae.families.gaussians import LowRankMultivariateNormal, MultivariateNormal
 from ppvae.families.rules import (
     FREE_STARTS,
     STARTS,
@@ -20,6 +21,14 @@ from ppvae.families.rules import (
     fixed,
     without_shift,
 )
+from ppvae.families.student import StudentT
+
+#: What a head makes in place of a distribution of Pyro's.
+STABLE: dict[Any, Any] = {
+    dist.MultivariateNormal: MultivariateNormal,
+    dist.LowRankMultivariateNormal: LowRankMultivariateNormal,
+    dist.StudentT: StudentT,
+}
 
 # An argument in an interval that starts further out, before its transform (the sigmoid), has no
 # slope left to move by.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae._scopes import random_state, stacklevel
+from ppvae.families.half import HALF
 from ppvae.guides.assignment import Block, BySite, upstream
 from ppvae.guides.sites import Site, only_plate, read_site
 from ppvae.programs.nodes import Node, is_real, same_support
@@ -291,6 +292,12 @@ def check_tails(fn: Any, block: Drawn) -> None:
             HeavyTails,
             stacklevel=stacklevel(),
         )
+
+
+def check_draws(fn: Any, dtype: torch.dtype) -> None:
+    """Raises a RuntimeError if PyTorch has no draws of half precision of what a head returned."""
+    if dtype in HALF and not isinstance(fn, Tensor):
+        fn.sample()
 
 
 def _grows_exponentially(site: Site) -> bool:

@@ -1,23 +1,32 @@
 """Draws the latent sites of a block, inside the plates of one call of a guide."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.plates import Plates
-from ppvae.programs.nodes import is_real
+from ppvae.programs.nodes import common_mask, is_real
 
 
 def draw(
-    fn: Any, block: Drawn, plates: dict[str, Any], layout: Plates, name: str
+    fn: Any,
+    block: Drawn,
+    plates: dict[str, Any],
+    layout: Plates,
+    name: str,
+    present: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Samples the sites of a block.
+
+    What does not count is drawn, too, and has no density.
+
 
     Args:
         fn: what the head returned: a distribution, or a tensor, which is a point.
@@ -25,22 +34,28 @@ def draw(
         plates: the plates of this call, by name.
         layout: says where the data are in a flat draw.
         name: names the auxiliary site of a flat draw.
+        present: site -> which of its members count, where that are not all.
 
     Returns:
         The values by the names of the sites.
+
+    Raises:
+        ValueError: sites of a flat draw do not count alike.
     """
     if isinstance(fn, Tensor):
         fn = dist.Delta(fn, event_dim=int(block.family.joint))
     if block.flat:
-        return _draw_flat(fn, block, plates, layout, name)
-    return _draw_site(fn, block, plates)
+        return _draw_flat(fn, block, plates, layout, name, present)
+    return _draw_site(fn, block, plates, present)
 
 
-def _draw_site(fn: Any, block: Drawn, plates: dict[str, Any]) -> dict[str, Tensor]:
+def _draw_site(
+    fn: Any, block: Drawn, plates: dict[str, Any], present: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Samples the one site of a block from its own distribution."""
     (site,) = block.sites
     fn = on_support(fn, block)
-    with _inside(plates, (frame.name for frame in site.frames)):
+    with _inside(plates, (frame.name for frame in site.frames), present.get(site.name)):
         return {site.name: pyro.sample(site.name, fn)}
 
 
@@ -59,16 +74,23 @@ def on_support(fn: Any, block: Drawn) -> Any:
 
 
 def _draw_flat(
-    fn: Any, block: Drawn, plates: dict[str, Any], layout: Plates, name: str
+    fn: Any,
+    block: Drawn,
+    plates: dict[str, Any],
+    layout: Plates,
+    name: str,
+    present: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Samples all coordinates at once and hands each site its piece, as `AutoContinuous` does."""
-    with _inside(plates, [] if block.frame is None else [block.frame.name]):
-        joint = fn if block.family.joint else fn.to_event(1)
+    joint = fn if block.family.joint else fn.to_event(1)
+    masks = {site: present.get(site) for site in block.names}
+    mask = common_mask(masks, joint.batch_shape) if present else None
+    with _inside(plates, [] if block.frame is None else [block.frame.name], mask):
         flat = pyro.sample(name, joint, infer={"is_auxiliary": True})
     draws = {}
     pieces = flat.split([site.size for site in block.sites], dim=-1)
     for site, piece in zip(block.sites, pieces, strict=True):
-        with _inside(plates, (frame.name for frame in site.frames)):
+        with _inside(plates, (frame.name for frame in site.frames), mask):
             value = unconstrained = layout.shape(piece, site, block.frame, plates)
             if site.transform is not None:
                 value = site.transform(unconstrained)
@@ -83,8 +105,11 @@ def _draw_flat(
 
 
 @contextmanager
-def _inside(plates: dict[str, Any], names: Iterable[str]) -> Iterator[None]:
+def _inside(plates: dict[str, Any], names: Iterable[str], mask: Any) -> Iterator[None]:
+    """Inside of some plates, where draws count as far as a mask says."""
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(plates[name])
+        if mask is not None:
+            stack.enter_context(poutine.mask(mask=mask))
         yield

@@ -1,6 +1,7 @@
 """Runs an encoder on the arguments of a model, and checks what it puts out."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,26 @@ from ppvae._checks import expect
 from ppvae.programs.missing import is_nan_masked, takes_missing
 
 
+def keywords_of(encoder: nn.Module) -> tuple[str, ...]:
+    """The arguments that the `forward` of an encoder names, and so can be given by keyword.
+
+    Modules of PyTorch's and of this library name none: their `input` or `x` means any.
+    """
+    forward = getattr(encoder, "_orig_mod", encoder).forward  # of a compiled module
+    if (getattr(forward, "__module__", None) or "").split(".")[0] in ("torch", "ppvae"):
+        return ()
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # no function of Python's
+        return ()
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    return tuple(each.name for each in parameters if each.kind in named)
+
+
 def encode(
     encoder: nn.Module,
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     width: int | None = None,
     rows: Sequence[int] = (),
     depths: Sequence[int] = (2, 3),
@@ -22,9 +40,9 @@ def encode(
     Args:
         encoder: a module from the arguments to the features.
         args: the positional arguments of the model.
+        kwargs: the keyword arguments of the model that the encoder names.
         width: length of the features; None takes any.
         rows: lengths of the batch beside those of the arguments, as those of a plate of groups.
-
         depths: how many dims the features may have: three, if they have steps.
 
     Returns:
@@ -36,32 +54,36 @@ def encode(
     """
     if is_nan_masked() and not takes_missing(encoder):
         args = tuple(map(_filled, args))
-    came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+        kwargs = {name: _filled(arg) for name, arg in kwargs.items()}
     try:
-        features = encoder(*args)
+        features = encoder(*args, **kwargs)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"encoder: expected a module that takes {came}, got one that does not: {error}"
-        ) from error
+        takes = f"a module that takes {_in_words(args, kwargs)}"
+        raise ValueError(f"encoder: expected {takes}, got one that does not: {error}") from error
     kind = type(features).__name__
     dense = isinstance(features, Tensor) and features.layout is torch.strided
     expect(dense, "encoder", "features in a dense tensor", kind, TypeError)
     shape = tuple(features.shape)
-    lengths = [length for a in args if isinstance(a, Tensor) for length in a.shape]
-    fits = (
-        len(shape) in depths
-        and width in (None, shape[-1])
-        and (not lengths or shape[0] in [*lengths, *rows])
-    )
-    steps = "" if 2 in depths else "steps, "
-    wanted = (
-        f"features of shape (batch, {steps}{width or 'features'}), with the batch of the arguments"
-    )
-    expect(fits, "encoder", f"{wanted} {came}", shape)
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    lengths = [length for tensor in tensors for length in tensor.shape]
+    fits = len(shape) in depths and width in (None, shape[-1])
+    if not fits or (lengths and shape[0] not in [*lengths, *rows]):
+        steps = "" if 2 in depths else "steps, "
+        wanted = f"features of shape (batch, {steps}{width or 'features'}), with the batch of the"
+        came = _in_words(args, kwargs)
+        raise ValueError(f"encoder: expected {wanted} arguments {came}, got {shape}")
     expect(shape[0], "encoder", "features of at least one datum", "none")
     real = features.is_floating_point()
     expect(real, "encoder", "features that are real numbers", features.dtype, TypeError)
     return features
+
+
+def _in_words(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """The shapes of arguments, and the types of those that are no tensors."""
+    every = [*args, *kwargs.values()]
+    came = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in every]
+    named = [f"{n}={shape}" for n, shape in zip(kwargs, came[len(args) :], strict=True)]
+    return " and ".join([f"{came[: len(args)]}", *([", ".join(named)] if named else [])])
 
 
 def _filled(arg: Any) -> Any:

@@ -99,10 +99,7 @@ def draw_in_model(
         The values by the names of the sites that were wanted.
     """
     names = list(wanted)
-    program = model
-    if plates is not None:
-        rows = {name: plates[name].indices for name in drawn if name in plates}
-        program = poutine.condition(program, data=rows)
+    rows = {name: plates[name].indices for name in drawn if name in plates} if plates else {}
 
     def hide(msg: Any) -> bool:
         if site_is_subsample(msg):  # recorded once: here, or by what has drawn before
@@ -112,8 +109,8 @@ def draw_in_model(
     args, kwargs = call
     recorder = TraceMessenger()
     with suppress(_Enough), recorder, _Stopping(names), poutine.block(hide_fn=hide):
-        with _Drawing(dict(values), set(names), posterior):
-            program(*args, **kwargs)
+        with _Drawing(dict(values), set(names), posterior), poutine.condition(data=rows):
+            model(*args, **kwargs)
     return {node["name"]: node["value"] for node in latent_nodes(recorder.trace)}
 
 

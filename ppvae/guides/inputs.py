@@ -14,6 +14,7 @@ def inputs_of(
     features: Tensor | None,
     values: Mapping[str, Tensor],
     sites: Mapping[str, Site],
+    present: Mapping[str, Tensor],
 ) -> Tensor | None:
     """The input of a head; None where all that it has are free parameters.
 
@@ -23,6 +24,9 @@ def inputs_of(
             without an encoder.
         values: site -> value, of the sites that are drawn so far.
         sites: all latent sites by name.
+        present: site -> which of its members count, where that are not all. Zeros go in for the
+            values of the others, and for all where what is drawn does not count, so that nothing
+            runs away there.
 
     Returns:
         Features of shape `(*batch, features)`, where the batch dims are those of the plates, but
@@ -30,16 +34,35 @@ def inputs_of(
     """
     made = _made(block)
     parts = [] if features is None else [_aligned(features, block, made)]
-    parts += [_seen(values[name], sites[name], block, made) for name in block.given]
+    for name in block.given:
+        value = values[name]
+        if name in present:
+            value = _counted(value, sites[name], present[name])
+        parts.append(_seen(value, sites[name], block, made))
     if not parts:
         return torch.zeros(block.padding) if block.padding else None
     if block.padding:
         parts.append(parts[0].new_zeros(block.padding))
-    if len(parts) == 1:
-        return parts[0]
+    into = parts[0] if len(parts) == 1 else _joined(parts)
+    own = present.get(block.sites[0].name)
+    return into if own is None else _kept(into, own, made)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts of the input of a head, side by side."""
     batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     dtype = parts[0].dtype
     return torch.cat([part.to(dtype).expand(*batch, part.shape[-1]) for part in parts], -1)
+
+
+def _kept(into: Tensor, present: Tensor, made: int) -> Tensor:
+    """The input of a head, with zeros for members of which nothing that is drawn counts."""
+    for _ in range(min(made, present.dim())):
+        present = present.any(-1)
+    batch = into.shape[:-1]
+    if len(present.shape) > len(batch) or torch.broadcast_shapes(present.shape, batch) != batch:
+        return into  # one row for several members
+    return torch.where(present.unsqueeze(-1), into, 0.0)
 
 
 def _made(block: Drawn) -> int:
@@ -57,6 +80,13 @@ def _aligned(features: Tensor, block: Drawn, made: int) -> Tensor:
         features = features[:, block.step]
     ones = -block.frame.dim - 1 - made
     return features.reshape(len(features), *[1] * ones, features.shape[-1])
+
+
+def _counted(value: Tensor, site: Site, present: Tensor) -> Tensor:
+    """The value of a site, and zero in unconstrained space where a member does not count."""
+    zero = value.new_zeros(site.space)
+    zero = zero if site.transform is None else site.transform(zero)
+    return torch.where(present.reshape(present.shape + (1,) * len(site.event_shape)), value, zero)
 
 
 def _seen(value: Tensor, site: Site, block: Drawn, made: int) -> Tensor:

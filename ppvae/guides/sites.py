@@ -1,13 +1,23 @@
 """What a guide has to know of a model: its latent sites, their supports and plates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import Node, choose_plate, from_reals, is_real, plates_of, space_of
+from ppvae.programs.nodes import (
+    Node,
+    choose_plate,
+    from_reals,
+    is_real,
+    mask_of,
+    plates_of,
+    same_support,
+    space_of,
+)
 
 
 class Site(NamedTuple):
@@ -143,3 +153,24 @@ def only_plate(node: Node, plate: str | None) -> Any:
     )
     expect(clear, "plate", wanted, plate)
     return frames[plate or next(iter(frames))]
+
+
+def check_supports(nodes: list[Node], again: Any) -> None:
+    """Raises a ValueError if a support in one trace is another in the next, of other draws."""
+    for node in nodes:
+        name, support = node["name"], node["fn"].support
+        same = name not in again.nodes or same_support(support, again.nodes[name]["fn"].support)
+        wanted = f"a support of {name!r} that does not depend on other latents"
+        expect(same, "model", wanted, support)
+
+
+def check_present(nodes: list[Node], present: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if a model says of its latents what its masks do not."""
+    known = {node["name"]: mask_of(node) for node in nodes}
+    for name, counts in present.items():
+        wanted = f"latent sites in its `present`, {[*known]}"
+        expect(name in known, "model", wanted, name)
+        mask = torch.as_tensor(True if known[name] is None else known[name])  # noqa: FBT003
+        same = mask.shape == counts.shape or not mask.dim()
+        same = same and bool((mask.to(counts.device) == counts).all())
+        expect(same, "model", f"the mask of {name!r} from its `present`", "something else")

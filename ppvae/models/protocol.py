@@ -1,10 +1,16 @@
 """What a model may say of itself, beyond being a Pyro program."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ppvae._checks import expect
 
 
 class Model(Protocol):
-    """A Pyro model, and four things that it may offer besides; a plain function offers none.
+    """A Pyro model, and five things that it may offer besides; a plain function offers none.
 
     **To write a model** for this library, write a Pyro model: a function or module whose
     `pyro.sample` statements for one datum stand in a plate, best called `data`. Each of the other
@@ -19,6 +25,11 @@ class Model(Protocol):
       `fit` calls it once before the first step, on all data. `check_data_of` asks.
     - `check_call(*args)`: raises a TypeError or ValueError if arguments do not fit the model; it is
       asked where a guide fails on them, which would blame the encoder.
+    - `present(*args, **kwargs)`: which members of the latents that the model masks
+      (`poutine.mask`) are there: site -> True and False over the plates of the site, as the mask
+      is. A `FamilyGuide` then leaves the others out of log q, so that it can be trained by plain
+      Pyro, too, and gives zeros for their values to what depends on them. It must not depend on
+      draws. `present_in` asks, at each call of a guide.
     """
 
     vectorized: bool
@@ -28,6 +39,9 @@ class Model(Protocol):
 
     def check_data(self, *args: Any) -> None:
         """Raises a ValueError unless the model can explain the data."""
+
+    def present(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """Latent site -> which of its members count; sites that all count may be left out."""
 
 
 def example_of(model: Any) -> tuple[Any, ...] | None:
@@ -45,3 +59,21 @@ def check_data_of(model: Any, *args: Any) -> None:
     check = getattr(model, "check_data", None)
     if check is not None:
         check(*args)
+
+
+def present_in(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Latent site -> which of its members count, in a call of the model; empty if all do.
+
+    Raises:
+        TypeError: the model says something else than True and False by site.
+    """
+    present = getattr(model, "present", None)
+    if not callable(present):
+        return {}
+    found = present(*args, **kwargs)
+    masks = isinstance(found, Mapping) and all(isinstance(m, Tensor) for m in found.values())
+    wanted = "True and False by latent site from its `present`"
+    expect(masks, "model", wanted, type(found).__name__, TypeError)
+    for name, mask in found.items():
+        expect(mask.dtype == torch.bool, "model", f"{wanted}, {name!r}", mask.dtype, TypeError)
+    return dict(found)

@@ -22,11 +22,12 @@ class DeepMarkov(Decoded):
 
     Called as `model(x)` with sequences of one length, or as `model(x, lengths)` with such as end
     earlier: what stands behind an end, be it zeros or NaN, counts nothing, neither in the
-    likelihood nor in prior and guide (`poutine.mask`), and what a guide draws there means nothing.
-    A guide that is trained by plain Pyro needs a mask of its own. Steps that were not observed, in
-    the middle, are NaN. A joint family, such as `families.Banded`, draws all states of all
-    sequences: it takes those that end earlier without their lengths, as sequences whose last steps
-    are NaN, and log p(x) is the same.
+    likelihood nor in prior and guide (`poutine.mask`), and what a guide draws there means nothing:
+    whatever follows, follows on zeros. A `FamilyGuide` can be trained by plain Pyro, too; another
+    guide needs a mask of its own there. Steps that were not observed, in the middle, are NaN. A
+    joint family, such as `families.Banded`, draws all states of all sequences: it takes those that
+    end earlier without their lengths, as sequences whose last steps are NaN, and log p(x) is the
+    same.
 
     Args:
         decoder: a module `(batch, latent) -> (batch, *event)`, from a state to its observation.
@@ -96,20 +97,26 @@ class DeepMarkov(Decoded):
         expect(x is not None or steps is not None, "x", "sequences, or `steps` without", None)
         size = check_count("size", size) if x is None else len(x)
         steps = check_count("steps", steps) if x is None else x.shape[1]
-        inside: Any = None
-        if lengths is not None:
-            inside = torch.arange(steps, device=lengths.device) < lengths.unsqueeze(-1)
+        present = {} if x is None else self.present(x, lengths)
         with pyro.plate("data", size, dim=-1):
             states: list[Tensor] = []
             for t in range(steps):
-                fn = self.transition(states[-1]) if states else self._prior()
-                with nullcontext() if inside is None else poutine.mask(mask=inside[:, t]):
-                    states.append(pyro.sample(f"z_{t}", fn))
+                mask: Any = present.get(f"z_{t}")
+                fn = self.transition(_kept(states[-1], mask)) if states else self._prior()
+                with nullcontext() if mask is None else poutine.mask(mask=mask):
+                    states.append(_kept(pyro.sample(f"z_{t}", fn), mask))
             fn = self.likelihood(self.decode(torch.stack(states, -2)))
             inner = len(self.event_shape) - fn.event_dim  # dims of one step that are of its batch
-            if inside is not None:
+            if present:
+                inside = torch.stack([*present.values()], -1)
                 fn = fn.mask(inside.reshape(*inside.shape, *[1] * inner))
             return pyro.sample("x", fn.to_event(1 + inner), obs=x)
+
+    def present(self, x: Tensor, lengths: Tensor | None = None, **others: Any) -> dict[str, Tensor]:
+        """State -> whether each sequence has it, `(batch,)`; the arguments are those of a call."""
+        if lengths is None:
+            return {}
+        return {f"z_{t}": t < lengths for t in range(x.shape[1])}
 
     def check_call(
         self, x: Tensor | None = None, lengths: Tensor | None = None, *others: Any
@@ -145,3 +152,8 @@ class DeepMarkov(Decoded):
             row = bad.nonzero()
             got = f"{lengths[row[0, 0]].item():g} in row {row[0, 0]}" if len(row) else ""
             expect(not len(row), "lengths", f"whole numbers from 1 to {x.shape[1]}", got)
+
+
+def _kept(state: Tensor, mask: Tensor | None) -> Tensor:
+    """A state, and zeros behind an end, so that nothing runs away there."""
+    return state if mask is None else torch.where(mask.unsqueeze(-1), state, 0.0)

@@ -14,6 +14,7 @@ from ppvae._checks import expect
 from ppvae.objectives.divergence import closed_kl
 from ppvae.programs.nodes import (
     Node,
+    common_mask,
     data_plate,
     has_density,
     is_inside,
@@ -198,20 +199,8 @@ def _masked_alike(nodes: list[Node], value: Tensor) -> Node | None:
     Raises:
         ValueError: they are masked differently, so that the density of a part would be wanted.
     """
-    known = {node["name"]: mask_of(node) for node in nodes}
-    hidden = [name for name, mask in known.items() if mask is not None]
-    if not hidden:
-        return None
-    given = [True if mask is None else mask for mask in known.values()]
-    masks = [torch.as_tensor(mask, device=value.device) for mask in given]
-    first, shape = masks[0], value.shape
-    alike = all(mask is first or torch.equal(mask, first) for mask in masks)
-    if alike and torch.broadcast_shapes(first.shape, shape) == shape:
-        return nodes[0]
-    if all(bool(mask.all()) for mask in masks):
-        return None
-    wanted = "latents drawn one by one where the model masks some, as mean_scale draws them"
-    raise ValueError(f"guide: expected {wanted}; got a joint draw of {hidden} and others")
+    masks = {node["name"]: mask_of(node) for node in nodes}
+    return None if common_mask(masks, value.shape) is None else nodes[0]
 
 
 def _dense_nodes(trace: Any) -> list[Node]:

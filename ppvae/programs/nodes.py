@@ -109,8 +109,12 @@ def prototype(
             zeros = torch.zeros(transform.inverse_shape(fn.shape()), dtype=dtype_of(*args))
             return transform(zeros)
 
+    def program(*args: Any, **kwargs: Any) -> None:
+        with InitMessenger(init or start):  # around the call, since a wrapped model takes no `fn=`
+            model(*args, **kwargs)
+
     with poutine.block(), torch.no_grad():
-        return trace_of(InitMessenger(init or start)(model), args, kwargs)
+        return trace_of(program, args, kwargs)
 
 
 def trace_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -341,6 +345,31 @@ def mask_of(node: Node) -> Any:
     while isinstance(fn, dist.MaskedDistribution):
         mask, fn = fn._mask if mask is None else mask & fn._mask, fn.base_dist
     return mask
+
+
+def common_mask(masks: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """The one mask of latents that are cut from a joint draw; None if none is masked.
+
+    Args:
+        masks: site -> its mask, or None.
+        shape: of the log density of the draw.
+
+    Raises:
+        ValueError: they are masked differently, so that the density of a part would be wanted.
+    """
+    hidden = {name: mask for name, mask in masks.items() if mask is not None}
+    if not hidden:
+        return None
+    known = [torch.as_tensor(mask) for mask in hidden.values()]
+    first, *others = known
+    alike = len(known) == len(masks)
+    alike = alike and all(mask is first or torch.equal(mask, first) for mask in others)
+    if alike and torch.broadcast_shapes(first.shape, shape) == shape:
+        return first
+    if all(bool(mask.all()) for mask in known):
+        return None
+    wanted = "latents drawn one by one where the model masks some, as mean_scale draws them"
+    raise ValueError(f"guide: expected {wanted}; got a joint draw of {[*hidden]} and others")
 
 
 def counted_entries(node: Node) -> Tensor | None:
