@@ -1,13 +1,12 @@
 """The model, what it may say of itself, its priors and likelihoods, and the networks."""
 
 import math
-import os
 from itertools import product
 
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import DENSITIES, FAMILIES, LIKELIHOODS, PRIORS
+from cases import DENSITIES, FAMILIES, LIKELIHOODS, LONG, PRIORS
 from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, fit, likelihoods
@@ -59,9 +58,8 @@ def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family)
     assert len(moved) == 4 + len([*made.parameters()]) + len(own)
 
 
-#: what is compiled in every run of the tests; with PPVAE_LONG it is all
+#: what is compiled in every run of the tests; in the long form it is all
 COMPILED = ["categories", "zeros", "mixed", "learned mixture", "tilted"]
-LONG = "PPVAE_LONG" in os.environ
 
 
 @pytest.mark.parametrize("name", [n for n in [*LIKELIHOODS, *PRIORS] if LONG or n in COMPILED])
