@@ -105,8 +105,12 @@ def test_the_posterior_of_several_blocks_scores_their_draws(split):
 
 
 #: whose quantiles are those of draws, whatever the model: one of each layout, unless there is time
-FLOWS = {"flow": ["one scalar", "positive", "hierarchy"], "big_flow": ["regression"]}
-QUANTILES = [(f, c) for f in FAMILIES for c in CASES if LONG or c in FLOWS.get(f, CASES)]
+DRAWN = {
+    "flow": ["one scalar", "positive", "hierarchy"],
+    "big_flow": ["regression"],
+    "asymmetric_laplace": ["simplex", "right of steps"],
+}
+QUANTILES = [(f, c) for f in FAMILIES for c in CASES if LONG or c in DRAWN.get(f, CASES)]
 
 
 @pytest.mark.parametrize(("family", "case"), QUANTILES)

@@ -59,7 +59,7 @@ def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family)
 
 
 #: what is compiled in every run of the tests; in the long form it is all
-COMPILED = ["categories", "zeros", "mixed", "learned mixture", "tilted"]
+COMPILED = ["zeros", "mixed", "learned mixture"]
 
 
 @pytest.mark.parametrize("name", [n for n in [*LIKELIHOODS, *PRIORS] if LONG or n in COMPILED])
