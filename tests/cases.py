@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch import nn
 
 from ppvae import Family, families, likelihoods, priors
 from ppvae.nn import mlp
+
+LONG = "PPVAE_LONG" in os.environ  # as `.ci/long` sets it
 
 FAMILIES: dict[str, Any] = {
     **families.LADDER,

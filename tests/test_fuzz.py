@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from cases import world
+from cases import LONG, world
 from fuzzed import CALLS, FINE, LEFT_OUT, PAIRED, PROGRAMS, changes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,8 +22,6 @@ from pyro.poutine import runtime
 from torch import nn
 
 from ppvae import Diverged, Fit, NotStageable
-
-LONG = "PPVAE_LONG" in os.environ  # as `.ci/long` sets it
 
 RIGHT, CLEAR, OBSCURE, SILENT = "right", "clear", "obscure", "silent"
 

@@ -1,13 +1,12 @@
 """One call at a time: threads wait, Ctrl-C does no harm, and Pyro's handlers are left alone."""
 
-import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import world
+from cases import LONG, world
 from pairs import build, data, made, same, traceless, values
 from pyro import poutine
 from pyro.poutine import runtime
@@ -22,8 +21,6 @@ from ppvae import (
     simulate,
     stage,
 )
-
-LONG = "PPVAE_LONG" in os.environ  # as `.ci/long` sets it
 
 TOLD = {"num_epochs": 3, "batch_size": 4, "learning_rate": 0.01, "progress": False}
 QUIET = {"seed": 0, "progress": False}

@@ -159,6 +159,13 @@ def _of_all(found: xr.Dataset) -> list[str]:
         )
     else:
         lines.append(f"k-hat of the globals is {khat:.2f}: their weights are well behaved.")
+    share = float((found.get("khat", xr.DataArray([0.0])) > TRUSTED).mean())
+    if share > 0:
+        lines.append(
+            f"k-hat of the local latents is above {TRUSTED} for {100 * share:.0f} % of the data: "
+            "there the guide misses parts of their posterior, and log p(x) comes out too low, by "
+            "more than its error says. A joint family, `refine` or more draws bring it nearer."
+        )
     return lines
 
 

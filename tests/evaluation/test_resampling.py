@@ -45,10 +45,9 @@ def standard(z):
     ("shift", "options"),
     [
         (0.7, {"num_candidates": 2000}),
-        (3.0, {"num_candidates": 8, "num_temperatures": 100}),
         (3.0, {"num_candidates": 8, "num_temperatures": 100, "batch_size": 7}),
     ],
-    ids=["resampled", "annealed", "in minibatches"],
+    ids=["resampled", "annealed in minibatches"],
 )
 def test_draws_of_a_guide_that_is_off_become_draws_of_the_posterior(shift, options):
     """The bias of resampling is of the order of 1 / candidates, of one of the guide's deviations.

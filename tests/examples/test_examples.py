@@ -116,16 +116,20 @@ def test_inspect_with_arviz(run, tmp_path):
     assert "elpd" in out and (tmp_path / "fit.nc").exists()
 
 
-def test_regression(run, tmp_path):
-    """One row is trained, the one that is looked at."""
+def only(row):
+    """A `fit` that trains one row, the one that is looked at; of the others guides are made."""
 
     def trained(model, guide, args, *, progress, **told):
-        if progress == "full_rank":
+        if progress == row:
             fit(model, guide, args, progress=False, **told)
         guide.setup(*args)
 
+    return trained
+
+
+def test_regression(run, tmp_path):
     options = ["--draws", 50, "--nuts", 30, "--out", tmp_path]
-    out = run("regression.py", *options, fit=trained)
+    out = run("regression.py", *options, fit=only("full_rank"))
     assert "Log evidence of the 342 training data: -387.9509 nats" in out
     row = next(line for line in out.splitlines() if line.startswith("full_rank"))
     assert row.split()[1:3] == ["-387.9509", "0.0000"]
@@ -141,7 +145,8 @@ def test_does_it_converge(run, tmp_path):
     Means of 400 draws have an error of 0.05 sd, and sds one of 3.5 %: five of them are allowed.
     """
     options = ["--nuts", 5, "--families", "full_rank", "--out", tmp_path]
-    lines = run("does_it_converge.py", *options, SAMPLES=400).splitlines()
+    functions = {"NUTS": {"max_tree_depth": 1}}
+    lines = run("does_it_converge.py", *options, functions=functions, SAMPLES=400).splitlines()
     assert sum("NUTS, " in line for line in lines) == 4
     rows = [line for line in lines if "full_rank" in line]
     assert len(rows) == 5 and all("at the optimum" in r or "too narrow" in r for r in rows)
@@ -179,7 +184,7 @@ def test_labels(run, tmp_path):
 
 def test_sequences(run, load, tmp_path):
     """The filter is a Gaussian density of all that is seen, and the smoother its posterior."""
-    functions = {"evaluate": {"num_samples": 20}, "from_pyro_svi": {"num_samples": 20}}
+    functions = {"evaluate": FEW, "from_pyro_svi": FEW}
     options = ["--epochs", 1, "--size", 100, "--out", tmp_path]
     out = run("sequences.py", *options, functions=functions)
     assert all(name in out for name in ("each step alone", "banded precision", "Kalman filter"))
@@ -203,7 +208,8 @@ def test_sequences(run, load, tmp_path):
 
 def test_groups(run, tmp_path):
     options = ["--steps", 2, "--nuts", 10, "--out", tmp_path]
-    out = run("groups.py", *options, functions={"evaluate": FEW, "NUTS": {"max_tree_depth": 1}})
+    functions = {"evaluate": FEW, "from_pyro_svi": FEW, "NUTS": {"max_tree_depth": 1}}
+    out = run("groups.py", *options, functions=functions, fit=only("all jointly"))
     names = ("mean field", "globals jointly", "groups given", "groups around", "all jointly")
     assert all(f"\n{name}" in out for name in names) and "321 rows in 20 groups" in out
     width = float(out.split(" (least squares, each alone)")[0].split()[-1])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyro
 import pytest
 import reference
+import torch
 
 import ppvae
 from ppvae import NarrowFamily, NotConverged, data
@@ -21,11 +22,15 @@ def blocks(page):
 @pytest.mark.filterwarnings(f"ignore::{NotConverged.__module__}.{NotConverged.__qualname__}")
 @pytest.mark.filterwarnings(f"ignore::{NarrowFamily.__module__}.{NarrowFamily.__qualname__}")
 def test_the_code_of_the_pages_runs(change, monkeypatch, tmp_path, capsys, plain_pyro, single):
-    """In the order of reading, in an empty folder; what a page uses, it or the first page makes."""
+    """In the order of reading, in an empty folder; what a page uses, it or the first page makes.
+
+    Graphs are taken, and not compiled: `.ci/run` runs the same code with the compiler.
+    """
     short = {"num_epochs": 2, "progress": False}
     few = {"num_samples": 4, "progress": False}
     for name, told in {"fit": short, "fit_replicates": short, "evaluate": few}.items():
         monkeypatch.setattr(ppvae, name, change(getattr(ppvae, name), told))
+    monkeypatch.setattr(torch, "compile", change(torch.compile, {"backend": "eager"}))
     load = data.load
     monkeypatch.setattr(data, "load", lambda name: load(name)[:300])
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import LONG
 from torch import nn
 
 from ppvae import (
@@ -171,8 +172,11 @@ def test_with_the_smoother_as_its_guide_every_draw_gives_log_p(lengths):
     assert torch.allclose(torch.tensor(annealed.log_likelihood.values), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("lengths", [None, LENGTHS])
-@pytest.mark.parametrize("gaps", [False, True])
+#: without lengths and gaps, and with both; with either alone only where there is time
+SEEN = [(None, False), (LENGTHS, True)] + [(None, True), (LENGTHS, False)] * LONG
+
+
+@pytest.mark.parametrize(("lengths", "gaps"), SEEN)
 def test_log_p_of_a_fitted_chain_is_that_of_the_kalman_filter(lengths, gaps):
     """The error of the log of a mean of K weights is the relative error of that mean, which is
     sqrt(1 / ess - 1 / K), and its bias half the square of that.

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import cases
+from cases import LONG, cases
 from pairs import NanSlope, build, data, made, traceless, written
 from pyro import poutine
 from torch import nn
@@ -64,8 +64,12 @@ def linear(family="mean_scale", weight=1.0):
 # ---------------------------------------------------------------------------- the model, the guide
 
 
-@pytest.mark.parametrize("size", [10, 5])
-@pytest.mark.parametrize("way", ["eager", "staged", "compiled", "replicates"])
+#: all data in a step, and in minibatches, of which only the second may overflow
+STEPS = [(way, size) for way in ("eager", "staged") for size in (10, 5)]
+STEPS += [(way, size) for way in ("compiled", "replicates") for size in ((10, 5) if LONG else (5,))]
+
+
+@pytest.mark.parametrize(("way", "size"), STEPS)
 def test_the_datum_that_overflows_is_named_with_its_row_in_the_data(way, size, monkeypatch):
     """In minibatches it may come in the second step, and stands elsewhere in its minibatch."""
     monkeypatch.setattr("ppvae.training.single.STAGE", 1 if way == "staged" else 1000)
