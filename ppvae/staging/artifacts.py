@@ -18,9 +18,14 @@ from ppvae._scopes import without_warnings
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
-# What PyTorch's compiler is told: all of C++, without checks of sizes that are checked before.
-_OPTIONS = {
+# What PyTorch's compiler is told: all in C++, without checks of sizes that are checked before. It
+# is to try no instructions that the processor says it has, to precompile no headers for a single
+# use, and to spend nothing on the code around the kernels; each of these takes seconds.
+_OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,
+    "cpp.vec_isa_ok": True,
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,

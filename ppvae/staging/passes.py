@@ -54,6 +54,34 @@ def spell_sizes(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+_FEW = 32  # columns, from which on a product is as fast as that of its transposed factors
+
+
+def transpose_narrow(graph: fx.Graph) -> None:
+    """Works out products of few columns as `(B' A')'`, as libraries do them faster on a CPU.
+
+    128 x 256 by 256 x 8 takes 39 us in MKL (one core of an AMD EPYC), and its transpose 11; only
+    multiples of 16 are well done either way.
+    """
+    aten = torch.ops.aten
+    for target, skip in ((aten.mm.default, 0), (aten.addmm.default, 1)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            value = node.meta["val"]
+            columns = value.shape[1]
+            narrow = isinstance(columns, int) and columns < _FEW and columns % 16
+            if not narrow or node.kwargs or value.device.type != "cpu":
+                continue
+            with graph.inserting_before(node):
+                turned = [graph.call_function(aten.t.default, (v,)) for v in node.args[skip:]]
+                product = graph.call_function(aten.mm.default, tuple(turned[::-1]))
+                new = graph.call_function(aten.t.default, (product,))
+                if skip:
+                    new = graph.call_function(aten.add.Tensor, (new, node.args[0]))
+                like: dict[str, Any] = {"memory_format": torch.contiguous_format}  # for its views
+                new = graph.call_function(aten.clone.default, (new,), like)
+            _replace(node, new)
+
+
 def _rewrite(graph: fx.Graph, node: Any) -> None:
     """Writes a node in operations that can be vectorized, with the same numbers."""
     aten = torch.ops.aten

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ppvae._scopes import random_state, unchecked, without_warnings
 from ppvae.staging.artifacts import Compiled, compiled
 from ppvae.staging.gradients import value_and_slopes
-from ppvae.staging.passes import drop_unused, is_random, spell_sizes
+from ppvae.staging.passes import drop_unused, is_random, spell_sizes, transpose_narrow
 from ppvae.staging.staged import NotStageable, Staged, alike, one_line
 
 #: Of an argument of a step: a row of a matrix of all data is taken for each datum, or one of a
@@ -286,6 +286,7 @@ class Stride:
         for part in graph.modules():
             if isinstance(part, fx.GraphModule):
                 spell_sizes(part.graph)
+                transpose_narrow(part.graph)
                 drop_unused(part.graph)
                 part.recompile()
         places = graph.graph.find_nodes(op="placeholder")

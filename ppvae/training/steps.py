@@ -128,7 +128,7 @@ class Steps:
             if strides and strides.begun and not (fits and strides.continues(minibatch)):
                 losses += self._stride(strides)
             if strides and fits:
-                strides.add(minibatch, self.number + strides.begun)
+                strides.add(minibatch)
                 rows.append(strides.rows(minibatch))
                 if strides.is_full:
                     losses += self._stride(strides)

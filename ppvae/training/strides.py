@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae._scopes import random_state
+from ppvae.staging.noise import joint_noise
 from ppvae.staging.staged import NotStageable, Staged
 from ppvae.staging.stride import PICKED, SAME, STACKED, Moved, Stride, Taken, rates_of
 from ppvae.training.task import Task
@@ -53,16 +54,20 @@ class Strides:
     def __init__(self, task: Task, staged: Staged, optimizer: Any, clip: float | None) -> None:
         self.task, self.staged, self.optimizer = task, staged, optimizer
         self.group = _group_of(optimizer)
-        self._minibatches: list[Any] = []
-        self._drawn: list[list[Tensor]] = []
         self.walked: deque[Walked] = deque(maxlen=2)
+        self._begun: list[Any] = []  # minibatches of the stride that was begun
+        self._drawn: list[list[Tensor]] = []  # their noise, where it is not drawn at once
         self._most = 1  # of the steps in a stride, until it is known how long they take
+        self._known: dict[int, tuple[bool, Any]] = {}
+        self._settings = task.program.settings(0)
         with random_state(None, keep=True):
             first = next(self.minibatches())
+            noise = staged.noise(*self._given(first))
+            self.kinds = self._kinds(len(noise))
             for _ in range(2):
-                self.add(first, 0)
-            self.kinds = self._kinds()
-            example, self._minibatches, self._drawn = self._taken(), [], []
+                self.add(first)
+            example = self._taken(0)
+            self._begun, self._drawn = [], []
         self.stride = Stride(
             staged,
             self.kinds,
@@ -92,34 +97,33 @@ class Strides:
 
     def fits(self, minibatch: Any) -> bool:
         """Whether the graph covers a minibatch."""
-        return self.staged.covers(*self._sized(minibatch))
+        return self._of(minibatch)[0]
 
     def continues(self, minibatch: Any) -> bool:
         """Whether a minibatch can be taken in the stride that was begun."""
-        if not self._minibatches:
+        if not self._begun:
             return True
-        shapes = [
-            [value.shape for value in self._sized(each) if isinstance(value, Tensor)]
-            for each in (self._minibatches[0], minibatch)
-        ]
-        return shapes[0] == shapes[1]
+        first = self._begun[0]
+        if isinstance(minibatch, Tensor):
+            return len(minibatch) == len(first)
+        pairs = zip(first, minibatch, strict=True)
+        return all(v.shape == w.shape for v, w in pairs if isinstance(v, Tensor))
 
-    def add(self, minibatch: Any, step: int) -> None:
-        """Adds a step to a stride; draws its noise."""
-        settings = self.task.program.settings(step)
-        given = [v for v in self._sized(minibatch) if isinstance(v, Tensor)]
-        self._minibatches.append(minibatch)
-        self._drawn.append([*settings, *self.staged.noise(*given, *settings)])
+    def add(self, minibatch: Any) -> None:
+        """Adds a step to a stride."""
+        self._begun.append(minibatch)
+        if self._of(minibatch)[1] is None:  # in the order in which single steps draw
+            self._drawn.append([*self.staged.noise(*self._given(minibatch))])
 
     @property
     def is_full(self) -> bool:
         """Whether the stride that was begun has as many steps as it is to have."""
-        return len(self._minibatches) >= self._most
+        return len(self._begun) >= self._most
 
     @property
     def begun(self) -> int:
         """How many steps the stride has that was begun."""
-        return len(self._minibatches)
+        return len(self._begun)
 
     def go(self, before: int) -> list[float]:
         """Computes the steps that were added, and moves nothing; returns the losses before each.
@@ -128,9 +132,9 @@ class Strides:
             before: the number of steps so far.
         """
         start = time.perf_counter()
-        steps, minibatches = self.begun, self._minibatches
-        taken, moved = self._taken(), self._now()
-        self._minibatches, self._drawn = [], []
+        steps, minibatches = self.begun, self._begun
+        taken, moved = self._taken(before), self._now()
+        self._begun, self._drawn = [], []
         self.walked.append(Walked(before, self._done, moved, taken, minibatches))
         losses, self._after = self.stride(moved, taken, steps)
         values = losses.tolist()
@@ -162,7 +166,22 @@ class Strides:
             return self.task.batches.picked(slice(len(minibatch)))
         return minibatch
 
-    def _kinds(self) -> list[str]:
+    def _given(self, minibatch: Any) -> list[Tensor]:
+        """What the noise of a step is drawn for."""
+        tensors = (value for value in self._sized(minibatch) if isinstance(value, Tensor))
+        return [*tensors, *self._settings]
+
+    def _of(self, minibatch: Any) -> tuple[bool, Any]:
+        """Whether the graph covers a minibatch, and what draws the noise of many such at once."""
+        if not isinstance(minibatch, Tensor):  # one of a loader, which may draw in between
+            return self.staged.covers(*minibatch), None
+        if len(minibatch) not in self._known:
+            fits = self.staged.covers(*self._sized(minibatch))
+            joint = joint_noise(self.staged, self._given(minibatch)) if fits else None
+            self._known[len(minibatch)] = fits, joint
+        return self._known[len(minibatch)]
+
+    def _kinds(self, noise: int) -> list[str]:
         """How each of the data of a step is to be had; see `Stride`."""
         batches, example = self.task.batches, self.task.example
         kinds = []
@@ -175,27 +194,38 @@ class Strides:
                     or (further >= 0 and not batches.cut[further])
                 )
                 kinds.append(SAME if same else PICKED if batches.numbered else STACKED)
-        return [*kinds, *[STACKED] * len(self._drawn[0])]
+        return [*kinds, *[STACKED] * (len(self._settings) + noise)]
 
-    def _taken(self) -> Taken:
-        """What the steps that were added are computed from."""
-        minibatches, batches, group = self._minibatches, self.task.batches, self.group
+    def _taken(self, before: int) -> Taken:
+        """What the steps that were added are computed from, of which the first has that number."""
+        minibatches, batches, group = self._begun, self.task.batches, self.group
+        steps = len(minibatches)
         if batches.numbered:
-            rows, held = torch.stack(minibatches), [[*batches.tensors, *batches.extra]]
+            rows = torch.stack(minibatches)
+            given = [v for v in (*batches.tensors, *batches.extra) if isinstance(v, Tensor)]
         else:
-            sizes = len(minibatches), self.rows(minibatches[0])  # what the graph takes for the same
-            rows, held = torch.zeros(sizes, dtype=torch.int64), minibatches
-        steps = [
-            [*(v for v in held[at % len(held)] if isinstance(v, Tensor)), *drawn]
-            for at, drawn in enumerate(self._drawn)
-        ]
-        columns = zip(*steps, strict=True)
-        data = [
-            torch.stack(column) if kind == STACKED else column[0].contiguous()
-            for column, kind in zip(columns, self.kinds, strict=True)
-        ]
-        rates = rates_of(group["betas"], float(group["lr"]), self._done, len(minibatches))
-        return Taken(rates.to(group["params"][0].dtype), rows, data)
+            sizes = steps, self.rows(minibatches[0])  # what the graph takes for the same
+            rows = torch.zeros(sizes, dtype=torch.int64)
+            columns = zip(*minibatches, strict=True)
+            places = [column for column in columns if isinstance(column[0], Tensor)]
+            given = [
+                torch.stack(column) if kind == STACKED else column[0]
+                for column, kind in zip(places, self.kinds, strict=False)
+            ]
+        joint = self._of(minibatches[0])[1]
+        noise = joint(steps) if joint else map(torch.stack, zip(*self._drawn, strict=True))
+        data = [*given, *self._settings_of(before, steps), *noise]
+        rates = rates_of(group["betas"], float(group["lr"]), self._done, steps)
+        dtype = group["params"][0].dtype
+        return Taken(rates.to(dtype), rows, [value.contiguous() for value in data])
+
+    def _settings_of(self, before: int, steps: int) -> list[Tensor]:
+        """The settings of some steps, each as one tensor."""
+        program, numbers = self.task.program, range(before, before + steps)
+        if not program.moving:  # then there is the number of the step alone
+            return [torch.arange(before, before + steps)]
+        columns = zip(*(program.settings(number) for number in numbers), strict=True)
+        return [torch.stack(column) for column in columns]
 
     @property
     def _done(self) -> int:
