@@ -3,8 +3,9 @@
 Pyro, hand-written PyTorch, and ppvae train side by side.
 
 All have the same networks, initial weights, data, minibatches and Adam; all take a minibatch by
-index and read the loss at every step. Repetitions are interleaved: in each, every row takes some
-steps in turn, and ratios are taken within a repetition, so that a busy machine hits all rows.
+index and read the loss of every step, though those with a loop in them read all at its end.
+Repetitions are interleaved: in each, every row takes some steps in turn, and ratios are taken
+within a repetition, so that a busy machine hits all rows.
     python examples/benchmark.py              (--quick for a look; --json FILE for machines)
     python examples/benchmark.py --sizes 784-400-20 --tables steps --repetitions 60
 """
@@ -47,6 +48,7 @@ DATA, BATCH, RATE, PRECISIONS = 4096, 128, 1e-3, ("highest", "high", "medium")
 QUARTILES = [0.5, 0.25, 0.75]
 HAND, HAND_COMPILED, PYRO = "hand-written, eager", "hand-written, compiled", "SVI.step, Trace_ELBO"
 EAGER, STAGED, COMPILED = "ppvae, eager", "ppvae, staged", "ppvae, compiled"
+LOOPED = "ppvae, looped"  # many steps in a call
 LEGEND = """Medians over {repetitions} repetitions of {steps} steps, in brackets the quartiles.
 A ratio below 1: faster. SVI.step has Pyro's own checks on, as they are by default."""
 
@@ -145,12 +147,16 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
         engine = single(task, how)
         steps = Steps(engine, Options(learning_rate=RATE))
 
-    def step(batch: Tensor) -> None:
-        steps.take((batch,))
-        if engine.execution != how:
-            raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
+    def run(order: Tensor) -> float:
+        with inside():
+            start = now()
+            minibatches = iter(order) if how == "looped" else ((x[rows],) for rows in order)
+            for _ in steps.through(minibatches):
+                if engine.execution != how:
+                    raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
+            return now() - start
 
-    return timed(step, x, inside)
+    return run
 
 
 def replicates(count: int, pair: Any, x: Tensor) -> Run:
@@ -273,13 +279,14 @@ def makers(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, Callable
         EAGER: lambda: ours(pair(), x, "eager"),
         STAGED: lambda: ours(pair(), x, "staged"),
         COMPILED: lambda: ours(pair(), x, "compiled"),
+        LOOPED: lambda: ours(pair(), x, "looped"),
         "stage, compiled, own loop": lambda: own_loop(stage(*pair(), x[:BATCH]), x, mode="default"),
         "ppvae, 4 replicates": lambda: replicates(4, pair(), x),
         "NumPyro, jitted update": lambda: numpyro_row(size, x, scanned=False),
         "NumPyro, scanned steps": lambda: numpyro_row(size, x, scanned=True),
         "pythae, eager": lambda: pythae_row(size, x),
     }
-    out = ["CUDA"] * (not x.is_cuda) + ["compiled", "replicates"] * args.no_compile
+    out = ["CUDA"] * (not x.is_cuda) + ["compiled", "looped", "replicates"] * args.no_compile
     out += ["NumPyro"] * size.startswith("conv")  # it has no layers of its own
     return {name: make for name, make in found.items() if not any(word in name for word in out)}
 
@@ -360,19 +367,23 @@ def fits(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     runs = {p: ours(networks(size, args.device), x, how, p) for p in PRECISIONS}
     ratios = {"of highest": dict.fromkeys(PRECISIONS, "highest")}
     found = table(f"{size}, precision", measure(runs, args), ratios) | {"fits": {}}
-    seconds, step = [], Steps.take
+    seconds: list[float] = []
 
-    def clocked(steps: Steps, batch: Any) -> Any:
-        begin = now()
-        losses = step(steps, batch)
-        seconds.append(now() - begin)
-        return losses
+    def clocked(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            begin = now()
+            losses = step(*arguments)
+            seconds.append(now() - begin)
+            return losses
+
+        return call
 
     options = {"batch_size": BATCH, "num_epochs": args.epochs, "seed": 0, "progress": False}
     for name in (*PRECISIONS, None):
         pair, compiled = networks(size, args.device), bool(name) and not args.no_compile
         seconds.clear()
-        with patch.object(Steps, "take", clocked):
+        clocks = (patch.object(Steps, n, clocked(getattr(Steps, n))) for n in ("take", "_stride"))
+        with next(clocks), next(clocks):
             result = fit(*pair, x, compile=compiled, precision=name, **options)
         outside = 1 - sum(seconds[1:]) / (result.seconds - seconds[0])  # the first compiles
         elbo = float(evaluate(*pair, x[:1024], num_samples=16, seed=0).objective.mean())
@@ -414,8 +425,10 @@ def processes(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     heads = "".join(f"{head:>13s}" for head in ("peak MB", "before MB", *columns[2:]))
     print(f"\n{size + ', seconds':28s}{heads}")
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        for row in [HAND, EAGER, STAGED] + [COMPILED] * (0 if args.no_compile else 2):
+        places = ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "PPVAE_CACHE")
+        environment = os.environ | dict.fromkeys(places, cache)
+        compiled = [] if args.no_compile else [COMPILED, COMPILED, LOOPED, LOOPED]
+        for row in [HAND, EAGER, STAGED, *compiled]:
             command = [sys.executable, __file__, "--child", row, "--sizes", size]
             for name in ("steps", "threads", "device"):
                 command += [f"--{name}", str(getattr(args, name))]
@@ -446,7 +459,7 @@ def paid(times: dict[str, list], found: dict[str, Any]) -> dict[str, float]:
     after = {}
     for name, values in found.items():
         row = name.removesuffix(", cached")
-        if row in (STAGED, COMPILED):
+        if row in (STAGED, COMPILED, LOOPED):
             saved = float(np.median(np.subtract(times[EAGER], times[row])))
             spent = 1e3 * (values["ready"] + values["first step"]) - float(np.median(times[row]))
             after[name] = spent / saved if saved > 0 else float("inf")
@@ -479,7 +492,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--repetitions, --steps, --epochs, --threads: expected at least 1")
     if not all(re.fullmatch(r"(conv|\d+(-\d+)+)-\d+", size) for size in args.sizes):
         parser.error("--sizes: expected INPUTS-HIDDEN-LATENT or conv-LATENT")
-    args.best = STAGED if args.no_compile else COMPILED
+    args.best = STAGED if args.no_compile else LOOPED
     return args
 
 

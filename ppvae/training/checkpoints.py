@@ -5,7 +5,7 @@ is a dictionary of
 
 - `format`: the number of this layout;
 - `run`: what the training is of, in words: the parts of model and guide, data and options;
-- `execution`: how the loss runs, "eager", "staged" or "compiled";
+- `execution`: how the loss runs, "eager", "staged", "compiled" or "looped";
 - `loss`: the losses of the first minibatch with the values in the file, by the same random numbers;
 - `state`: `values`, name -> tensor, of all that the loss depends on; `constants`, the names of
   those that do not move, about which a warning tells if they are others where it goes on; `best`,

@@ -80,8 +80,9 @@ def fit(
     the loss of an epoch), after which the learning rate falls to a hundredth over a quarter as
     many epochs again.
 
-    **Ctrl-C** ends the training after its step: `fit` returns what was trained, and
-    `Fit.interrupted` says so; a second one raises, and takes back at most ten steps. With a
+    **Ctrl-C** ends the training after its step (or after those of a tenth of a second, where many
+    are taken by one call): `fit` returns what was trained, and `Fit.interrupted` says so; a second
+    one raises, and takes back at most ten steps, or those of such a call. With a
     checkpoint nothing at all is lost, and SIGTERM, too, waits until it is written.
 
     Args:
@@ -136,10 +137,12 @@ def fit(
             says what is in it.
         check_support: check every datum against the support of its likelihood before training, or,
             where a `DataLoader` gives them, in the first epoch; it takes a run of the programs.
-        compile: run the loss and its gradients as one compiled graph (see `stage`); "auto" does so
-            for 10,000 steps or more, which take longer than the compiler, and stages from 1,000 on.
-            The result is the same up to rounding. What cannot be staged runs eagerly, and a warning
-            says why.
+        compile: run compiled code; "auto" does so for 10,000 steps or more, which take longer than
+            the compiler, and stages from 1,000 on. On a CPU and with Adam as it comes, many whole
+            steps are taken by one call of a compiled loop, which is kept in a file for later
+            processes (in `~/.cache/ppvae`, or `$PPVAE_CACHE`); all else compiles the loss and its
+            gradients as one graph (see `stage`). `Fit.execution` says which it was. The result is
+            the same up to rounding. What cannot be staged runs eagerly, and a warning says why.
         precision: the precision of products of float32 matrices, "highest", "high" or "medium", as
             in `torch.set_float32_matmul_precision`; None leaves it as it is.
         progress: show a progress bar; a string is its label.

@@ -352,7 +352,7 @@ def train(
     """Trains for some epochs, or until there is a reason to stop.
 
     An error puts parameters and buffers back to where they were before the training, but `Diverged`
-    and a second Ctrl-C to where they were at most ten steps before it.
+    and a second Ctrl-C to where they were at most ten steps, or one stride, before it.
 
     Args:
         engine: what computes losses and gradients.

@@ -22,7 +22,8 @@ class Fit(NamedTuple):
             stopping the one with the lowest validation loss since the objective stood still.
         method: "stochastic gradient", or "L-BFGS" (see `optimizer` of `fit`).
         objective: what was minimised, such as `objectives.ELBO()`.
-        execution: "eager", "staged" or "compiled".
+        execution: "eager", "staged", "compiled" (the loss and its gradients), or "looped" (whole
+            steps, many by one call).
         converged: whether it ended at the optimum of its objective, or stochastic training where
             the loss was flat; None if that cannot be judged.
         verdict: the same in one sentence, with numbers.

@@ -96,7 +96,9 @@ class Steps:
         number: how many were taken.
         optimizer: None if there is nothing to move.
         scheduler: of its learning rate, or None.
-        snapshot: parameters and buffers of before the training, or of one of the last ten steps.
+        snapshot: parameters and buffers of before the training, of one of the last ten steps, or of
+            the start of the last stride.
+        strides: what takes many steps at a call; None takes them one by one.
     """
 
     def __init__(self, engine: Engine, options: Options) -> None:

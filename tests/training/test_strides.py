@@ -48,7 +48,7 @@ LOADER = DataLoader(TensorDataset(DOUBLE(9)), 4)
     ("make", "x", "told"),
     [
         pytest.param(normed, DOUBLE(11), {**ALL, **HELD}, id="all at once"),
-        pytest.param(linear, DOUBLE(13), {"batch_size": 4}, id="a datum that is left"),
+        pytest.param(linear, DOUBLE(17), {"batch_size": 8}, id="a datum that is left"),
         pytest.param(linear, LOADER, {"batch_size": None}, id="loader"),
         pytest.param(linear, DOUBLE(9), {"batch_size": None}, id="all data"),
     ],
@@ -72,12 +72,15 @@ def test_strides_are_single_steps(make, x, told):
     assert alone.optimizer.param_groups[0]["lr"] == strides.optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("size", [8, 5])
 def test_the_length_of_a_stride_and_the_step_of_a_ctrl_c_change_no_bit(
-    monkeypatch, tmp_path, ctrl_c
+    size, monkeypatch, tmp_path, ctrl_c
 ):
-    whole, end = trained(linear, data(11), num_epochs=8)
+    """The noise of eight data, 16 numbers, is drawn at once; that of five step by step."""
+    told = {"num_epochs": 8, "batch_size": size}
+    whole, end = trained(linear, data(19), **told)
     monkeypatch.setattr(walking, "_MOST", 1)
-    assert trained(linear, data(11), num_epochs=8)[0].losses == whole.losses
+    assert trained(linear, data(19), **told)[0].losses == whole.losses
     monkeypatch.setattr(walking, "_MOST", 64)
     go = Strides.go
 
@@ -88,10 +91,10 @@ def test_the_length_of_a_stride_and_the_step_of_a_ctrl_c_change_no_bit(
 
     monkeypatch.setattr(Strides, "go", stopping)
     path = tmp_path / "run.pt"
-    part, _ = trained(linear, data(11), num_epochs=8, checkpoint=path)
-    assert part.interrupted and 5 < part.num_steps < 24 and part.execution == "looped"
+    part, _ = trained(linear, data(19), checkpoint=path, **told)
+    assert part.interrupted and 5 < part.num_steps < whole.num_steps and part.execution == "looped"
     monkeypatch.setattr(Strides, "go", go)
-    rest, there = trained(linear, data(11), num_epochs=8, checkpoint=path)
+    rest, there = trained(linear, data(19), checkpoint=path, **told)
     assert rest.losses == whole.losses and same(there, end) and rest.execution == "looped"
 
 

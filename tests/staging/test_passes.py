@@ -1,0 +1,60 @@
+"""Passes over graphs, and noise that is drawn at once: the same numbers in another way."""
+
+import pytest
+import torch
+from pairs import build, data, made
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppvae import stage
+from ppvae.objectives import IWAE
+from ppvae.staging.noise import joint_noise
+from ppvae.staging.passes import transpose_narrow
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [3, 16, 40])
+def test_products_of_few_columns_are_worked_out_the_other_way_round(columns, bias):
+    def product(x, weight, offset):
+        y = torch.addmm(offset, x, weight) if bias else x @ weight
+        return y.view(-1)  # which wants rows one behind the other
+
+    given = torch.randn(50, 20), torch.randn(20, columns), torch.randn(columns)
+    graph = make_fx(product)(*given)
+    transpose_narrow(graph.graph)
+    graph.recompile()
+    products = [node for node in graph.graph.nodes if "mm" in str(node.target)]
+    graph(*given)
+    turned = any("aten.t." in str(node.target) for node in graph.graph.nodes)
+    assert len(products) == 1 and turned == (columns == 3)
+    torch.testing.assert_close(graph(*given), product(*given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "objective", "at_once"),
+    [
+        (8, None, True),  # two latents: 16 numbers
+        (9, None, False),
+        (4, IWAE(4), True),
+        (10, IWAE(2), False),
+    ],
+)
+def test_noise_is_drawn_at_once_where_it_is_that_of_single_steps(rows, objective, at_once):
+    staged = stage(*made()[0], data(10), objective=objective)
+    given = [data(rows), *staged.program.settings(0)]
+    joint = joint_noise(staged, given)
+    assert (joint is not None) == at_once
+    if joint is not None:
+        for steps in (1, 2, 7):
+            torch.manual_seed(4)
+            apart = torch.stack([staged.noise(*given)[0] for _ in range(steps)])
+            after = torch.get_rng_state()
+            torch.manual_seed(4)
+            assert torch.equal(joint(steps)[0], apart)
+            assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_loss_without_noise_draws_none():
+    staged = stage(*made(lambda: build("deterministic"))[0], data(10))
+    before = torch.get_rng_state()
+    joint = joint_noise(staged, [data(9), *staged.program.settings(0)])
+    assert joint(5) == [] and torch.equal(torch.get_rng_state(), before)
