@@ -81,8 +81,21 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     try:
         with without_warnings():
             return torch._inductor.aot_compile(graph, tuple(inputs), options=_OPTIONS)
+    except Exception:
+        _forget_instructions()
+        raise
     finally:
         logging.disable(logged)
+
+
+def _forget_instructions() -> None:
+    """Has PyTorch ask again which instructions there are, of which a compiler may not know all."""
+    from torch._inductor import cpu_vec_isa
+
+    known: list[Any] = [getattr(kind, "__bool__", None) for kind in vars(cpu_vec_isa).values()]
+    for remembered in (cpu_vec_isa.valid_vec_isa_list, *known):
+        if hasattr(remembered, "cache_clear"):
+            remembered.cache_clear()
 
 
 def _pack(files: Any, path: Path) -> Path:

@@ -98,6 +98,16 @@ def _rewrite(graph: fx.Graph, node: Any) -> None:
             size = node.args[0].args[-1]
             options = {"dtype": like.dtype, "device": like.device}
             _replace(node, graph.call_function(_DRAWS[node.target], (size,), options))
+        elif node.target is aten.dropout.default and (sizes := _sizes(graph, node)):
+            # the mask depends on nothing but sizes, so that it can be drawn before all else
+            value, rate, training = node.args
+            if training and 0 < rate < 1:
+                keep = graph.call_function(aten.new_empty.default, (value, sizes))
+                keep.meta["val"] = node.meta["val"]
+                keep = graph.call_function(aten.bernoulli.p, (keep, 1 - rate))
+                keep.meta["val"] = node.meta["val"]
+                scale = graph.call_function(aten.div.Scalar, (keep, 1 - rate))
+                _replace(node, graph.call_function(aten.mul.Tensor, (value, scale)))
         elif _is_mutable(node) and _is_alone(node.args[0]):
             # `x.add_(y)` on a new tensor that nothing else sees is `x.add(y)`
             packet, overload = str(node.target).removeprefix("aten.").split(".")
@@ -105,6 +115,27 @@ def _rewrite(graph: fx.Graph, node: Any) -> None:
             filled = not is_random(node) or _is_blank(node.args[0])
             if packet.endswith("_") and pure is not None and filled:
                 _replace(node, graph.call_function(pure, node.args, node.kwargs))
+
+
+def _sizes(graph: fx.Graph, node: Any) -> list[Any] | None:
+    """The shape of a node, by numbers and sizes of arguments; None if it is not to be had so."""
+    places = graph.find_nodes(op="placeholder")
+    known = {
+        str(size): (place, dim)
+        for place in places
+        if isinstance(place.meta.get("val"), torch.Tensor)
+        for dim, size in enumerate(place.meta["val"].shape)
+    }
+    sizes: list[Any] = []
+    for size in node.meta["val"].shape:
+        if isinstance(size, int):
+            sizes.append(size)
+        elif str(size) in known:
+            sizes.append(graph.call_function(_SIZE, known[str(size)]))
+            sizes[-1].meta["val"] = size
+        else:
+            return None
+    return sizes
 
 
 def _is_blank(node: Any) -> bool:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._inductor
 from pairs import Normed, build, data, linear, made, same, traceless, values
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,7 +24,7 @@ TOLD = {"num_epochs": 5, "batch_size": 4, "learning_rate": 0.01, "progress": Fal
 
 
 def normed():
-    return build(encoder=Normed(dropout=False))
+    return build(encoder=Normed())
 
 
 def halved(optimizer):
@@ -37,7 +38,7 @@ def trained(make, x, **told):
     return result, values(model, guide)
 
 
-#: Statistics, a schedule, a clip and a warm-up; batches of four, four and three.
+#: Statistics, dropout, a schedule, a clip and a warm-up; batches of four, four and three.
 ALL = {"scheduler": halved, "clip": 0.5, "objective": ELBO(beta=warm_up(8)), "num_epochs": 6}
 DOUBLE = partial(data, dtype=torch.float64)
 HELD = {"validation": DOUBLE(6) + 1.0, "patience": 2}
@@ -140,8 +141,6 @@ def test_other_optimizers_take_their_own_steps(optimizer, monkeypatch):
 
 
 def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
-    import torch._inductor
-
     def none(*args, **kwargs):
         raise AssertionError("it is compiled again")
 
@@ -153,6 +152,22 @@ def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
     again, _ = trained(linear, data(14), batch_size=5, num_epochs=2)
     assert (first.execution, again.execution) == ("looped", "looped")  # of other sizes, too
     assert trained(linear, data(11))[0].losses == first.losses
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
+    """What the processor has was taken for granted, and is asked again."""
+    from torch._inductor import cpu_vec_isa
+
+    def fails(graph, inputs, *, options):
+        with torch._inductor.config.patch({"cpp.vec_isa_ok": options["cpp.vec_isa_ok"]}):
+            assert cpu_vec_isa.valid_vec_isa_list()
+        raise OSError("no compiler")
+
+    monkeypatch.setenv("PPVAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch._inductor, "aot_compile", fails)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    assert trained(linear, data(11))[0].execution == "compiled"
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_for_once(monkeypatch, tmp_path):
