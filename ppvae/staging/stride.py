@@ -110,8 +110,9 @@ class Stride:
         self.betas, self.eps, self.clip = betas, eps, clip
         state = staged.state()
         leaves = [state[at] for at in self.trained]
-        if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1 or leaves[0].is_complex():
-            raise NotStageable("the parameters are of several kinds, or there are none")
+        kinds_of = {(leaf.dtype, leaf.device) for leaf in leaves}
+        if len(kinds_of) != 1 or leaves[0].dtype not in (torch.float32, torch.float64):
+            raise NotStageable("the parameters are of several kinds or of half precision, or none")
         if leaves[0].device.type != "cpu":
             raise NotStageable("a loop on this device waits for it in every step")
         if any(map(is_random, staged.rest.graph.nodes)):
@@ -171,11 +172,9 @@ class Stride:
         """One step, in operations that a graph can hold."""
         state: list[Any] = [None] * len(self.staged.state())
         buffers = [value.clone() for value in moved.buffers]
-        for at, value in [
-            *zip(self.buffers, buffers, strict=True),
-            *zip(self.fixed, fixed, strict=True),
-        ]:
-            state[at] = value
+        for places, values in ((self.buffers, buffers), (self.fixed, fixed)):
+            for at, value in zip(places, values, strict=True):
+                state[at] = value
         loss, slopes = self._slopes(self.parts(moved.values), state, list(data))
         slope = torch.cat([part.reshape(-1) for part in slopes])
         if self.clip is not None:
@@ -184,8 +183,8 @@ class Stride:
         mean = moved.mean + (1 - first) * (slope - moved.mean)
         square = second * moved.square + (1 - second) * slope.square()
         length, root = rate.unbind()
-        values = moved.values - length * mean / (square.sqrt() / root + self.eps)
-        return loss, Moved(values, mean, square, buffers)
+        ahead = moved.values - length * mean / (square.sqrt() / root + self.eps)
+        return loss, Moved(ahead, mean, square, buffers)
 
     def _loop(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The steps of a call, from its inputs."""
@@ -255,9 +254,7 @@ class Stride:
         """All that the graph of the loop depends on, in words."""
         staged, told = self.staged, (self.kinds, self.betas, self.eps, self.clip)
         graphs = [staged.noise, staged.rest]
-        held = [
-            v for g in graphs for v in (*g.buffers(), *vars(g).values()) if isinstance(v, Tensor)
-        ]
+        held = [value for graph in graphs for value in (*graph.buffers(), *vars(graph).values())]
         state = [f"{value.shape} {value.stride()} {value.dtype}" for value in staged.state()]
         constants = [f"{value.tolist()}" for value in held if isinstance(value, Tensor)]
         return [*(g.code for g in graphs), f"{staged.shapes} {told}", *state, *constants]
@@ -279,9 +276,7 @@ class Stride:
         moved = self.moved(None, None)
         fixed = [state[at].detach() for at in self.fixed]
         inputs = [torch.tensor(count), rates, numbers, *moved[:3], *moved.buffers, *fixed, *data]
-        inputs = [
-            value.clone() for value in inputs
-        ]  # each for itself: what is one is traced as one
+        inputs = [value.clone() for value in inputs]  # what is one tensor is traced as one input
         graph = make_fx(lambda *each: self._loop([*each]), tracing_mode="symbolic")(*inputs)
         for part in graph.modules():
             if isinstance(part, fx.GraphModule):

@@ -60,6 +60,8 @@ class Strides:
         self._most = 1  # of the steps in a stride, until it is known how long they take
         self._known: dict[int, tuple[bool, Any]] = {}
         self._settings = task.program.settings(0)
+        held = (*task.batches.tensors, *task.batches.extra)
+        self._held = [v.contiguous() for v in held if isinstance(v, Tensor)]
         with random_state(None, keep=True):
             first = next(self.minibatches())
             noise = staged.noise(*self._given(first))
@@ -188,11 +190,7 @@ class Strides:
         for at, value in enumerate(example):
             if isinstance(value, Tensor):
                 further = at - (len(example) - len(batches.extra))
-                same = (
-                    batches.whole
-                    or not batches.given
-                    or (further >= 0 and not batches.cut[further])
-                )
+                same = batches.whole or (further >= 0 and not batches.cut[further])
                 kinds.append(SAME if same else PICKED if batches.numbered else STACKED)
         return [*kinds, *[STACKED] * (len(self._settings) + noise)]
 
@@ -202,7 +200,7 @@ class Strides:
         steps = len(minibatches)
         if batches.numbered:
             rows = torch.stack(minibatches)
-            given = [v for v in (*batches.tensors, *batches.extra) if isinstance(v, Tensor)]
+            given = self._held
         else:
             sizes = steps, self.rows(minibatches[0])  # what the graph takes for the same
             rows = torch.zeros(sizes, dtype=torch.int64)
@@ -214,10 +212,10 @@ class Strides:
             ]
         joint = self._of(minibatches[0])[1]
         noise = joint(steps) if joint else map(torch.stack, zip(*self._drawn, strict=True))
-        data = [*given, *self._settings_of(before, steps), *noise]
+        data = [*(v.contiguous() for v in given), *self._settings_of(before, steps), *noise]
         rates = rates_of(group["betas"], float(group["lr"]), self._done, steps)
         dtype = group["params"][0].dtype
-        return Taken(rates.to(dtype), rows, [value.contiguous() for value in data])
+        return Taken(rates.to(dtype), rows, data)
 
     def _settings_of(self, before: int, steps: int) -> list[Tensor]:
         """The settings of some steps, each as one tensor."""
@@ -248,19 +246,13 @@ class Strides:
             torch._foreach_copy_(parameters, stride.parts(moved.values))
             for value, new in zip(stride.buffers_now(), moved.buffers, strict=True):
                 value.copy_(new)
-            parts = zip(
-                parameters, stride.parts(moved.mean), stride.parts(moved.square), strict=True
-            )
-            for parameter, mean, square in parts:
+            means = [stride.parts(vector) for vector in (moved.mean, moved.square)]
+            for parameter, mean, square in zip(parameters, *means, strict=True):
                 parameter.grad = None
                 state = self.optimizer.state[parameter]
                 if not state:
-                    like = torch.zeros_like(parameter)
-                    state |= {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": like,
-                        "exp_avg_sq": like.clone(),
-                    }
+                    state["step"] = torch.tensor(0.0)
+                    state |= {name: torch.zeros_like(parameter) for name in _MEANS}
                 state["step"].fill_(done)
                 for name, value in zip(_MEANS, (mean, square), strict=True):
                     state[name].copy_(value)
