@@ -124,18 +124,30 @@ def combine(factors: Iterable[Factor]) -> Factor:
         >>> combine([a, b])
         Factor of 3 rows, 1 columns
     """
-    one = isinstance(factors, Factor) or not isinstance(factors, Iterable)
-    expect(not one, "factors", "a list of them", type(factors).__name__, TypeError)
     stack, rows = _Stack(), 0
     first: Factor | None = None
-    for number, factor in enumerate(factors):
-        check_factor(f"factor {number}", factor, first)
+    for number, factor in enumerate(each_of("factors", factors, Factor)):
+        check_factor(f"factors[{number}]", factor, first)
         first = factor if first is None else first._replace(names=first.names or factor.names)
         stack.add(factor.triangle)
         rows += factor.rows
     if first is None:
         raise ValueError("factors: expected at least one, got none")
     return first._replace(triangle=stack.triangle(), rows=rows)
+
+
+def each_of(name: str, values: Any, kind: type) -> Iterator[Any]:
+    """Goes through a list, or what is like one, of objects of a kind.
+
+    Raises:
+        TypeError: it is one of them, or nothing to go through.
+    """
+    given: Any = None if isinstance(values, kind) else values
+    try:
+        return iter(given)
+    except TypeError:
+        got = type(values).__name__
+        raise TypeError(f"{name}: expected a list of them, got {got}") from None
 
 
 def check_factor(name: str, value: Any, like: Factor | None = None) -> Factor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppvae._checks import expect
-from ppvae.regression.factors import Factor, check_factor, triangle_of
+from ppvae.regression.factors import Factor, check_factor, each_of, triangle_of
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.linear_algebra import pieces
 from ppvae.regression.priors import Array
@@ -64,9 +64,7 @@ class LeaveOneOut(NamedTuple):
             TypeError: one is no `LeaveOneOut`.
             ValueError: there are none.
         """
-        one = isinstance(parts, LeaveOneOut) or not isinstance(parts, Iterable)
-        expect(not one, "parts", "a list of them", type(parts).__name__, TypeError)
-        parts = list(parts)
+        parts = list(each_of("parts", parts, LeaveOneOut))
         expect(parts, "parts", "at least one", "none")
         for part in parts:
             kind = type(part).__name__

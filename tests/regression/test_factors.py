@@ -213,20 +213,20 @@ BAD = {
     "none": (lambda: combine([]), "^factors: expected at least one, got none"),
     "columns": (
         lambda: combine([ONE, factorize(X[:, :3], Y)]),
-        "^factor 1: expected 4 columns, as the others, got 3",
+        "^factors.1.: expected 4 columns, as the others, got 3",
     ),
     "intercept": (
         lambda: combine([ONE, factorize(X, Y, intercept=True)]),
-        "^factor 1: expected an intercept in all",
+        "^factors.1.: expected an intercept in all",
     ),
     "other names": (
         lambda: combine([TWO, NAMED, factorize(TABLE[["a", "b", "d", "c"]], Y)]),
-        "^factor 2: expected the columns .*'c', 'd'",
+        "^factors.2.: expected the columns .*'c', 'd'",
     ),
-    "cut": (lambda: combine([ONE._replace(rows=2)]), "^factor 0: expected a triangle of 2 rows"),
+    "cut": (lambda: combine([ONE._replace(rows=2)]), "^factors.0.: expected a triangle of 2 rows"),
     "not finite": (
         lambda: combine([ONE, TWO._replace(triangle=TWO.triangle * np.nan)]),
-        "^factor 1: expected finite",
+        "^factors.1.: expected finite",
     ),
     "intercept later": (lambda: exact_posterior(ONE, intercept=True), "^intercept: "),
     "too few": (lambda: POST.loo(X[:3], Y[:3], others=TWO), "^others: .* 3 rows and 3 others"),
@@ -246,9 +246,9 @@ BAD = {
 BAD_KINDS = {
     "dtype": (
         lambda: combine([ONE, TWO._replace(triangle=TWO.triangle.astype(np.float32))]),
-        "^factor 1: expected a triangle in float64, got float32",
+        "^factors.1.: expected a triangle in float64, got float32",
     ),
-    "no factor": (lambda: combine([ONE, X]), "^factor 1: expected a Factor, got ndarray"),
+    "no factor": (lambda: combine([ONE, X]), "^factors.1.: expected a Factor, got ndarray"),
     "one factor": (lambda: combine(ONE), "^factors: expected a list of them, got Factor"),
     "of a factor": (lambda: factorize(ONE), "^X: expected rows, got a Factor"),
     "a list": (lambda: exact_posterior([ONE, TWO]), r"^X: .*Factor as block 0 \(combine"),
