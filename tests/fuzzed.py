@@ -631,6 +631,25 @@ CALLS: dict[str, Call] = {
             "scale": None, "intercept": False,
         },
     ),
+    "factorize": Call(
+        regression.factorize,
+        lambda: {"X": X, "y": Y, "intercept": False, "names": ["a", "b", "c"]},
+    ),
+    "combine": Call(regression.combine, lambda: {"factors": [regression.factorize(X, Y)]}),
+    "combine, rows": Call(
+        lambda X, y: regression.combine([regression.factorize(X, y), regression.factorize(X, Y)]),
+        lambda: {"X": X, "y": Y},
+    ),
+    "ExactPosterior.loo": Call(
+        lambda **given: exact().loo(**given),
+        lambda: {
+            "X": X[:2], "y": Y[:2], "others": regression.factorize(X[2:], Y[2:]),
+            "pointwise": True,
+        },
+    ),
+    "LeaveOneOut.combine": Call(
+        regression.LeaveOneOut.combine, lambda: {"parts": [exact().loo()]}
+    ),
     "quantile": Call(lambda q: exact().quantile(q), lambda: {"q": 0.3}),
     "sample": Call(
         lambda **given: exact().sample(**given), lambda: {"num_samples": 3, "seed": 0}

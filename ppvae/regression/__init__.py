@@ -2,19 +2,24 @@
 
 from ppvae.regression import plots
 from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
-from ppvae.regression.exact import ExactPosterior, LeaveOneOut, exact_posterior
+from ppvae.regression.exact import ExactPosterior, exact_posterior
+from ppvae.regression.factors import Factor, combine, factorize
+from ppvae.regression.loo import LeaveOneOut
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.scores import PredictiveScores, objective, predictive_scores
 
 __all__ = [
     "EvidenceMaximum",
     "ExactPosterior",
+    "Factor",
     "Horseshoe",
     "LeaveOneOut",
     "LinearRegression",
     "PredictiveScores",
+    "combine",
     "evidence_maximum",
     "exact_posterior",
+    "factorize",
     "log_evidence_curve",
     "objective",
     "plots",

@@ -10,8 +10,8 @@ from torch.distributions import Distribution
 
 from ppvae._checks import check_array, check_flag, check_real, expect
 from ppvae.regression.exact import ExactPosterior, problem_of
+from ppvae.regression.factors import Data, Values, read
 from ppvae.regression.hyper import Problem
-from ppvae.regression.linear_algebra import Data, Values, factorize
 from ppvae.regression.priors import Array, Unknown
 
 # The maximum is searched where the log of the scale, or of scale over noise, is within this.
@@ -68,8 +68,8 @@ def log_evidence_curve(
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
     grid = check_array("scales", given, ("k",)[: given.dim()]).reshape(-1)
     expect((grid > 0).all(), "scales", "positive, finite numbers", repr(scales))
-    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
-    return _curve(problem, np.log(grid))
+    factor, _ = read(X, y, intercept=intercept)
+    return _curve(problem_of(factor, weight, noise, 1.0), np.log(grid))
 
 
 def evidence_maximum(
@@ -106,7 +106,8 @@ def evidence_maximum(
     maximize_noise = check_flag("maximize_noise", maximize_noise)
     expect(not maximize_noise or noise is None, "noise", "nothing with maximize_noise=True", noise)
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
-    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, 1.0)
+    factor, data = read(X, y, intercept=intercept)
+    problem = problem_of(factor, weight, noise, 1.0)
     noise_sd, best_noise = problem.numbers["noise"], problem.gaussian.best_noise
     if maximize_noise:
         ratio = _highest(lambda log_ratios: best_noise(log_ratios)[1])
@@ -115,7 +116,7 @@ def evidence_maximum(
     else:
         scale = math.exp(_highest(lambda log_scales: _curve(problem, log_scales)))
     problem = problem._replace(numbers={"noise": noise_sd, "scale": scale})
-    posterior = ExactPosterior(problem, problem.integrate())
+    posterior = ExactPosterior(problem, problem.integrate(), data)
     known_noise = np.nan if isinstance(noise_sd, Unknown) else noise_sd
     return EvidenceMaximum(scale, known_noise, posterior.log_normalizer, posterior)
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyro.distributions as dist
@@ -19,9 +19,11 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_count, check_names, check_real, expect
+from ppvae._checks import check_array, check_count, check_flag, check_names, check_real, expect
+from ppvae.regression.factors import Data, Factor, Values, read, read_block
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem, mixture_quantiles
-from ppvae.regression.linear_algebra import Data, Factor, Values, factorize, pieces
+from ppvae.regression.linear_algebra import pieces
+from ppvae.regression.loo import LeaveOneOut, log_predictive
 from ppvae.regression.priors import Array, Given, read_positive, weight_prior
 
 if TYPE_CHECKING:
@@ -29,12 +31,8 @@ if TYPE_CHECKING:
 
 Seed = int | np.random.Generator | None
 
-# Below this share of a datum's own variance its closed-form leave-one-out density loses digits.
-_LEAST_SHARE = 1e-6
 # So many numbers are printed each by itself.
 _PRINTED = 30
-# Share of the mass of a posterior without a datum that the points of the lattice may miss.
-_TOLERANCE = 1e-9
 
 
 def exact_posterior(
@@ -58,7 +56,7 @@ def exact_posterior(
     Args:
         X: array of shape `(rows, columns)`, wide or tall, where zero rows give the prior; or,
             without y, an iterable of pairs of blocks, `(rows, columns)` and `(rows,)`, of which
-            only one is held at a time.
+            only one is held at a time, or a `Factor` of rows that may be on many machines.
         y: array of shape `(rows,)`.
         weight: prior of the weights, a Normal with scalar or per-column `loc` and `scale`, or None
             for a flat prior.
@@ -66,7 +64,8 @@ def exact_posterior(
             the flat prior p(s) = 1.
         scale: the factor t of the prior sds: a number, or a prior on the positive reals for
             a hierarchical model; 1 by default.
-        intercept: add a weight with a flat prior, first in order, for a column of ones.
+        intercept: add a weight with a flat prior, first in order, for a column of ones; a `Factor`
+            has been told.
 
     Returns:
         The posterior.
@@ -84,9 +83,17 @@ def exact_posterior(
         >>> posterior = exact_posterior([[1.0], [2.0]], [1.0, 3.0], weight=None, noise=1.0)
         >>> posterior.mean.round(6), posterior.sd.round(6)
         (array([1.4]), array([0.447214]))
+
+        The same of rows that are in two places:
+
+        >>> from ppvae.regression import combine, factorize
+        >>> here, there = factorize([[1.0]], [1.0]), factorize([[2.0]], [3.0])
+        >>> exact_posterior(combine([here, there]), weight=None, noise=1.0).mean.round(6)
+        array([1.4])
     """
-    problem = problem_of(factorize(X, y, intercept=intercept), weight, noise, scale)
-    return ExactPosterior(problem, problem.integrate())
+    factor, data = read(X, y, intercept=intercept)
+    problem = problem_of(factor, weight, noise, scale)
+    return ExactPosterior(problem, problem.integrate(), data)
 
 
 def problem_of(factor: Factor, weight: Distribution | None, noise: Given, scale: Given) -> Problem:
@@ -102,25 +109,6 @@ def problem_of(factor: Factor, weight: Distribution | None, noise: Given, scale:
     return make_problem(factor, weight_prior(weight, factor.columns - factor.intercept), numbers)
 
 
-class LeaveOneOut(NamedTuple):
-    """Leave-one-out log predictive densities, in nats.
-
-    Attributes:
-        pointwise: log p(y_i | all other data), shape `(rows,)`; nan where the posterior without
-            datum i is improper.
-        total: their sum, the expected log predictive density of ArviZ's `elpd_loo`.
-        standard_error: of the total as an estimate, `sqrt(rows) * sd(pointwise)`.
-    """
-
-    pointwise: Array
-    total: float
-    standard_error: float
-
-    def __repr__(self) -> str:
-        total = f"{self.total:.4f} nats (standard error {self.standard_error:.4f})"
-        return f"LeaveOneOut of {len(self.pointwise)} rows: {total}"
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class ExactPosterior:
     r"""A posterior of weights, noise and scale: a mixture of Gaussians over points of these two.
@@ -131,10 +119,12 @@ class ExactPosterior:
     Args:
         problem: the data and the priors.
         hyper: the posterior of noise and scale.
+        data: copies of X (with the column of ones) and of y; None if they came in blocks.
     """
 
     problem: Problem
     hyper: HyperPosterior
+    data: tuple[Array, Array] | None = None
 
     def __repr__(self) -> str:
         names, rows = self.names, self.problem.factor.rows
@@ -277,7 +267,14 @@ class ExactPosterior:
         drawn = means + np.sqrt(variances) * generator.standard_normal(means.shape)
         return self._loc + drawn @ self._basis.T
 
-    def loo(self) -> LeaveOneOut:
+    def loo(
+        self,
+        X: Values | None = None,
+        y: Values | None = None,
+        *,
+        others: Factor | None = None,
+        pointwise: bool = True,
+    ) -> LeaveOneOut:
         r"""Predicts each datum from all others, exactly and without refitting.
 
         Given noise s and scale, with residual e and leverage h of a datum,
@@ -290,14 +287,39 @@ class ExactPosterior:
 
         by a sum over its points. Where that has lost digits, the others are fitted anew.
 
+        Data that came in blocks are given again, block by block and anywhere, as this object is
+        small; `LeaveOneOut.combine` adds up what it returns for each.
+
+        Args:
+            X: one block of the rows that this posterior was made of, shape `(rows, columns)`, or
+                nothing for all of them, if they were given as arrays.
+            y: shape `(rows,)`.
+            others: the factor of all rows but the block's (`combine` of those of the other blocks).
+                It is used only where a datum decides so much that the others are fitted anew, and
+                is asked for there.
+            pointwise: return the density of each datum, too, and not just the sums.
+
         Raises:
-            ValueError: the data came in blocks, or too few remain for a proper posterior.
+            TypeError, ValueError: the block is not as the data are (see `factorize`).
+            ValueError: the data came in blocks, and none is given; too few remain for a proper
+                posterior; the block cannot be one of these data, or the others are not the rest; or
+                others are needed and not given.
 
         Reference:
             Vehtari et al., *Bayesian leave-one-out cross-validation approximations for Gaussian
             latent variable models*, 2016.
         """
-        return _leave_one_out(self)
+        pointwise = check_flag("pointwise", pointwise)
+        expect((X is None) == (y is None), "X, y", "both of a block, or neither", "one of them")
+        if X is None or y is None:
+            if self.data is None:
+                got = "none of blocks, which are not kept: give each to loo(X, y)"
+                raise ValueError(f"X, y: expected the data, got {got}")
+            data = self.data
+        else:
+            data = read_block(X, y, self.problem.factor)
+        found = LeaveOneOut.of(log_predictive(self.problem, self.hyper, *data, others))
+        return found if pointwise else found._replace(pointwise=np.empty(0))
 
     def to_datatree(
         self, num_samples: int = 1000, seed: Seed = None, *, features: Sequence[str] | None = None
@@ -311,7 +333,7 @@ class ExactPosterior:
         Args:
             num_samples: number of draws, at least 1.
             seed: see `sample`.
-            features: names of the columns of X.
+            features: names of the columns of X; by default those of its factor, if it has any.
 
         Raises:
             ValueError: there are fewer than one draw, or `features` are not one for each column.
@@ -321,13 +343,13 @@ class ExactPosterior:
         factor, first = self.problem.factor, int(self.problem.factor.intercept)
         draws = self.sample(check_count("num_samples", num_samples), seed)[None]
         count = factor.columns - first
-        features = None if features is None else check_names("features", features, count)
+        features = factor.names if features is None else check_names("features", features, count)
         weights = range(first, factor.columns)
         posterior = {n: draws[..., i] for i, n in enumerate(self.names) if i not in weights}
         noise = np.asarray(posterior.get("noise", self.problem.numbers["noise"]))[..., None]
         groups = {"posterior": {"weight": draws[..., weights], **posterior}}
-        if factor.data is not None:
-            X, y = factor.data
+        if self.data is not None:
+            X, y = self.data
             away = (y - draws[..., : factor.columns] @ X.T) / noise
             logs = -(away**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
             groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": y}}
@@ -337,60 +359,3 @@ class ExactPosterior:
             dims={"weight": ["feature"], "y": ["datum"]},
             attrs={"/": {"inference_library": "ppvae", "sampling": "independent, exact"}},
         )
-
-
-def _leave_one_out(posterior: ExactPosterior) -> LeaveOneOut:
-    """Predicts by the points of the lattice where these are exact, and else by fitting anew."""
-    problem, hyper = posterior.problem, posterior.hyper
-    factor, gaussian = problem.factor, problem.gaussian
-    if factor.data is None:
-        raise ValueError("loo: expected X and y as arrays, got blocks, which are not kept")
-    X, y = factor.data
-    proper = "noise" not in problem.unknown or problem.has_moment("noise", 1)
-    expect(proper, "loo", "more rows", "an improper posterior where one of them is left out")
-    rows, away = X @ gaussian.basis, y - X @ gaussian.loc
-    pointwise, exact = np.empty(factor.rows), np.empty(factor.rows, dtype=bool)
-    for part in pieces(factor.rows, len(hyper.shares)):
-        pointwise[part], exact[part] = _by_points(posterior, rows[part], away[part])
-    if "noise" in problem.unknown and factor.rows - 1 <= gaussian.rank:
-        # without a datum the others can be fitted exactly, and the noise may go to zero, where the
-        # difference of densities is lost in their rounding
-        exact[:] = False
-    for i in np.flatnonzero(~exact):
-        others = factorize(np.delete(X, i, 0), np.delete(y, i))
-        try:
-            rest = make_problem(others, problem.weight, problem.numbers)
-            pointwise[i] = hyper.log_total - rest.integrate().log_total
-        except ValueError:  # the posterior without the datum is improper
-            pointwise[i] = np.nan
-    spread = float(np.sqrt(factor.rows) * pointwise.std()) if factor.rows else 0.0
-    return LeaveOneOut(pointwise, float(pointwise.sum()), spread)
-
-
-def _by_points(posterior: ExactPosterior, rows: Array, away: Array) -> tuple[Array, Array]:
-    """Log predictive densities of data, and whether these have kept their digits.
-
-    Args:
-        posterior: of all data.
-        rows: rows of X in the coordinates of the posterior, shape `(k, weights)`.
-        away: y less what the prior means predict, shape `(k,)`.
-    """
-    hyper, gaussian = posterior.hyper, posterior.problem.gaussian
-    log_noise, log_scale = hyper.log_numbers.values()
-    means, variances = gaussian.coordinates(log_noise, log_scale)
-    residual = away[:, None] - rows @ means.T
-    share = 1 - rows**2 @ (variances * np.exp(-2 * log_noise)[:, None]).T
-    center = share @ hyper.shares
-    share = np.maximum(share, 1e-300)
-    with np.errstate(over="ignore", divide="ignore"):
-        misfit = (residual * np.exp(-log_noise)) ** 2 / share
-        logs = (np.log(share) - np.log(2 * np.pi) - misfit) / 2 - log_noise
-        inverse = np.log(hyper.shares) - logs
-    top = inverse.max(1)
-    # the posterior without the datum must have died out where the other is small, and half of the
-    # points must give the same sum
-    far, signs = hyper.shares < 1e-16 * hyper.shares.max(), 1 - 2 * (hyper.indices % 2)
-    weights = np.column_stack([np.ones(len(far)), far, signs])
-    sums = np.exp(inverse - top[:, None]) @ weights
-    error = np.abs(sums[:, 1:]).max(1) / sums[:, 0]
-    return -top - np.log(sums[:, 0]), (error < _TOLERANCE) & (center > _LEAST_SHARE)

@@ -16,7 +16,8 @@ import numpy as np
 from scipy import ndimage, special
 
 from ppvae._checks import expect
-from ppvae.regression.linear_algebra import Factor, GaussianPosterior, decompose, pieces
+from ppvae.regression.factors import Factor
+from ppvae.regression.linear_algebra import GaussianPosterior, decompose, pieces
 from ppvae.regression.priors import Array, Integers, NormalPrior, Numbers, Unknown
 
 # Logs of functions `(k, functions)` at places `(k, axes)`.

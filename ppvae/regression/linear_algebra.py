@@ -1,30 +1,21 @@
-r"""From the data of a linear regression to coordinates that are independent in the posterior.
+r"""From the factor of the data to coordinates that are independent in the posterior.
 
-The data are reduced to a triangular factor, and that to one singular value decomposition, which
-serves every noise and every prior scale. `X'X` is never formed.
+One singular value decomposition of the triangle serves every noise and every prior scale.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike
 from scipy import linalg
-from torch import Tensor
 
-from ppvae._checks import LEAST, MOST, as_doubles, check_real, expect
+from ppvae._checks import LEAST, MOST, expect
+from ppvae.regression.factors import Factor
 from ppvae.regression.priors import Array, NormalPrior
-
-Values = ArrayLike | Tensor
-# an array of rows, or pairs (X, y) of blocks of rows
-Data = Values | Iterable[tuple[Values, Values]]
 
 _EPSILON = float(np.finfo(float).eps)
 _LOG_TWO_PI = math.log(2 * math.pi)
-# Rows that are factorized at a time: enough to keep the cores busy, and little memory.
-_ROWS = 8192
 # Numbers in the largest array of a computation that can be cut into pieces.
 _BUDGET = 4_000_000
 
@@ -33,90 +24,6 @@ def pieces(length: int, width: int) -> Iterator[slice]:
     """Cuts `length` rows of `width` numbers into slices whose arrays fit into memory."""
     step = max(1, _BUDGET // max(width, 1))
     return (slice(start, start + step) for start in range(0, length, step))
-
-
-class Factor(NamedTuple):
-    r"""The triangular factor of the data, `Q' [X, y] = R`, which is all that a posterior needs.
-
-    Attributes:
-        triangle: R, shape `(min(rows, columns + 1), columns + 1)`; the last column is y's.
-        rows: number of rows of X.
-        intercept: whether the first column is one of ones.
-        data: copies of X (with the column of ones) and of y; None if they came in blocks.
-    """
-
-    triangle: Array
-    rows: int
-    intercept: bool
-    data: tuple[Array, Array] | None
-
-    @property
-    def columns(self) -> int:
-        """The number of columns of X, including the column of ones of an intercept."""
-        return self.triangle.shape[1] - 1
-
-
-def factorize(X: Data, y: Values | None, *, intercept: bool = False) -> Factor:
-    r"""Reduces data to their triangular factor, in float64, by Householder QR.
-
-    Blocks are combined as `QR([R; block])`, which is as stable as one QR of all rows and never
-    squares the condition number (Golub, Van Loan, *Matrix Computations*, 2013, section 5.2).
-
-    Args:
-        X: array of shape `(rows, columns)`, or with `y=None` an iterable of pairs of blocks.
-        y: array of shape `(rows,)`.
-        intercept: put a column of ones before the columns of X.
-
-    Raises:
-        ValueError: shapes do not fit, there are no columns, or a value is not finite.
-        TypeError: X is neither an array nor an iterable of pairs, or there are others than real
-            numbers, or `intercept` is no bool.
-    """
-    expect(isinstance(intercept, bool), "intercept", "True or False", repr(intercept), TypeError)
-    pairs = y is not None or (isinstance(X, Iterable) and not hasattr(X, "shape"))
-    expected = "the target values, or X to be an iterable of pairs (X, y) of blocks"
-    expect(pairs, "y", expected, type(X).__name__, TypeError)
-    waiting: list[Array] = []  # the triangle of all rows so far, and the rows that follow
-    rows = count = 0
-    for block in _blocks(X, y, intercept=intercept):
-        for start in range(0, len(block) or 1, _ROWS):
-            waiting.append(block[start : start + _ROWS])
-            count += len(waiting[-1])
-            if count >= max(_ROWS, 16 * block.shape[1]):
-                waiting, count = [_fold(waiting)], block.shape[1]
-        rows += len(block)
-    expect(waiting, "X", "at least one block", "none")
-    data = None if y is None else (block[:, :-1], block[:, -1])
-    return Factor(_fold(waiting), rows, intercept, data)
-
-
-def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[Array]:
-    """Checks the data and yields new arrays with the columns (ones), X, y, block by block."""
-    columns = 0
-    for number, pair in enumerate(X if y is None else [(X, y)]):
-        name = f"X, y of block {number}" if y is None else "X, y"
-        arrays = tuple(pair) if isinstance(pair, Iterable) else ()
-        got = f"{type(pair).__name__} as block {number}"
-        expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
-        named = zip(arrays, ("X", "y"), strict=True)
-        design, target = (as_doubles(check_real(name, values)) for values, name in named)
-        fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
-        shapes = f"{design.shape} and {target.shape}"
-        expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
-        columns = columns if number else design.shape[1]
-        expect(columns + intercept, "X", "at least one column", "none")
-        expected = f"{columns} columns in every block, as in the first"
-        expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
-        yield np.column_stack([*[np.ones(len(target))] * intercept, design, target])
-
-
-def _fold(waiting: list[Array]) -> Array:
-    """Computes the triangular factor of all the rows that wait."""
-    triangle = torch.linalg.qr(torch.from_numpy(np.vstack(waiting)), mode="r")[1].numpy()
-    finite = np.isfinite(triangle).all(0)  # a NaN or infinity in a row comes through
-    name = "y" if finite[:-1].all() else "X"
-    expect(finite.all(), name, "finite values", "NaN, infinity or an overflow")
-    return triangle
 
 
 class GaussianPosterior(NamedTuple):

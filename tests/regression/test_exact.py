@@ -14,7 +14,14 @@ from pyro.distributions import transforms
 from scipy import linalg, special, stats
 from sklearn.linear_model import BayesianRidge
 
-from ppvae.regression import evidence_maximum, exact_posterior, log_evidence_curve
+from ppvae.regression import (
+    LeaveOneOut,
+    combine,
+    evidence_maximum,
+    exact_posterior,
+    factorize,
+    log_evidence_curve,
+)
 from ppvae.regression.priors import Unknown
 
 
@@ -460,6 +467,26 @@ def test_leave_one_out_is_refitting(name):
         assert loo.pointwise[i] == pytest.approx(exact, abs=1e-8, rel=1e-12), i
     assert loo.total == pytest.approx(loo.pointwise.sum())
     assert loo.standard_error == pytest.approx(np.sqrt(len(y) * np.var(loo.pointwise)))
+
+
+@pytest.mark.parametrize("name", LOO)
+def test_leave_one_out_of_blocks_is_that_of_all_rows(name):
+    """To 1e-12 of what it is computed from: where data are left out by fitting, two evidences."""
+    (X, y), priors = LOO[name]
+    intercept = priors.get("intercept", False)
+    priors = {key: value for key, value in priors.items() if key != "intercept"}
+    parts = [slice(0, 1), slice(1, 4), slice(4, None)]
+    factors = [factorize(X[part], y[part], intercept=intercept) for part in parts]
+    post = exact_posterior(combine(factors), **priors)
+    found = [
+        post.loo(X[part], y[part], others=combine([*factors[:i], *factors[i + 1 :]]))
+        for i, part in enumerate(parts)
+    ]
+    whole = exact_posterior(X, y, intercept=intercept, **priors)
+    pairs = zip(LeaveOneOut.combine(found), whole.loo(), strict=True)
+    bound = 1e-12 * max(1.0, abs(whole.log_normalizer))
+    for block, exact in pairs:
+        np.testing.assert_allclose(block, exact, rtol=1e-12, atol=bound)
 
 
 def test_leave_one_out_of_the_only_datum_of_a_column():

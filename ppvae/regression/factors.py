@@ -1,0 +1,294 @@
+r"""The data of a linear regression, reduced to a small triangle block by block.
+
+`X'X` is never formed. Factors of blocks are combined in any order and on any machine, and what a
+posterior computes from them is that of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ppvae._checks import as_doubles, check_names, check_real, expect
+from ppvae.regression.priors import Array
+
+Values = ArrayLike | Tensor
+# an array of rows, or pairs (X, y) of blocks of rows
+Rows = Values | Iterable[tuple[Values, Values]]
+Names = tuple[str, ...] | None
+
+# Rows that are factorized at a time: enough to keep the cores busy, and little memory.
+_ROWS = 8192
+
+
+class Factor(NamedTuple):
+    r"""The triangular factor of rows, `Q' [X, y] = R`, which is all that a posterior needs of them.
+
+    Plain data of `(columns + 1)^2` numbers at most: pickle it, send it, `torch.save` it (and load
+    it with `weights_only=False`). `factorize` makes it.
+
+    Attributes:
+        triangle: R, shape `(min(rows, columns + 1), columns + 1)`, with no number on its diagonal
+            below zero; the last column is y's.
+        rows: number of rows of X.
+        intercept: whether the first column is one of ones.
+        names: of the columns of X, or None where they have none.
+    """
+
+    triangle: Array
+    rows: int
+    intercept: bool = False
+    names: Names = None
+
+    def __repr__(self) -> str:
+        ones = " (the first of ones)" if self.intercept else ""
+        return f"Factor of {self.rows} rows, {self.columns} columns{ones}"
+
+    @property
+    def columns(self) -> int:
+        """The number of columns of X, including the column of ones of an intercept."""
+        return self.triangle.shape[1] - 1
+
+
+# what a posterior is made of
+Data = Rows | Factor
+
+
+def factorize(
+    X: Rows,
+    y: Values | None = None,
+    *,
+    intercept: bool = False,
+    names: Sequence[str] | None = None,
+) -> Factor:
+    r"""Reduces rows to their triangular factor, in float64, by Householder QR.
+
+    Blocks are combined as `QR([R; block])`, which is as stable as one QR of all rows and never
+    squares the condition number.
+
+    Args:
+        X: array of shape `(rows, columns)`; or, without y, an iterable of pairs of blocks,
+            `(rows, columns)` and `(rows,)`, of which only one is held at a time.
+        y: array of shape `(rows,)`.
+        intercept: put a column of ones before the columns of X.
+        names: of the columns of X; those of a table by default.
+
+    Raises:
+        TypeError: X is neither an array nor an iterable of pairs, or there are others than real
+            numbers, or `intercept` is no bool.
+        ValueError: shapes do not fit, there are no rows or columns, or a value is not finite.
+
+    Reference:
+        Golub, Van Loan, *Matrix Computations*, 2013, section 5.2; Demmel et al., *Communication-
+        optimal parallel and sequential QR and LU factorizations*, 2012.
+
+    Example:
+        >>> factorize([[1.0], [2.0], [2.0]], [1.0, 2.0, 2.0])
+        Factor of 3 rows, 1 columns
+    """
+    expect(not isinstance(X, Factor), "X", "rows", "a Factor", TypeError)
+    factor, _ = read(X, y, intercept=intercept)
+    expect(factor.rows, "X", "at least one row", "none: such a block adds nothing, leave it out")
+    if names is None:
+        return factor
+    return factor._replace(names=tuple(check_names("names", names, factor.columns - intercept)))
+
+
+def combine(factors: Iterable[Factor]) -> Factor:
+    r"""Makes one factor of those of blocks of rows: the factor of all of them.
+
+    In any order and grouping (`combine([combine(some), combine(others)])`) the triangle is the same
+    but for rounding. What that does to a posterior grows with the condition number of the columns,
+    each scaled to length one: means and sds are equal to about `1e-15` times it. Of columns that
+    are nearly equal the poorly known difference of the weights moves, and by little of its sd.
+
+    Args:
+        factors: at least one, of the same columns.
+
+    Raises:
+        TypeError: one is no `Factor`, or its triangle is not in float64.
+        ValueError: there are none, or they differ in their columns, their names or whether they
+            have an intercept, or a number is not finite.
+
+    Reference:
+        Demmel et al., *Communication-optimal parallel and sequential QR and LU factorizations*,
+        2012.
+
+    Example:
+        >>> a, b = factorize([[1.0], [2.0]], [1.0, 3.0]), factorize([[3.0]], [2.0])
+        >>> combine([a, b])
+        Factor of 3 rows, 1 columns
+    """
+    stack, rows = _Stack(), 0
+    first: Factor | None = None
+    for number, factor in enumerate(each_of("factors", factors, Factor)):
+        check_factor(f"factors[{number}]", factor, first)
+        first = factor if first is None else first._replace(names=first.names or factor.names)
+        stack.add(factor.triangle)
+        rows += factor.rows
+    if first is None:
+        raise ValueError("factors: expected at least one, got none")
+    return first._replace(triangle=stack.triangle(), rows=rows)
+
+
+def each_of(name: str, values: Any, kind: type) -> Iterator[Any]:
+    """Goes through a list, or what is like one, of objects of a kind.
+
+    Raises:
+        TypeError: it is one of them, or nothing to go through.
+    """
+    given: Any = None if isinstance(values, kind) else values
+    try:
+        return iter(given)
+    except TypeError:
+        got = type(values).__name__
+        raise TypeError(f"{name}: expected a list of them, got {got}") from None
+
+
+def check_factor(name: str, value: Any, like: Factor | None = None) -> Factor:
+    """A factor that is whole, and of the same columns as another.
+
+    Raises:
+        TypeError: it is no `Factor`, or its triangle is not in float64.
+        ValueError: its triangle is not one of so many rows, is not finite, or its columns differ.
+    """
+    expect(isinstance(value, Factor), name, "a Factor", type(value).__name__, TypeError)
+    kind = getattr(value.triangle, "dtype", type(value.triangle).__name__)
+    expect(kind == np.float64, name, "a triangle in float64", kind, TypeError)
+    shape = value.triangle.shape
+    fits = len(shape) == 2 and shape[1] > 1 and shape[0] == min(value.rows, shape[1])
+    expect(fits, name, f"a triangle of {value.rows} rows", f"shape {shape}")
+    expect(np.isfinite(value.triangle).all(), name, "finite numbers", "NaN or infinity")
+    if like is not None:
+        expect(
+            value.intercept == like.intercept,
+            name,
+            "an intercept in all factors or in none",
+            f"{value.intercept} after {like.intercept}",
+        )
+        count = like.columns - like.intercept
+        fits = value.columns == like.columns
+        expect(fits, name, f"{count} columns, as the others", value.columns - value.intercept)
+        _check_same(name, value.names, like.names)
+    return value
+
+
+def _check_same(name: str, names: Names, others: Names) -> None:
+    same = names == others or names is None or others is None
+    expect(same, name, f"the columns {others}, in this order", names)
+
+
+def read(
+    X: Data, y: Values | None, *, intercept: bool
+) -> tuple[Factor, tuple[Array, Array] | None]:
+    """Reduces data to their factor, if they are not one already.
+
+    Returns it, and copies of X (with the column of ones) and of y; None if they came in blocks.
+
+    Raises:
+        TypeError, ValueError: see `factorize`.
+    """
+    expect(isinstance(intercept, bool), "intercept", "True or False", repr(intercept), TypeError)
+    if isinstance(X, Factor):
+        got = type(y).__name__
+        expect(y is None, "y", "nothing beside a Factor, which has it", got, TypeError)
+        told = "nothing where the factor was made without: factorize(X, y, intercept=True)"
+        expect(not intercept or X.intercept, "intercept", told, intercept)
+        return check_factor("X", X), None
+    pairs = y is not None or (isinstance(X, Iterable) and not hasattr(X, "shape"))
+    expected = "the target values, or X to be an iterable of pairs (X, y) of blocks"
+    expect(pairs, "y", expected, type(X).__name__, TypeError)
+    stack, rows = _Stack(), 0
+    names: Names = None
+    for block, mine in _blocks(X, y, intercept=intercept):
+        _check_same("X", mine, names)
+        names = names or mine
+        stack.add(block)
+        rows += len(block)
+    expect(stack.waiting, "X", "at least one block", "none")
+    data = None if y is None else (block[:, :-1], block[:, -1])
+    return Factor(stack.triangle(), rows, intercept, names), data
+
+
+def read_block(X: Values, y: Values, like: Factor) -> tuple[Array, Array]:
+    """Copies of X (with the column of ones) and of y, of the columns of a factor and finite.
+
+    Raises:
+        TypeError, ValueError: see `factorize`.
+    """
+    block, names = next(_blocks(X, y, intercept=like.intercept))
+    count, got = like.columns - like.intercept, block.shape[1] - 1 - like.intercept
+    expect(got == count, "X", f"{count} columns, as the factor has", got)
+    _check_same("X", names, like.names)
+    _check_finite(block)
+    return block[:, :-1], block[:, -1]
+
+
+def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[tuple[Array, Names]]:
+    """Checks the data and yields, block by block, a new array of (ones), X, y, and the names."""
+    columns = 0
+    for number, pair in enumerate(X if y is None else [(X, y)]):
+        name = f"X, y of block {number}" if y is None else "X, y"
+        factor = isinstance(pair, Factor)
+        arrays = tuple(pair) if isinstance(pair, Iterable) and not factor else ()
+        got = f"{type(pair).__name__} as block {number}{' (combine makes one)' * factor}"
+        expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
+        named = zip(arrays, ("X", "y"), strict=True)
+        design, target = (as_doubles(check_real(name, values)) for values, name in named)
+        fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
+        shapes = f"{design.shape} and {target.shape}"
+        expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
+        columns = columns if number else design.shape[1]
+        expect(columns + intercept, "X", "at least one column", "none")
+        expected = f"{columns} columns in every block, as in the first"
+        expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
+        table = list(getattr(arrays[0], "columns", ()))
+        names = tuple(table) if table and all(isinstance(each, str) for each in table) else None
+        yield np.column_stack([*[np.ones(len(target))] * intercept, design, target]), names
+
+
+class _Stack:
+    """The triangle of all rows so far, and the rows that follow and wait to be folded into it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Array] = []
+        self.count = 0
+
+    def add(self, block: Array) -> None:
+        for start in range(0, len(block) or 1, _ROWS):
+            self.waiting.append(block[start : start + _ROWS])
+            self.count += len(self.waiting[-1])
+            if self.count >= max(_ROWS, 16 * block.shape[1]):
+                self.waiting, self.count = [_fold(self.waiting)], block.shape[1]
+
+    def triangle(self) -> Array:
+        triangle = _fold(self.waiting)
+        # R is unique once its diagonal is positive, and so are draws for any split of the rows
+        triangle *= np.where(np.diag(triangle) < 0, -1.0, 1.0)[:, None]
+        return triangle
+
+
+def triangle_of(*blocks: Array) -> Array:
+    """The triangle of all rows of some blocks, or triangles."""
+    stack = _Stack()
+    for block in blocks:
+        stack.add(block)
+    return stack.triangle()
+
+
+def _fold(waiting: list[Array]) -> Array:
+    """Computes the triangular factor of all the rows that wait."""
+    triangle = torch.linalg.qr(torch.from_numpy(np.vstack(waiting)), mode="r")[1].numpy()
+    _check_finite(triangle)  # a NaN or infinity in a row comes through
+    return triangle
+
+
+def _check_finite(block: Array) -> None:
+    finite: Any = np.isfinite(block).all(0)
+    name = "y" if finite[:-1].all() else "X"
+    expect(finite.all(), name, "finite values", "NaN, infinity or an overflow")
