@@ -54,7 +54,8 @@ class Batches:
     @property
     def numbered(self) -> bool:
         """Whether minibatches are picked from dense tensors by the numbers of their data."""
-        return not (self.whole or self.loader) and all(isinstance(t, Tensor) for t in self.tensors)
+        dense = self.loader is None and all(isinstance(t, Tensor) for t in self.tensors)
+        return dense and not self.whole
 
     @cached_property
     def missing(self) -> bool:

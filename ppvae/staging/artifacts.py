@@ -59,8 +59,11 @@ def compiled(what: list[str], graph: Callable[[], tuple[fx.GraphModule, list[Ten
     """
     name = f"{_digest(*what, *_here(), f'threads {torch.get_num_threads()}')}.pt2"
     path = folder() / name
-    if path.is_file():
-        return _loaded(path)
+    try:
+        if path.is_file():
+            return _loaded(path)
+    except Exception:  # a file that is cut short, or that may not be read, is made again
+        pass
     files = _compile(*graph())
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

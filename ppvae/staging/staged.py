@@ -236,13 +236,23 @@ class Staged(nn.Module):
         values = iter(data)
         return tuple(next(values) if isinstance(like, Like) else like for like in self.shapes)
 
-    def resized(self, data: list[Tensor], rows: int) -> list[Tensor] | None:
-        """Data with so many rows, the same again and again; None if the graph is for others."""
+    def resized(
+        self, data: list[Tensor], rows: int, others: Mapping[str, int] | None = None
+    ) -> list[Tensor] | None:
+        """Data with so many rows, the same again and again; None if the graph is for others.
+
+        Args:
+            data: as `data` gives it.
+            rows: how many rows tensors get whose number of rows may vary.
+            others: name of a size in `shapes` -> another number, for those of that name.
+        """
+        sizes = others or {}
         batch = []
         for value, like in zip(self.batch(data), self.shapes, strict=True):
             for dim, size in enumerate(getattr(like, "shape", ())):
                 if isinstance(size, str):
-                    index = torch.arange(rows, device=value.device) % value.shape[dim]
+                    wanted = torch.arange(sizes.get(size, rows), device=value.device)
+                    index = wanted % value.shape[dim]
                     value = value.index_select(dim, index)
             batch.append(value)
         after = sum(isinstance(like, Like) for like in self.shapes)

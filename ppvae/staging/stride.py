@@ -5,6 +5,7 @@ move parameters and to read the loss. A stride draws the noise of many steps bef
 all else in one call.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ppvae._scopes import random_state, unchecked, without_warnings
 from ppvae.staging.artifacts import Compiled, compiled
 from ppvae.staging.gradients import value_and_slopes
 from ppvae.staging.passes import drop_unused, is_random, spell_sizes, transpose_narrow
-from ppvae.staging.staged import NotStageable, Staged, alike, one_line
+from ppvae.staging.staged import Like, NotStageable, Staged, alike, one_line
 
 #: Of an argument of a step: a row of a matrix of all data is taken for each datum, or one of a
 #: stack for the step, or it is the same in every step.
@@ -40,28 +41,32 @@ class Moved(NamedTuple):
     buffers: list[Tensor]
 
 
-def rates_of(betas: Sequence[float], rate: float, done: int, steps: int) -> Tensor:
-    """For each of some steps of Adam its length, and the root of the weight of its squares.
+def rates_of(betas: Sequence[float], rate: float, eps: float, done: int, steps: int) -> Tensor:
+    """The settings of some steps of Adam, which a scheduler may move.
 
     Args:
         betas: Adam's.
         rate: the learning rate.
+        eps: Adam's.
         done: how many steps were taken before.
         steps: how many there are.
 
     Returns:
-        A tensor of shape `(steps, 2)` in double precision.
+        A tensor of shape `(steps, 6)` in double precision: the length of a step, the root of the
+        weight of its squares, `1 - betas[0]`, `betas[1]`, `1 - betas[1]` and `eps`.
     """
     number = torch.arange(done + 1, done + steps + 1, dtype=torch.float64)
-    first, second = (1 - beta**number for beta in betas)
-    return torch.stack([rate / first, second.sqrt()], 1)
+    first, second = map(float, betas)
+    moving = torch.stack([rate / (1 - first**number), (1 - second**number).sqrt()], 1)
+    still = torch.tensor([1 - first, second, 1 - second, eps], dtype=torch.float64)
+    return torch.cat([moving, still.expand(steps, -1)], 1)
 
 
 class Taken(NamedTuple):
     """What steps are computed from.
 
     Attributes:
-        rates: for each step the two numbers of `rates_of`, in the dtype of the parameters.
+        rates: for each step the numbers of `rates_of`, in the dtype of the parameters.
         rows: the data of each step by their numbers, of shape `(steps, batch)`; they are of no
             matter where nothing is picked.
         data: as `Staged.data` gives it, each of its kind: where a step picks, all data, and where
@@ -82,8 +87,6 @@ class Stride:
     Args:
         staged: the loss.
         kinds: for each of `staged.data`, `PICKED`, `STACKED` or `SAME`.
-        betas: Adam's.
-        eps: Adam's.
         clip: the largest norm of the gradient, or None.
         example: what two steps are computed from.
 
@@ -101,13 +104,11 @@ class Stride:
         staged: Staged,
         kinds: Sequence[str],
         *,
-        betas: tuple[float, float],
-        eps: float,
         clip: float | None,
         example: Taken,
     ) -> None:
         self.staged, self.kinds, self.trained = staged, list(kinds), staged.trained()
-        self.betas, self.eps, self.clip = betas, eps, clip
+        self.clip = clip
         state = staged.state()
         leaves = [state[at] for at in self.trained]
         kinds_of = {(leaf.dtype, leaf.device) for leaf in leaves}
@@ -142,6 +143,11 @@ class Stride:
         state = self.staged.state()
         return [state[at] for at in self.buffers]
 
+    def fixed_now(self) -> list[Tensor]:
+        """The rest of the state; the compiled loop looks at no strides."""
+        state = self.staged.state()
+        return [state[at].detach().contiguous() for at in self.fixed]
+
     def parts(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector that belong to each parameter."""
         pieces = zip(vector.split(self.sizes), self.shapes, strict=True)
@@ -158,8 +164,7 @@ class Stride:
         Returns:
             The loss before each step, and what is moved, as it is after them.
         """
-        state = self.staged.state()
-        fixed = [state[at].detach() for at in self.fixed]
+        fixed = self.fixed_now()
         head = torch.tensor(steps), taken.rates, taken.rows
         inputs = [*head, *moved[:3], *moved.buffers, *fixed, *taken.data]
         losses, values, mean, square, *buffers = self._run(inputs)
@@ -179,11 +184,10 @@ class Stride:
         slope = torch.cat([part.reshape(-1) for part in slopes])
         if self.clip is not None:
             slope = slope * (self.clip / (slope.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
-        first, second = self.betas
-        mean = moved.mean + (1 - first) * (slope - moved.mean)
-        square = second * moved.square + (1 - second) * slope.square()
-        length, root = rate.unbind()
-        ahead = moved.values - length * mean / (square.sqrt() / root + self.eps)
+        length, root, first, kept, second, eps = rate.unbind()
+        mean = moved.mean + first * (slope - moved.mean)
+        square = kept * moved.square + second * slope.square()
+        ahead = moved.values - length * mean / (square.sqrt() / root + eps)
         return loss, Moved(ahead, mean, square, buffers)
 
     def _loop(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -239,7 +243,7 @@ class Stride:
         """The compiled loop; raises NotStageable."""
         try:
             with random_state(None, keep=True), unchecked(), without_warnings(), torch.no_grad():
-                run = compiled(self._words(), lambda: self._graph(example))
+                run = compiled(self._words(example), lambda: self._graph(example))
                 self._run = run
                 right = self._agrees(example)
         except NotStageable:
@@ -250,21 +254,29 @@ class Stride:
             raise NotStageable("the compiled loop gives other numbers")
         return run
 
-    def _words(self) -> list[str]:
+    def _words(self, example: Taken) -> list[str]:
         """All that the graph of the loop depends on, in words."""
-        staged, told = self.staged, (self.kinds, self.betas, self.eps, self.clip)
-        graphs = [staged.noise, staged.rest]
+        staged, told = self.staged, (self.kinds, self.clip, self.trained, self.buffers)
+        graphs = [g for g in staged.rest.modules() if isinstance(g, fx.GraphModule)]
         held = [value for graph in graphs for value in (*graph.buffers(), *vars(graph).values())]
-        state = [f"{value.shape} {value.stride()} {value.dtype}" for value in staged.state()]
-        constants = [f"{value.tolist()}" for value in held if isinstance(value, Tensor)]
-        return [*(g.code for g in graphs), f"{staged.shapes} {told}", *state, *constants]
+        held = [value for value in held if isinstance(value, Tensor)]
+        like = [f"{value.shape} {value.dtype}" for value in staged.state()]
+        like += [f"{value.dim()} {value.dtype}" for value in (example.rates, *example.data)]
+        constants = [f"{value.shape} {value.dtype} {value.tolist()}" for value in held]
+        # what a graph makes without a word of its dtype has the default one
+        more = staged.shapes, torch.get_default_dtype()
+        return [*(g.code for g in graphs), f"{told} {more}", *like, *constants]
 
     def _graph(self, example: Taken) -> tuple[fx.GraphModule, list[Tensor]]:
         """The graph of the loop, and inputs of sizes that nothing else has."""
-        state = self.staged.state()
-        taken = {size for value in [*state, *example.data] for size in value.shape}
-        count, batch, rows = [size for size in range(3, len(taken) + 6) if size not in taken][:3]
-        resized = self.staged.resized(self._at(0, example), batch)
+        moved, fixed = self.moved(None, None), self.fixed_now()
+        known = [*moved[:3], example.rates[0], *self.staged.state(), *example.data]
+        taken = {size for value in known for size in value.shape}
+        names = self._other_sizes()
+        free = (size for size in itertools.count(3) if size not in taken)
+        count, batch, rows, *others = itertools.islice(free, 3 + len(names))
+        sizes = dict(zip(names, others, strict=True))
+        resized = self.staged.resized(self._at(0, example), batch, sizes)
         if resized is None:
             raise NotStageable("the loss is for minibatches of one size only")
         data = []
@@ -273,8 +285,6 @@ class Stride:
             data.append(whole[torch.arange(rows) % len(whole)] if kind == PICKED else some)
         rates = example.rates[torch.zeros(count, dtype=torch.int64)]
         numbers = torch.zeros(count, batch, dtype=torch.int64)
-        moved = self.moved(None, None)
-        fixed = [state[at].detach() for at in self.fixed]
         inputs = [torch.tensor(count), rates, numbers, *moved[:3], *moved.buffers, *fixed, *data]
         inputs = [value.clone() for value in inputs]  # what is one tensor is traced as one input
         graph = make_fx(lambda *each: self._loop([*each]), tracing_mode="symbolic")(*inputs)
@@ -288,20 +298,28 @@ class Stride:
         for place, value in zip(places, inputs, strict=True):
             for size, known in zip(value.shape, place.meta["val"].shape, strict=True):
                 fixed_to = known if isinstance(known, int) else known.node.maybe_as_int()
-                if size in (count, batch, rows) and fixed_to is not None:
+                if size in (count, batch, rows, *others) and fixed_to is not None:
                     raise NotStageable("the loss is for minibatches of one size only")
         return graph, inputs
+
+    def _other_sizes(self) -> list[str]:
+        """The names of sizes of data that may vary, and are not that of a minibatch."""
+        tensors = [like for like in self.staged.shapes if isinstance(like, Like)]
+        kinds = zip(tensors, self.kinds, strict=False)
+        picked = [like for at, (like, kind) in enumerate(kinds) if kind == PICKED or not at]
+        ours = {size for like in picked for size in like.shape}
+        names = [size for like in tensors for size in like.shape if isinstance(size, str)]
+        return [name for name in dict.fromkeys(names) if name not in ours]
 
     def _agrees(self, example: Taken) -> bool:
         """Whether the compiled loop gives the numbers of its steps, and as many steps as told."""
         start = self.moved(None, None)
         once, twice = self(start, example, 1), self(start, example, 2)
-        state = self.staged.state()
-        fixed = [state[at].detach() for at in self.fixed]
-        loss, wanted = self._step(start, example.rates[0], fixed, self._at(0, example))
-        length, root = example.rates[0]
+        rate, data = example.rates[0], self._at(0, example)
+        loss, wanted = self._step(start, rate, self.fixed_now(), data)
+        length, root, *_, eps = rate
         got = once[1]
-        values = start.values - length * got.mean / (got.square.sqrt() / root + self.eps)
+        values = start.values - length * got.mean / (got.square.sqrt() / root + eps)
         right = alike(
             [once[0][0], got.mean, got.square, got.values, *got.buffers],
             [loss, wanted.mean, wanted.square, values, *wanted.buffers],

@@ -148,7 +148,12 @@ class Steps:
         """Takes the steps of a stride; returns the loss before each."""
         first = self.number
         self.snapshot.take(first)
-        values = strides.go(first)
+        try:
+            values = strides.go(first)
+        except RuntimeError:  # compiled code tells of a label that is out of range in its own words
+            for minibatch in strides.walked[-1].minibatches:
+                strides.check(minibatch)
+            raise
         bad = next((at for at, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
             self._step_back(strides, first + bad)

@@ -53,7 +53,8 @@ class Strides:
 
     def __init__(self, task: Task, staged: Staged, optimizer: Any, clip: float | None) -> None:
         self.task, self.staged, self.optimizer = task, staged, optimizer
-        self.group = _group_of(optimizer)
+        if not _is_plain(optimizer):
+            raise NotStageable("the optimizer is not plain Adam")
         self.walked: deque[Walked] = deque(maxlen=2)
         self._begun: list[Any] = []  # minibatches of the stride that was begun
         self._drawn: list[list[Tensor]] = []  # their noise, where it is not drawn at once
@@ -63,7 +64,8 @@ class Strides:
         held = (*task.batches.tensors, *task.batches.extra)
         self._held = [v.contiguous() for v in held if isinstance(v, Tensor)]
         with random_state(None, keep=True):
-            first = next(self.minibatches())
+            # another first minibatch of a loader would move what it is drawn from
+            first = next(task.batches.numbers()) if task.batches.numbered else task.example
             noise = staged.noise(*self._given(first))
             self.kinds = self._kinds(len(noise))
             for _ in range(2):
@@ -73,15 +75,22 @@ class Strides:
         self.stride = Stride(
             staged,
             self.kinds,
-            betas=self.group["betas"],
-            eps=self.group["eps"],
             clip=clip,
             example=example,
         )
 
+    @property
+    def group(self) -> dict[str, Any]:
+        """The parameters and settings of Adam, which are others once it has loaded its state."""
+        group: dict[str, Any] = self.optimizer.param_groups[0]
+        return group
+
     def minibatches(self) -> Iterator[Any]:
         """Goes once through the data."""
         batches = self.task.batches
+        # schedulers and callbacks change settings, between two passes
+        same = self.stride.trained == self.staged.trained()
+        self._is_as_made = same and _is_plain(self.optimizer)
         return batches.numbers() if batches.numbered else iter(batches)
 
     def batch(self, minibatch: Any) -> tuple[Any, ...]:
@@ -98,8 +107,8 @@ class Strides:
         return len(minibatch) if is_numbers else self.task.batches.rows(minibatch)
 
     def fits(self, minibatch: Any) -> bool:
-        """Whether the graph covers a minibatch."""
-        return self._of(minibatch)[0]
+        """Whether the graph covers a minibatch, and the steps are still those of its Adam."""
+        return self._is_as_made and bool(self._of(minibatch)[0])
 
     def continues(self, minibatch: Any) -> bool:
         """Whether a minibatch can be taken in the stride that was begun."""
@@ -213,7 +222,8 @@ class Strides:
         joint = self._of(minibatches[0])[1]
         noise = joint(steps) if joint else map(torch.stack, zip(*self._drawn, strict=True))
         data = [*(v.contiguous() for v in given), *self._settings_of(before, steps), *noise]
-        rates = rates_of(group["betas"], float(group["lr"]), self._done, steps)
+        told = float(group["lr"]), float(group["eps"])
+        rates = rates_of(group["betas"], *told, self._done, steps)
         dtype = group["params"][0].dtype
         return Taken(rates.to(dtype), rows, data)
 
@@ -231,12 +241,20 @@ class Strides:
         states = [self.optimizer.state.get(each) for each in self.group["params"]]
         return max((int(state["step"]) for state in states if state), default=0)
 
+    @property
+    def _step_dtype(self) -> torch.dtype:
+        """That of Adam's numbers of steps, as PyTorch chooses it."""
+        double = torch.get_default_dtype() == torch.float64 and not self.group.get("fused")
+        return torch.float64 if double else torch.float32
+
     def _now(self) -> Moved:
         """What is moved, as it is."""
-        means = []
-        for name in _MEANS:
-            states = [self.optimizer.state.get(each) for each in self.stride.parameters()]
-            means.append([state[name] for state in states] if all(states) else None)
+        parameters, state = self.stride.parameters(), self.optimizer.state
+        # Adam knows none of a parameter that had no gradient in a step of its own
+        means = [
+            [state[p][name] if state.get(p) else torch.zeros_like(p) for p in parameters]
+            for name in _MEANS
+        ]
         return self.stride.moved(*means)
 
     def _put(self, moved: Moved, done: int) -> None:
@@ -251,7 +269,7 @@ class Strides:
                 parameter.grad = None
                 state = self.optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, dtype=self._step_dtype)
                     state |= {name: torch.zeros_like(parameter) for name in _MEANS}
                 state["step"].fill_(done)
                 for name, value in zip(_MEANS, (mean, square), strict=True):
@@ -259,14 +277,10 @@ class Strides:
         self.optimizer._opt_called = True  # for schedulers, which ask whether there was a step
 
 
-def _group_of(optimizer: Any) -> dict[str, Any]:
-    """Parameters and settings of Adam; raises NotStageable where it does more than is done here."""
+def _is_plain(optimizer: Any) -> bool:
+    """Whether an optimizer is Adam, and does no more than is done here."""
     groups = optimizer.param_groups
-    group = groups[0]
-    plain = type(optimizer) is torch.optim.Adam and len(groups) == 1
     others = ("weight_decay", "amsgrad", "maximize", "differentiable", "capturable")
-    plain = plain and not any(group.get(name) for name in others)
+    plain = type(optimizer) is torch.optim.Adam and len(groups) == 1
     hooks = [value for name, value in vars(optimizer).items() if name.endswith("_hooks") and value]
-    if not plain or hooks:
-        raise NotStageable("the optimizer is not plain Adam")
-    return group
+    return plain and not hooks and not any(groups[0].get(name) for name in others)

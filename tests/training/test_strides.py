@@ -3,17 +3,21 @@
 import signal
 from functools import partial
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor
 from pairs import Normed, build, data, linear, made, same, traceless, values
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import ppvae.staging.stride as graphs
 import ppvae.training.strides as walking
 from ppvae import fit
 from ppvae.objectives import ELBO, warm_up
 from ppvae.staging import artifacts
+from ppvae.staging.staged import NotStageable
 from ppvae.training import Diverged
 from ppvae.training.strides import Strides
 
@@ -69,6 +73,7 @@ def test_strides_are_single_steps(make, x, told):
     pairs = zip(alone.optimizer.state.values(), strides.optimizer.state.values(), strict=True)
     for one, other in pairs:
         assert one.keys() == other.keys() and one["step"] == other["step"]
+        assert one["step"].dtype == other["step"].dtype
         assert all(same([one[name]], [other[name]], 1e-9) for name in one)
     assert alone.optimizer.param_groups[0]["lr"] == strides.optimizer.param_groups[0]["lr"]
 
@@ -141,6 +146,8 @@ def test_other_optimizers_take_their_own_steps(optimizer, monkeypatch):
 
 
 def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
+    compiler = torch._inductor.aot_compile
+
     def none(*args, **kwargs):
         raise AssertionError("it is compiled again")
 
@@ -152,6 +159,12 @@ def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
     again, _ = trained(linear, data(14), batch_size=5, num_epochs=2)
     assert (first.execution, again.execution) == ("looped", "looped")  # of other sizes, too
     assert trained(linear, data(11))[0].losses == first.losses
+    monkeypatch.setattr(torch._inductor, "aot_compile", compiler)
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:1000])  # cut short, it is made again
+    third, _ = trained(linear, data(11))
+    assert third.execution == "looped" and third.losses == first.losses
+    assert size == pytest.approx(file.stat().st_size, rel=0.01)
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
@@ -175,3 +188,130 @@ def test_where_nothing_can_be_kept_it_is_compiled_for_once(monkeypatch, tmp_path
     monkeypatch.setenv("PPVAE_CACHE", str(tmp_path / "file"))
     assert trained(linear, data(11))[0].execution == "looped"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+class Counted(IterableDataset):
+    """A stream that does not begin anew: a datum that is drawn is gone."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __iter__(self):
+        for each in DOUBLE(8):
+            self.count += 1
+            yield each + 0.01 * self.count
+
+
+def shuffled():
+    own = torch.Generator().manual_seed(4)
+    return DataLoader(TensorDataset(DOUBLE(8)), 4, shuffle=True, generator=own)
+
+
+@pytest.mark.parametrize(
+    ("loader", "size"), [(shuffled, None), (lambda: DataLoader(Counted(), 4), 8)]
+)
+def test_strides_draw_nothing_beforehand(loader, size):
+    told = {"batch_size": None, "size": size, "num_epochs": 3}
+    (alone, before), (strides, after) = (
+        trained(linear, loader(), compile=compile, **told) for compile in (False, True)
+    )
+    assert strides.execution == "looped"
+    assert strides.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
+
+
+def cycled(optimizer):
+    """Moves the learning rate, and the first of Adam's betas."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6)
+
+
+class Decaying(torch.optim.lr_scheduler.ConstantLR):
+    """Lets weights decay from the second epoch on."""
+
+    def step(self, *args):
+        super().step(*args)
+        if self.last_epoch == 1:
+            self.optimizer.param_groups[0]["weight_decay"] = 0.3
+
+
+@pytest.mark.parametrize("scheduler", [cycled, Decaying])
+def test_settings_of_adam_may_move(scheduler):
+    (alone, before), (strides, after) = (
+        trained(linear, DOUBLE(8), compile=compile, scheduler=scheduler)
+        for compile in (False, True)
+    )
+    assert strides.execution == "looped"
+    assert strides.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
+
+
+def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path):
+    whole, end = trained(linear, DOUBLE(8), scheduler=halved)
+    told = {"scheduler": halved, "checkpoint": tmp_path / "run.pt"}
+    trained(linear, DOUBLE(8), **told, num_epochs=2)
+    rest, there = trained(linear, DOUBLE(8), **told)
+    assert rest.execution == "looped" and rest.losses == whole.losses and same(there, end)
+
+
+class Labelled(nn.Module):
+    """Data with labels, beside a table of other rows; and a buffer that is one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.levels = nn.Parameter(torch.randn(2, 3)), nn.Embedding(5, 3)
+        self.register_buffer("scale", torch.tensor([0.5]).expand(3))
+
+    def forward(self, x, y, table):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = z @ self.weight + self.levels(y) + table.mean()
+            pyro.sample("x", dist.Normal(loc, self.scale).to_event(1), obs=x)
+
+
+def test_rows_that_are_no_data_and_labels_out_of_range():
+    """A table has a number of rows of its own, and the compiled loop looks at no strides."""
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(3, 2)
+
+        def forward(self, x, y, table):
+            with pyro.plate("data", len(x)):
+                loc = self.encoder(x) * table.std()
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    def make():
+        return Labelled(), Guide()
+
+    labels, table = torch.arange(11) % 5, DOUBLE(6)[:, :2].T.expand(2, 6)
+    told = {"kwargs": {"table": table}, "num_epochs": 3}
+    (alone, before), (strides, after) = (
+        trained(make, (DOUBLE(11), labels), compile=compile, **told) for compile in (False, True)
+    )
+    assert strides.execution == "looped"
+    assert strides.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
+    labels[10] = 5
+    with pytest.raises(IndexError, match="out of range"):
+        trained(make, (DOUBLE(11), labels), check_support=False, **told)
+
+
+def test_a_graph_is_known_by_what_is_trained_and_by_its_dtypes(monkeypatch):
+    told = []
+
+    def seen(words, graph):
+        told.append("\n".join(words))
+        raise NotStageable("seen")
+
+    def frozen(at):
+        model, guide = linear()
+        model.decoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3))
+        model.decoder[at].weight.requires_grad_(False)
+        return model, guide
+
+    monkeypatch.setattr(graphs, "compiled", seen)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    for at in (0, 1, 0):
+        trained(partial(frozen, at), DOUBLE(8), num_epochs=1)
+    torch.set_default_dtype(torch.float32)
+    trained(lambda: [each.double() for each in frozen(0)], DOUBLE(8), num_epochs=1)
+    torch.set_default_dtype(torch.float64)
+    assert told[0] == told[2] and len({*told}) == 3
