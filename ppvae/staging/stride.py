@@ -6,6 +6,7 @@ all else in one call.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -111,9 +112,10 @@ class Stride:
         self.clip = clip
         state = staged.state()
         leaves = [state[at] for at in self.trained]
-        kinds_of = {(leaf.dtype, leaf.device) for leaf in leaves}
-        if len(kinds_of) != 1 or leaves[0].dtype not in (torch.float32, torch.float64):
-            raise NotStageable("the parameters are of several kinds or of half precision, or none")
+        if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1:
+            raise NotStageable("the parameters are of several kinds, or there are none")
+        if leaves[0].dtype not in (torch.float32, torch.float64):  # Adam's rates would be rounded
+            raise NotStageable("the parameters are not of single or double precision")
         if leaves[0].device.type != "cpu":
             raise NotStageable("a loop on this device waits for it in every step")
         if any(map(is_random, staged.rest.graph.nodes)):
@@ -123,6 +125,9 @@ class Stride:
         self._slopes = value_and_slopes(staged, self.trained)
         self.buffers = self._written(example)
         moved = {*self.trained, *self.buffers}
+        places = Counter(value.untyped_storage().data_ptr() for value in state if value.numel())
+        if any(places[state[at].untyped_storage().data_ptr()] > 1 for at in moved):
+            raise NotStageable("what a step moves is in memory that something else has, too")
         self.fixed = [at for at in range(len(state)) if at not in moved]
         self._run = self._made(example)
 

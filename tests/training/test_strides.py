@@ -315,3 +315,32 @@ def test_a_graph_is_known_by_what_is_trained_and_by_its_dtypes(monkeypatch):
     trained(lambda: [each.double() for each in frozen(0)], DOUBLE(8), num_epochs=1)
     torch.set_default_dtype(torch.float64)
     assert told[0] == told[2] and len({*told}) == 3
+
+
+class Twofold(nn.Module):
+    """A number that each call moves, and that is read under another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.register_buffer("moved", torch.zeros(3))
+        self.register_buffer("read", self.moved[:])
+
+    def forward(self, z):
+        if self.training:
+            self.moved.add_(0.1)
+        return self.layer(z) + self.read
+
+
+def test_memory_that_two_buffers_share_is_moved_once(monkeypatch):
+    def make():
+        model, guide = linear()
+        model.decoder = Twofold()
+        return model, guide
+
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    (alone, before), (one, after) = (
+        trained(make, DOUBLE(8), compile=compile) for compile in (False, True)
+    )
+    assert one.execution == "compiled"
+    assert one.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
