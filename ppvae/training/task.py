@@ -102,10 +102,25 @@ def training_batches(
     if isinstance(data, tuple) and not (data or extra):
         expect(_has_data(model, guide), "data", "at least one tensor or array", "none")
     batches = batches_of("data", data, batch_size, form, training=True, extra=extra, **told)
+    if batches.tensors and not extra:
+        _check_number(model, len(batches.tensors))
     whole = batches.tensors and all(isinstance(each, Tensor) for each in batches.tensors)
     if whole and hasattr(model, "check_data"):
         model.check_data(*batches.tensors)
     return batches
+
+
+def _check_number(model: Any, data: int) -> None:
+    """Raises a TypeError unless a model can be called with so many arguments."""
+    try:
+        signature = inspect.signature(getattr(model, "forward", model))
+    except (TypeError, ValueError):  # what has none
+        return
+    try:
+        signature.bind(*[None] * data)
+    except TypeError as error:
+        wanted = f"tensors for the arguments {signature} of the model"
+        raise TypeError(f"data: expected {wanted}, got {data} ({error})") from None
 
 
 def _has_data(model: Any, guide: Any) -> bool:

@@ -407,6 +407,7 @@ BAD = {
     "list of text": (["a"], {}, "data: expected tensors, arrays"),
     "text": (np.array([["a"]]), {}, "data: .* arrays of numbers.* got <U1 ndarray"),
     "lengths": ((X, X[:3]), {}, r"data: expected equal first dimensions, got \[3, 6\]"),
+    "number": ((X, X, X), {}, r"data: expected tensors for the arguments \(x.*of the model, got 3"),
     "width": (X[:, :2], {}, r"encoder: expected a module that takes \[\(6, 2\)\]"),
     "batch 0": (X, {"batch_size": 0}, "batch_size: .* at least 1, got 0"),
     "batch 7": (X, {"batch_size": 7}, "batch_size: expected at most 6.* got 7"),
@@ -426,7 +427,16 @@ BAD = {
     "kwargs": (X, {"kwargs": 3}, "kwargs: expected a mapping from names to arguments"),
     "rows": (Items(X), {"kwargs": {"w": X[:, 0]}}, "kwargs: expected no tensor with as many rows"),
 }
-TYPES = {"list of text", "text", "optimizer", "objective", "kwargs", "no loss", "no optimizer"}
+TYPES = {
+    "list of text",
+    "text",
+    "number",
+    "optimizer",
+    "objective",
+    "kwargs",
+    "no loss",
+    "no optimizer",
+}
 
 
 @pytest.mark.parametrize("train", [fit, fit_replicates])
