@@ -27,7 +27,6 @@ def draw(
 
     What does not count is drawn, too, and has no density.
 
-
     Args:
         fn: what the head returned: a distribution, or a tensor, which is a point.
         block: the block.

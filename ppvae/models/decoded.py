@@ -91,17 +91,13 @@ class Decoded(UniquelyNamed):
         expect(one, "likelihood", "a distribution of shape (1, *event) for one datum", fn.shape())
         return output.new_zeros(fn.shape())
 
-    def _decoded(self, z: Tensor) -> Tensor:
-        """The decoder's output for inputs with any number of leading dims."""
+    def decode(self, z: Tensor) -> Tensor:
+        """The decoder's output for its inputs with any number of leading dims, `(*, latent)`."""
         output = self.decoder(z.reshape(-1, z.shape[-1]) if z.dim() != 2 else z)
         whole = isinstance(output, Tensor) and output.dim() > 0
         came = getattr(output, "shape", type(output).__name__)
         expect(whole, "decoder", "an output of shape (batch, *event)", came)
         return output if z.dim() == 2 else output.reshape(z.shape[:-1] + output.shape[1:])
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The decoder's output for its inputs with any number of leading dims, `(*, latent)`."""
-        return self._decoded(z)
 
     def mean(self, z: Tensor) -> Tensor:
         """The mean of the likelihood for inputs of the decoder `(*, latent)`, `(*, *event)`."""

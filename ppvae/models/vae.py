@@ -143,7 +143,7 @@ class VAE(Decoded):
     def _decode(self, z: Tensor, features: Tensor | None) -> Tensor:
         if features is not None:
             z = torch.cat([z, features.expand(*z.shape[:-1], -1)], -1)
-        return self._decoded(z)
+        return super().decode(z)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The decoder's output for latents with any number of leading dims, `(*, latent)`.

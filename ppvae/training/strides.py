@@ -72,12 +72,7 @@ class Strides:
                 self.add(first)
             example = self._taken(0)
             self._begun, self._drawn = [], []
-        self.stride = Stride(
-            staged,
-            self.kinds,
-            clip=clip,
-            example=example,
-        )
+        self.stride = Stride(staged, self.kinds, clip=clip, example=example)
 
     @property
     def group(self) -> dict[str, Any]:
