@@ -114,14 +114,17 @@ class Gradients:
         return alike(*outcomes)
 
     def _of_odd_size(self, state: list[Tensor], data: list[Tensor]) -> list[Tensor]:
-        """Data of a size that nothing else has: sizes that are equal are traced as one."""
+        """Data of sizes that nothing else has: sizes that are equal are traced as one."""
         each = [data]
         if self.replicated:
             each = [[value[k] for value in data] for k in range(len(data[0]))]
         taken = {size for value in [*state, *data] for size in value.shape}
-        for rows in range(3, len(taken) + 16):
-            resized = [self.staged.resized(values, rows) for values in each if rows not in taken]
-            if resized and None not in resized:
+        names = self.staged.sizes
+        free = [size for size in range(3, len(taken) + len(names) + 16) if size not in taken]
+        for start in range(len(free) - len(names)):
+            sizes = dict(zip(names, free[start:], strict=False))
+            resized = [self.staged.resized(values, sizes) for values in each]
+            if None not in resized:
                 return [
                     torch.stack(v) if self.replicated else v[0] for v in zip(*resized, strict=True)
                 ]

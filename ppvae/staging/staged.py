@@ -236,23 +236,24 @@ class Staged(nn.Module):
         values = iter(data)
         return tuple(next(values) if isinstance(like, Like) else like for like in self.shapes)
 
-    def resized(
-        self, data: list[Tensor], rows: int, others: Mapping[str, int] | None = None
-    ) -> list[Tensor] | None:
-        """Data with so many rows, the same again and again; None if the graph is for others.
+    @property
+    def sizes(self) -> list[str]:
+        """The names of the sizes in `shapes` that may vary, each for itself."""
+        every = (size for like in self.shapes for size in getattr(like, "shape", ()))
+        return [*dict.fromkeys(size for size in every if isinstance(size, str))]
+
+    def resized(self, data: list[Tensor], sizes: Mapping[str, int]) -> list[Tensor] | None:
+        """Data of other sizes, with the same rows again and again; None if the graph has no such.
 
         Args:
             data: as `data` gives it.
-            rows: how many rows tensors get whose number of rows may vary.
-            others: name of a size in `shapes` -> another number, for those of that name.
+            sizes: the number for each of `sizes`.
         """
-        sizes = others or {}
         batch = []
         for value, like in zip(self.batch(data), self.shapes, strict=True):
             for dim, size in enumerate(getattr(like, "shape", ())):
                 if isinstance(size, str):
-                    wanted = torch.arange(sizes.get(size, rows), device=value.device)
-                    index = wanted % value.shape[dim]
+                    index = torch.arange(sizes[size], device=value.device) % value.shape[dim]
                     value = value.index_select(dim, index)
             batch.append(value)
         after = sum(isinstance(like, Like) for like in self.shapes)

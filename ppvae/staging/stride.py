@@ -277,11 +277,11 @@ class Stride:
         moved, fixed = self.moved(None, None), self.fixed_now()
         known = [*moved[:3], example.rates[0], *self.staged.state(), *example.data]
         taken = {size for value in known for size in value.shape}
-        names = self._other_sizes()
+        ours, names = self._sizes_of_minibatch(), self.staged.sizes
         free = (size for size in itertools.count(3) if size not in taken)
         count, batch, rows, *others = itertools.islice(free, 3 + len(names))
-        sizes = dict(zip(names, others, strict=True))
-        resized = self.staged.resized(self._at(0, example), batch, sizes)
+        sizes = {n: batch if n in ours else other for n, other in zip(names, others, strict=True)}
+        resized = self.staged.resized(self._at(0, example), sizes)
         if resized is None:
             raise NotStageable("the loss is for minibatches of one size only")
         data = []
@@ -307,14 +307,12 @@ class Stride:
                     raise NotStageable("the loss is for minibatches of one size only")
         return graph, inputs
 
-    def _other_sizes(self) -> list[str]:
-        """The names of sizes of data that may vary, and are not that of a minibatch."""
+    def _sizes_of_minibatch(self) -> set[Any]:
+        """The names of sizes that are that of a minibatch, with other sizes among them."""
         tensors = [like for like in self.staged.shapes if isinstance(like, Like)]
         kinds = zip(tensors, self.kinds, strict=False)
         picked = [like for at, (like, kind) in enumerate(kinds) if kind == PICKED or not at]
-        ours = {size for like in picked for size in like.shape}
-        names = [size for like in tensors for size in like.shape if isinstance(size, str)]
-        return [name for name in dict.fromkeys(names) if name not in ours]
+        return {size for like in picked for size in like.shape}
 
     def _agrees(self, example: Taken) -> bool:
         """Whether the compiled loop gives the numbers of its steps, and as many steps as told."""

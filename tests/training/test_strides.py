@@ -289,6 +289,13 @@ def test_rows_that_are_no_data_and_labels_out_of_range():
     )
     assert strides.execution == "looped"
     assert strides.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
+    told["optimizer"] = torch.optim.AdamW  # gradients of the same loss, compiled
+    (alone, before), (gradients, after) = (
+        trained(make, (DOUBLE(11), labels), compile=compile, **told) for compile in (False, True)
+    )
+    assert gradients.execution == "compiled"
+    assert gradients.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
+    del told["optimizer"]
     labels[10] = 5
     with pytest.raises(IndexError, match="out of range"):
         trained(make, (DOUBLE(11), labels), check_support=False, **told)
