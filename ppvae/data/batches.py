@@ -128,11 +128,12 @@ class Batches:
 
     def picked(self, rows: Any) -> tuple[Any, ...]:
         """The minibatch of the data of those numbers, or of a slice of them."""
-        extra = zip(self.extra, self.cut, strict=True)
-        return (
-            *(tensor[rows] for tensor in self.tensors),
-            *(value[rows] if cut else value for value, cut in extra),
-        )
+        return self.rows_of((*self.tensors, *self.extra), rows)
+
+    def rows_of(self, batch: tuple[Any, ...], rows: Any) -> tuple[Any, ...]:
+        """Some rows of the data in a minibatch, by their numbers or as a slice."""
+        cut = (*[True] * (len(batch) - len(self.extra)), *self.cut)
+        return tuple(v[rows] if c else v for v, c in zip(batch, cut, strict=True))
 
 
 def batches_of(

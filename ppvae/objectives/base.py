@@ -84,6 +84,8 @@ class Objective(ABC):
       side by side may differ in these fields only. In a graph such a field is an input, a tensor;
       else it is a number. `at_step` replaces the functions by their values.
     - `unstageable` says in a few words why a graph cannot hold the loss; it is empty if one can.
+    - `indivisible` says why the loss of a minibatch is not the mean of those of its parts, by their
+      numbers of data, so that several processes cannot share it; it is empty if it is.
 
     Example:
         >>> from dataclasses import dataclass
@@ -104,6 +106,11 @@ class Objective(ABC):
     @property
     def unstageable(self) -> str:
         """Why a graph cannot hold the loss; empty, if one can."""
+        return ""
+
+    @property
+    def indivisible(self) -> str:
+        """Why the loss of a minibatch is not the mean of those of its parts; empty, if it is."""
         return ""
 
     @abstractmethod

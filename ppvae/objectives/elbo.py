@@ -115,12 +115,18 @@ class ELBO(Objective):
         check_choice("kl", self.kl, ("analytic", "sampled"))
         object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
 
+    @property
+    def indivisible(self) -> str:
+        """With free bits, the mean over a minibatch is inside of a maximum."""
+        floored = isinstance(self.free_bits, Tensor) or self.free_bits
+        return "free bits look at all of a minibatch" if floored else ""
+
     def loss(self, draw: Callable[..., list[Run]], size: int | None) -> Tensor:
         """The loss, its `beta` and `free_bits` numbers or tensors."""
         runs = draw(self.num_samples)
         if self.kl == "sampled":
             runs = [run._replace(terms=run.terms._replace(kl={})) for run in runs]
-        if isinstance(self.free_bits, Tensor) or self.free_bits:
+        if self.indivisible:
             rate = floored_rate(runs, self.free_bits, size)
             distortion = _mean([_distortion(run.terms, size) for run in runs])
             return distortion + _in_dtype_of(self.beta, rate) * rate

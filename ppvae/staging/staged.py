@@ -26,7 +26,7 @@ from ppvae.data.adapters import has_missing
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.staging.export import export
-from ppvae.staging.passes import clean, split_noise
+from ppvae.staging.passes import clean, is_random, split_noise
 from ppvae.staging.program import Program, program_of
 
 
@@ -259,6 +259,11 @@ class Staged(nn.Module):
         after = sum(isinstance(like, Like) for like in self.shapes)
         settings = data[after : after + len(self.program.settings(0))]
         return self.data(tuple(batch), settings) if self.covers(*batch) else None
+
+    @property
+    def draws_late(self) -> bool:
+        """Whether numbers are drawn that depend on others, and so not before all else."""
+        return any(map(is_random, self.rest.graph.nodes))
 
     def trained(self) -> list[int]:
         """Which of `state` are parameters that the loss depends on and that want a gradient."""

@@ -2,6 +2,7 @@
 
 from ppvae.training.checkpoints import load_pair, save_pair
 from ppvae.training.fitting import fit
+from ppvae.training.processes import apart
 from ppvae.training.replicates import fit_replicates
 from ppvae.training.result import Fit
 from ppvae.training.snapshots import Diverged, Snapshot
@@ -13,6 +14,7 @@ __all__ = [
     "NarrowFamily",
     "NotConverged",
     "Snapshot",
+    "apart",
     "fit",
     "fit_replicates",
     "load_pair",

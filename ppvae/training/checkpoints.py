@@ -45,6 +45,7 @@ class Checkpoint:
 
     Attributes:
         saved: what the file held when it was opened; empty if there was none.
+        kept: whether this process writes it; of several that train together the first one does.
 
     Raises:
         TypeError: `path` is no path.
@@ -58,6 +59,7 @@ class Checkpoint:
         self.saved = _read("checkpoint", self.path, "run") if self.path.exists() else {}
         if self.saved:
             check_same("checkpoint", self.saved["run"], self.run)
+        self.kept = True
         self._began = math.inf  # when the first epoch ended, in which much is done only once
         self._last = self._spent = 0.0  # seconds of the last save, and of all
 
@@ -100,6 +102,8 @@ class Checkpoint:
         Args:
             parts: makes what is written, which takes its time, too.
         """
+        if not self.kept:
+            return
         start = time.perf_counter()
         with replacing(self.path) as path:
             torch.save({"format": _FORMAT, "run": self.run, **parts()}, path)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_choice, check_count, check_flag, check_seed, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
-from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
+from ppvae._scopes import eval_mode, matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import bare, with_keywords
 from ppvae.programs.missing import nan_masked
@@ -22,7 +22,9 @@ from ppvae.training.identity import data_in_words, in_words, parts_of
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
+from ppvae.training.processes import Processes, processes
 from ppvae.training.result import Fit
+from ppvae.training.share import share_of
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import Verdict
@@ -181,6 +183,7 @@ def fit(
     options = Options(learning_rate, optimizer, scheduler, clip, callback, patience)
     check_call(precision)
     seed = None if seed is None else check_seed(seed)
+    others = processes()
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
     batches = training_batches(
@@ -200,7 +203,10 @@ def fit(
         steps = most * batches.count
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
     how = how_to_run(compile, steps, batches.batch_size or 1)
-    bar = progress_bar(most, progress)
+    bar = progress_bar(most, progress if others is None or others.is_first else False)
+    if others is not None and seed is None:
+        drawn = int(torch.randint(2**62, ()))
+        seed = others.of_first(lambda: drawn)
     scopes = private_modules(), random_state(seed), train_mode(model, guide)
     with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
         task = task_of(model, guide, objective, batches, plate)
@@ -208,16 +214,30 @@ def fit(
             if checked is not None:
                 checked.to(batches.device)
                 task.check_support(checked)
+        run: dict[str, str] = {}
+        if others is not None or checkpoint is not None:
+            run = {"epochs": "given" if ending is None else f"until flat, at most {most}"}
+            run |= {"seed": f"{seed}", "compile": f"{compile}", "precision": f"{precision}"}
+            run["validation"] = "none" if held_out is None else data_in_words(held_out)
+            run = in_all_words(task, options, run)
+        share = held_out_share = None
+        if others is not None:
+            others.check_same({**run, "epochs": f"{most}", "checkpoint": f"{checkpoint}"})
+            others.level([*task.program.parameters(), *task.program.buffers()])
+            share = share_of(others, task.program, batches, task.example)
         if held_out is not None:  # what fails does so before anything is trained
-            first = task.held_out_loss(held_out, 0)
+            if others is not None:
+                with eval_mode(task.program):
+                    first_batch = held_out.example()
+                    held_out_share = share_of(
+                        others, task.program, held_out, first_batch, held_out.size
+                    )
+            first = task.held_out_loss(held_out, 0, held_out_share)
             expect(math.isfinite(first), "validation", "data of a finite loss", first)
         with deferred_interrupts(terminate=checkpoint is not None):
             file = None
             if checkpoint is not None:
-                run = {"epochs": "given" if ending is None else f"until flat, at most {most}"}
-                run |= {"seed": f"{seed}", "compile": f"{compile}", "precision": f"{precision}"}
-                run["validation"] = "none" if held_out is None else data_in_words(held_out)
-                file = checkpoint_of(checkpoint, task, options, run)
+                file = checkpoint_of(checkpoint, run, others)
                 how = file.execution(how, most)
             result = None
             if optimizer is None and held_out is None and is_global(task):
@@ -225,12 +245,18 @@ def fit(
                 rounds = most if bounded else _ROUND
                 result = fit_at_once(task, options, rounds, seed or 0, bar, file)
             if result is None:
-                validate = None if held_out is None else partial(task.held_out_loss, held_out)
-                engine = single(task, how)
+                validate = None
+                if held_out is not None:
+                    validate = partial(task.held_out_loss, held_out, share=held_out_share)
+                engine = single(task, how, share)
                 (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
                 if ending is not None and not result.interrupted:
                     Verdict(result.verdict, result.converged, result.losses[-1]).warn()
-            result = result._replace(interrupted=answer_interrupt())
+            came = answer_interrupt()
+            if others is not None:  # who waits here until the first one has written its file
+                came = others.in_any(came)
+                others.level(task.parameters)
+            result = result._replace(interrupted=came)
     remember_fit(model, guide, result, task.program.objective)
     return result
 
@@ -242,8 +268,23 @@ def check_call(precision: Any) -> None:
     expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
 
 
-def checkpoint_of(path: Any, task: Task, options: Options, run: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint of a training, which must be of that training if it is there already."""
+def checkpoint_of(path: Any, run: Mapping[str, str], others: Processes | None = None) -> Checkpoint:
+    """The checkpoint of a training, which must be of that training if it is there already.
+
+    Args:
+        path: of the file.
+        run: what the training is of, in words.
+        others: those that train together, of which the first has the file.
+    """
+    if others is None:
+        return Checkpoint(path, run)
+    file = others.of_first(lambda: Checkpoint(path, run))
+    file.kept = others.is_first
+    return file
+
+
+def in_all_words(task: Task, options: Options, run: Mapping[str, str]) -> dict[str, str]:
+    """What a training is of, in words: its programs, data and options, and what is known of it."""
     program = task.program
     named = {"model": bare(program.model), "guide": bare(program.guide)}
     parts = parts_of(program=program)
@@ -251,7 +292,7 @@ def checkpoint_of(path: Any, task: Task, options: Options, run: Mapping[str, str
     chosen = {name: in_words(value) for name, value in vars(options).items() if name != "callback"}
     own = {"objective": in_words(program.objective), "plate": f"{program.plate_name}"}
     own |= {"data": data_in_words(task.batches), "batch_size": f"{task.batches.batch_size}"}
-    return Checkpoint(path, parts | chosen | own | dict(run))
+    return parts | chosen | own | dict(run)
 
 
 def remember_fit(model: Any, guide: Any, result: Fit, objective: Any) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_label
-from ppvae._process import interrupted
 from ppvae._scopes import stacklevel
 from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending, course
@@ -111,7 +110,7 @@ class Training:
         bar.update(numbers.epoch - bar.n)
         while numbers.epoch < bar.total and not numbers.stopped:
             self._go_through_epoch()
-            if interrupted():
+            if self.steps.engine.interrupted:
                 self.steps.check()
                 break
             shown = self._end_epoch()
@@ -119,7 +118,7 @@ class Training:
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
             if file is not None and file.is_due(numbers.epoch):
                 self.save(file)
-            if interrupted():
+            if self.steps.engine.interrupted:
                 break
         bar.close()
 
@@ -134,7 +133,7 @@ class Training:
                 numbers.totals = [total + value * count for total, value in totals]
                 numbers.size += count
             numbers.position += len(rows)
-            if interrupted():
+            if engine.interrupted:
                 return
 
     def _minibatches(self) -> Iterator[Any]:
@@ -190,10 +189,10 @@ class Training:
 
     def _reason_to_stop(self, epoch: int, *, moved: bool) -> str:
         """Why the training ends before its last epoch; empty if it does not."""
-        numbers, steps = self.numbers, self.steps
-        if steps.options.stops(self._row(epoch)):
+        numbers, steps, engine = self.numbers, self.steps, self.steps.engine
+        if engine.in_any(steps.options.stops(self._row(epoch))):
             return f"stopped by the callback after epoch {epoch}"
-        if not steps.engine.parameters:
+        if not engine.parameters:
             return "there is nothing to train"  # of a family without channels: only measured
         patience = steps.options.patience
         if patience is not None and epoch - numbers.best_epoch >= patience:
@@ -351,8 +350,9 @@ def train(
 ) -> list[Fit]:
     """Trains for some epochs, or until there is a reason to stop.
 
-    An error puts parameters and buffers back to where they were before the training, but `Diverged`
-    and a second Ctrl-C to where they were at most ten steps, or one stride, before it.
+    An error puts parameters and buffers back to where they were before the training; `Diverged`, a
+    second Ctrl-C and the loss of another process to where they were at most ten steps, or one
+    stride, before it.
 
     Args:
         engine: what computes losses and gradients.
@@ -378,8 +378,8 @@ def train(
         training.go_on(bar, file)
         if file is not None:
             training.save(file)
-        return training.results(interrupted=interrupted())
-    except KeyboardInterrupt:
+        return training.results(interrupted=engine.interrupted)
+    except (KeyboardInterrupt, ConnectionError):
         steps.put_back()
         raise
     except Diverged:

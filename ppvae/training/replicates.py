@@ -31,11 +31,19 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.staging.staged import NotStageable
-from ppvae.training.fitting import Pair, check_call, checkpoint_of, fit, remember_fit
+from ppvae.training.fitting import (
+    Pair,
+    check_call,
+    checkpoint_of,
+    fit,
+    in_all_words,
+    remember_fit,
+)
 from ppvae.training.identity import in_words
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_global
 from ppvae.training.options import Options
+from ppvae.training.processes import apart
 from ppvae.training.result import Fit
 from ppvae.training.single import how_to_run
 from ppvae.training.stacked import stacked
@@ -150,7 +158,7 @@ def fit_replicates(
             if checkpoint is not None:
                 run = {"seeds": f"{seeds}", "compile": f"{compile}", "precision": f"{precision}"}
                 run["objectives"] = in_words(objectives)
-                file = checkpoint_of(checkpoint, tasks[0], options, run)
+                file = checkpoint_of(checkpoint, in_all_words(tasks[0], options, run))
                 how = file.execution(how, num_epochs)
             try:
                 engine = stacked(tasks, seeds, compiled=how in ("compiled", "looped"))
@@ -190,7 +198,8 @@ def _one_by_one(
         file = checkpoint
         if checkpoint is not None:
             file = checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
-        results.append(fit(*pair, data, objective=own, seed=seed, checkpoint=file, **told))
+        with apart():
+            results.append(fit(*pair, data, objective=own, seed=seed, checkpoint=file, **told))
     return results
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from ppvae._checks import TROUBLE, expect
 from ppvae._scopes import random_state, stacklevel, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
+from ppvae.training.share import Share
 from ppvae.training.steps import Engine
 from ppvae.training.strides import Strides
 from ppvae.training.task import Task
@@ -48,11 +50,21 @@ class Single(Engine):
         task: what is trained.
         staged: its graph; None runs the programs.
         gradients: the compiled graph of loss and gradients; None leaves these to autograd.
+        share: what this process computes of each minibatch; None is all, in the only process.
     """
 
-    def __init__(self, task: Task, staged: Staged | None = None, how: str = "eager") -> None:
-        self.task, self.staged, self.execution = task, staged, how
+    def __init__(
+        self,
+        task: Task,
+        share: Share | None = None,
+        staged: Staged | None = None,
+        how: str = "eager",
+    ) -> None:
+        self.task, self.share, self.staged = task, share, staged
         self.gradients: Gradients | None = None
+        # then numbers are drawn that depend on others, which are those of all processes
+        self._draws = share is not None and staged is not None and staged.draws_late
+        self.execution = "staged" if self._draws else how
         self._strides: Strides | None = None
         self.tasks, self.objectives, self.modules = [task], [task.program.objective], [task.program]
         self.parameters = task.parameters
@@ -66,6 +78,9 @@ class Single(Engine):
         """What takes many steps at a call, where the loss is to run so and can."""
         if self.staged is None or self.execution != "looped":
             return None
+        if self.share is not None:  # there are words between processes in each step
+            self.compile()
+            return None
         try:
             self._strides = Strides(self.task, self.staged, optimizer, clip)
         except NotStageable:  # `execution` tells
@@ -78,9 +93,10 @@ class Single(Engine):
         if staged is None:
             return
         self.gradients = Gradients(staged, compiled=True)
-        if staged.covers(*task.example):  # made for the first minibatch, wherever training goes on
-            with random_state(None, keep=True):
-                data = staged.data(task.example, task.program.settings(0))
+        with random_state(None, keep=True), self._part(task.example) as example:
+            fits = staged.covers(*example)
+            data = staged.data(example, task.program.settings(0)) if fits else []
+        if fits:  # made for the first minibatch, wherever training goes on
             self.gradients.make(staged.state(), data)
         self.execution = self.gradients.execution
 
@@ -95,43 +111,71 @@ class Single(Engine):
 
     def losses(self, data: tuple[Any, ...], step: int) -> Tensor:
         """The loss in nats per datum; leaves the gradients in the parameters."""
-        staged, gradients = self.staged, self.gradients
-        if staged and gradients and self.execution == "compiled" and staged.covers(*data):
-            state = staged.state()
-            loss, slopes = gradients(state, staged.data(data, staged.program.settings(step)))
-            for at, slope in zip(gradients.trained, slopes, strict=True):
-                state[at].grad = slope
-            self.execution = gradients.execution  # the compiler runs, or fails, in the first call
-        else:
-            with unchecked():
-                loss = staged(*data, step=step) if staged else self.task.program.loss(data, step)
-            if loss.requires_grad:
-                loss.backward()
-        loss = loss.detach()
+        loss = self._loss(data, step).detach()
+        if self.share is not None:
+            processes, weight = self.share.processes, self.share.weight(data)
+            loss = processes.mean(loss, self.parameters, weight)
         if step == 0 and math.isfinite(loss):
             self.task.check(data)
         return loss
+
+    def _loss(self, data: tuple[Any, ...], step: int) -> Tensor:
+        """The loss of this process's share of a minibatch; leaves its gradients."""
+        staged, gradients, inputs = self.staged, self.gradients, None
+        with self._part(data) as batch, unchecked():
+            if staged is None:
+                loss = self.task.program.loss(batch, step)
+            elif self._draws or not staged.covers(*batch):
+                loss = staged(*batch, step=step)
+            else:
+                inputs = staged.data(batch, staged.program.settings(step))
+        if staged and inputs is not None:  # nothing is drawn any more
+            state = staged.state()
+            if gradients and self.execution == "compiled":
+                loss, slopes = gradients(state, inputs)
+                for at, slope in zip(gradients.trained, slopes, strict=True):
+                    state[at].grad = slope
+                self.execution = gradients.execution  # the compiler runs, or fails, in the 1st call
+                return loss
+            loss = staged.rest(*state, *inputs)[0]
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+    def _part(self, data: tuple[Any, ...]) -> AbstractContextManager[tuple[Any, ...]]:
+        """This process's share of a minibatch; inside, its draws are those of the whole."""
+        return nullcontext(data) if self.share is None else self.share.of(data)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the training is to end behind this step: as all processes say."""
+        return super().interrupted if self.share is None else self.share.processes.interrupted
+
+    def in_any(self, said: object) -> bool:
+        """Whether this is said here, or in another process that trains the same."""
+        return bool(said) if self.share is None else self.share.processes.in_any(said)
 
     def replicate(self, number: int, data: tuple[Any, ...]) -> tuple[Task, tuple[Any, ...]]:
         """The task, and the minibatch."""
         return self.task, data
 
 
-def single(task: Task, how: str) -> Single:
+def single(task: Task, how: str, share: Share | None = None) -> Single:
     """Makes an engine for a task; where there is no graph it runs eagerly, and a warning says why.
 
     Args:
         task: what is trained.
         how: "eager", "staged", "compiled" or "looped".
+        share: what this process computes of each minibatch, where there are others.
     """
     if how == "eager":
-        return Single(task)
+        return Single(task, share)
     try:
         staged = record(task.program, task.example)
     except NotStageable as error:
         warnings.warn(f"fit: runs eagerly; {error} ({TROUBLE})", stacklevel=stacklevel())
-        return Single(task)
-    engine = Single(task, staged, how)
-    if how == "compiled":
+        return Single(task, share)
+    engine = Single(task, share, staged, how)
+    if engine.execution == "compiled":
         engine.compile()
     return engine

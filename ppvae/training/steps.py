@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae._process import interrupted
 from ppvae._scopes import random_numbers, set_random_numbers
 from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
@@ -66,6 +67,15 @@ class Engine(ABC):
     def strides(self, optimizer: Any, clip: float | None) -> Strides | None:
         """What takes many steps of an optimizer at a call; None where they go one by one."""
         return None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the training is to end behind this step."""
+        return interrupted()
+
+    def in_any(self, said: object) -> bool:
+        """Whether this is said here, or in another process that trains the same."""
+        return bool(said)
 
     def write_back(self) -> None:
         """Gives models and guides the values of the parameters, where those are copies."""

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from ppvae.programs.keywords import bare
 from ppvae.programs.missing import takes_missing
 from ppvae.programs.nodes import check_densities, check_observed
 from ppvae.staging.program import Program, program_of
+from ppvae.training.share import Share
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,28 @@ class Task:
         """
         return [p for p in self.program.parameters() if p.requires_grad]
 
-    def held_out_loss(self, held_out: Batches, step: int) -> float:
-        """The objective on other data, with the same random numbers every time."""
+    def held_out_loss(self, held_out: Batches, step: int, share: Share | None = None) -> float:
+        """The objective on other data, with the same random numbers every time.
+
+        Args:
+            held_out: the data.
+            step: number of steps so far.
+            share: what this process computes of each minibatch, where there are others.
+        """
         held_out.to(self.batches.device)
-        total = count = 0.0
+        total, count = torch.zeros((), dtype=torch.float64, device=held_out.device), 0
         program = self.program
         # the modules that plain functions call, too
         with torch.no_grad(), random_state(0), eval_mode(program), unchecked():
             for batch in held_out:
-                loss = program.loss(batch, step, size=held_out.size)
-                total += loss.item() * held_out.rows(batch)
-                count += held_out.rows(batch)
-        return total / count
+                rows = held_out.rows(batch)
+                with nullcontext(batch) if share is None else share.of(batch) as part:
+                    loss = program.loss(part, step, size=held_out.size).item()
+                total += loss * rows * (1.0 if share is None else share.weight(batch))
+                count += rows
+        if share is not None:
+            total = share.processes.sums(total)
+        return total.item() / count
 
     def first_loss(self) -> float:
         """The loss on the first minibatch, by the same random numbers every time."""

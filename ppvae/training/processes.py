@@ -1,0 +1,170 @@
+"""The processes that train together, and what they agree on.
+
+Under a process group of `torch.distributed`, as `torchrun` starts one, all processes run the same
+program: each calls `fit` with the same arguments, and what one of them decides all of them do.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppvae._checks import expect
+from ppvae._process import interrupted
+
+T = TypeVar("T")
+
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, `fit` trains in this process alone, and needs no other one, group or not.
+
+    Example:
+        >>> from ppvae.training import apart
+        >>> with apart():  # each process may train something else, or nothing at all
+        ...     pass
+    """
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+class Processes:
+    """The processes of the default group, of which this is one.
+
+    Attributes:
+        rank: the number of this one; 0 is the first, which shows progress and writes files.
+        count: how many there are.
+        interrupted: whether any of them was told to stop, as of the last `mean`.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.interrupted = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that shows progress and writes files."""
+        return self.rank == 0
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sums of what all processes have; the same bits in all of them."""
+        values = values.contiguous()
+        with _together():
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, loss: Tensor, parameters: Sequence[Tensor], weight: float) -> Tensor:
+        """Averages a loss and the gradients of parameters over all processes, by one message.
+
+        It carries along whether a process was interrupted.
+
+        Args:
+            loss: of this process.
+            parameters: with the gradients of this process, which become the averages.
+            weight: of this process; those of all add up to one.
+
+        Returns:
+            The average loss.
+        """
+        slopes = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        there = [float(p.grad is not None) for p in parameters]  # else Adam would move it
+        told = torch.tensor([*there, float(interrupted())], dtype=loss.dtype, device=loss.device)
+        parts = [weight * each.reshape(-1) for each in (*slopes, loss.detach())]
+        *flat, told = self.sums(torch.cat([*parts, told])).split([len(p) for p in [*parts, told]])
+        self.interrupted = self.interrupted or bool(told[-1])
+        for parameter, slope, known in zip(parameters, flat, told.tolist(), strict=False):
+            slope = slope.view_as(parameter).to(parameter.dtype)
+            parameter.grad = slope if known else None
+        return flat[-1].reshape(()).to(loss.dtype)
+
+    def in_any(self, said: object) -> bool:
+        """Whether any process says so.
+
+        Raises:
+            RuntimeError: their random numbers have come apart.
+        """
+        stream = hashlib.blake2b(torch.get_rng_state().numpy().data, digest_size=8).hexdigest()
+        told = self.all_of((bool(said), stream))
+        wanted = "a model, objective and callback that draw as many numbers in all processes"
+        expect(len({each[1] for each in told}) == 1, "fit", wanted, "others", RuntimeError)
+        return any(each[0] for each in told)
+
+    def all_of(self, value: T) -> list[T]:
+        """What each process has, by rank; any object that can be pickled."""
+        values: list[Any] = [None] * self.count
+        with _together():
+            dist.all_gather_object(values, value)
+        return values
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, which alone is asked; its error is raised in all."""
+        made: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                made[0] = make()
+            except Exception as error:  # which ends all of them
+                made[1] = error
+        with _together():
+            dist.broadcast_object_list(made)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def level(self, values: Sequence[Tensor]) -> None:
+        """Gives tensors the values that they have in the first process."""
+        with torch.no_grad(), _together():
+            for value in values:
+                whole = value.detach().contiguous()
+                dist.broadcast(whole, 0)
+                if not torch.equal(whole, value):  # one that was expanded cannot be written to
+                    value.copy_(whole)
+
+    def check_same(self, call: Mapping[str, str]) -> None:
+        """Raises a ValueError unless all processes describe the same call.
+
+        Args:
+            call: what is trained, and how, in words.
+        """
+        for rank, other in enumerate(self.all_of(dict(call))):
+            for key in [*call, *(key for key in other if key not in call)]:
+                here, there = call.get(key, "nothing"), other.get(key, "nothing")
+                wanted = f"the same {key} in all processes, which is {here} in process {self.rank}"
+                expect(here == there, "fit", wanted, f"{there} in process {rank}")
+
+
+def processes() -> Processes | None:
+    """Those that train together; None if this one is alone."""
+    grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Processes() if grouped and not _apart.get() else None
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Inside, processes wait for each other.
+
+    Raises:
+        ConnectionError: one of them is gone, or did not come.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        _lost(error)
+
+
+def _lost(error: RuntimeError) -> NoReturn:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    raise ConnectionError(
+        "fit: expected an answer of all processes of the group, but one has ended, or does not "
+        f"call fit (torch.distributed says: {said[0]}); what was saved in a checkpoint goes on "
+        "from there, with any number of processes"
+    ) from error

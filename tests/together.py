@@ -1,0 +1,251 @@
+"""Trainings of several processes, and one such process: `python together.py RANK COUNT FOLDER`."""
+
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.distributed as group
+from cases import cases
+from pairs import KINDS, Normed, build, data, linear, values
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ppvae.training.single as engine
+from ppvae import FamilyGuide, families, fit
+from ppvae.nn import mlp
+from ppvae.objectives import ELBO, IWAE, warm_up
+from ppvae.regression import LinearRegression
+from ppvae.training import apart
+
+TOLD: dict[str, Any] = {
+    "num_epochs": 3, "batch_size": 8, "learning_rate": 0.02, "seed": 4, "progress": False,
+}  # fmt: skip
+
+
+def family(name, **told):
+    return lambda: (*build(name), data(25), {"compile": False, **told})
+
+
+def case(name):
+    def make():
+        model, args, encoder, _ = cases()[name]
+        torch.manual_seed(1)
+        pair = model, FamilyGuide(model, families.mean_scale, encoder=encoder)
+        return *pair, args, {"batch_size": None, "compile": False, "optimizer": torch.optim.Adam}
+
+    return make
+
+
+class Mixed(nn.Module):
+    """A global latent, and one for each datum."""
+
+    def forward(self, x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 0.5).to_event(1), obs=x)
+
+
+def mixed():
+    model = Mixed()
+    guide = FamilyGuide(model, families.mean_scale, encoder=mlp(3, 4))
+    return model, guide, data(25), {"compile": False}
+
+
+def regression():
+    x = data(25)
+    model = LinearRegression(3, noise=0.5)
+    return model, FamilyGuide(model, families.full_rank), (x, x.sum(1) + 1), {"compile": False}
+
+
+def dropout():
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.4), nn.Tanh())
+    return *build(encoder=encoder), data(25), {"compile": False}
+
+
+def normed():
+    return *build(encoder=Normed(dropout=False)), data(26), {"compile": False}
+
+
+def loader():
+    shuffled = DataLoader(TensorDataset(data(25)), 8, shuffle=True)
+    return *build(), shuffled, {"compile": False, "batch_size": None}
+
+
+def beside():
+    """Rows that come by keyword are cut with the data."""
+
+    def model(x, side):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + side, 0.5), obs=x[:, 0])
+
+    guide = FamilyGuide(model, families.mean_scale, encoder=Sided())
+    return model, guide, data(25), {"compile": False, "kwargs": {"side": torch.arange(25.0)}}
+
+
+class Sided(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 5)
+
+    def forward(self, x, side):
+        return self.net(torch.cat([x, side[:, None]], -1))
+
+
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+
+
+def searched(parameters, lr):
+    """An optimizer that asks for the loss several times in a step."""
+    return torch.optim.LBFGS(parameters, lr=lr, max_iter=3, line_search_fn="strong_wolfe")
+
+
+HELD_OUT = {"validation": data(11) + 0.1, "batch_size": 4}
+
+#: name -> what makes a model, its guide, data and options; 25 data by eight: the last batch is one
+WAYS: dict[str, Any] = {
+    **{name: family(name) for name in KINDS if name != "none"},
+    "staged": family("mean_scale", compile="auto"),
+    "staged student_t": family("student_t", compile="auto"),
+    "IWAE": family("mean_scale", objective=IWAE(3)),
+    "warm-up": family("mean_scale", objective=ELBO(beta=warm_up(5))),
+    "free bits": family("mean_scale", objective=ELBO(free_bits=0.1)),
+    "clip": family("mean_scale", clip=0.5),
+    "L-BFGS": family("mean_scale", optimizer=searched, batch_size=None),
+    "all at once": family("mean_scale", batch_size=None),
+    "one or two rows": family("mean_scale", batch_size=3),
+    "validation": family("mean_scale", **HELD_OUT, patience=1, num_epochs=9, learning_rate=0.3),
+    "plateau": family("mean_scale", **HELD_OUT, scheduler=plateau),
+    "until flat": family("mean_scale", num_epochs=None, max_epochs=20),
+    "dropout": dropout,
+    "loader": loader,
+    "rows by keyword": beside,
+    "mixed": mixed,
+    "regression by minibatches": regression,
+    **{name: case(name) for name in cases()},
+    "normed": normed,
+    "compiled": lambda: (*linear(), data(25), {"compile": True}),
+}
+WHOLE = {"own rows", "normed", "free bits"}  # which cannot be divided
+
+
+def train(name, **more):
+    """What comes of a training: its course, and where it led."""
+    torch.manual_seed(6)
+    model, guide, x, told = WAYS[name]()
+    engine.STAGE, before = 2, engine.STAGE
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = fit(model, guide, x, **{**TOLD, **told, **more})
+    finally:
+        engine.STAGE = before
+    said = [str(each.message) for each in caught]
+    told = result._replace(seconds=0.0, objective=None, optimizer=None)._asdict()
+    return told, values(model, guide), said
+
+
+def together(count, folder, *names, **told):
+    """What each of some processes returns of each training, or the error that it raises."""
+    folder = Path(folder)
+    (folder / "told").write_bytes(pickle.dumps((names, told)))
+    here = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    }  # fmt: skip
+    command = [sys.executable, __file__]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(count), str(folder)],
+            env=here, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    found = [folder / f"found{rank}" for rank in range(count)]
+    assert any(path.exists() for path in found), errors
+    return [pickle.loads(path.read_bytes()) if path.exists() else None for path in found]
+
+
+def main(rank, count, folder):
+    torch.set_default_dtype(torch.float64)
+    store = group.FileStore(f"{folder}/store", count)
+    group.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    names, told = pickle.loads(Path(folder, "told").read_bytes())
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = PROGRAMS[name](rank, **told) if name in PROGRAMS else train(name, **told)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    Path(folder, f"found{rank}").write_bytes(pickle.dumps(found))
+
+
+def dies(rank, checkpoint):
+    """The second process ends, without a word, behind the second epoch."""
+
+    def callback(row):
+        if rank == 1 and row["epoch"] == 1:
+            os._exit(1)
+
+    return train("mean_scale", num_epochs=6, checkpoint=checkpoint, callback=callback)
+
+
+def told_to_stop(rank):
+    """The second process is told to stop in the third epoch."""
+
+    def callback(row):
+        if rank == 1 and row["epoch"] == 2:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    return train("mean_scale", num_epochs=6, callback=callback)
+
+
+def one_stops(rank):
+    return train("mean_scale", num_epochs=6, callback=lambda row: rank == 1 and row["epoch"] == 2)
+
+
+def other_data(rank):
+    model, guide = build()
+    fit(model, guide, data(25) + rank, **TOLD)
+
+
+def other_start(rank):
+    torch.manual_seed(rank)
+    model, guide = build()
+    fit(model, guide, data(25), **{**TOLD, "seed": None})
+    return values(model, guide)
+
+
+def on_their_own(rank):
+    with apart():
+        return train("mean_scale", seed=rank, num_epochs=rank + 1)
+
+
+def other_draws(rank):
+    torch.manual_seed(0)
+    return train("mean_scale", callback=lambda row: torch.randn(rank) is None)
+
+
+PROGRAMS = {
+    each.__name__: each
+    for each in (dies, told_to_stop, one_stops, other_data, other_start, on_their_own, other_draws)
+}
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,86 @@
+"""Several processes train as one does: to the same losses and parameters."""
+
+import time
+
+import pytest
+import torch
+from pairs import same
+from together import WAYS, WHOLE, together, train
+
+from ppvae._checks import TROUBLE
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="PyTorch without distributed"
+)
+FEW = ["mean_scale", "student_t", "staged student_t", "validation", "one or two rows", "mixed"]
+
+
+def agree(one, other, bound=1e-9):
+    """Fails unless two trainings are the same, up to the order of sums."""
+    (told, ends, _), (other_told, other_ends, _) = one, other
+    losses = {"losses", "validation_losses"}
+    for name in losses:
+        assert other_told[name] == pytest.approx(told[name], rel=bound)
+    for name in told.keys() - losses - {"execution", "verdict"}:  # which tells rounded numbers
+        assert told[name] == other_told[name], name
+    assert same(ends, other_ends, bound)
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, [*WAYS]), (4, FEW)])
+def test_processes_train_as_one_does(count, names, tmp_path):
+    found = together(count, tmp_path, *names)
+    for name in names:
+        alone = train(name)
+        for each in found:
+            assert not isinstance(each[name], str), (name, each[name])
+            agree(alone, each[name])
+            assert each[name][0]["execution"] == alone[0]["execution"].replace("looped", "compiled")
+            assert same(each[name][1], found[0][name][1])  # bit for bit
+            so = [line for line in each[name][2] if line.startswith("fit: each of")]
+            assert bool(so) == (name in WHOLE), (name, so)
+            assert all(f"of {count} processes computes all" in s and TROUBLE in s for s in so)
+
+
+def test_one_that_ends_ends_the_others_and_any_number_goes_on(tmp_path):
+    path = tmp_path / "run.pt"
+    began = time.monotonic()
+    survivor, gone = together(2, tmp_path, "dies", checkpoint=path)
+    assert time.monotonic() - began < 60  # seconds of work, and of waiting
+    assert gone is None
+    assert survivor["dies"].startswith("ConnectionError: fit: expected an answer of all processes")
+    whole = train("mean_scale", num_epochs=6)
+    for count in (1, 3):
+        file = tmp_path / f"{count}.pt"
+        file.write_bytes(path.read_bytes())
+        (tmp_path / f"{count}").mkdir()
+        told = {"num_epochs": 6, "checkpoint": file}
+        found = [{"mean_scale": train("mean_scale", **told)}] if count == 1 else None
+        for each in found or together(count, tmp_path / f"{count}", "mean_scale", **told):
+            agree(whole, each["mean_scale"])
+
+
+def test_what_one_decides_all_do(tmp_path):
+    names = ["told_to_stop", "one_stops", "other_start", "on_their_own"]
+    first, second = together(2, tmp_path, *names)
+    for each in (first, second):
+        told, _, _ = each["told_to_stop"]
+        assert told["interrupted"] and told["verdict"].startswith("interrupted in epoch 3")
+        told, _, _ = each["one_stops"]
+        assert told["verdict"] == "stopped by the callback after epoch 2"
+    assert same(first["other_start"], second["other_start"])
+    for rank, each in enumerate((first, second)):  # nor do they wait for each other
+        agree(train("mean_scale", seed=rank, num_epochs=rank + 1), each["on_their_own"])
+
+
+def test_what_must_be_the_same_and_is_not(tmp_path):
+    for each in together(2, tmp_path, "other_data", "other_draws"):
+        assert each["other_data"].startswith(
+            "ValueError: fit: expected the same data in all processes, which is 25 data, (25, 3)"
+        )
+        assert each["other_draws"].startswith("RuntimeError: fit: expected a model, objective and")
+
+
+def test_an_error_of_the_first_is_that_of_all(tmp_path):
+    (tmp_path / "other.pt").write_text("no checkpoint")
+    for each in together(2, tmp_path, "mean_scale", checkpoint=tmp_path / "other.pt"):
+        assert each["mean_scale"].startswith("ValueError: checkpoint: expected a file that was")
