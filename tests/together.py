@@ -15,7 +15,7 @@ import torch.distributed as group
 from cases import cases
 from pairs import KINDS, Normed, build, data, linear, values
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ppvae.training.single as engine
 from ppvae import FamilyGuide, families, fit
@@ -225,11 +225,22 @@ def other_data(rank):
     fit(model, guide, data(25) + rank, **TOLD)
 
 
+def cut_twice(rank):
+    model, guide = build()
+    rows = TensorDataset(data(24))
+    loader = DataLoader(rows, 8, sampler=DistributedSampler(rows))
+    fit(model, guide, loader, **{**TOLD, "batch_size": None})
+
+
 def other_start(rank):
     torch.manual_seed(rank)
     model, guide = build()
     fit(model, guide, data(25), **{**TOLD, "seed": None})
     return values(model, guide)
+
+
+def no_checkpoint(rank):
+    return train("mean_scale", checkpoint=__file__)
 
 
 def on_their_own(rank):
@@ -243,8 +254,15 @@ def other_draws(rank):
 
 
 PROGRAMS = {
-    each.__name__: each
-    for each in (dies, told_to_stop, one_stops, other_data, other_start, on_their_own, other_draws)
+    "cut_twice": cut_twice,
+    "dies": dies,
+    "no_checkpoint": no_checkpoint,
+    "on_their_own": on_their_own,
+    "one_stops": one_stops,
+    "other_data": other_data,
+    "other_draws": other_draws,
+    "other_start": other_start,
+    "told_to_stop": told_to_stop,
 }
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Schema(NamedTuple):
     categories: dict[str, list[Any]]
 
 
+_BLOCK = 2**22  # numbers that are looked at at a time
 _SCHEMAS: WeakKeyDictionary[Any, dict[int, Schema]] = WeakKeyDictionary()  # model -> by argument
 
 
@@ -242,7 +243,10 @@ def _as_tensor(name: str, item: Any, form: Form, position: int, *, missing: bool
     if not item.is_complex():
         cast = _cast(item, form, chosen=chosen)
         wanted = f"numbers that {cast.dtype} can hold"
-        lost = int((torch.isinf(cast) & ~torch.isinf(item)).sum()) if cast is not item else 0
+        lost = 0
+        if cast is not item:
+            pairs = zip(_blocks(cast), _blocks(item), strict=True)
+            lost = sum(int((torch.isinf(c) & ~torch.isinf(i)).sum()) for c, i in pairs)
         expect(not lost, name, wanted, f"{lost} that it cannot")
         if chosen and cast is not item and form.warns:
             words = f"{name}: {item.dtype} is cast to {cast.dtype}, that of the parameters"
@@ -261,17 +265,27 @@ def _cast(item: Tensor, form: Form, *, chosen: bool) -> Tensor:
 def _check_finite(name: str, item: Tensor, *, missing: bool) -> None:
     """Raises a ValueError if a number is infinite, or NaN where it may not be."""
     open_to = missing and not item.is_complex()
-    bad = torch.isinf(item) if open_to else ~torch.isfinite(item)
+    bad = sum(
+        int((torch.isinf(block) if open_to else ~torch.isfinite(block)).sum())
+        for block in _blocks(item)
+    )
     wanted = "finite numbers, or NaN" if open_to else "finite numbers"
     kind = "infinite" if open_to else "NaN or infinite"
-    expect(not bad.any(), name, wanted, f"{int(bad.sum())} that are {kind}")
+    expect(not bad, name, wanted, f"{bad} that are {kind}")
+
+
+def _blocks(values: Tensor) -> Sequence[Tensor]:
+    """Blocks of rows: what is asked of each number of a memory map must not fill the memory."""
+    rows = _BLOCK * max(len(values), 1) // max(values.numel(), 1) if values.dim() else 0
+    return values.split(max(rows, 1)) if values.dim() else [values]
 
 
 def has_missing(values: Iterable[Any]) -> bool:
     """Whether a number among some arguments of a program is NaN."""
     values = list(values)
     tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    found = any(bool(torch.isnan(v).any()) for v in tensors if not v.is_meta)
+    known = (v for v in tensors if not v.is_meta)
+    found = any(bool(torch.isnan(block).any()) for v in known for block in _blocks(v))
     return found or any(v.missing for v in values if isinstance(v, SparseMatrix))
 
 

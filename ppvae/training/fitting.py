@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from ppvae._checks import check_choice, check_count, check_flag, check_seed, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
@@ -81,6 +82,16 @@ def fit(
     three times as many epochs would gain less than 0.1 nats per datum (or than half of the noise in
     the loss of an epoch), after which the learning rate falls to a hundredth over a quarter as
     many epochs again.
+
+    **Several processes** (those of the default group of `torch.distributed`, which a program that
+    is started with `torchrun` joins by `init_process_group()`) train together, as one would with
+    the same `batch_size`: all of them call `fit` with the same arguments and data, each computes
+    its share of every minibatch, and the gradients are averaged. The result is the same in all,
+    and up to rounding whatever their number. The first one shows progress and has the checkpoint,
+    from which any number of them goes on. Where the loss of a minibatch is not the mean of those of
+    its parts (batch normalisation, free bits), each process computes all of it, and a warning says
+    so. Global latents that are fitted at once are so by each. Inside of `ppvae.training.apart()` a
+    process is on its own.
 
     **Ctrl-C** ends the training after its step (or after those of a tenth of a second, where many
     are taken by one call): `fit` returns what was trained, and `Fit.interrupted` says so; a second
@@ -168,6 +179,9 @@ def fit(
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
             argument is out of its range; the model observes nothing, or the guide does not fit it;
             or the checkpoint is that of another training.
+        ConnectionError: another process of the group has ended, or does not call `fit`; parameters
+            and buffers of at most ten steps before are in place.
+        RuntimeError: the processes of the group do not draw the same random numbers.
         Diverged: the loss became infinite or NaN. Its message names the number that overflowed and
             what to do; parameters and buffers of at most ten steps before are in place.
 
@@ -222,6 +236,10 @@ def fit(
             run = in_all_words(task, options, run)
         share = held_out_share = None
         if others is not None:
+            sampler = getattr(batches.loader, "sampler", None)
+            wanted = "a loader of all the data, of which fit takes this process's share"
+            shared_twice = isinstance(sampler, DistributedSampler)
+            expect(not shared_twice, "data", wanted, "one with a DistributedSampler")
             others.check_same({**run, "epochs": f"{most}", "checkpoint": f"{checkpoint}"})
             others.level([*task.program.parameters(), *task.program.buffers()])
             share = share_of(others, task.program, batches, task.example)
@@ -254,7 +272,7 @@ def fit(
                     Verdict(result.verdict, result.converged, result.losses[-1]).warn()
             came = answer_interrupt()
             if others is not None:  # who waits here until the first one has written its file
-                came = others.in_any(came)
+                came = any(others.all_of(came))
                 others.level(task.parameters)
             result = result._replace(interrupted=came)
     remember_fit(model, guide, result, task.program.objective)

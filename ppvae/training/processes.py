@@ -87,14 +87,20 @@ class Processes:
             parameter.grad = slope if known else None
         return flat[-1].reshape(()).to(loss.dtype)
 
-    def in_any(self, said: object) -> bool:
+    def in_any(self, said: object, streams: Sequence[Tensor]) -> bool:
         """Whether any process says so.
 
+        Args:
+            said: what this one says.
+            streams: where its random numbers stand, which must be the same in all.
+
         Raises:
-            RuntimeError: their random numbers have come apart.
+            RuntimeError: they have come apart.
         """
-        stream = hashlib.blake2b(torch.get_rng_state().numpy().data, digest_size=8).hexdigest()
-        told = self.all_of((bool(said), stream))
+        digest = hashlib.blake2b(digest_size=8)
+        for stream in streams:
+            digest.update(stream.numpy().data)
+        told = self.all_of((bool(said), digest.hexdigest()))
         wanted = "a model, objective and callback that draw as many numbers in all processes"
         expect(len({each[1] for each in told}) == 1, "fit", wanted, "others", RuntimeError)
         return any(each[0] for each in told)

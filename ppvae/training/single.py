@@ -153,7 +153,10 @@ class Single(Engine):
 
     def in_any(self, said: object) -> bool:
         """Whether this is said here, or in another process that trains the same."""
-        return bool(said) if self.share is None else self.share.processes.in_any(said)
+        if self.share is None:
+            return bool(said)
+        own = 1 + len(self.task.batches.generators)  # those of GPUs are each process's own
+        return self.share.processes.in_any(said, self.random_numbers()[:own])
 
     def replicate(self, number: int, data: tuple[Any, ...]) -> tuple[Task, tuple[Any, ...]]:
         """The task, and the minibatch."""

@@ -1,6 +1,9 @@
 """The example programs, with few steps."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import arviz_base
@@ -28,7 +31,8 @@ LONGER = {
 
 
 def test_every_example_is_short_and_tested():
-    others = {"guide_for_your_model", "inspect_with_arviz", "labels", "groups", "sequences"}
+    others = {"guide_for_your_model", "inspect_with_arviz", "groups", "sequences"}
+    others |= {"many_machines"}
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
@@ -215,6 +219,23 @@ def test_groups(run, tmp_path):
     width = float(out.split(" (least squares, each alone)")[0].split()[-1])
     assert width > 1.0  # 2 x 1.645 sds of a slope from at most 6 rows of noise 1
     assert (tmp_path / "slopes.png").exists()
+
+
+def test_many_machines(run, tmp_path):
+    """The regression is exact: what it prints does not depend on the number of processes."""
+    options = ["--epochs", 1, "--hidden", 8, "--rows", 1000, "--resume", "--out", tmp_path]
+    out = run("many_machines.py", *options, rows=400, functions={"evaluate": {"num_samples": 4}})
+    assert "processes: 1" in out and (tmp_path / "digits.pt").exists()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    program = [str(EXAMPLES / "many_machines.py"), *map(str, options[:-1]), str(tmp_path / "two")]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    both = subprocess.run(
+        [*command, "2", *program], env=os.environ | path, capture_output=True, text=True
+    )
+    assert both.returncode == 0, both.stderr
+    assert "processes: 2" in both.stdout
+    evidence = [line for line in out.splitlines() if line.startswith("log evidence")]
+    assert evidence == [line for line in both.stdout.splitlines() if line.startswith("log evid")]
 
 
 def test_mixture(run, tmp_path):

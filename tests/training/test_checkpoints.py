@@ -340,7 +340,7 @@ def test_a_validation_loss_that_is_not_finite_is_said(monkeypatch):
     far[1, 2] = 1e200
     with traceless(*pair, moved=False), pytest.raises(ValueError, match="validation: .* finite"):
         fit(*pair, data(), validation=far, **TOLD)
-    monkeypatch.setattr("ppvae.training.task.Task.held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr("ppvae.training.task.Task.held_out_loss", lambda *_, **__: next(losses))
     with pytest.raises(Diverged, match="the validation loss is nan after epoch 1"):
         fit(*pair, data(), validation=data(4), **TOLD)
 
