@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from ppvae._checks import check_choice, check_count, check_flag, check_seed, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
-from ppvae._scopes import eval_mode, matmul_precision, private_modules, random_state, train_mode
+from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
 from ppvae.data.batches import Batches, batches_of
 from ppvae.programs.keywords import bare, with_keywords
 from ppvae.programs.missing import nan_masked
@@ -25,7 +25,6 @@ from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
 from ppvae.training.processes import Processes, processes
 from ppvae.training.result import Fit
-from ppvae.training.share import share_of
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import Verdict
@@ -218,10 +217,8 @@ def fit(
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
     how = how_to_run(compile, steps, batches.batch_size or 1)
     bar = progress_bar(most, progress if others is None or others.is_first else False)
-    if others is not None and seed is None:
-        drawn = int(torch.randint(2**62, ()))
-        seed = others.of_first(lambda: drawn)
-    scopes = private_modules(), random_state(seed), train_mode(model, guide)
+    draws = random_state(seed if others is None else others.same_seed(seed))
+    scopes = private_modules(), draws, train_mode(model, guide)
     with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
         task = task_of(model, guide, objective, batches, plate)
         for checked in (batches, held_out) if check_flag("check_support", check_support) else ():
@@ -234,23 +231,15 @@ def fit(
             run |= {"seed": f"{seed}", "compile": f"{compile}", "precision": f"{precision}"}
             run["validation"] = "none" if held_out is None else data_in_words(held_out)
             run = in_all_words(task, options, run)
-        share = held_out_share = None
         if others is not None:
-            sampler = getattr(batches.loader, "sampler", None)
-            wanted = "a loader of all the data, of which fit takes this process's share"
-            shared_twice = isinstance(sampler, DistributedSampler)
-            expect(not shared_twice, "data", wanted, "one with a DistributedSampler")
+            _check_whole(batches)
             others.check_same({**run, "epochs": f"{most}", "checkpoint": f"{checkpoint}"})
             others.level([*task.program.parameters(), *task.program.buffers()])
-            share = share_of(others, task.program, batches, task.example)
+        validate = None
         if held_out is not None:  # what fails does so before anything is trained
-            if others is not None:
-                with eval_mode(task.program):
-                    first_batch = held_out.example()
-                    held_out_share = share_of(
-                        others, task.program, held_out, first_batch, held_out.size
-                    )
-            first = task.held_out_loss(held_out, 0, held_out_share)
+            part = None if others is None else task.share(others, held_out)
+            validate = partial(task.held_out_loss, held_out, share=part)
+            first = validate(0)
             expect(math.isfinite(first), "validation", "data of a finite loss", first)
         with deferred_interrupts(terminate=checkpoint is not None):
             file = None
@@ -263,10 +252,7 @@ def fit(
                 rounds = most if bounded else _ROUND
                 result = fit_at_once(task, options, rounds, seed or 0, bar, file)
             if result is None:
-                validate = None
-                if held_out is not None:
-                    validate = partial(task.held_out_loss, held_out, share=held_out_share)
-                engine = single(task, how, share)
+                engine = single(task, how, None if others is None else task.share(others))
                 (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
                 if ending is not None and not result.interrupted:
                     Verdict(result.verdict, result.converged, result.losses[-1]).warn()
@@ -284,6 +270,14 @@ def check_call(precision: Any) -> None:
     check_choice("precision", precision, ("highest", "high", "medium", None))
     wanted = "a call outside of torch.inference_mode, in which nothing can be trained"
     expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
+
+
+def _check_whole(batches: Batches) -> None:
+    """Raises a ValueError if a loader gives each process its own part already."""
+    sampler = getattr(batches.loader, "sampler", None)
+    wanted = "a loader of all the data, of which fit takes this process's share"
+    cut = isinstance(sampler, DistributedSampler)
+    expect(not cut, "data", wanted, "one with a DistributedSampler")
 
 
 def checkpoint_of(path: Any, run: Mapping[str, str], others: Processes | None = None) -> Checkpoint:

@@ -135,6 +135,11 @@ class Processes:
                 if not torch.equal(whole, value):  # one that was expanded cannot be written to
                     value.copy_(whole)
 
+    def same_seed(self, seed: int | None) -> int:
+        """A seed for all: the one that was given, or one that the first process draws."""
+        drawn = int(torch.randint(2**62, ())) if seed is None else seed
+        return self.of_first(lambda: drawn)
+
     def check_same(self, call: Mapping[str, str]) -> None:
         """Raises a ValueError unless all processes describe the same call.
 

@@ -20,7 +20,8 @@ from ppvae.programs.keywords import bare
 from ppvae.programs.missing import takes_missing
 from ppvae.programs.nodes import check_densities, check_observed
 from ppvae.staging.program import Program, program_of
-from ppvae.training.share import Share
+from ppvae.training.processes import Processes
+from ppvae.training.share import Share, share_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ class Task:
         if share is not None:
             total = share.processes.sums(total)
         return total.item() / count
+
+    def share(self, processes: Processes, held_out: Batches | None = None) -> Share:
+        """What this process computes of each minibatch, of held-out data in evaluation mode."""
+        if held_out is None:
+            return share_of(processes, self.program, self.batches, self.example)
+        held_out.to(self.batches.device)
+        with eval_mode(self.program):
+            return share_of(processes, self.program, held_out, held_out.example(), held_out.size)
 
     def first_loss(self) -> float:
         """The loss on the first minibatch, by the same random numbers every time."""
