@@ -59,6 +59,7 @@ class Strides:
         self._begun: list[Any] = []  # minibatches of the stride that was begun
         self._drawn: list[list[Tensor]] = []  # their noise, where it is not drawn at once
         self._most = 1  # of the steps in a stride, until it is known how long they take
+        self._is_as_made = True  # the optimizer and the state, as a pass through the data finds
         self._known: dict[int, tuple[bool, Any]] = {}
         self._settings = task.program.settings(0)
         held = (*task.batches.tensors, *task.batches.extra)
