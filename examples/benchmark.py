@@ -158,21 +158,20 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
     return run
 
 
-def replicates(count: int, pair: Any, x: Tensor) -> Run:
-    """The step of `fit_replicates` for so many, each on minibatches of its own, compiled."""
+def replicates(count: int, pair: Any, x: Tensor, how: str = "looped") -> Run:
+    """The step of `fit_replicates` for so many, each on minibatches of its own."""
     with private_modules():
         batches = batches_of("data", x, BATCH, training=True)
         tasks = [task_of(*copy.deepcopy(pair), None, batches) for _ in range(count)]
-        engine = stacked(tasks, range(count), compiled=True)
+        engine = stacked(tasks, range(count), how)
         steps = Steps(engine, Options(learning_rate=RATE))
-    if engine.gradients.execution != "compiled":
-        raise NotStageable("it runs, but is not compiled")
 
     def run(order: Tensor) -> float:
-        passes = [((x[rows],) for rows in order.roll(k, 0)) for k in range(count)]
+        rows = torch.stack([order.roll(k, 0) for k in range(count)], 1)
         start = now()
-        for _ in order:
-            steps.take(passes)
+        for _ in steps.through(rows):
+            if engine.execution != how:
+                raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
         return now() - start
 
     return run

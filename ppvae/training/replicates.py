@@ -153,7 +153,7 @@ def fit_replicates(
                 file = checkpoint_of(checkpoint, tasks[0], options, run)
                 how = file.execution(how, num_epochs)
             try:
-                engine = stacked(tasks, seeds, compiled=how in ("compiled", "looped"))
+                engine = stacked(tasks, seeds, "staged" if how == "eager" else how)
             except NotStageable as error:
                 words = f"fit_replicates: one after the other; {error} ({TROUBLE})"
                 warnings.warn(words, stacklevel=stacklevel())

@@ -154,17 +154,18 @@ class Steps:
             for minibatch in strides.walked[-1].minibatches:
                 strides.check(minibatch)
             raise
-        bad = next((at for at, value in enumerate(values) if not math.isfinite(value)), None)
-        if bad is not None:
-            self._step_back(strides, first + bad)
-            self.number = first + bad
-            self._last = self.engine.data(strides.walked[-1].minibatches[bad], self.number)[0]
-            self._diverge("the loss", 0, f"is {values[bad]}")
+        for at, losses in enumerate(values):
+            bad = next((k for k, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            if bad is not None:
+                self._step_back(strides, first + at)
+                self.number = first + at
+                self._last = self.engine.data(strides.walked[-1].minibatches[at], self.number)[0]
+                self._diverge("the loss", bad, f"is {losses[bad]}")
         if first == 0:
             strides.check(strides.walked[-1].minibatches[0])
         strides.keep()
         self.number += len(values)
-        return [[value] for value in values]
+        return values
 
     def _step_back(self, strides: Strides, number: int) -> None:
         """Takes a snapshot of before the last step whose loss was finite; stays where it is."""
