@@ -98,19 +98,7 @@ def _rewrite(graph: fx.Graph, node: Any) -> None:
             # x[mask] = y[mask], or a number: sizes must not depend on how many are selected
             into, (mask,) = node.args[:2]
             chosen = graph.call_function(aten.where.self, (mask, source, into))
-            if source.meta["val"].dtype == into.meta["val"].dtype and _is_own(into, node):
-                _put_after(node, into, chosen)
-            else:
-                _replace(node, graph.call_function(aten.copy_.default, (into, chosen)))
-        elif node.target is aten.fill_.Tensor and _is_part(node.args[0], node):
-            # x[..., 0] = y: compilers have got what is written through a view wrong
-            part = node.args[0]
-            into, dim, at = part.args
-            filled = graph.call_function(aten.fill.Tensor, node.args)
-            filled.meta["val"] = node.meta["val"]
-            new = graph.call_function(aten.select_scatter.default, (into, filled, dim, at))
-            node.replace_all_uses_with(filled)
-            _put_after(node, into, new)
+            _replace(node, graph.call_function(aten.copy_.default, (into, chosen)))
         elif node.target in _DRAWS and len(node.args) == 1 and _is_blank(node.args[0]):
             like = node.meta["val"]
             size = node.args[0].args[-1]
@@ -181,40 +169,6 @@ def _masked_source(node: Any) -> Any:
         source, chosen = value.args
         return source if list(chosen) == list(masks) and source.meta["val"].dim() == depth else None
     return value if value.meta["val"].dim() == 0 else None
-
-
-def _is_own(value: Any, node: fx.Node) -> bool:
-    """Whether a node writes to a new tensor that has no other name, so that another can replace it.
-
-    What has used the tensor before must not be a view of it.
-    """
-    if value.op != "call_function" or not _makes_new(value):
-        return False
-    before = [user for user in value.users if user < node]
-    return all(user.op == "call_function" and _makes_new(user) for user in before)
-
-
-def _is_part(part: Any, node: fx.Node) -> bool:
-    """Whether a node writes to `x[..., 0]` of a new tensor, which has no other name."""
-    if part.target is not torch.ops.aten.select.int or len(part.users) > 1:
-        return False
-    into = part.args[0]
-    before = [user for user in into.users if user < node and user is not part]
-    return _makes_new(into) and all(map(_makes_new, before))
-
-
-def _makes_new(node: Any) -> bool:
-    """Whether what a node returns is in memory of its own."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and all(r.alias_info is None for r in schema.returns)
-
-
-def _put_after(node: fx.Node, value: fx.Node, new: fx.Node) -> None:
-    """Puts a new value in the place of one that a node wrote to, in all that comes after."""
-    new.meta["val"] = value.meta["val"]
-    node.replace_all_uses_with(new)
-    value.replace_all_uses_with(new, delete_user_cb=lambda user: user > node)
-    node.graph.erase_node(node)
 
 
 def _is_alone(node: Any) -> bool:

@@ -186,7 +186,7 @@ def fit(
     batches = training_batches(
         bare(model), bare(guide), data, batch_size, extra, whole=free, size=size
     )
-    held_out = None if validation is None else _held_out(validation, batches)
+    held_out = None if validation is None else held_out_data(validation, batches)
     if batches.missing or (held_out is not None and held_out.missing):
         model, guide = nan_masked(model), nan_masked(guide)
     ending = None
@@ -208,9 +208,7 @@ def fit(
             if checked is not None:
                 checked.to(batches.device)
                 task.check_support(checked)
-        if held_out is not None:  # what fails does so before anything is trained
-            first = task.held_out_loss(held_out, 0)
-            expect(math.isfinite(first), "validation", "data of a finite loss", first)
+        check_held_out(task, held_out)
         with deferred_interrupts(terminate=checkpoint is not None):
             file = None
             if checkpoint is not None:
@@ -225,14 +223,21 @@ def fit(
                 rounds = most if bounded else _ROUND
                 result = fit_at_once(task, options, rounds, seed or 0, bar, file)
             if result is None:
-                validate = None if held_out is None else partial(task.held_out_loss, held_out)
                 engine = single(task, how)
+                validate = None if held_out is None else partial(engine.held_out_losses, held_out)
                 (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
                 if ending is not None and not result.interrupted:
                     Verdict(result.verdict, result.converged, result.losses[-1]).warn()
             result = result._replace(interrupted=answer_interrupt())
     remember_fit(model, guide, result, task.program.objective)
     return result
+
+
+def check_held_out(task: Task, held_out: Batches | None) -> None:
+    """Raises before anything is trained what validation would raise, if there is such."""
+    if held_out is not None:
+        first = task.held_out_loss(held_out, 0)
+        expect(math.isfinite(first), "validation", "data of a finite loss", first)
 
 
 def check_call(precision: Any) -> None:
@@ -267,7 +272,7 @@ def _max_epochs(max_epochs: Any, batches: Batches) -> int:
     return check_count("max_epochs", max_epochs)
 
 
-def _held_out(validation: Any, batches: Batches) -> Batches:
+def held_out_data(validation: Any, batches: Batches) -> Batches:
     """The validation data, with the further arguments of those that are trained on."""
     wanted = "no tensor with as many rows as the data, beside validation data"
     expect(not any(batches.cut), "kwargs", wanted, "one")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._scopes import random_numbers, set_random_numbers
+from ppvae.data.batches import Batches
 from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
 from ppvae.training.options import Named, Options, clip_gradients
@@ -76,6 +77,11 @@ class Engine(ABC):
         self.write_back()
         return [task.first_loss() for task in self.tasks]
 
+    def held_out_losses(self, held_out: Batches, step: int) -> list[float]:
+        """The objective of each replicate on other data; see `Task.held_out_loss`."""
+        self.write_back()
+        return [task.held_out_loss(held_out, step) for task in self.tasks]
+
     def random_numbers(self) -> list[Tensor]:
         """Where all the random numbers stand that a training draws."""
         generators = self.tasks[0].batches.generators
@@ -99,10 +105,12 @@ class Steps:
         snapshot: parameters and buffers of before the training, of one of the last ten steps, or of
             the start of the last stride.
         strides: what takes many steps at a call; None takes them one by one.
+        ended: replicates that are moved with the others, and of which nothing is asked any more.
     """
 
     def __init__(self, engine: Engine, options: Options) -> None:
         self.engine, self.options, self.number = engine, options, 0
+        self.ended: set[int] = set()
         self.optimizer: Any = None
         self.scheduler: Any = None
         if engine.parameters:
@@ -155,7 +163,7 @@ class Steps:
                 strides.check(minibatch)
             raise
         for at, losses in enumerate(values):
-            bad = next((k for k, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            bad = self._first_bad(losses)
             if bad is not None:
                 self._step_back(strides, first + at)
                 self.number = first + at
@@ -190,9 +198,9 @@ class Steps:
                 parameter.grad = None
             losses = engine.losses(data, self.number)
             values.append(losses.reshape(-1).tolist())
-            for replicate, loss in enumerate(values[-1]):
-                if not math.isfinite(loss):
-                    self._diverge("the loss", replicate, f"is {loss}")
+            bad = self._first_bad(values[-1])
+            if bad is not None:
+                self._diverge("the loss", bad, f"is {values[-1][bad]}")
             if self.number % _EVERY == 0:
                 self.snapshot.take(self.number)
             if self.options.clip is not None:
@@ -207,6 +215,11 @@ class Steps:
                 self.optimizer.step()
         self.number += 1
         return values[0], rows
+
+    def _first_bad(self, losses: list[float]) -> int | None:
+        """The first replicate whose loss is not finite, of those that go on."""
+        every = (k for k, loss in enumerate(losses) if not math.isfinite(loss))
+        return next((number for number in every if number not in self.ended), None)
 
     def goals(self, step: int) -> list[Any]:
         """The objectives of a step, without what moves in them."""
@@ -223,6 +236,7 @@ class Steps:
         for parameter in self.engine.parameters:
             rows = parameter.reshape(len(self.engine.objectives), -1)
             finite = torch.isfinite(rows).all(1).tolist()
+            finite = [each or number in self.ended for number, each in enumerate(finite)]
             if not all(finite):
                 if self.strides and self.strides.walked:
                     last = self.strides.walked[-1].minibatches[-1]

@@ -67,8 +67,11 @@ def side_by_side(make, x, goals, courses, ends, execution="staged", bound=1e-9, 
     for result, goal, parts, alone, end in zip(results, goals, built, courses, ends, strict=True):
         assert result.execution == execution and goal in (None, result.objective)
         assert result.losses == pytest.approx(alone.losses, rel=bound, abs=0)
+        held_out = pytest.approx(alone.validation_losses, rel=bound, abs=0)
+        assert result.validation_losses == held_out
         assert same(values(*parts), end, bound)
         blank = {"losses": [], "seconds": 0.0, "execution": "", "optimizer": None}
+        blank["validation_losses"] = []
         assert result._replace(**blank) == alone._replace(**blank)
 
 
@@ -115,6 +118,9 @@ def loader():
     return DataLoader(TensorDataset(data()), batch_size=4, shuffle=True)
 
 
+#: ends each pair for itself, before the last epoch
+HELD_OUT = data(20, torch.float64)[6:]
+PATIENCE = {"validation": HELD_OUT, "patience": 2, "num_epochs": 30, "learning_rate": 0.1}
 ALL = {"batch_size": None}  # one batch, which is one tensor for all replicates
 
 #: name -> how pairs are built, the data, and options; batches of four, the last one of two
@@ -134,11 +140,13 @@ WAYS: dict[str, Any] = {
     "modules in functions": (written, data, {}),
     "statistics": (lambda: build(encoder=Normed(dropout=False).eval()), data, {}),
     "loader": (build, loader, ALL),
+    "patience": (lambda: build(encoder=Normed()), data, PATIENCE),
+    "patience, warm-up": (linear, data, {**PATIENCE, "objective": [ELBO(beta=warm_up(9)), ELBO()]}),
 }
 
 
 #: what others of them have in two: several draws, sampled terms, a joint draw, users' objectives
-AGAIN = ["IWAE, not vectorized", "sampled", "low_rank", "user's"]
+AGAIN = ["IWAE, not vectorized", "sampled", "low_rank", "user's", "patience, warm-up"]
 
 #: held by the tests of staging to have the same loss and gradients as the program
 STAGED = ["low_rank", "flow", "positive", "left of pixels"]
@@ -173,6 +181,7 @@ def dropping():
 COMPILED: dict[str, Any] = {
     "weights of the rate": (build, data, {"objective": [0.5, 1.0, warm_up(5)]}, "looped"),
     "statistics, dropout, clip": (dropping, data, {"clip": 0.5}, "looped"),
+    "patience": (dropping, data, PATIENCE, "looped"),
     "full_rank": (lambda: linear("full_rank"), data, {"optimizer": sgd}, "compiled"),
     "low_rank": (lambda: linear("low_rank"), data, {}, "looped"),
     "convolution": (convolved, lambda: data()[:, None], {}, "looped"),
