@@ -159,20 +159,20 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
 
 
 def replicates(count: int, pair: Any, x: Tensor) -> Run:
-    """The step of `fit_replicates` for so many, each on minibatches of its own, compiled."""
+    """The step of `fit_replicates` for so many, each on minibatches of its own."""
+    how = "compiled" if x.is_cuda else "looped"  # a loop is for the CPU
     with private_modules():
         batches = batches_of("data", x, BATCH, training=True)
         tasks = [task_of(*copy.deepcopy(pair), None, batches) for _ in range(count)]
-        engine = stacked(tasks, range(count), compiled=True)
+        engine = stacked(tasks, range(count), how)
         steps = Steps(engine, Options(learning_rate=RATE))
-    if engine.gradients.execution != "compiled":
-        raise NotStageable("it runs, but is not compiled")
 
     def run(order: Tensor) -> float:
-        passes = [((x[rows],) for rows in order.roll(k, 0)) for k in range(count)]
+        rows = torch.stack([order.roll(k, 0) for k in range(count)], 1)
         start = now()
-        for _ in order:
-            steps.take(passes)
+        for _ in steps.through(rows):
+            if engine.execution != how:
+                raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
         return now() - start
 
     return run
@@ -286,6 +286,7 @@ def makers(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, Callable
         "pythae, eager": lambda: pythae_row(size, x),
     }
     out = ["CUDA"] * (not x.is_cuda) + ["compiled", "looped", "replicates"] * args.no_compile
+    out += ["looped"] * x.is_cuda
     out += ["NumPyro"] * size.startswith("conv")  # it has no layers of its own
     return {name: make for name, make in found.items() if not any(word in name for word in out)}
 
@@ -474,7 +475,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--repetitions, --steps, --epochs, --threads: expected at least 1")
     if not all(re.fullmatch(r"(conv|\d+(-\d+)+)-\d+", size) for size in args.sizes):
         parser.error("--sizes: expected INPUTS-HIDDEN-LATENT or conv-LATENT")
-    args.best = STAGED if args.no_compile else LOOPED
+    compiled = COMPILED if args.device.startswith("cuda") else LOOPED
+    args.best = STAGED if args.no_compile else compiled
     return args
 
 

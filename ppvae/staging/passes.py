@@ -64,17 +64,23 @@ def transpose_narrow(graph: fx.Graph) -> None:
     multiples of 16 are well done either way.
     """
     aten = torch.ops.aten
-    for target, skip in ((aten.mm.default, 0), (aten.addmm.default, 1)):
+    products: Any = (  # of one pair or of many, the same without a bias, and a transpose
+        (aten.mm.default, aten.mm.default, aten.t.default, ()),
+        (aten.addmm.default, aten.mm.default, aten.t.default, ()),
+        (aten.bmm.default, aten.bmm.default, aten.permute.default, ([0, 2, 1],)),
+    )
+    for target, product, turn, order in products:
+        skip = int(target is aten.addmm.default)
         for node in graph.find_nodes(op="call_function", target=target):
             value = node.meta["val"]
-            columns = value.shape[1]
+            columns = value.shape[-1]
             narrow = isinstance(columns, int) and columns < _FEW and columns % 16
             if not narrow or node.kwargs or value.device.type != "cpu":
                 continue
             with graph.inserting_before(node):
-                turned = [graph.call_function(aten.t.default, (v,)) for v in node.args[skip:]]
-                product = graph.call_function(aten.mm.default, tuple(turned[::-1]))
-                new = graph.call_function(aten.t.default, (product,))
+                turned = [graph.call_function(turn, (v, *order)) for v in node.args[skip:]]
+                new = graph.call_function(product, tuple(turned[::-1]))
+                new = graph.call_function(turn, (new, *order))
                 if skip:
                     new = graph.call_function(aten.add.Tensor, (new, node.args[0]))
                 like: dict[str, Any] = {"memory_format": torch.contiguous_format}  # for its views

@@ -20,14 +20,33 @@ from ppvae.staging.artifacts import Compiled, compiled
 from ppvae.staging.gradients import value_and_slopes
 from ppvae.staging.passes import drop_unused, is_random, spell_sizes, transpose_narrow
 from ppvae.staging.staged import Like, NotStageable, Staged, alike, one_line
+from ppvae.staging.vectorized import Slopes, of_sizes
 
 #: Of an argument of a step: a row of a matrix of all data is taken for each datum, or one of a
 #: stack for the step, or it is the same in every step.
 PICKED, STACKED, SAME = "picked", "stacked", "same"
 
+_FIRST = torch.tensor([0])  # the number of a step
+
+
+class Replicas(NamedTuple):
+    """Losses of the same make, which were staged as one.
+
+    Attributes:
+        number: how many there are.
+        state: their parameters, buffers and constants, with a first dimension of replicates.
+        slopes: their losses and slopes, as `vectorized` gives them.
+    """
+
+    number: int
+    state: list[Tensor]
+    slopes: Slopes
+
 
 class Moved(NamedTuple):
     """What steps move.
+
+    Replicates have one vector each, which are the rows of a matrix, and as many buffers.
 
     Attributes:
         values: the parameters, one behind the other in a vector.
@@ -68,10 +87,10 @@ class Taken(NamedTuple):
 
     Attributes:
         rates: for each step the numbers of `rates_of`, in the dtype of the parameters.
-        rows: the data of each step by their numbers, of shape `(steps, batch)`; they are of no
-            matter where nothing is picked.
+        rows: the data of each step by their numbers, of shape `(steps, batch)`, or for replicates
+            `(steps, replicates, batch)`; they are of no matter where nothing is picked.
         data: as `Staged.data` gives it, each of its kind: where a step picks, all data, and where
-            it takes one of a stack, a first dimension of steps.
+            it takes one of a stack, a first dimension of steps, before that of replicates.
     """
 
     rates: Tensor
@@ -90,6 +109,8 @@ class Stride:
         kinds: for each of `staged.data`, `PICKED`, `STACKED` or `SAME`.
         clip: the largest norm of the gradient, or None.
         example: what two steps are computed from.
+        replicas: the losses of replicates that were staged, which take steps side by side; None
+            for a single one.
 
     Attributes:
         trained: which of the state are moved by Adam.
@@ -107,10 +128,12 @@ class Stride:
         *,
         clip: float | None,
         example: Taken,
+        replicas: Replicas | None = None,
     ) -> None:
         self.staged, self.kinds, self.trained = staged, list(kinds), staged.trained()
-        self.clip = clip
-        state = staged.state()
+        self.clip, self.replicas = clip, replicas
+        self.lead = () if replicas is None else (replicas.number,)
+        state = self.state()
         leaves = [state[at] for at in self.trained]
         if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1:
             raise NotStageable("the parameters are of several kinds, or there are none")
@@ -121,8 +144,9 @@ class Stride:
         if any(map(is_random, staged.rest.graph.nodes)):
             raise NotStageable("the loss draws random numbers that depend on others")
         self.shapes = [leaf.shape for leaf in leaves]
-        self.sizes = [leaf.numel() for leaf in leaves]
-        self._slopes = value_and_slopes(staged, self.trained)
+        self.sizes = [leaf.shape[len(self.lead) :].numel() for leaf in leaves]
+        alone = value_and_slopes(staged, self.trained)
+        self._slopes = alone if replicas is None else replicas.slopes
         self.buffers = self._written(example)
         moved = {*self.trained, *self.buffers}
         places = Counter(value.untyped_storage().data_ptr() for value in state if value.numel())
@@ -130,6 +154,10 @@ class Stride:
             raise NotStageable("what a step moves is in memory that something else has, too")
         self.fixed = [at for at in range(len(state)) if at not in moved]
         self._run = self._made(example)
+
+    def state(self) -> list[Tensor]:
+        """The parameters, buffers and constants, in the order of the graph's arguments."""
+        return self.staged.state() if self.replicas is None else self.replicas.state
 
     def moved(self, mean: list[Tensor] | None, square: list[Tensor] | None) -> Moved:
         """What is moved, as it is now; Adam's means of each parameter, None for zeros."""
@@ -140,22 +168,22 @@ class Stride:
 
     def parameters(self) -> list[Tensor]:
         """The parameters that are moved, in the order of the vectors."""
-        state = self.staged.state()
+        state = self.state()
         return [state[at] for at in self.trained]
 
     def buffers_now(self) -> list[Tensor]:
         """The buffers that are moved."""
-        state = self.staged.state()
+        state = self.state()
         return [state[at] for at in self.buffers]
 
     def fixed_now(self) -> list[Tensor]:
         """The rest of the state; the compiled loop looks at no strides."""
-        state = self.staged.state()
+        state = self.state()
         return [state[at].detach().contiguous() for at in self.fixed]
 
     def parts(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector that belong to each parameter."""
-        pieces = zip(vector.split(self.sizes), self.shapes, strict=True)
+        pieces = zip(vector.split(self.sizes, -1), self.shapes, strict=True)
         return [piece.view(shape) for piece, shape in pieces]
 
     def __call__(self, moved: Moved, taken: Taken, steps: int) -> tuple[Tensor, Moved]:
@@ -176,19 +204,20 @@ class Stride:
         return losses[:steps], Moved(values, mean, square, buffers)
 
     def _flat(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat([part.detach().reshape(-1) for part in parts])
+        return torch.cat([part.detach().reshape(*self.lead, -1) for part in parts], -1)
 
     def _step(self, moved: Moved, rate: Tensor, fixed: Any, data: Any) -> tuple[Tensor, Moved]:
         """One step, in operations that a graph can hold."""
-        state: list[Any] = [None] * len(self.staged.state())
+        state: list[Any] = [None] * len(self.state())
         buffers = [value.clone() for value in moved.buffers]
         for places, values in ((self.buffers, buffers), (self.fixed, fixed)):
             for at, value in zip(places, values, strict=True):
                 state[at] = value
         loss, slopes = self._slopes(self.parts(moved.values), state, list(data))
-        slope = torch.cat([part.reshape(-1) for part in slopes])
+        slope = torch.cat([part.reshape(*self.lead, -1) for part in slopes], -1)
         if self.clip is not None:
-            slope = slope * (self.clip / (slope.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+            norm = slope.square().sum(-1, keepdim=True).sqrt()
+            slope = slope * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         length, root, first, kept, second, eps = rate.unbind()
         mean = moved.mean + first * (slope - moved.mean)
         square = kept * moved.square + second * slope.square()
@@ -208,41 +237,45 @@ class Stride:
             values, mean, square, *buffers = others[: len(carried)]
             _, rates, rows, *constant = others[len(carried) :]
             at = number.reshape(1)
-
-            def now(value: Tensor, kind: str) -> Tensor:
-                if kind == PICKED:
-                    return value.index_select(0, rows.index_select(0, at)[0])
-                return value.index_select(0, at)[0] if kind == STACKED else value
-
-            data = [now(v, kind) for v, kind in zip(constant[still:], self.kinds, strict=True)]
+            data = self._at(at, Taken(rates, rows, constant[still:]))
             moved = Moved(values, mean, square, buffers)
             rate = rates.index_select(0, at)[0]
             loss, moved = self._step(moved, rate, constant[:still], data)
-            losses = losses.index_copy(0, at, loss.reshape(1).to(losses.dtype))
+            losses = losses.index_copy(0, at, loss.reshape(1, *self.lead).to(losses.dtype))
             return (number + 1, losses, *moved[:3], *moved.buffers)
 
-        start = torch.zeros((), dtype=torch.int64), torch.zeros_like(rates[:, 0])
+        losses = rates.new_zeros((rates.shape[0], *self.lead))
+        start = torch.zeros((), dtype=torch.int64), losses
         first: Any = (*start, *carried)
         _, *results = while_loop_op(go_on, body, first, (count, rates, rows, *constant))
         return tuple(results)
 
     def _written(self, example: Taken) -> list[int]:
         """Which of the state a loss writes to."""
-        before = self.staged.state()
+        # of replicates one tells for all
+        first = 0 if self.lead else ...
+        before = [value[first] for value in self.state()]
+        data = [value[first] for value in self._at(_FIRST, example)]
         state = [value.detach().clone() for value in before]
         with torch.no_grad(), unchecked():
-            self.staged.rest.forward(*state, *self._at(0, example))
+            self.staged.rest.forward(*state, *data)
         # some operations write without a word, and what others write may be what was there
         pairs = zip(state, before, strict=True)
         return [at for at, (v, was) in enumerate(pairs) if v._version or not torch.equal(v, was)]
 
-    def _at(self, step: int, taken: Taken) -> list[Tensor]:
-        """The data of one step."""
-        data = []
-        for value, kind in zip(taken.data, self.kinds, strict=True):
-            picked = value[taken.rows[step]] if kind == PICKED else value
-            data.append(value[step] if kind == STACKED else picked)
-        return data
+    def _at(self, at: Tensor, taken: Taken) -> list[Tensor]:
+        """The data of the step whose number is the only one in a tensor."""
+        rows = taken.rows.index_select(0, at)[0]
+
+        def now(value: Tensor, kind: str) -> Tensor:
+            if kind == PICKED:
+                picked = value.index_select(0, rows.reshape(-1))
+                return picked.reshape(*rows.shape, *value.shape[1:]) if self.lead else picked
+            if kind == STACKED:
+                return value.index_select(0, at)[0]
+            return value.expand(*self.lead, *value.shape) if self.lead else value
+
+        return [now(value, kind) for value, kind in zip(taken.data, self.kinds, strict=True)]
 
     def _made(self, example: Taken) -> Compiled:
         """The compiled loop; raises NotStageable."""
@@ -261,11 +294,11 @@ class Stride:
 
     def _words(self, example: Taken) -> list[str]:
         """All that the graph of the loop depends on, in words."""
-        staged, told = self.staged, (self.kinds, self.clip, self.trained, self.buffers)
+        staged, told = self.staged, (self.kinds, self.clip, self.trained, self.buffers, self.lead)
         graphs = [g for g in staged.rest.modules() if isinstance(g, fx.GraphModule)]
         held = [value for graph in graphs for value in (*graph.buffers(), *vars(graph).values())]
         held = [value for value in held if isinstance(value, Tensor)]
-        like = [f"{value.shape} {value.dtype}" for value in staged.state()]
+        like = [f"{value.shape} {value.dtype}" for value in self.state()]
         like += [f"{value.dim()} {value.dtype}" for value in (example.rates, *example.data)]
         constants = [f"{value.shape} {value.dtype} {value.tolist()}" for value in held]
         # what a graph makes without a word of its dtype has the default one
@@ -275,21 +308,26 @@ class Stride:
     def _graph(self, example: Taken) -> tuple[fx.GraphModule, list[Tensor]]:
         """The graph of the loop, and inputs of sizes that nothing else has."""
         moved, fixed = self.moved(None, None), self.fixed_now()
-        known = [*moved[:3], example.rates[0], *self.staged.state(), *example.data]
+        known = [*moved[:3], example.rates[0], *self.state(), *example.data]
         taken = {size for value in known for size in value.shape}
         ours, names = self._sizes_of_minibatch(), self.staged.sizes
         free = (size for size in itertools.count(3) if size not in taken)
         count, batch, rows, *others = itertools.islice(free, 3 + len(names))
         sizes = {n: batch if n in ours else other for n, other in zip(names, others, strict=True)}
-        resized = self.staged.resized(self._at(0, example), sizes)
+        resize = of_sizes if self.lead else Staged.resized
+        resized = resize(self.staged, self._at(_FIRST, example), sizes)
         if resized is None:
             raise NotStageable("the loss is for minibatches of one size only")
         data = []
         for value, whole, kind in zip(resized, example.data, self.kinds, strict=True):
-            some = torch.stack([value] * count) if kind == STACKED else value
-            data.append(whole[torch.arange(rows) % len(whole)] if kind == PICKED else some)
+            if kind == PICKED:
+                data.append(whole[torch.arange(rows) % len(whole)])
+            elif kind == STACKED:
+                data.append(torch.stack([value] * count))
+            else:
+                data.append(value[0] if self.lead else value)
         rates = example.rates[torch.zeros(count, dtype=torch.int64)]
-        numbers = torch.zeros(count, batch, dtype=torch.int64)
+        numbers = torch.zeros(count, *self.lead, batch, dtype=torch.int64)
         inputs = [torch.tensor(count), rates, numbers, *moved[:3], *moved.buffers, *fixed, *data]
         inputs = [value.clone() for value in inputs]  # what is one tensor is traced as one input
         graph = make_fx(lambda *each: self._loop([*each]), tracing_mode="symbolic")(*inputs)
@@ -318,7 +356,7 @@ class Stride:
         """Whether the compiled loop gives the numbers of its steps, and as many steps as told."""
         start = self.moved(None, None)
         once, twice = self(start, example, 1), self(start, example, 2)
-        rate, data = example.rates[0], self._at(0, example)
+        rate, data = example.rates[0], self._at(_FIRST, example)
         loss, wanted = self._step(start, rate, self.fixed_now(), data)
         length, root, *_, eps = rate
         got = once[1]

@@ -32,7 +32,7 @@ from ppvae._checks import expect
 from ppvae._files import as_path, replacing
 from ppvae.training.identity import check_same, parts_of
 
-_FORMAT = 2
+_FORMAT = 3
 _SHARE = 0.02  # of the time of a training, which may go into saving it
 
 
@@ -116,7 +116,7 @@ class Checkpoint:
         This sees what words do not tell, as another number inside of a function.
         """
         for was, now in zip(self.saved["loss"], losses, strict=True):
-            same = abs(was - now) <= 1e-4 * (1 + abs(was))
+            same = abs(was - now) <= 1e-4 * (1 + abs(was)) or (was != was and now != now)
             wanted = f"one of this model, guide and data, which give a loss of {now:.6g}"
             expect(same, "checkpoint", wanted, f"one that says {was:.6g}")
 

@@ -25,6 +25,7 @@ from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
 from ppvae.training.processes import Processes, processes
 from ppvae.training.result import Fit
+from ppvae.training.share import Share
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import Verdict
@@ -202,7 +203,7 @@ def fit(
     batches = training_batches(
         bare(model), bare(guide), data, batch_size, extra, whole=free, size=size
     )
-    held_out = None if validation is None else _held_out(validation, batches)
+    held_out = None if validation is None else held_out_data(validation, batches)
     if batches.missing or (held_out is not None and held_out.missing):
         model, guide = nan_masked(model), nan_masked(guide)
     ending = None
@@ -235,12 +236,8 @@ def fit(
             _check_whole(batches)
             others.check_same({**run, "epochs": f"{most}", "checkpoint": f"{checkpoint}"})
             others.level([*task.program.parameters(), *task.program.buffers()])
-        validate = None
-        if held_out is not None:  # what fails does so before anything is trained
-            part = None if others is None else task.share(others, held_out)
-            validate = partial(task.held_out_loss, held_out, share=part)
-            first = validate(0)
-            expect(math.isfinite(first), "validation", "data of a finite loss", first)
+        part = None if others is None or held_out is None else task.share(others, held_out)
+        check_held_out(task, held_out, part)
         with deferred_interrupts(terminate=checkpoint is not None):
             file = None
             if checkpoint is not None:
@@ -253,6 +250,9 @@ def fit(
                 result = fit_at_once(task, options, rounds, seed or 0, bar, file)
             if result is None:
                 engine = single(task, how, None if others is None else task.share(others))
+                validate = None
+                if held_out is not None:
+                    validate = partial(engine.held_out_losses, held_out, share=part)
                 (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
                 if ending is not None and not result.interrupted:
                     Verdict(result.verdict, result.converged, result.losses[-1]).warn()
@@ -263,6 +263,13 @@ def fit(
             result = result._replace(interrupted=came)
     remember_fit(model, guide, result, task.program.objective)
     return result
+
+
+def check_held_out(task: Task, held_out: Batches | None, share: Share | None = None) -> None:
+    """Raises before anything is trained what validation would raise, if there is such."""
+    if held_out is not None:
+        first = task.held_out_loss(held_out, 0, share)
+        expect(math.isfinite(first), "validation", "data of a finite loss", first)
 
 
 def check_call(precision: Any) -> None:
@@ -320,7 +327,7 @@ def _max_epochs(max_epochs: Any, batches: Batches) -> int:
     return check_count("max_epochs", max_epochs)
 
 
-def _held_out(validation: Any, batches: Batches) -> Batches:
+def held_out_data(validation: Any, batches: Batches) -> Batches:
     """The validation data, with the further arguments of those that are trained on."""
     wanted = "no tensor with as many rows as the data, beside validation data"
     expect(not any(batches.cut), "kwargs", wanted, "one")

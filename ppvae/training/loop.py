@@ -44,24 +44,45 @@ class Numbers:
         position: minibatches that were seen of the one that has not.
         size: the data in these.
         losses: of each epoch, for each replicate.
-        validation: the validation losses.
-        lowest: the lowest of them since the objective stood still.
-        best_epoch: the epoch of that one.
-        stopped: why it ended before its last epoch; empty if it has not.
+        validation: the validation losses of each epoch, for each replicate.
+        lowest: the lowest of them since its objective stood still, for each replicate.
+        best_epoch: the epochs of these.
+        ended: why each replicate has ended before the others; empty if it has not.
+        lasted: how many epochs, and how many steps, each has had that has ended.
+        stopped: why all ended before the last epoch; empty if they have not.
         seconds: the time in the loop, up to the end of the last epoch or the last save.
     """
 
     totals: list[float]
     still: list[int]
+    lowest: list[float]
+    best_epoch: list[int]
+    ended: list[str]
+    lasted: list[list[int]]
     epoch: int = 0
     position: int = 0
     size: int = 0
     losses: list[list[float]] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    lowest: float = math.inf
-    best_epoch: int = -1
+    validation: list[list[float]] = field(default_factory=list)
     stopped: str = ""
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, count: int) -> "Numbers":
+        """Those of so many replicates, before their training."""
+        return cls(
+            totals=[0.0] * count,
+            still=[0] * count,
+            lowest=[math.inf] * count,
+            best_epoch=[-1] * count,
+            ended=[""] * count,
+            lasted=[[0, 0] for _ in range(count)],
+        )
+
+    @property
+    def going_on(self) -> list[int]:
+        """The replicates that have not ended."""
+        return [number for number, why in enumerate(self.ended) if not why]
 
     @property
     def mean(self) -> list[float]:
@@ -75,11 +96,11 @@ class Training:
     Attributes:
         steps: with the parameters, the optimizer and its scheduler.
         ending: ends the training of one model when its loss is flat; None goes through all epochs.
-        validate: returns the validation loss after a number of steps; it is called after each
-            epoch. None does without.
+        validate: returns the validation losses of all after a number of steps; it is called after
+            each epoch. None does without.
         before: parameters and buffers at the start of this run.
         numbers: the numbers of its course so far.
-        best: parameters and buffers of the best epoch, with early stopping.
+        best: parameters and buffers of the best epoch of each, with early stopping.
     """
 
     def __init__(
@@ -87,12 +108,11 @@ class Training:
         steps: Steps,
         *,
         ending: Ending | None = None,
-        validate: Callable[[int], float] | None = None,
+        validate: Callable[[int], list[float]] | None = None,
     ) -> None:
         self.steps, self.ending, self.validate = steps, ending, validate
         self.before = Snapshot(steps.engine.parameters, steps.engine.modules)
-        count = len(steps.engine.objectives)
-        self.numbers = Numbers(totals=[0.0] * count, still=[0] * count)
+        self.numbers = Numbers.of(len(steps.engine.objectives))
         self._since = time.perf_counter()
         self.best: Snapshot | None = None
         self._began: list[Tensor] = []  # where the random numbers stood when the epoch began
@@ -161,26 +181,42 @@ class Training:
             since if now == was else epoch + 1
             for since, was, now in zip(numbers.still, *goals, strict=True)
         ]
-        moved = numbers.still[0] == epoch + 1
-        if moved:  # what was lower before was lower for another objective
-            numbers.lowest = math.inf
-        shown = {"loss": sum(numbers.losses[-1]) / len(engine.objectives)}
-        patience = steps.options.patience
+        # what was lower before was lower for another objective
+        moved = [since == epoch + 1 for since in numbers.still]
+        pairs = zip(numbers.lowest, moved, strict=True)
+        numbers.lowest = [math.inf if anew else lowest for lowest, anew in pairs]
+        live = numbers.going_on
+        shown = {"loss": sum(numbers.losses[-1][k] for k in live) / len(live)}
         if self.validate is not None:
-            shown["validation"] = self.validate(steps.number)
-            if not math.isfinite(shown["validation"]):
-                so = f"the validation loss is {shown['validation']} after epoch {epoch}"
-                raise Diverged(f"{so}, and that of the training data finite; all stays as it is")
-            numbers.validation.append(shown["validation"])
-            if shown["validation"] < numbers.lowest:
-                numbers.lowest, numbers.best_epoch = shown["validation"], epoch
-                self.best = Snapshot(engine.parameters, engine.modules) if patience else None
+            losses = self.validate(steps.number)
+            self._keep_best(losses)
+            shown["validation"] = sum(losses[k] for k in live) / len(live)
         numbers.epoch, numbers.position, numbers.size = epoch + 1, 0, 0
         numbers.totals = [0.0] * len(engine.objectives)
         self._look_at_clock()
-        numbers.stopped = self._reason_to_stop(epoch, moved=moved)
+        numbers.stopped = self._reason_to_stop(epoch, moved=moved[0])
         step_scheduler(steps.scheduler, shown.get("validation", shown["loss"]))
         return shown
+
+    def _keep_best(self, losses: list[float]) -> None:
+        """Notes the validation losses of an epoch, and keeps what had none as low before."""
+        numbers, steps = self.numbers, self.steps
+        epoch, engine = numbers.epoch, steps.engine
+        for number in numbers.going_on:
+            if not math.isfinite(losses[number]):
+                which = f" of replicate {number}" if len(losses) > 1 else ""
+                so = f"the validation loss{which} is {losses[number]} after epoch {epoch}"
+                raise Diverged(f"{so}, and that of the training data finite; all stays as it is")
+        numbers.validation.append(losses)
+        better = [k for k in numbers.going_on if losses[k] < numbers.lowest[k]]
+        for number in better:
+            numbers.lowest[number], numbers.best_epoch[number] = losses[number], epoch
+        if not steps.options.patience:
+            return
+        if self.best is None:
+            self.best = Snapshot(engine.parameters, engine.modules)
+        elif better:
+            self.best.take(steps.number, better if len(losses) > 1 else None)
 
     def _look_at_clock(self) -> None:
         now = time.perf_counter()
@@ -194,10 +230,9 @@ class Training:
             return f"stopped by the callback after epoch {epoch}"
         if not engine.parameters:
             return "there is nothing to train"  # of a family without channels: only measured
-        patience = steps.options.patience
-        if patience is not None and epoch - numbers.best_epoch >= patience:
-            lowest = f"which was lowest in epoch {numbers.best_epoch}"
-            return f"stopped by the validation loss, {lowest}"
+        self._end_replicates(epoch)
+        if not numbers.going_on:
+            return numbers.ended[0]
         if self.ending is not None:
             loss = None if moved else numbers.losses[-1][0]
             if not self.ending.go_on(loss, steps.number):
@@ -205,13 +240,28 @@ class Training:
             steps.slow_down(self.ending.factor)
         return ""
 
+    def _end_replicates(self, epoch: int) -> None:
+        """Ends those that have run out of patience: they stay at their best epoch."""
+        numbers, steps = self.numbers, self.steps
+        patience = steps.options.patience or math.inf
+        for number in numbers.going_on:
+            if epoch - numbers.best_epoch[number] >= patience:
+                lowest = f"which was lowest in epoch {numbers.best_epoch[number]}"
+                numbers.ended[number] = f"stopped by the validation loss, {lowest}"
+                numbers.lasted[number] = [epoch + 1, steps.number]
+        ended = {number for number, why in enumerate(numbers.ended) if why}
+        if self.best is not None and ended and numbers.going_on:  # they are moved with the others
+            self.best.put_back(sorted(ended))
+        steps.ended = ended
+
     def _row(self, epoch: int) -> dict[str, Any]:
         """What is told to a callback."""
         numbers, steps = self.numbers, self.steps
         losses = numbers.losses[-1]
         row: dict[str, Any] = {"epoch": epoch, "loss": losses if len(losses) > 1 else losses[0]}
         if numbers.validation:
-            row["validation_loss"] = numbers.validation[-1]
+            held_out = numbers.validation[-1]
+            row["validation_loss"] = held_out if len(losses) > 1 else held_out[0]
         if steps.optimizer is not None:
             row["learning_rate"] = steps.optimizer.param_groups[0]["lr"]
         return row | {"num_steps": steps.number, "seconds": numbers.seconds}
@@ -275,6 +325,7 @@ class Training:
         if self.ending is not None:
             self.ending.load_state_dict(state["ending"])
         self.numbers = Numbers(**state["numbers"])
+        steps.ended = {number for number, why in enumerate(self.numbers.ended) if why}
         self._began = state["began"]
         engine.set_random_numbers(state["random_numbers"])
         steps.number = state["step"]
@@ -302,17 +353,19 @@ class Training:
             self.best.put_back()
         steps.engine.write_back()
         columns = [*numbers.losses, *([numbers.mean] if numbers.size else [])]
-        best_epoch = len(columns) - 1 if self.best is None else numbers.best_epoch
         self._look_at_clock()
         seconds = numbers.seconds / len(steps.engine.objectives)
-        ends = seconds, steps.number, best_epoch, "stochastic gradient"
         results = []
         for number, goal in enumerate(steps.engine.objectives):
-            own = [losses[number] for losses in columns]
-            how = ends[0], ends[1], ends[2], ends[3], goal, steps.engine.execution
-            said = self._verdict(own, number, interrupted=interrupted)
-            fit = Fit(own, [*numbers.validation], *how, *said, interrupted, steps.optimizer)
-            results.append(fit)
+            ended = bool(numbers.ended[number])
+            most, taken = numbers.lasted[number] if ended else (len(columns), steps.number)
+            own = [losses[number] for losses in columns[:most]]
+            held_out = [losses[number] for losses in numbers.validation[:most]]
+            best_epoch = len(own) - 1 if self.best is None else numbers.best_epoch[number]
+            how = seconds, taken, best_epoch, "stochastic gradient", goal, steps.engine.execution
+            early = interrupted and not ended
+            said = self._verdict(own, number, interrupted=early)
+            results.append(Fit(own, held_out, *how, *said, early, steps.optimizer))
         return results
 
     def _verdict(
@@ -323,8 +376,8 @@ class Training:
         if interrupted:
             done = f"interrupted in epoch {numbers.epoch}, after {self.steps.number} steps"
             return None, f"{done}; {self._course(losses, number)[1]}"
-        if self.best is not None and numbers.best_epoch < len(losses) - 1:
-            lowest = f"which was lowest in epoch {numbers.best_epoch}"
+        if self.best is not None and numbers.best_epoch[number] < len(losses) - 1:
+            lowest = f"which was lowest in epoch {numbers.best_epoch[number]}"
             return None, f"stopped by the validation loss, {lowest}"
         if numbers.stopped.startswith("stopped"):
             return None, numbers.stopped
@@ -345,7 +398,7 @@ def train(
     bar: Any,
     *,
     ending: Ending | None = None,
-    validate: Callable[[int], float] | None = None,
+    validate: Callable[[int], list[float]] | None = None,
     file: Checkpoint | None = None,
 ) -> list[Fit]:
     """Trains for some epochs, or until there is a reason to stop.

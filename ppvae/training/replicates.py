@@ -3,13 +3,13 @@
     pairs = [build(seed) for seed in range(4)]          # four models and their guides
     results = fit_replicates(pairs, x, seeds=range(4))  # each trained as `fit` would
 
-The parameters of replicates are stacked and one step moves them all, so that four replicates take
-about the time of two.
+The parameters of replicates are stacked and one step moves them all.
 """
 
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ppvae._scopes import (
     train_mode,
 )
 from ppvae.data.adapters import form_of
+from ppvae.families.base import GuideFamily
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
@@ -34,20 +35,22 @@ from ppvae.staging.staged import NotStageable
 from ppvae.training.fitting import (
     Pair,
     check_call,
+    check_held_out,
     checkpoint_of,
     fit,
+    held_out_data,
     in_all_words,
     remember_fit,
 )
-from ppvae.training.identity import in_words
+from ppvae.training.identity import data_in_words, in_words
 from ppvae.training.loop import progress_bar, train
-from ppvae.training.optimum import is_global
+from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
 from ppvae.training.processes import apart
 from ppvae.training.result import Fit
 from ppvae.training.single import how_to_run
 from ppvae.training.stacked import stacked
-from ppvae.training.task import task_of, training_batches
+from ppvae.training.task import Task, task_of, training_batches
 
 
 @exclusive
@@ -63,6 +66,8 @@ def fit_replicates(
     clip: float | None = None,
     objective: Any = None,
     seeds: Sequence[int] | None = None,
+    validation: Any = None,
+    patience: int | None = None,
     callback: Callable[[dict[str, Any]], Any] | None = None,
     checkpoint: Any = None,
     compile: bool | str = "auto",
@@ -71,37 +76,48 @@ def fit_replicates(
     plate: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[Fit]:
-    """Trains several models and guides of the same make at once, in one vectorized program.
+    """Trains several models and their guides, those of the same make in one vectorized program.
 
     Replicate k is trained as `fit(*pairs[k], data, seed=seeds[k], objective=objective[k], ...)`
     would train it: with its own minibatches and its own noise, the same up to rounding. (The gammas
-    of `student_t` and the masks of dropout, whose noise is made from what was computed, are other
-    numbers of the same distribution.) Replicates do not influence each other, but one that diverges
-    ends them all. Convolutions, `student_t`, `low_rank`, `full_rank` and `flow` are
-    vectorized but, for now, not compiled: `torch.vmap` ties their graphs to one size of minibatch.
+    of `student_t`, whose noise is made from what was computed, are other numbers of the same
+    distribution.) Replicates do not influence each other, but one that diverges ends them all.
 
-    Pairs that cannot be trained in one program are trained one after the other, and a warning says
-    why.
+    Pairs of different make, such as those of a sweep over families or sizes of the latent, are
+    trained in groups of equal make, one group after the other. Pairs of one make that cannot be
+    trained in one program are trained one after the other, and a warning says why.
+
+    On one core of a CPU this saves what a step costs beside its products of matrices, which is most
+    of it for small networks and little for large ones; on several cores, and on a GPU, more.
 
     Args:
-        pairs: models and their guides, equal but for the values of their parameters, of which none
-            is shared. Build each under its own seed, for results that are independent.
+        pairs: models and their guides, of which none share parameters. Those of the same make are
+            equal but for the values of these. Build each under its own seed, for results that are
+            independent.
         data: a tensor or array, or a tuple of them, as for `fit`.
-        num_epochs: passes through the data, at least 1.
+        num_epochs: passes through the data, at least 1. It has to be given, or is 100: that a
+            training ends by itself takes a learning rate of its own.
         batch_size: size of a minibatch, as for `fit`.
         learning_rate: step size.
         optimizer: called as `optimizer(parameters, lr=learning_rate)`, with parameters that have a
             first dimension of replicates, so it must treat every number on its own, as Adam does;
             by default Adam, fused.
-        scheduler: as for `fit`; one for all.
+        scheduler: as for `fit`; one for all. A `ReduceLROnPlateau` is told the mean of the losses
+            of all that have not ended.
         clip: as for `fit`; of the gradient of each replicate.
         objective: one objective for all, or one for each: those that differ in their scheduled
             fields only, as `ELBO`s in `beta` and `free_bits`, are trained at once.
         seeds: a seed for each; by default drawn from the caller's stream.
-        callback: as for `fit`; `loss` is a list, of the replicates in their order. Where they are
-            trained one after the other it is a number, and the epochs of each come in their turn.
+        validation: as for `fit`; the same data for all.
+        patience: as for `fit`. Each replicate ends when its own validation loss does not fall any
+            more, and goes back to its own best epoch; the training goes on until all have ended.
+        callback: as for `fit`; `loss` is a list, of the replicates in their order, and so is
+            `validation_loss`, of which those that have ended have some more. Where replicates are
+            trained one after the other these are numbers, and the epochs of each come in their
+            turn, as those of groups do.
         checkpoint: as for `fit`; a file for all. Where they are trained one after the other,
-            replicate k has a file of its own, `run-k.pt` for `run.pt`.
+            replicate k has a file of its own, `run-k.pt` for `run.pt`, and so has a group of which
+            k is the first.
         compile: as for `fit`.
         precision: as for `fit`.
         progress: show a progress bar; a string is its label.
@@ -109,12 +125,12 @@ def fit_replicates(
         kwargs: as for `fit`; the same for all.
 
     Returns:
-        The course of each training; `seconds` is its share of the time. After an interrupt all say
-        so; one that had not begun has no losses.
+        The course of each training, in the order of the pairs; `seconds` is its share of the time.
+        After an interrupt all say so that had not ended; one that had not begun has no losses.
 
     Raises:
         TypeError: `pairs` or `seeds` is not what it should be.
-        ValueError: an argument is out of its range, the models differ or share a parameter.
+        ValueError: an argument is out of its range, or two pairs share a parameter.
         Diverged: a loss became infinite or NaN. The message names the replicate.
 
     Example:
@@ -131,16 +147,21 @@ def fit_replicates(
     """
     pairs, seeds, objectives = _checked(pairs, seeds, objective)
     told: dict[str, Any] = {"learning_rate": learning_rate, "optimizer": optimizer}
-    told |= {"scheduler": scheduler, "clip": clip, "callback": callback}
+    told |= {"scheduler": scheduler, "clip": clip, "callback": callback, "patience": patience}
     options = Options(**told)
     check_call(precision)
     checkpoint = None if checkpoint is None else as_path("checkpoint", checkpoint)
+    wanted = "a number: a training that ends by itself has a learning rate of its own (see fit)"
+    expect(num_epochs is not None, "num_epochs", wanted, None)
     num_epochs = check_count("num_epochs", num_epochs)
     named = [with_keywords(*pair, (), kwargs) for pair in pairs]
     for pair in pairs[1:]:
         form_of(*pair).remember(data)
-    batches = training_batches(*pairs[0], data, batch_size, named[0][2])
-    if batches.missing:
+    free = batch_size is None and is_free(pairs[0][1])
+    batches = training_batches(*pairs[0], data, batch_size, named[0][2], whole=free)
+    held_out = None if validation is None else held_out_data(validation, batches)
+    expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
+    if batches.missing or (held_out is not None and held_out.missing):
         named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]
     how = how_to_run(compile, num_epochs * batches.count, 2)
     programs = [program for pair in named for program in pair[:2]]
@@ -150,37 +171,50 @@ def fit_replicates(
             # parameters are made as `fit` would, and those of equal names stay apart
             with private_modules(), random_state(seed):
                 tasks.append(task_of(model, guide, own, batches, plate))
-        _check_parameters([list(task.program.parameters()) for task in tasks])
-        tasks[0].check_support(batches)
-        at_once = optimizer is None and any(is_global(task) for task in tasks)
-        if tasks[0].parameters and len(tasks) > 1 and not at_once:
+        _check_own([list(task.program.parameters()) for task in tasks])
+        groups = _of_equal_make(tasks)
+        together = len(groups) == 1 and len(pairs) > 1 and bool(tasks[0].parameters)
+        if optimizer is None and held_out is None and any(is_global(task) for task in tasks):
+            together = False
+        if together:
+            for checked in (batches, held_out):
+                if checked is not None:
+                    checked.to(batches.device)
+                    tasks[0].check_support(checked)
+            for task in tasks:
+                check_held_out(task, held_out)
             file = None
             if checkpoint is not None:
                 run = {"seeds": f"{seeds}", "compile": f"{compile}", "precision": f"{precision}"}
                 run["objectives"] = in_words(objectives)
+                run["validation"] = "none" if held_out is None else data_in_words(held_out)
                 file = checkpoint_of(checkpoint, in_all_words(tasks[0], options, run))
                 how = file.execution(how, num_epochs)
             try:
-                engine = stacked(tasks, seeds, compiled=how in ("compiled", "looped"))
+                engine = stacked(tasks, seeds, "staged" if how == "eager" else how)
             except NotStageable as error:
                 words = f"fit_replicates: one after the other; {error} ({TROUBLE})"
                 warnings.warn(words, stacklevel=stacklevel())
             else:
                 bar = progress_bar(num_epochs, progress)
+                validate = None if held_out is None else partial(engine.held_out_losses, held_out)
                 stream = random_state(random.Random(repr(seeds)).getrandbits(62))
                 with stream, deferred_interrupts(terminate=checkpoint is not None):
-                    results = train(engine, options, bar, file=file)
-                    came = answer_interrupt()
-                results = [result._replace(interrupted=came) for result in results]
+                    results = train(engine, options, bar, validate=validate, file=file)
+                    answer_interrupt()
                 for pair, result, task in zip(pairs, results, tasks, strict=True):
                     remember_fit(*pair, result, task.program.objective)
                 return results
+    if len(groups) == 1:
+        groups = [[number] for number in range(len(pairs))]
     told |= {"num_epochs": num_epochs, "batch_size": batch_size, "compile": compile}
     told |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
-    return _one_by_one(pairs, data, objectives, seeds, checkpoint, told)
+    told["validation"] = validation
+    return _in_turn(groups, pairs, data, objectives, seeds, checkpoint, told)
 
 
-def _one_by_one(
+def _in_turn(
+    groups: Sequence[Sequence[int]],
     pairs: Sequence[Pair],
     data: Any,
     objectives: Sequence[Any],
@@ -188,19 +222,30 @@ def _one_by_one(
     checkpoint: Path | None,
     told: Mapping[str, Any],
 ) -> list[Fit]:
-    """Trains pairs one after the other, each with a checkpoint of its own."""
-    results: list[Fit] = []
-    for number, (pair, own, seed) in enumerate(zip(pairs, objectives, seeds, strict=True)):
-        if results and results[-1].interrupted:
-            ends = 0.0, 0, -1, "stochastic gradient", own or ELBO(), "eager", None
-            results.append(Fit([], [], *ends, "interrupted before it began", interrupted=True))
+    """Trains groups of pairs one after the other, each with a checkpoint of its own."""
+    results: dict[int, Fit] = {}
+    for group in groups:
+        if any(result.interrupted for result in results.values()):
+            for number in group:
+                goal = objectives[number] or ELBO()
+                ends = 0.0, 0, -1, "stochastic gradient", goal, "eager", None
+                said = "interrupted before it began"
+                results[number] = Fit([], [], *ends, said, interrupted=True)
             continue
         file = checkpoint
         if checkpoint is not None:
-            file = checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
-        with apart():
-            results.append(fit(*pair, data, objective=own, seed=seed, checkpoint=file, **told))
-    return results
+            file = checkpoint.with_name(f"{checkpoint.stem}-{group[0]}{checkpoint.suffix}")
+        goals, own = ([values[number] for number in group] for values in (objectives, seeds))
+        if len(group) == 1:
+            more = {"objective": goals[0], "seed": own[0], "checkpoint": file, **told}
+            with apart():
+                fits = [fit(*pairs[group[0]], data, **more)]
+        else:
+            several = [pairs[number] for number in group]
+            more = {"objective": goals, "seeds": own, "checkpoint": file, **told}
+            fits = fit_replicates(several, data, **more)
+        results |= zip(group, fits, strict=True)
+    return [results[number] for number in range(len(pairs))]
 
 
 def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[int], list[Any]]:
@@ -230,14 +275,26 @@ def _checked(pairs: Any, seeds: Any, objective: Any) -> tuple[list[Pair], list[i
     return pairs, seeds, objectives
 
 
-def _check_parameters(parameters: Sequence[list[Tensor]]) -> None:
-    """Raises a ValueError if pairs share a parameter, or those of one have other shapes."""
+def _check_own(parameters: Sequence[list[Tensor]]) -> None:
+    """Raises a ValueError if pairs share a parameter."""
     seen: dict[int, int] = {}
-    kinds = [[(p.shape, p.requires_grad) for p in own] for own in parameters]
     for number, own in enumerate(parameters):
-        got = f"other shapes, or other parameters frozen, in pair {number} than in pair 0"
-        expect(kinds[number] == kinds[0], "pairs", "models and guides of the same make", got)
         for p in filter(lambda p: p.requires_grad, own):
             other = seen.setdefault(id(p), number)
             got = f"one of shape {tuple(p.shape)} that pair {number} shares with pair {other}"
             expect(other == number, "pairs", "parameters of their own", got)
+
+
+def _of_equal_make(tasks: Sequence[Task]) -> list[list[int]]:
+    """The numbers of the tasks, in groups that have the same modules, families and parameters."""
+    groups: dict[Any, list[int]] = {}
+    for number, task in enumerate(tasks):
+        modules, parameters = [*task.program.modules()], task.program.named_parameters()
+        held = [value for module in modules for value in vars(module).values()]
+        make = (
+            *map(type, modules),
+            *(in_words(value) for value in held if isinstance(value, GuideFamily)),
+            *((name, p.shape, p.requires_grad) for name, p in parameters),
+        )
+        groups.setdefault(make, []).append(number)
+    return [*groups.values()]

@@ -42,18 +42,23 @@ class Snapshot:
         self._parameters, self.step = list(parameters), 0
         self.values = [value.detach().clone() for value in self.now()]
 
-    def take(self, step: int) -> None:
-        """Copies the values of now."""
+    def take(self, step: int, rows: list[int] | None = None) -> None:
+        """Copies the values of now, or of some replicates only."""
         self.step = step
-        if self.values:
-            with torch.no_grad():
+        with torch.no_grad():
+            if rows is not None:
+                for value, now in zip(self.values, self.now(), strict=True):
+                    value[rows] = now[rows]
+            elif self.values:
                 torch._foreach_copy_(self.values, self.now())
 
-    def put_back(self) -> None:
-        """Gives parameters and buffers the values of the copy, in place."""
+    def put_back(self, rows: list[int] | None = None) -> None:
+        """Gives parameters and buffers, or those of some replicates, the values of the copy."""
         with torch.no_grad():
             for now, before in zip(self.now(), self.values, strict=True):
-                if not torch.equal(now, before):  # one that was expanded cannot be written to
+                if rows is not None:
+                    now[rows] = before[rows]
+                elif not torch.equal(now, before):  # one that was expanded cannot be written to
                     now.copy_(before)
 
     def now(self) -> list[Tensor]:

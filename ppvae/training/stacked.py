@@ -6,18 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppvae._scopes import (
-    kept_buffers,
-    random_numbers,
-    random_state,
-    set_random_numbers,
-    unchecked,
-)
+from ppvae._scopes import kept_buffers, random_state, unchecked
 from ppvae.objectives.base import moving_fields
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.program import Program
 from ppvae.staging.staged import NotStageable, Staged, one_line, record
+from ppvae.staging.stride import Replicas
+from ppvae.training.stacked_strides import StackedStrides
 from ppvae.training.steps import Engine
+from ppvae.training.streams import Stream
+from ppvae.training.strides import Strides
 from ppvae.training.task import Task
 
 
@@ -39,11 +37,13 @@ class Stacked(Engine):
         seeds: Sequence[int],
         gradients: Gradients,
         state: list[Tensor],
+        how: str,
     ) -> None:
         self.tasks, self.programs = tasks, [task.program for task in tasks]
         self.gradients, self.state = gradients, state
         self.staged, self.batches = gradients.staged, tasks[0].batches
-        self.streams, self.execution = [_Stream(seed) for seed in seeds], gradients.execution
+        self.streams, self.execution = [Stream(seed) for seed in seeds], how
+        self._strides: StackedStrides | None = None
         self.objectives = [program.objective for program in self.programs]
         self.parameters = [state[at] for at in gradients.trained]
         held = nn.Module()
@@ -56,17 +56,53 @@ class Stacked(Engine):
         """The stacked parameters and buffers, by their names in the programs."""
         return dict(zip(self.staged.names_of_state, self.state, strict=True))
 
-    def minibatches(self) -> Iterable[Any]:
-        """Yields, once for each step, the iterators of all replicates over their minibatches."""
-        passes = [iter(self.batches) for _ in self.streams]
-        return (passes for _ in range(self.batches.count))
+    def strides(self, optimizer: Any, clip: float | None) -> Strides | None:
+        """What takes many steps at a call, where the losses are to run so and can."""
+        if self.execution != "looped":
+            return None
+        try:
+            graph = self.gradients.of_any_size
+            replicas = Replicas(len(self.tasks), self.state, graph.forward)
+            self._strides = StackedStrides(
+                self.tasks,
+                self.staged,
+                optimizer,
+                clip,
+                replicas=replicas,
+                streams=self.streams,
+                passes=self._passes,
+            )
+        except NotStageable:  # `execution` tells
+            self.compile()
+        return self._strides
 
-    def data(self, minibatch: Sequence[Iterator[Any]], step: int) -> tuple[list[Tensor], int]:
-        """The next minibatch of each replicate with its noise, from its own random numbers."""
+    def compile(self) -> None:
+        """Compiles losses and gradients, which leaves the steps to PyTorch's optimizer."""
+        self.gradients = Gradients(self.staged, compiled=True, replicated=True)
+        _try(self)
+        self.execution = self.gradients.execution
+
+    def minibatches(self) -> Iterable[Any]:
+        """Yields, once for each step, the minibatches of all, or the numbers of their data."""
+        return self._passes() if self._strides is None else self._strides.minibatches()
+
+    def _passes(self) -> Iterator[Any]:
+        batches = self.batches
+        passes = [iter(batches.numbers() if batches.numbered else batches) for _ in self.streams]
+        for _ in range(batches.count):
+            drawn: list[Any] = []
+            for stream, each in zip(self.streams, passes, strict=True):
+                with stream:
+                    drawn.append(next(each))
+            alike = batches.numbered and len({len(numbers) for numbers in drawn}) == 1
+            yield torch.stack(drawn) if alike else drawn
+
+    def data(self, minibatch: Any, step: int) -> tuple[list[Tensor], int]:
+        """The minibatch of each replicate with its noise, from its own random numbers."""
         drawn = []
-        for stream, batches, program in zip(self.streams, minibatch, self.programs, strict=True):
+        for stream, own, program in zip(self.streams, minibatch, self.programs, strict=True):
+            batch = self.batches.picked(own) if isinstance(own, Tensor) else own
             with stream:
-                batch = next(batches)
                 drawn.append(self.staged.data(batch, program.settings(step)))
         return _stacked(drawn), self.batches.rows(batch)
 
@@ -75,7 +111,8 @@ class Stacked(Engine):
         losses, slopes = self.gradients(self.state, data)
         for parameter, slope in zip(self.parameters, slopes, strict=True):
             parameter.grad = slope
-        self.execution = self.gradients.execution  # the compiler runs, or fails, in the first call
+        if self._strides is None:
+            self.execution = self.gradients.execution  # a compiler may fail in the last minibatch
         return losses
 
     def replicate(self, number: int, data: list[Tensor]) -> tuple[Task, tuple[Any, ...]]:
@@ -103,13 +140,13 @@ class Stacked(Engine):
                     value.copy_(new[replicate])
 
 
-def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> Stacked:
+def stacked(tasks: Sequence[Task], seeds: Sequence[int], how: str) -> Stacked:
     """Makes an engine for replicates.
 
     Args:
         tasks: models and guides, alike but for their values, with the same data.
         seeds: the seed of each.
-        compiled: whether to compile the graph.
+        how: "staged", "compiled" or "looped".
 
     Raises:
         NotStageable: the loss is no graph, or not the same for all.
@@ -131,14 +168,16 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], *, compiled: bool) -> S
     states = [staged.state(program) for program in programs]
     for number, program in enumerate(programs):
         _check(number, staged, program, example)
-    gradients = Gradients(staged, compiled=compiled, replicated=True)
+    gradients = Gradients(staged, compiled=how == "compiled", replicated=True)
     if not gradients.trained:
         raise NotStageable("pairs: the loss depends on no parameter")
     state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
     for at in gradients.trained:
         state[at] = nn.Parameter(state[at])
-    engine = Stacked(tasks, seeds, gradients, state)
+    engine = Stacked(tasks, seeds, gradients, state, how)
     _try(engine)
+    if how == "compiled":
+        engine.execution = engine.gradients.execution
     return engine
 
 
@@ -166,27 +205,10 @@ def _try(engine: Stacked) -> None:
         data = _stacked(
             [engine.staged.data(engine.batches.example(), p.settings(0)) for p in engine.programs]
         )
-        state = [v if v.requires_grad else v.clone() for v in engine.state]  # buffers may move
         try:
-            engine.gradients(state, data)
+            engine.gradients.make(engine.state, data)
         except Exception as error:  # whatever `torch.vmap` may not know
             raise NotStageable(f"pairs: cannot be stacked: {one_line(error)}") from error
-
-
-class _Stream:
-    """The random numbers of one replicate: inside the context they are those of `fit`."""
-
-    def __init__(self, seed: int) -> None:
-        with random_state(seed):
-            self.states = random_numbers()
-
-    def __enter__(self) -> None:
-        self.outside = random_numbers()
-        set_random_numbers(self.states)
-
-    def __exit__(self, *_: object) -> None:
-        self.states = random_numbers()
-        set_random_numbers(self.outside)
 
 
 def _stacked(drawn: Sequence[list[Tensor]]) -> list[Tensor]:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ppvae._process import interrupted
 from ppvae._scopes import random_numbers, set_random_numbers
+from ppvae.data.batches import Batches
 from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
 from ppvae.training.options import Named, Options, clip_gradients
+from ppvae.training.share import Share
 from ppvae.training.snapshots import Diverged, Snapshot
 from ppvae.training.strides import Strides
 from ppvae.training.task import Task
@@ -86,6 +88,13 @@ class Engine(ABC):
         self.write_back()
         return [task.first_loss() for task in self.tasks]
 
+    def held_out_losses(
+        self, held_out: Batches, step: int, share: Share | None = None
+    ) -> list[float]:
+        """The objective of each replicate on other data; see `Task.held_out_loss`."""
+        self.write_back()
+        return [task.held_out_loss(held_out, step, share) for task in self.tasks]
+
     def random_numbers(self) -> list[Tensor]:
         """Where all the random numbers stand that a training draws."""
         generators = self.tasks[0].batches.generators
@@ -109,10 +118,12 @@ class Steps:
         snapshot: parameters and buffers of before the training, of one of the last ten steps, or of
             the start of the last stride.
         strides: what takes many steps at a call; None takes them one by one.
+        ended: replicates that are moved with the others, and of which nothing is asked any more.
     """
 
     def __init__(self, engine: Engine, options: Options) -> None:
         self.engine, self.options, self.number = engine, options, 0
+        self.ended: set[int] = set()
         self.optimizer: Any = None
         self.scheduler: Any = None
         if engine.parameters:
@@ -164,17 +175,18 @@ class Steps:
             for minibatch in strides.walked[-1].minibatches:
                 strides.check(minibatch)
             raise
-        bad = next((at for at, value in enumerate(values) if not math.isfinite(value)), None)
-        if bad is not None:
-            self._step_back(strides, first + bad)
-            self.number = first + bad
-            self._last = self.engine.data(strides.walked[-1].minibatches[bad], self.number)[0]
-            self._diverge("the loss", 0, f"is {values[bad]}")
+        for at, losses in enumerate(values):
+            bad = self._first_bad(losses)
+            if bad is not None:
+                self._step_back(strides, first + at)
+                self.number = first + at
+                self._last = self.engine.data(strides.walked[-1].minibatches[at], self.number)[0]
+                self._diverge("the loss", bad, f"is {losses[bad]}")
         if first == 0:
             strides.check(strides.walked[-1].minibatches[0])
         strides.keep()
         self.number += len(values)
-        return [[value] for value in values]
+        return values
 
     def _step_back(self, strides: Strides, number: int) -> None:
         """Takes a snapshot of before the last step whose loss was finite; stays where it is."""
@@ -199,9 +211,9 @@ class Steps:
                 parameter.grad = None
             losses = engine.losses(data, self.number)
             values.append(losses.reshape(-1).tolist())
-            for replicate, loss in enumerate(values[-1]):
-                if not math.isfinite(loss):
-                    self._diverge("the loss", replicate, f"is {loss}")
+            bad = self._first_bad(values[-1])
+            if bad is not None:
+                self._diverge("the loss", bad, f"is {values[-1][bad]}")
             if self.number % _EVERY == 0:
                 self.snapshot.take(self.number)
             if self.options.clip is not None:
@@ -216,6 +228,11 @@ class Steps:
                 self.optimizer.step()
         self.number += 1
         return values[0], rows
+
+    def _first_bad(self, losses: list[float]) -> int | None:
+        """The first replicate whose loss is not finite, of those that go on."""
+        every = (k for k, loss in enumerate(losses) if not math.isfinite(loss))
+        return next((number for number in every if number not in self.ended), None)
 
     def goals(self, step: int) -> list[Any]:
         """The objectives of a step, without what moves in them."""
@@ -232,6 +249,7 @@ class Steps:
         for parameter in self.engine.parameters:
             rows = parameter.reshape(len(self.engine.objectives), -1)
             finite = torch.isfinite(rows).all(1).tolist()
+            finite = [each or number in self.ended for number, each in enumerate(finite)]
             if not all(finite):
                 if self.strides and self.strides.walked:
                     last = self.strides.walked[-1].minibatches[-1]

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ppvae._scopes import random_state
 from ppvae.staging.noise import joint_noise
 from ppvae.staging.staged import NotStageable, Staged
-from ppvae.staging.stride import PICKED, SAME, STACKED, Moved, Stride, Taken, rates_of
+from ppvae.staging.stride import PICKED, SAME, STACKED, Moved, Replicas, Stride, Taken, rates_of
 from ppvae.training.task import Task
 
 _MEANS = "exp_avg", "exp_avg_sq"  # as PyTorch calls them
@@ -51,6 +51,8 @@ class Strides:
         NotStageable: steps can only be taken one by one.
     """
 
+    replicas: Replicas | None = None  # of replicates
+
     def __init__(self, task: Task, staged: Staged, optimizer: Any, clip: float | None) -> None:
         self.task, self.staged, self.optimizer = task, staged, optimizer
         if not _is_plain(optimizer):
@@ -59,20 +61,20 @@ class Strides:
         self._begun: list[Any] = []  # minibatches of the stride that was begun
         self._drawn: list[list[Tensor]] = []  # their noise, where it is not drawn at once
         self._most = 1  # of the steps in a stride, until it is known how long they take
+        self._is_as_made = True  # the optimizer and the state, as a pass through the data finds
         self._known: dict[int, tuple[bool, Any]] = {}
         self._settings = task.program.settings(0)
         held = (*task.batches.tensors, *task.batches.extra)
         self._held = [v.contiguous() for v in held if isinstance(v, Tensor)]
         with random_state(None, keep=True):
-            # another first minibatch of a loader would move what it is drawn from
-            first = next(task.batches.numbers()) if task.batches.numbered else task.example
+            first = self._example()
             noise = staged.noise(*self._given(first))
             self.kinds = self._kinds(len(noise))
             for _ in range(2):
                 self.add(first)
             example = self._taken(0)
             self._begun, self._drawn = [], []
-        self.stride = Stride(staged, self.kinds, clip=clip, example=example)
+        self.stride = Stride(staged, self.kinds, clip=clip, example=example, replicas=self.replicas)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -82,11 +84,10 @@ class Strides:
 
     def minibatches(self) -> Iterator[Any]:
         """Goes once through the data."""
-        batches = self.task.batches
         # schedulers and callbacks change settings, between two passes
         same = self.stride.trained == self.staged.trained()
         self._is_as_made = same and _is_plain(self.optimizer)
-        return batches.numbers() if batches.numbered else iter(batches)
+        return self._pass()
 
     def batch(self, minibatch: Any) -> tuple[Any, ...]:
         """The arguments of model and guide."""
@@ -111,15 +112,15 @@ class Strides:
             return True
         first = self._begun[0]
         if isinstance(minibatch, Tensor):
-            return len(minibatch) == len(first)
-        pairs = zip(first, minibatch, strict=True)
+            return minibatch.shape == first.shape
+        pairs = zip(self.batch(first), self.batch(minibatch), strict=True)
         return all(v.shape == w.shape for v, w in pairs if isinstance(v, Tensor))
 
     def add(self, minibatch: Any) -> None:
         """Adds a step to a stride."""
         self._begun.append(minibatch)
         if self._of(minibatch)[1] is None:  # in the order in which single steps draw
-            self._drawn.append([*self.staged.noise(*self._given(minibatch))])
+            self._drawn.append(self._noise(minibatch))
 
     @property
     def is_full(self) -> bool:
@@ -131,7 +132,7 @@ class Strides:
         """How many steps the stride has that was begun."""
         return len(self._begun)
 
-    def go(self, before: int) -> list[float]:
+    def go(self, before: int) -> list[list[float]]:
         """Computes the steps that were added, and moves nothing; returns the losses before each.
 
         Args:
@@ -143,7 +144,7 @@ class Strides:
         self._begun, self._drawn = [], []
         self.walked.append(Walked(before, self._done, moved, taken, minibatches))
         losses, self._after = self.stride(moved, taken, steps)
-        values = losses.tolist()
+        values: list[list[float]] = losses.reshape(steps, -1).tolist()
         pace = (time.perf_counter() - start) / steps
         self._most = max(1, min(_MOST, 2 * self._most, int(_SECONDS / pace)))
         return values
@@ -166,11 +167,28 @@ class Strides:
         self._put(moved, walked.done + steps)
         return walked.before + steps
 
+    def _pass(self) -> Iterator[Any]:
+        batches = self.task.batches
+        return batches.numbers() if batches.numbered else iter(batches)
+
+    def _example(self) -> Any:
+        """A first minibatch; another one of a loader would move what it is drawn from."""
+        batches = self.task.batches
+        return next(batches.numbers()) if batches.numbered else self.task.example
+
+    def _noise(self, minibatch: Any) -> list[Tensor]:
+        """The noise of a step."""
+        return [*self.staged.noise(*self._given(minibatch))]
+
+    def _joint(self, draw: Callable[[int], list[Tensor]], steps: int) -> list[Tensor]:
+        """The noise of many steps."""
+        return draw(steps)
+
     def _sized(self, minibatch: Any) -> tuple[Any, ...]:
         """Arguments of the sizes of a minibatch, for what depends on nothing else."""
         if isinstance(minibatch, Tensor):
-            return self.task.batches.picked(slice(len(minibatch)))
-        return minibatch
+            return self.task.batches.picked(slice(minibatch.shape[-1]))
+        return self.batch(minibatch)
 
     def _given(self, minibatch: Any) -> list[Tensor]:
         """What the noise of a step is drawn for."""
@@ -180,12 +198,13 @@ class Strides:
     def _of(self, minibatch: Any) -> tuple[bool, Any]:
         """Whether the graph covers a minibatch, and what draws the noise of many such at once."""
         if not isinstance(minibatch, Tensor):  # one of a loader, which may draw in between
-            return self.staged.covers(*minibatch), None
-        if len(minibatch) not in self._known:
+            return self.staged.covers(*self.batch(minibatch)), None
+        rows = minibatch.shape[-1]
+        if rows not in self._known:
             fits = self.staged.covers(*self._sized(minibatch))
             joint = joint_noise(self.staged, self._given(minibatch)) if fits else None
-            self._known[len(minibatch)] = fits, joint
-        return self._known[len(minibatch)]
+            self._known[rows] = fits, joint
+        return self._known[rows]
 
     def _kinds(self, noise: int) -> list[str]:
         """How each of the data of a step is to be had; see `Stride`."""
@@ -206,21 +225,26 @@ class Strides:
             rows = torch.stack(minibatches)
             given = self._held
         else:
-            sizes = steps, self.rows(minibatches[0])  # what the graph takes for the same
-            rows = torch.zeros(sizes, dtype=torch.int64)
-            columns = zip(*minibatches, strict=True)
-            places = [column for column in columns if isinstance(column[0], Tensor)]
-            given = [
-                torch.stack(column) if kind == STACKED else column[0]
-                for column, kind in zip(places, self.kinds, strict=False)
-            ]
+            lead = () if self.replicas is None else (self.replicas.number,)
+            sizes = steps, *lead, self.rows(minibatches[0])  # what the graph takes for the same
+            rows, given = torch.zeros(sizes, dtype=torch.int64), self._in_columns(minibatches)
         joint = self._of(minibatches[0])[1]
-        noise = joint(steps) if joint else map(torch.stack, zip(*self._drawn, strict=True))
+        apart = map(torch.stack, zip(*self._drawn, strict=True))
+        noise = self._joint(joint, steps) if joint else apart
         data = [*(v.contiguous() for v in given), *self._settings_of(before, steps), *noise]
         told = float(group["lr"]), float(group["eps"])
         rates = rates_of(group["betas"], *told, self._done, steps)
         dtype = group["params"][0].dtype
         return Taken(rates.to(dtype), rows, data)
+
+    def _in_columns(self, minibatches: list[Any]) -> list[Tensor]:
+        """The data of minibatches that are no numbers, each of its kind."""
+        columns = zip(*minibatches, strict=True)
+        places = [column for column in columns if isinstance(column[0], Tensor)]
+        return [
+            torch.stack(column) if kind == STACKED else column[0]
+            for column, kind in zip(places, self.kinds, strict=False)
+        ]
 
     def _settings_of(self, before: int, steps: int) -> list[Tensor]:
         """The settings of some steps, each as one tensor."""

@@ -148,31 +148,42 @@ def test_stopped_and_resumed_is_never_stopped(name, stop_at, tmp_path, monkeypat
         assert same(there, end)
         again, there = run(2, checkpoint=path)  # a run that has ended
         assert again._replace(**blank) == whole._replace(**blank) and same(there, end)
-        assert torch.load(path, weights_only=True)["format"] == 2
+        assert torch.load(path, weights_only=True)["format"] == 3
 
 
+@pytest.mark.parametrize("held", [{}, {**HELD, "learning_rate": 0.1, "num_epochs": 12}])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=SLOW)])
-def test_replicates_go_on(compiled, stop_at, tmp_path):
-    """Side by side, in one file; noise, minibatches and statistics of each are its own."""
+def test_replicates_go_on(compiled, held, stop_at, tmp_path):
+    """Side by side, in one file; noise, minibatches and statistics of each are its own, and so is
+    the epoch in which it ends.
+    """
 
-    make = linear if compiled else lambda: build(encoder=Normed(dropout=False))
+    make = linear if compiled else normed
 
     def run(first, **more):
         pairs = made(make, first + 2)[first:]
-        told = {**TOLD, "objective": [ELBO(), ELBO(beta=warm_up(7))], "compile": compiled}
+        told = {**TOLD, "objective": [ELBO(), ELBO(beta=warm_up(7))], "compile": compiled, **held}
         results = fit_replicates(pairs, data(), seeds=[1, 2], **told, **more)
         return results, [v for pair in pairs for v in values(*pair)]
 
     whole, end = run(0)
-    assert whole[0].execution == ("compiled" if compiled else "staged")
-    for step in (1, 3, 7) if LONG else (7,):  # in the first epoch, after it, in the third
+    assert whole[0].execution == ("looped" if compiled else "staged")
+    one, two = (result.num_steps for result in whole)
+    assert (one < two) == bool(held)
+    # in the first epoch, after it, in the third, and when one has ended
+    for step in (1, 3, 7, one + 2) if LONG else (one + 2 if held else 7,):
         path = tmp_path / f"{step}.pt"
         stop_at(step)
         parts, _ = run(0, checkpoint=path)
-        assert all(part.interrupted and part.num_steps == step for part in parts)
+        going_on = [part for part in parts if part.interrupted or not held]
+        assert all(part.interrupted and part.num_steps == step for part in going_on)
+        assert parts[1].interrupted and parts[0].interrupted == (step <= one)
         stop_at(-1)
         rest, there = run(1, checkpoint=path)
-        assert [r.losses for r in rest] == [w.losses for w in whole] and same(there, end)
+        blank = {"seconds": 0.0, "optimizer": None}
+        pairs = zip(rest, whole, strict=True)
+        assert all(r._replace(**blank) == w._replace(**blank) for r, w in pairs)
+        assert same(there, end)
 
 
 @pytest.mark.filterwarnings("ignore:fit_replicates. one after the other")
