@@ -5,14 +5,17 @@ What it compiles is left out: `test_contract` holds that against the program.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pyro
 import pytest
 import torch
+from benchmarks import costs, loops, networks, rows, scaling
 
 from ppvae.objectives.elbo import negative_elbo
 from ppvae.staging.gradients import Gradients
@@ -28,11 +31,11 @@ ROWS = [
 
 
 @pytest.fixture
-def benchmark(single, plain_pyro, load):
+def benchmark(single, plain_pyro, load, monkeypatch):
     """The program as a module, in single precision, as it runs, and with fewer data."""
-    module = load("benchmark.py")
-    module.DATA = 512
-    return module
+    for module in (networks, rows):
+        monkeypatch.setattr(module, "DATA", 512)
+    return load("benchmark.py")
 
 
 @pytest.fixture
@@ -47,10 +50,10 @@ def run(benchmark, tmp_path, capsys):
 
 @pytest.mark.parametrize("size", ["12-8-2", "12-8-6-2", "conv-3"])
 def test_hand_written_is_the_same_loss(benchmark, size):
-    pair, x = benchmark.networks(size, "cpu"), benchmark.images(size, "cpu")[:16]
+    pair, x = networks.networks(size, "cpu"), networks.images(size, "cpu")[:16]
     assert set(x.unique().tolist()) == {0.0, 1.0}
     losses = []
-    for loss in (benchmark.HandWritten(*pair), lambda batch: negative_elbo(*pair, batch)):
+    for loss in (networks.HandWritten(*pair), lambda batch: negative_elbo(*pair, batch)):
         torch.manual_seed(1)
         losses.append(loss(x).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # rounding, in sums of 784 numbers
@@ -59,14 +62,15 @@ def test_hand_written_is_the_same_loss(benchmark, size):
 def test_all_rows_train_alike(benchmark, monkeypatch):
     """After the same steps, measured in turn, all have come as far as the hand-written loop."""
     args = argparse.Namespace(device="cpu", no_compile=True, steps=20, repetitions=3)
-    x, pairs, make = benchmark.images("12-8-2", "cpu"), [], benchmark.networks
-    monkeypatch.setattr(benchmark, "RATE", 1e-2)
-    monkeypatch.setattr(benchmark, "networks", lambda *how: pairs.append(make(*how)) or pairs[-1])
-    monkeypatch.setattr(benchmark.copy, "deepcopy", lambda parts: parts)  # so that pairs train
-    makers = benchmark.makers("12-8-2", x, args)
+    x, pairs, make = networks.images("12-8-2", "cpu"), [], networks.networks
+    for module in (loops, rows):
+        monkeypatch.setattr(module, "RATE", 1e-2)
+    monkeypatch.setattr(rows, "networks", lambda *how: pairs.append(make(*how)) or pairs[-1])
+    monkeypatch.setattr(copy, "deepcopy", lambda parts: parts)  # so that pairs train
+    makers = rows.makers("12-8-2", x, args)
     assert list(makers)[:5] == ROWS
     runs = {row: makers[row]() for row in ROWS}
-    benchmark.measure(runs, args)
+    rows.measure(runs, args)
     with torch.no_grad():
         start = negative_elbo(*make("12-8-2", "cpu"), x).item()
         losses = [negative_elbo(*pair, x).item() for pair in pairs]
@@ -81,12 +85,12 @@ def test_tables_and_ratios(run, monkeypatch):
     assert record["versions"]["torch"] == torch.__version__ and record["versions"]["threads"] == 1
     assert record["versions"]["pyro"] == pyro.__version__ and record["steps"] == 2
     found = record["sizes"]["12-8-2"]
-    rows = list(found["steps"]["times"])
-    assert rows[:5] == ROWS and not any("compiled" in row for row in rows)
+    names = list(found["steps"]["times"])
+    assert names[:5] == ROWS and not any("compiled" in name for name in names)
     heads = ["of hand-written, eager", "of SVI.step, Trace_ELBO", "ms per step"]
     assert list(found["steps"]["quartiles"]) == heads  # ratios first; none to what is left out
-    rows = ["batch 4", "ppvae, staged", "latents 4", "K = 4"]
-    assert list(found["growth"]["times"]) == rows
+    names = ["batch 4", "ppvae, staged", "latents 4", "K = 4"]
+    assert list(found["growth"]["times"]) == names
     assert list(found["fits"]["times"]) == ["highest", "high", "medium"]
     lines = out.splitlines()
     for table in ("steps", "growth", "fits"):
@@ -119,11 +123,11 @@ def test_processes_and_when_staging_has_paid(run, benchmark, monkeypatch):
             benchmark.main([*command[2:], "--no-compile"])
         return SimpleNamespace(stdout=said.getvalue().encode())
 
-    monkeypatch.setattr(benchmark.subprocess, "run", in_this_process)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     out, record = run("--tables", "steps", "processes")
     found = record["sizes"]["12-8-2"]
     assert list(found["processes"]) == ["hand-written, eager", "ppvae, eager", "ppvae, staged"]
-    assert all(command[1] == benchmark.__file__ for command in commands)
+    assert all(command[1] == costs.PROGRAM for command in commands)
     for values in found["processes"].values():
         assert values["peak"] >= values["before"] > 50  # MB: PyTorch is loaded
         assert values["ready"] > 0 and values["first step"] > 0
@@ -134,3 +138,16 @@ def test_processes_and_when_staging_has_paid(run, benchmark, monkeypatch):
     assert found["paid"] == {"ppvae, staged": pytest.approx(wanted)}
     assert "has paid after" in out and "ppvae                3.00 s (3.00-3.00)" in out
     assert record["imports"] == {"pyro": [2.0] * 5, "ppvae": [3.0] * 5}
+
+
+def test_scaling(run, benchmark, monkeypatch, tmp_path):
+    """One case of each kind, in processes of their own; the memory is that of no file."""
+    small = {"width": 4, "hidden": 4, "latents": 2, "batch": 8, "sites": 1, "rows": 100}
+    told = {kind: ([2], small) for kind in ("processes", "sites")}
+    monkeypatch.setattr(scaling, "CASES", {**told, "rows": ([300], small)})
+    out, record = run("--tables", "scaling", "--plot", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+    for kind, value in {"processes": "2", "sites": "2", "rows": "300"}.items():
+        case = record["scaling"][kind][value]
+        assert case["execution"] == "eager" and 0 <= case["memory"] < 200
+        assert case["seconds"] > 0 and f"{kind} {value} " in out

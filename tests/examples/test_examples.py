@@ -25,7 +25,7 @@ LONGER = {
     "does_it_converge": 170,
     "regression": 230,
     "when_does_noise_help": 205,
-    "benchmark": 514,
+    "benchmark": 165,
     "mixture": 200,
 }
 
