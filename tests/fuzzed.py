@@ -289,7 +289,8 @@ CALLS: dict[str, Call] = {
         lambda: programs() | MEASURED | {
             "data": data(4), "num_samples": 3, "coords": None, "dims": None, "evaluation": None,
             "num_inner": 2, "pointwise": "element", "stack": None, "predictions": None,
-            "calibration": None,
+            "calibration": None, "groups": ["posterior", "observed_data", "log_likelihood"],
+            "path": None,
         },
         named=IN_ARGS | {"predictions": "args"},
         infinite="/+(observed_data|log_likelihood)/.*",  # of what is not observed

@@ -116,6 +116,59 @@ def test_counts_overflow_nothing():
         assert torch.isfinite(torch.autograd.grad(log_p.sum(), huge)[0]).all()
 
 
+BITS = torch.tensor([0.0, 1e-9, -1e-3, 0.5, -3.0, 20.0, -20.0, 79.9, 80.1, -100.0, 1e4, -1e4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 784), (3, 5, 7), (40, 9, 784), (4, 70, 28, 35)])
+def test_the_density_of_bits_with_and_without_gradients(shape, dtype):
+    """Against log(1 + exp(s)) by NumPy in double precision, of logits moderate and extreme.
+
+    A sum over n elements that are worked out to some units of rounding, u, is right to 8 n u and
+    8 u of the sum of their sizes.
+    """
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(shape, dtype=dtype)
+    logits[0] = BITS.to(dtype)[torch.randint(len(BITS), shape[1:])]
+    events = 1 if len(shape) < 3 or shape[-1] == 784 else 2
+    value = (torch.rand(shape[-events - 1 :]) < 0.4).to(dtype)
+    turned = (logits * (1 - 2 * value)).double().numpy()
+    each = -np.logaddexp(0, turned)
+    fn = likelihoods.Bernoulli()(logits.requires_grad_())
+    axes, unit = tuple(range(-events, 0)), torch.finfo(dtype).eps
+    size = abs(each).sum(axes) + np.prod(shape[-events:])
+    sums = fn.to_event(events).log_prob(value)
+    with torch.no_grad():
+        fast = fn.to_event(events).log_prob(value)
+        assert (abs(fn.log_prob(value).numpy() - each) <= 8 * unit * (1 + abs(each))).all()
+    for found in (sums.detach(), fast):
+        assert (found.dtype, found.shape) == (dtype, logits.shape[:-events])
+        assert (abs(found.numpy() - each.sum(axes)) <= 8 * unit * size).all()
+    (slope,) = torch.autograd.grad(sums.sum(), logits)
+    exact = value.double() - logits.detach().double().sigmoid()
+    assert (slope - exact).abs().max() <= 8 * unit
+
+
+def test_bits_in_other_shapes_and_in_half_precision():
+    """Data with dims that the logits lack, parts of an event, and elements that are left out."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits, value = torch.randn(4, 300).double(), (torch.rand(4, 300) < 0.5).double()
+        fn, wide = likelihoods.Bernoulli()(logits), value.expand(2, 4, 300)
+        plain, rounding = dist.Bernoulli(logits=logits), {"rtol": 1e-12, "atol": 1e-12}
+        for mine, other in ((fn.to_event(1), plain.to_event(1)), (fn.to_event(), plain.to_event())):
+            for x in (value, wide, value[0]):
+                assert torch.allclose(mine.log_prob(x), other.log_prob(x), **rounding)
+        assert torch.allclose(fn.to_event(0).log_prob(value), plain.log_prob(value), **rounding)
+        seen = torch.rand(4, 300) < 0.5
+        masked = fn.mask(seen).to_event(1).log_prob(value)
+        assert torch.allclose(masked, (plain.log_prob(value) * seen).sum(-1), **rounding)
+        more = fn.to_event(1).expand((3, 4)).log_prob(value)
+        assert more.shape == (3, 4) and torch.equal(more[0], more[2])
+        half = likelihoods.Bernoulli()(logits.half()).to_event(1).log_prob(value.half())
+        assert torch.allclose(half.double(), plain.log_prob(value).sum(-1), rtol=1e-2)
+
+
 DRAWN = {
     "poisson": lambda: LogPoisson(torch.tensor([-1.0, 2.0])),
     "counts": lambda: Overdispersed(torch.tensor([0.5, 2.0]), torch.tensor([-1.0, 0.5])),

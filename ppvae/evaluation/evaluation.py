@@ -18,6 +18,7 @@ from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.families.family import cap
+from ppvae.guides.encoding import encoded_once
 from ppvae.objectives.trace_terms import Terms, has_masked_latents, terms
 from ppvae.programs.runs import Args, Runs, opened
 from ppvae.programs.verdicts import verdict_of
@@ -134,9 +135,10 @@ def evaluate(
         ragged = False
         few = draws_needed(runs.plate.size) if channels != () else 1
         for batch in tqdm(runs.batches, label, disable=not shown, delay=3.0, unit="batch"):
-            pairs = [runs.pair(batch) for _ in range(few)]
-            moments.append(moments_of(pairs[0][0], runs.plate))
-            sample, shares = _sample(runs, batch, pairs[0], num_samples)
+            with encoded_once():
+                pairs = [runs.pair(batch) for _ in range(few)]
+                moments.append(moments_of(pairs[0][0], runs.plate))
+                sample, shares = _sample(runs, batch, pairs[0], num_samples)
             measured.append(_measured(sample) | shares.arrays())
             ragged |= has_masked_latents(pairs[0][0])
             if whole.log_guide:
@@ -193,6 +195,7 @@ def _sample(
             sums[name] = sums[name] + value.expand(size).double().sum(0)
         latents.add(guide_trace, draws)
         shares.add(model_trace, count, first.plate, draws)
+        del model_trace, guide_trace, parts  # the next run wants their memory
     means = {name: (value / total).cpu().numpy() for name, value in sums.items()}
     sample = Sample(torch.cat(log_weight), means, tuple(first.log_likelihood), point, latents)
     return sample, shares

@@ -1,32 +1,41 @@
 """From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from ppvae._checks import check_choice, check_count, expect
 from ppvae._process import exclusive
 from ppvae.data.adapters import form_of, items_of, prepared
 from ppvae.export.constants import constants_of, observed_positions
+from ppvae.export.drawing import Drawing
 from ppvae.export.groups import (
     at_the_top,
-    concatenated,
     event_dims,
-    groups_of,
-    predicted,
+    large_numbers,
+    observed_values,
+    predicted_once,
     shown,
+    small_numbers,
     whole_numbers,
 )
 from ppvae.export.names import (
+    Dims,
+    Groups,
     by_number,
     check_names,
+    chosen,
     dims_of,
     free_dims,
     mapping,
     stacked,
     table_coords,
 )
+from ppvae.export.pieces import Memory, Piece
+from ppvae.export.stores import opened_tree, store_path, stored
 from ppvae.export.tree import dataset_of, prior_sbc, versions, words_of
 from ppvae.objectives.nested import can_integrate
 from ppvae.objectives.trace_terms import terms
@@ -52,6 +61,8 @@ def from_pyro_svi(  # noqa: D417
     predictions: Any = None,
     evaluation: xr.Dataset | None = None,
     calibration: xr.Dataset | None = None,
+    groups: Sequence[str] | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> xr.DataTree:
     r"""Draws from a fitted guide and lays out what ArviZ works with.
 
@@ -88,8 +99,8 @@ def from_pyro_svi(  # noqa: D417
 
     The data plate is the dim `datum`, and the coordinates of a single latent vector `latent`. A
     table that is observed gives the names of its rows and columns as coordinates. Discrete sites
-    are whole numbers, where none is missing. Local latents are drawn in minibatches. Nothing is
-    trained or changed.
+    are whole numbers, where none is missing, and bytes where they are bits or few categories. Local
+    latents are drawn in minibatches. Nothing is trained or changed.
 
     Args:
         model: a Pyro model.
@@ -113,10 +124,17 @@ def from_pyro_svi(  # noqa: D417
             be None. A mapping gives keyword arguments.
         evaluation: a result of `evaluate`, of any data, to join the tree.
         calibration: a result of `calibration`, to join the tree.
+        groups: names of the groups that are wanted, of those above but for `predictions`,
+            `evaluation` and `prior_sbc`, which come where their argument is given; None for all.
+            What none of them asks for is not run, and draws are then other ones for the same seed.
+        path: of a netCDF file, `fit.nc`, or a Zarr store, `fit.zarr`, that the tree is written to
+            while it is drawn, so that no more than some runs of it are in memory; a file of that
+            name is replaced when all is written. Counts have 64 bits there.
         batch_size, vectorized, plate, kwargs: as for `evaluate`.
 
     Returns:
-        A tree in ArviZ's schema; on arviz 0.x, `arviz.from_datatree` gives `InferenceData`.
+        A tree in ArviZ's schema; on arviz 0.x, `arviz.from_datatree` gives `InferenceData`. With a
+        path it is that of the file, which is read where values are wanted; `close()` lets go of it.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -137,6 +155,7 @@ def from_pyro_svi(  # noqa: D417
     num_samples = check_count("num_samples", num_samples)
     num_inner = check_count("num_inner", num_inner)
     check_choice("pointwise", pointwise, ("datum", "element"))
+    wanted, target = chosen(groups), None if path is None else store_path(path)
     coords = mapping("coords", coords)
     renamed = {name: list(given) for name, given in mapping("dims", dims).items()}
     known, got = evaluation is None or isinstance(evaluation, xr.Dataset), type(evaluation).__name__
@@ -148,7 +167,6 @@ def from_pyro_svi(  # noqa: D417
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         sites, extra = terms(*runs.traces, plate), dict(kwargs or {})
         local = sites.is_local
-        batches = runs.batches if local else [runs.args]
         whole, _ = with_discrete(runs.model, runs.traces, runs.args)
         nodes = shown(whole)
         events = {node["name"]: event_dims(node) for node in nodes}
@@ -158,48 +176,79 @@ def from_pyro_svi(  # noqa: D417
         new, beside = None, ()
         if predictions is not None:
             new, beside = _new_arguments(predictions, runs, form, extra)
-        how: Any = {"num_inner": inner, "top": at_the_top(runs, sites), "by_element": by_element}
-        how["new"] = None if local else new
-        pieces = [groups_of(runs, batch, num_samples, events, **how) for batch in batches]
-        groups = concatenated(pieces, 1)
+        top = at_the_top(runs, sites)
+        drawing = Drawing(runs, nodes, events, local, wanted, inner, top, by_element, new)
         tables = table_coords(nodes, args, form, names, renamed)
         seen = observed_positions(runs.args, runs.traces[0])
         size = None if runs.plate is None else runs.plate.size
+        fixed: Groups = {}
+        if "observed_data" in wanted:
+            fixed["observed_data"] = observed_values(runs, drawing.batches, events)
         constants = [constants_of(model, args, runs.args, extra, whole, size, seen)]
-        groups["constant_data"] = constants[0].arrays
+        if "constant_data" in wanted:
+            fixed["constant_data"] = constants[0].arrays
         if new is not None:
-            if local:
-                groups["predictions"] = predicted(runs, new, num_samples, events)
-            drawn = groups["predictions"]
+            drawn = predicted_once(runs, whole, new, events)
             rows = [v.shape[1] for name, v in drawn.items() if names[name][:1] == ["datum"]]
-            size = next(iter(rows), None)
-            constants.append(constants_of(model, beside, new, extra, whole, size, seen))
-            groups["predictions_constant_data"] = constants[1].arrays
-    whole_numbers(groups, nodes)
-    groups, names, steps = stacked(groups, names, events, {} if stack is None else stack)
-    if by_element:
-        groups, names = by_number(groups, names, nodes)
-    check_names({**constants[-1].dims, **constants[0].dims, **names}, coords, renamed)
-    own = {"constant_data": constants[0].dims, "predictions_constant_data": constants[-1].dims}
-    own["unconstrained_posterior"] = names | free_dims(whole, names, events)
-    for each in constants:
-        tables = each.coords | tables
-    coords = tables | steps | coords
-    attrs = {"posterior": words_of(model, guide, seed, None if local else groups["sample_stats"])}
-    alone = inner is None and (by_element or bool(sites.log_prior))
-    latents = "given" if alone else "integrated out"
-    attrs["log_likelihood"] = {"latents": latents, "pointwise": pointwise}
-    data = {
-        group: dataset_of(group, values, {**own.get(group, names), **renamed}, coords, attrs)
-        for group, values in groups.items()
-        if values
-    }
-    tree = xr.DataTree.from_dict(data)
+            rows_of_new = next(iter(rows), None)
+            constants.append(constants_of(model, beside, new, extra, whole, rows_of_new, seen))
+            fixed["predictions_constant_data"] = constants[1].arrays
+
+        def laid_out(groups: Groups) -> tuple[Groups, Dims, dict[str, Any]]:
+            found, now, steps = stacked(groups, names, events, {} if stack is None else stack)
+            return (*by_number(found, now, nodes), steps) if by_element else (found, now, steps)
+
+        small_numbers(fixed, nodes)
+        whole_numbers(fixed, nodes)
+        fixed, now, steps = laid_out(fixed)
+        check_names({**constants[-1].dims, **constants[0].dims, **now}, coords, renamed)
+        own = {"constant_data": constants[0].dims, "predictions_constant_data": constants[-1].dims}
+        own["unconstrained_posterior"] = now | free_dims(whole, now, events)
+        for each in constants:
+            tables = each.coords | tables
+        coords = tables | steps | coords
+        alone = inner is None and (by_element or bool(sites.log_prior))
+        latents = "given" if alone else "integrated out"
+        attrs = {"log_likelihood": {"latents": latents, "pointwise": pointwise}}
+
+        def described(group: str, values: Mapping[str, np.ndarray]) -> xr.Dataset:
+            return dataset_of(group, values, {**own.get(group, now), **renamed}, coords, attrs)
+
+        weights: list[np.ndarray] = []
+
+        def drawn_pieces() -> Iterator[Piece]:
+            for piece in drawing.pieces(num_samples):
+                stats = {} if local else piece.groups.get("sample_stats", {})
+                weights.extend(value for name, value in stats.items() if name == "log_weight")
+                yield piece
+
+        def words() -> dict[str, Any]:
+            stats = {"log_weight": np.concatenate(weights)} if weights else None
+            return words_of(model, guide, seed, stats)
+
+        joined = {} if evaluation is None else {"evaluation": evaluation}
+        joined |= {} if calibration is None else {"prior_sbc": prior_sbc(calibration)}
+        joined = {key: described(key, values) for key, values in fixed.items() if values} | joined
+        if target is not None:
+            with stored(target, num_samples, size or 0, described) as store:
+                store.write(None, xr.Dataset(attrs=versions()))
+                for piece in drawn_pieces():
+                    large_numbers(piece.groups, nodes)
+                    store.put(piece._replace(groups=laid_out(piece.groups)[0]))
+                for key, group in joined.items():
+                    store.write(key, group)
+                if "posterior" in wanted:
+                    store.write("posterior", xr.Dataset(attrs=words()))
+            return opened_tree(target)
+        memory = Memory(num_samples, size or 0)
+        for piece in drawn_pieces():
+            memory.put(piece)
+        whole_numbers(memory.groups, nodes)
+        drawn_groups = laid_out(memory.groups)[0]
+        attrs["posterior"] = words()
+        data = {key: described(key, values) for key, values in drawn_groups.items() if values}
+    tree = xr.DataTree.from_dict(data | joined)
     tree.attrs = versions()
-    if evaluation is not None:
-        tree["evaluation"] = xr.DataTree(evaluation)
-    if calibration is not None:
-        tree["prior_sbc"] = xr.DataTree(prior_sbc(calibration))
     return tree
 
 

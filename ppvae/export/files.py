@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,18 +78,29 @@ def to_zarr(tree: xr.DataTree | xr.Dataset, path: str | os.PathLike[str]) -> Pat
     """
     _check_tree(tree)
     path = as_path("path", path, folder=True)
+    with replaced_store(path) as new, without_warnings():  # of a part of the format that other
+        tree.to_zarr(new)  # readers may not know
+    return path
+
+
+@contextmanager
+def replaced_store(path: Path) -> Iterator[Path]:
+    """Gives a hidden place for a Zarr store, and puts what is written there in its place.
+
+    Raises:
+        ImportError: `zarr` is not installed.
+        ValueError: there is something of that name that is no Zarr store.
+    """
     store = not path.exists() or (path / "zarr.json").exists()
     expect(store, "path", "that of a Zarr store, or of nothing", str(path))
     wanted = find_spec("zarr") is not None
     expect(wanted, "to_zarr", "the package zarr (pip install zarr)", "none", ImportError)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.resolve().parent) as hidden:
         new, old = Path(hidden) / "new", Path(hidden) / "old"
-        with without_warnings():  # of a part of the format that other readers may not know
-            tree.to_zarr(new)
+        yield new
         if path.exists():
             path.rename(old)
         new.rename(path)
-    return path
 
 
 def _check_tree(tree: Any) -> None:

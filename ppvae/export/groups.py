@@ -1,18 +1,21 @@
 """The groups of a tree as arrays, from runs of a model and its guide."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._checks import expect
+from ppvae._scopes import random_state
 from ppvae.export.names import JOINT, Groups
+from ppvae.export.pieces import side_by_side
 from ppvae.objectives.nested import inner_run
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
@@ -36,63 +39,94 @@ from ppvae.programs.nodes import (
 from ppvae.programs.runs import Args, Runs, run_trace, with_discrete
 from ppvae.programs.simulation import Uncondition
 
+_POSTERIOR = "posterior", "unconstrained_posterior", "posterior_predictive"
 
-def groups_of(
+
+def pieces_of(
     runs: Runs,
     args: Args,
     num_samples: int,
     events: Mapping[str, int],
+    wanted: Collection[str],
     *,
     num_inner: int | None,
     top: Iterable[str],
     by_element: bool,
     new: Args | None = None,
-) -> Groups:
-    """All groups of draws for one minibatch, with the draws in front.
+) -> Iterator[Groups]:
+    """The groups of draws for one minibatch, run by run, with the draws in front.
 
     Args:
         runs: the pair.
         args: the minibatch.
         num_samples: number of draws.
         events: number of event dims of each site.
+        wanted: names of groups; what none of them asks for is not run.
         num_inner: draws of the latents of each datum by which they are integrated out of its
             likelihood; None if they are not.
         top: the latents whose log prior is wanted.
         by_element: whether the likelihood is that of each number, given the latents.
         new: arguments for predictions, given the draws; None for none.
     """
-    open_model, pieces = Uncondition()(runs.model), []
     observed = prototype(runs.model, args, {})
+    how: Any = {"num_inner": num_inner, "top": top, "by_element": by_element, "new": new}
     for _, draws in runs.draws(args, num_samples, [observed]):
+        yield _of_run(runs, args, draws, events, wanted, **how)
+
+
+def _of_run(
+    runs: Runs,
+    args: Args,
+    draws: Any,
+    events: Mapping[str, int],
+    wanted: Collection[str],
+    *,
+    num_inner: int | None,
+    top: Iterable[str],
+    by_element: bool,
+    new: Args | None,
+) -> Groups:
+    """The groups of the draws of one run; see `pieces_of`."""
+    groups: Groups = {}
+    open_model, plate = Uncondition()(runs.model), runs.plate
+    of_prior = {"prior", "prior_predictive"} & {*wanted}
+    densities = {"log_likelihood", "log_prior", "sample_stats"} & {*wanted}
+    if densities or {*_POSTERIOR} & {*wanted} or new is not None:
         traces = runs.pair(args, draws)
         drawn, known = with_discrete(runs.model, traces, args, draws)
+    if "posterior" in wanted:
+        groups["posterior"] = values_of(drawn, plate, draws, events, data=False)
+    if "posterior_predictive" in wanted:
         again = run_trace(poutine.replay(open_model, trace=known), args, draws)
+        groups["posterior_predictive"] = values_of(again, plate, draws, events, data=True)
+    if of_prior:
         try:
             prior = run_trace(open_model, args, draws)
         except NotImplementedError:  # an improper prior has nothing to draw from
             prior = poutine.Trace()
-        groups = {
-            "posterior": values_of(drawn, runs.plate, draws, events, data=False),
-            "posterior_predictive": values_of(again, runs.plate, draws, events, data=True),
-            "prior": values_of(prior, runs.plate, draws, events, data=False),
-            "prior_predictive": values_of(prior, runs.plate, draws, events, data=True),
-            "unconstrained_posterior": _unconstrained(traces[0], runs.plate, draws),
-        }
+        groups["prior"] = values_of(prior, plate, draws, events, data=False)
+        groups["prior_predictive"] = values_of(prior, plate, draws, events, data=True)
+    if "unconstrained_posterior" in wanted:
+        groups["unconstrained_posterior"] = _unconstrained(traces[0], plate, draws)
+    if densities:
         groups |= _densities(runs, traces, draws, num_inner, top)
         if by_element:
-            groups["log_likelihood"] = _of_elements(traces[0], runs.plate, draws, events)
-        if new is not None:
-            groups["predictions"] = _predicted(runs, drawn, new, draws, events)
-        pieces.append(groups)
-    values = values_of(observed, runs.plate, None, events, data=True)
-    groups = concatenated(pieces, 0) | {"observed_data": values}
-    stats = groups["sample_stats"]
-    if num_inner is not None and stats["log_weight"].ndim == 2:  # the draws are those of each datum
-        whole = _integrated(torch.as_tensor(stats["log_weight"]).double())
-        (name,) = groups["log_likelihood"]
-        unseen = np.isnan(groups["log_likelihood"][name])
-        groups["log_likelihood"] = {name: np.where(unseen, np.nan, whole)}
+            groups["log_likelihood"] = _of_elements(traces[0], plate, draws, events)
+    if new is not None:
+        groups["predictions"] = _predicted(runs, drawn, new, draws, events)
     return groups
+
+
+def integrated(log_likelihood: Mapping[str, np.ndarray], log_weight: np.ndarray) -> Any:
+    """The likelihood of each datum from the weights of all its draws, by the name of its site.
+
+    Args:
+        log_likelihood: that of any of the draws, which is NaN where a datum has none.
+        log_weight: of shape `(draws, datum)`.
+    """
+    whole = _integrated(torch.as_tensor(log_weight).double())
+    ((name, some),) = log_likelihood.items()
+    return {name: np.where(np.isnan(some[:1]), np.nan, whole)}
 
 
 def _integrated(log_weight: Tensor) -> np.ndarray:
@@ -111,13 +145,35 @@ def _integrated(log_weight: Tensor) -> np.ndarray:
 
 def predicted(
     runs: Runs, new: Args, num_samples: int, events: Mapping[str, int]
-) -> dict[str, np.ndarray]:
+) -> Iterator[Groups]:
     """The observed sites for new arguments, of a model without global latents: drawn from it."""
-    pieces = []
     first = prototype(Uncondition()(runs.model), new, {})
     for _, draws in runs.draws(runs.args, num_samples, [*runs.traces, first]):
-        pieces.append({"": _predicted(runs, poutine.Trace(), new, draws, events)})
-    return concatenated(pieces, 0)[""]
+        yield {"predictions": _predicted(runs, poutine.Trace(), new, draws, events)}
+
+
+def predicted_once(
+    runs: Runs, known: Any, new: Args, events: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The observed sites for new arguments once, which tell their shapes; no random number is used.
+
+    Args:
+        runs: the pair.
+        known: a trace of the model, with global latents.
+        new: the new arguments.
+        events: number of event dims of each site.
+    """
+    with random_state(None, keep=True):
+        return _predicted(runs, known, new, None, events)
+
+
+def observed_values(
+    runs: Runs, batches: Iterable[Args], events: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The data of the observed sites, from those of minibatches, with one draw in front."""
+    with random_state(None, keep=True):
+        seen = [prototype(runs.model, batch, {}) for batch in batches]
+    return side_by_side([values_of(each, runs.plate, None, events, data=True) for each in seen])
 
 
 def _predicted(
@@ -145,25 +201,50 @@ def _predicted(
     return {n["name"]: _front(n, n["value"], plate, draws, events) for n in nodes}
 
 
-def concatenated(pieces: list[Groups], axis: int) -> Groups:
-    """Joins the arrays of all pieces along an axis, which those of a single piece may not have."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return {
-        key: {name: np.concatenate([piece[key][name] for piece in pieces], axis) for name in group}
-        for key, group in pieces[0].items()
-    }
+def small_numbers(groups: Groups, nodes: Iterable[Node]) -> None:
+    """Makes bytes of bits and of codes of few categories, where none is missing."""
+    few = [node for node in nodes if _fits_a_byte(bare_distribution(node["fn"]).support)]
+    for group, name in _of_sites(groups, few):
+        if np.isfinite(group[name]).all():
+            group[name] = group[name].astype(np.int8)
 
 
 def whole_numbers(groups: Groups, nodes: Iterable[Node]) -> None:
-    """Makes whole numbers of the values of discrete sites, where none is missing."""
-    discrete = {node["name"] for node in nodes if node["fn"].support.is_discrete}
+    """Makes whole numbers of the values of other discrete sites, where none is missing."""
+    for group, name in _of_sites(groups, nodes):
+        if group[name].dtype != np.int8 and np.isfinite(group[name]).all():
+            small = abs(group[name]).max() < np.iinfo(np.int32).max
+            group[name] = group[name].astype(np.int32 if small else np.int64)
+
+
+def large_numbers(groups: Groups, nodes: Iterable[Node]) -> None:
+    """Makes whole numbers of 64 bits of the values of other discrete sites, of some of the draws.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    for group, name in _of_sites(groups, nodes):
+        if group[name].dtype != np.int8:
+            bad = int((~np.isfinite(group[name])).sum())
+            expect(not bad, "model", f"draws of {name!r} that are whole numbers", f"{bad} others")
+            group[name] = group[name].astype(np.int64)
+
+
+def _of_sites(groups: Groups, nodes: Iterable[Node]) -> Iterator[tuple[dict[str, np.ndarray], str]]:
+    """The groups that have values of the discrete ones of some sites, and the names of these."""
+    names = {node["name"] for node in nodes if node["fn"].support.is_discrete}
     densities = "log_likelihood", "log_prior", "sample_stats"
     for group in [values for key, values in groups.items() if key not in densities]:
-        for name in discrete & group.keys():
-            if np.isfinite(group[name]).all():
-                small = abs(group[name]).max() < np.iinfo(np.int32).max
-                group[name] = group[name].astype(np.int32 if small else np.int64)
+        for name in names & group.keys():
+            yield group, name
+
+
+def _fits_a_byte(support: Any) -> bool:
+    """Whether a site has bits, or few categories that are known beforehand."""
+    if support is constraints.boolean:
+        return True
+    bounds = [getattr(support, f"{end}_bound", None) for end in ("lower", "upper")]
+    return all(isinstance(bound, int) and abs(bound) <= 127 for bound in bounds)
 
 
 def values_of(

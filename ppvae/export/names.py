@@ -24,6 +24,19 @@ from ppvae.programs.runs import Args
 Dims = dict[str, list[str]]
 Groups = dict[str, dict[str, np.ndarray]]
 
+#: the groups that can be asked for
+GROUPS = (
+    "posterior",
+    "unconstrained_posterior",
+    "posterior_predictive",
+    "log_likelihood",
+    "log_prior",
+    "sample_stats",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+)
 DRAWN = ["chain", "draw"]  # the dims that every variable of a draw has
 STATS = ["log_p", "log_q", "log_weight"]  # the variables that are no sites
 JOINT = "joint"  # the log likelihood of several sites together
@@ -35,6 +48,18 @@ def mapping(name: str, given: Any) -> dict[str, Any]:
     fits = isinstance(given, Mapping) and all(np.ndim(values) == 1 for values in given.values())
     expect(fits, name, "a mapping from names to sequences", repr(given), TypeError)
     return dict(given)
+
+
+def chosen(groups: Any) -> frozenset[str]:
+    """The names of groups that are asked for, all of them by None."""
+    if groups is None:
+        return frozenset(GROUPS)
+    words = isinstance(groups, (list, tuple, set, frozenset))
+    words = words and all(isinstance(name, str) for name in groups)
+    expect(words, "groups", "a list of names of groups", repr(groups), TypeError)
+    unknown = [name for name in groups if name not in GROUPS]
+    expect(not unknown, "groups", f"names among {[*GROUPS]}", unknown)
+    return frozenset(groups)
 
 
 def dims_of(

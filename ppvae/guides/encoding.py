@@ -1,7 +1,8 @@
 """Runs an encoder on the arguments of a model, and checks what it puts out."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,44 @@ from torch import Tensor, nn
 
 from ppvae._checks import expect
 from ppvae.programs.missing import is_nan_masked, takes_missing
+
+_known: list[dict[Any, Any]] = []  # what `encoded_once` keeps, the innermost last
+
+
+@contextmanager
+def encoded_once() -> Iterator[None]:
+    """Inside, an encoder that draws no random numbers is run once on the same tensors.
+
+    For measurements in which no parameter moves; where gradients are recorded, it is always run.
+    """
+    _known.append({})
+    try:
+        yield
+    finally:
+        _known.pop()
+
+
+def _features(encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an encoder puts out, or what it did before."""
+    if not _known or torch.is_grad_enabled():
+        return _run(encoder, args, kwargs)
+    key = encoder, *map(id, args), *((name, id(arg)) for name, arg in kwargs.items())
+    if key not in _known[-1]:
+        before = torch.get_rng_state()
+        found = _run(encoder, args, kwargs)
+        on_cpu = isinstance(found, Tensor) and found.device.type == "cpu"
+        if not on_cpu or not torch.equal(before, torch.get_rng_state()):
+            return found
+        _known[-1][key] = found, args, kwargs  # which keep their ids as long as they are here
+    return _known[-1][key][0]
+
+
+def _run(encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Runs an encoder; one no part of which takes NaN gets zeros in its place."""
+    if is_nan_masked() and not takes_missing(encoder):
+        args = tuple(map(_filled, args))
+        kwargs = {name: _filled(arg) for name, arg in kwargs.items()}
+    return encoder(*args, **kwargs)
 
 
 def keywords_of(encoder: nn.Module) -> tuple[str, ...]:
@@ -52,11 +91,8 @@ def encode(
         TypeError: the features are no tensor, or complex or whole numbers.
         ValueError: the encoder does not take the arguments, or its output has another shape.
     """
-    if is_nan_masked() and not takes_missing(encoder):
-        args = tuple(map(_filled, args))
-        kwargs = {name: _filled(arg) for name, arg in kwargs.items()}
     try:
-        features = encoder(*args, **kwargs)
+        features = _features(encoder, args, kwargs)
     except (RuntimeError, TypeError) as error:
         takes = f"a module that takes {_in_words(args, kwargs)}"
         raise ValueError(f"encoder: expected {takes}, got one that does not: {error}") from error

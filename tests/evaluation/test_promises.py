@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import platform
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 
@@ -212,3 +215,65 @@ def test_bad_data_and_models(name):
     guide = FamilyGuide(case.model, families.noise_only)
     with pytest.raises(ValueError, match="'data' draws a subsample of 4 in each run"):
         call(name, case.model, guide, *case.args)
+
+
+class Noisy(nn.Linear):
+    """An encoder that draws noise in every mode, and counts its calls."""
+
+    scale, calls = 1.0, 0
+
+    def forward(self, x):
+        self.calls += 1
+        noise = torch.randn(x.shape, dtype=x.dtype) if self.scale else 0.0
+        return super().forward(x + self.scale * noise)
+
+
+def test_an_encoder_is_run_once_for_the_draws_of_a_minibatch_unless_it_draws(monkeypatch):
+    """The numbers are those of an encoder that is always run."""
+    model, _, x = build()
+    x[2, 1] = math.nan
+    encoder = Noisy(4, 8).double()
+    guide, model = FamilyGuide(model, families.mean_scale, encoder), model.double()
+    evaluate = partial(ppvae.evaluate, model, guide, x, batch_size=4, progress=False)
+    found, counts = [], []
+    for scale in (0.0, 1.0):
+        encoder.scale = scale
+        evaluate(num_samples=2)
+        for once in (True, False):
+            if not once:
+                monkeypatch.setattr("ppvae.evaluation.evaluation.encoded_once", nullcontext)
+            encoder.calls = 0
+            found.append(evaluate(num_samples=6, vectorized=False))
+            counts.append(encoder.calls)
+        monkeypatch.undo()
+    draws = [3 * (6 + 9)]  # draws for the three minibatches, and of those for the information
+    assert counts[1:] == 3 * [counts[1]] and counts[0] < counts[1] - draws[0], counts
+    assert alike(found[0], found[1]) and alike(found[2], found[3])
+    assert not alike(found[0], found[2])
+
+
+KEEPS = """
+import resource, torch
+from ppvae.nn import mlp
+from ppvae import VAE, FamilyGuide, evaluate, families, likelihoods
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+model = VAE(mlp(2, 500, out=500), latent=2, likelihood=likelihoods.Bernoulli())
+guide = FamilyGuide(model, families.mean_scale, encoder=torch.nn.Linear(500, 8))
+x = torch.zeros(200, 500)
+evaluate(model, guide, x, num_samples=400, progress=False)
+before = faults()
+evaluate(model, guide, x, num_samples=1000, progress=False)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
+def test_memory_of_a_run_is_there_for_the_next():
+    """25 runs make several tensors each of 4 million numbers, 3,906 pages of 4 kB.
+
+    Pages that the system clears anew for less than one of them are not those of every run. It is
+    asked in a process of its own, in which nothing else was freed before.
+    """
+    words = [sys.executable, "-W", "ignore", "-c", KEEPS]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 25 * 3906

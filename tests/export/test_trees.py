@@ -290,8 +290,8 @@ def test_discrete_sites_are_whole_numbers_where_none_is_missing():
     for missing in (False, True):
         x[0, 1] = math.nan if missing else 1.0
         tree = from_pyro_svi(model, guide, x, num_samples=2, batch_size=2)
-        assert tree.observed_data.x.dtype == (np.float64 if missing else np.int32)
-        assert tree.posterior_predictive.x.dtype == np.int32
+        assert tree.observed_data.x.dtype == (np.float64 if missing else np.int8)
+        assert tree.posterior_predictive.x.dtype == np.int8
         assert tree.posterior.z.dtype == tree.log_likelihood.x.dtype == np.float64
 
 
