@@ -54,6 +54,21 @@ def spell_sizes(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def copy_before_adding(graph: fx.Graph) -> None:
+    """Copies what `index_add` and `index_put` add to.
+
+    PyTorch's compiler gives wrong sums where that is one row in the place of many (`expand`).
+    """
+    aten = torch.ops.aten
+    for target in (aten.index_add.default, aten.index_put.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            like: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            with graph.inserting_before(node):
+                into = graph.call_function(aten.clone.default, node.args[:1], like)
+            into.meta["val"] = node.meta["val"]
+            node.update_arg(0, into)
+
+
 _FEW = 32  # columns, from which on a product is as fast as that of its transposed factors
 
 

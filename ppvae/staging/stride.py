@@ -18,7 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ppvae._scopes import random_state, unchecked, without_warnings
 from ppvae.staging.artifacts import Compiled, compiled
 from ppvae.staging.gradients import value_and_slopes
-from ppvae.staging.passes import drop_unused, is_random, spell_sizes, transpose_narrow
+from ppvae.staging.passes import (
+    copy_before_adding,
+    drop_unused,
+    is_random,
+    spell_sizes,
+    transpose_narrow,
+)
 from ppvae.staging.staged import Like, NotStageable, Staged, alike, one_line
 from ppvae.staging.vectorized import Slopes, of_sizes
 
@@ -334,6 +340,7 @@ class Stride:
         for part in graph.modules():
             if isinstance(part, fx.GraphModule):
                 spell_sizes(part.graph)
+                copy_before_adding(part.graph)
                 transpose_narrow(part.graph)
                 drop_unused(part.graph)
                 part.recompile()

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ppvae.staging.passes import drop_unused, spell_sizes
+from ppvae.staging.passes import copy_before_adding, drop_unused, spell_sizes
 from ppvae.staging.staged import Like, NotStageable, Staged
 
 # from leaves, state and data to the losses and their slopes at the leaves
@@ -66,6 +66,7 @@ def traced(slopes: Slopes, *arguments: list[Tensor], mode: Any) -> fx.GraphModul
     """The graph of a function of leaves, state and data."""
     graph = make_fx(slopes, tracing_mode=mode)(*arguments)
     spell_sizes(graph.graph)
+    copy_before_adding(graph.graph)
     drop_unused(graph.graph)
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # parameters may be parts of one tensor
@@ -148,7 +149,7 @@ def _product(
 ) -> Any:
     """A number that is `one` for `sizes` and `two` for `others`, as a product or a quotient."""
     if isinstance(one, (int, float)):
-        for several in range(1, len(sizes) + 1):
+        for several in range(1, max(2, len(sizes)) + 1):  # a square is one of two
             for names in itertools.combinations_with_replacement(sizes, several):
                 p, q = (math.prod(each[name] for name in names) for each in (sizes, others))
                 if one * q == two * p and (isinstance(one, float) or one % p == 0):

@@ -6,9 +6,11 @@ from pairs import build, data, made
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae import stage
+from ppvae._scopes import unchecked
 from ppvae.objectives import IWAE
 from ppvae.staging.noise import joint_noise
 from ppvae.staging.passes import transpose_narrow
+from ppvae.staging.vectorized import traced
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -27,6 +29,30 @@ def test_products_of_few_columns_are_worked_out_the_other_way_round(columns, bia
     turned = any("aten.t." in str(node.target) for node in graph.graph.nodes)
     assert len(products) == 1 and turned == (columns == 3)
     torch.testing.assert_close(graph(*given), product(*given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [3, 16, 40])
+def test_products_of_many_are_turned_round_as_those_of_one(columns):
+    given = torch.randn(4, 50, 20), torch.randn(4, 20, columns)
+    graph = make_fx(lambda x, weight: torch.bmm(x, weight).view(-1))(*given)
+    transpose_narrow(graph.graph)
+    graph.recompile()
+    turned = any("aten.permute." in str(node.target) for node in graph.graph.nodes)
+    assert turned == (columns == 3)
+    torch.testing.assert_close(graph(*given), torch.bmm(*given).view(-1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
+def test_sums_into_a_row_that_stands_for_many_are_compiled():
+    """As the gradient of `Permute` has them, for replicates: a bug of the compiler."""
+
+    def add(x):
+        return torch.zeros(4, 3).expand(2, 4, 3).index_add(2, torch.arange(2, -1, -1), x)
+
+    x = torch.randn(2, 4, 3)
+    graph = traced(add, x, mode="fake")
+    with unchecked():  # torch.compile switches validation off for good
+        torch.testing.assert_close(torch.compile(graph)(x), x.flip(2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

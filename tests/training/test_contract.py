@@ -106,6 +106,11 @@ def learned():
     return kinds.Normal(torch.ones(3), learned=True)
 
 
+def squared(model, guide, *args, size=None, step=0):
+    """A loss by which the graph of replicates is for one size of minibatch."""
+    return negative_elbo(model, guide, *args, size=size) * (1.0 + 0.5 ** len(args[0]))
+
+
 def convolved():
     """A convolution on either side."""
     decoder = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(-1, (2, 2)), nn.ConvTranspose1d(2, 1, 2))
@@ -140,6 +145,7 @@ WAYS: dict[str, Any] = {
     "modules in functions": (written, data, {}),
     "statistics": (lambda: build(encoder=Normed(dropout=False).eval()), data, {}),
     "loader": (build, loader, ALL),
+    "each size": (linear, data, {"objective": [squared, squared]}),
     "patience": (lambda: build(encoder=Normed()), data, PATIENCE),
     "patience, warm-up": (linear, data, {**PATIENCE, "objective": [ELBO(beta=warm_up(9)), ELBO()]}),
 }
@@ -187,6 +193,7 @@ COMPILED: dict[str, Any] = {
     "convolution": (convolved, lambda: data()[:, None], {}, "looped"),
     "flow": (lambda: linear("flow"), data, {}, "looped"),
     "IWAE": (linear, data, {"objective": [IWAE(3), IWAE(3)]}, "looped"),
+    "each size": (linear, data, {"objective": [squared, squared]}, "compiled"),
     "told rows": (*site("told rows")[:2], {}, "looped"),
     "regression": (*site("regression")[:2], {"batch_size": 2}, "looped"),
     "loader": (linear, loader, ALL, "looped"),
@@ -194,7 +201,8 @@ COMPILED: dict[str, Any] = {
 }
 
 #: those that take long to compile, or have most of others
-LATER = ["low_rank", "flow", "told rows", "regression", "loader", "all data"]
+LATER = ["low_rank", "flow", "IWAE", "patience", "each size", "told rows", "regression"]
+LATER += ["loader", "all data"]
 
 
 @pytest.mark.parametrize("name", [name for name in COMPILED if LONG or name not in LATER])
