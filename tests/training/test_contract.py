@@ -188,7 +188,7 @@ COMPILED: dict[str, Any] = {
     "weights of the rate": (build, data, {"objective": [0.5, 1.0, warm_up(5)]}, "looped"),
     "statistics, dropout, clip": (dropping, data, {"clip": 0.5}, "looped"),
     "patience": (dropping, data, PATIENCE, "looped"),
-    "in turn": (dropping, data, {"clip": 0.5, "objective": [ELBO(beta=0.5), ELBO()]}, "looped"),
+    "in turn": (build, data, {"clip": 0.5, "objective": [ELBO(beta=0.5), ELBO()]}, "looped"),
     "full_rank": (lambda: linear("full_rank"), data, {"optimizer": sgd}, "compiled"),
     "low_rank": (lambda: linear("low_rank"), data, {}, "looped"),
     "convolution": (convolved, lambda: data()[:, None], {}, "looped"),
