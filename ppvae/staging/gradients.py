@@ -83,13 +83,27 @@ class Gradients:
         self._functions[shapes] = function
         return function
 
-    @property
-    def of_any_size(self) -> fx.GraphModule:
-        """The graph for data of any size, not compiled; raises NotStageable if there is none."""
+    def of_any_size(self, count: int, state: list[Tensor], data: list[Tensor]) -> Slopes:
+        """The graph of some replicates for data of any size, not compiled.
+
+        Args:
+            count: how many they are.
+            state: that of all, or of more.
+            data: likewise.
+
+        Raises:
+            NotStageable: there is none.
+        """
         graph = self._functions.get(None)
         if not isinstance(graph, fx.GraphModule):
             raise NotStageable("the graph is for batches of one size only")
-        return graph
+        if count < len(state[0]):
+            some = [[value[:count] for value in values] for values in (state, data)]
+            leaves = [some[0][at] for at in self.trained]
+            with torch.no_grad(), unchecked(), without_warnings():
+                graph = self._of_any_size(leaves, *some)
+        function: Slopes = graph.forward
+        return function
 
     def _compiled(
         self, graph: Slopes, leaves: Any, state: Any, data: Any, *, dynamic: bool

@@ -7,7 +7,7 @@ all else in one call.
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +39,13 @@ class Replicas(NamedTuple):
     """Losses of the same make, which were staged as one.
 
     Attributes:
-        number: how many there are.
-        state: their parameters, buffers and constants, with a first dimension of replicates.
-        slopes: their losses and slopes, as `vectorized` gives them.
+        together: how many take a step side by side, of which the number of all is a multiple; the
+            others wait until these have taken their steps.
+        state: the parameters, buffers and constants of all, with a first dimension of replicates.
+        slopes: losses and slopes of so many together, as `vectorized` gives them.
     """
 
-    number: int
+    together: int
     state: list[Tensor]
     slopes: Slopes
 
@@ -138,7 +139,7 @@ class Stride:
     ) -> None:
         self.staged, self.kinds, self.trained = staged, list(kinds), staged.trained()
         self.clip, self.replicas = clip, replicas
-        self.lead = () if replicas is None else (replicas.number,)
+        self.lead = () if replicas is None else (replicas.together,)
         state = self.state()
         leaves = [state[at] for at in self.trained]
         if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1:
@@ -150,7 +151,7 @@ class Stride:
         if any(map(is_random, staged.rest.graph.nodes)):
             raise NotStageable("the loss draws random numbers that depend on others")
         self.shapes = [leaf.shape for leaf in leaves]
-        self.sizes = [leaf.shape[len(self.lead) :].numel() for leaf in leaves]
+        self.sizes = [shape[len(self.lead) :].numel() for shape in self.shapes]
         alone = value_and_slopes(staged, self.trained)
         self._slopes = alone if replicas is None else replicas.slopes
         self.buffers = self._written(example)
@@ -189,8 +190,8 @@ class Stride:
 
     def parts(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector that belong to each parameter."""
-        pieces = zip(vector.split(self.sizes, -1), self.shapes, strict=True)
-        return [piece.view(shape) for piece, shape in pieces]
+        pieces, depth = zip(vector.split(self.sizes, -1), self.shapes, strict=True), len(self.lead)
+        return [piece.view(*piece.shape[:depth], *shape[depth:]) for piece, shape in pieces]
 
     def __call__(self, moved: Moved, taken: Taken, steps: int) -> tuple[Tensor, Moved]:
         """Takes steps.
@@ -203,14 +204,41 @@ class Stride:
         Returns:
             The loss before each step, and what is moved, as it is after them.
         """
-        fixed = self.fixed_now()
-        head = torch.tensor(steps), taken.rates, taken.rows
-        inputs = [*head, *moved[:3], *moved.buffers, *fixed, *taken.data]
-        losses, values, mean, square, *buffers = self._run(inputs)
+        outcomes = []
+        for some, fixed, own in self._in_turn(moved, taken):
+            head = torch.tensor(steps), own.rates, own.rows
+            inputs = [*head, *some[:3], *some.buffers, *fixed, *own.data]
+            outcomes.append(self._run(inputs))
+        if len(outcomes) == 1:
+            losses, values, mean, square, *buffers = outcomes[0]
+        else:
+            each = [[outcome[0].T, *outcome[1:]] for outcome in outcomes]
+            turned, values, mean, square, *buffers = map(torch.cat, zip(*each, strict=True))
+            losses = turned.T
         return losses[:steps], Moved(values, mean, square, buffers)
 
+    def _in_turn(self, moved: Moved, taken: Taken) -> Iterator[tuple[Moved, list[Tensor], Taken]]:
+        """What is moved and what is not, and what for, of those that take steps together."""
+        fixed = self.fixed_now()
+        if not self.lead:
+            yield moved, fixed, taken
+            return
+        for start in range(0, len(moved.values), *self.lead):
+            some = slice(start, start + self.lead[0])
+            data = [
+                value[:, some].contiguous() if kind == STACKED else value
+                for value, kind in zip(taken.data, self.kinds, strict=True)
+            ]
+            buffers = [value[some] for value in moved.buffers]
+            yield (
+                Moved(moved.values[some], moved.mean[some], moved.square[some], buffers),
+                [value[some] for value in fixed],
+                Taken(taken.rates, taken.rows[:, some].contiguous(), data),
+            )
+
     def _flat(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat([part.detach().reshape(*self.lead, -1) for part in parts], -1)
+        depth = len(self.lead)
+        return torch.cat([part.detach().reshape(*part.shape[:depth], -1) for part in parts], -1)
 
     def _step(self, moved: Moved, rate: Tensor, fixed: Any, data: Any) -> tuple[Tensor, Moved]:
         """One step, in operations that a graph can hold."""
@@ -304,7 +332,8 @@ class Stride:
         graphs = [g for g in staged.rest.modules() if isinstance(g, fx.GraphModule)]
         held = [value for graph in graphs for value in (*graph.buffers(), *vars(graph).values())]
         held = [value for value in held if isinstance(value, Tensor)]
-        like = [f"{value.shape} {value.dtype}" for value in self.state()]
+        depth = len(self.lead)
+        like = [f"{value.shape[depth:]} {value.dtype}" for value in self.state()]
         like += [f"{value.dim()} {value.dtype}" for value in (example.rates, *example.data)]
         constants = [f"{value.shape} {value.dtype} {value.tolist()}" for value in held]
         # what a graph makes without a word of its dtype has the default one
@@ -313,8 +342,9 @@ class Stride:
 
     def _graph(self, example: Taken) -> tuple[fx.GraphModule, list[Tensor]]:
         """The graph of the loop, and inputs of sizes that nothing else has."""
-        moved, fixed = self.moved(None, None), self.fixed_now()
-        known = [*moved[:3], example.rates[0], *self.state(), *example.data]
+        moved, fixed, example = next(self._in_turn(self.moved(None, None), example))
+        known = [*moved[:3], example.rates[0], *moved.buffers, *fixed, *example.data]
+        known += self.parts(moved.values)
         taken = {size for value in known for size in value.shape}
         ours, names = self._sizes_of_minibatch(), self.staged.sizes
         free = (size for size in itertools.count(3) if size not in taken)
@@ -361,10 +391,10 @@ class Stride:
 
     def _agrees(self, example: Taken) -> bool:
         """Whether the compiled loop gives the numbers of its steps, and as many steps as told."""
-        start = self.moved(None, None)
+        start, fixed, example = next(self._in_turn(self.moved(None, None), example))
         once, twice = self(start, example, 1), self(start, example, 2)
         rate, data = example.rates[0], self._at(_FIRST, example)
-        loss, wanted = self._step(start, rate, self.fixed_now(), data)
+        loss, wanted = self._step(start, rate, fixed, data)
         length, root, *_, eps = rate
         got = once[1]
         values = start.values - length * got.mean / (got.square.sqrt() / root + eps)

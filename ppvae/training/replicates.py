@@ -87,8 +87,8 @@ def fit_replicates(
     trained in groups of equal make, one group after the other. Pairs of one make that cannot be
     trained in one program are trained one after the other, and a warning says why.
 
-    On one core of a CPU this saves what a step costs beside its products of matrices, which is most
-    of it for small networks and little for large ones; on several cores, and on a GPU, more.
+    On one core of a CPU this saves what a step costs beside its arithmetic, which is most of it for
+    small networks and nothing for large ones, which take their steps in turn.
 
     Args:
         pairs: models and their guides, of which none share parameters. Those of the same make are

@@ -18,6 +18,8 @@ from ppvae.training.streams import Stream
 from ppvae.training.strides import Strides
 from ppvae.training.task import Task
 
+_MOST = 2**18  # parameters that move side by side in a loop on a CPU
+
 
 class Stacked(Engine):
     """The engine for replicates, whose parameters, buffers and data have a dimension in common.
@@ -60,9 +62,10 @@ class Stacked(Engine):
         """What takes many steps at a call, where the losses are to run so and can."""
         if self.execution != "looped":
             return None
+        together = _together(len(self.tasks), self.parameters)
         try:
-            graph = self.gradients.of_any_size
-            replicas = Replicas(len(self.tasks), self.state, graph.forward)
+            slopes = self.gradients.of_any_size(together, self.state, _data(self))
+            replicas = Replicas(together, self.state, slopes)
             self._strides = StackedStrides(
                 self.tasks,
                 self.staged,
@@ -201,14 +204,27 @@ def _check(number: int, staged: Staged, program: Program, example: tuple[Any, ..
 
 def _try(engine: Stacked) -> None:
     """Makes the graph of a step, without taking it; raises if there is none."""
+    try:
+        engine.gradients.make(engine.state, _data(engine))
+    except Exception as error:  # whatever `torch.vmap` may not know
+        raise NotStageable(f"pairs: cannot be stacked: {one_line(error)}") from error
+
+
+def _data(engine: Stacked) -> list[Tensor]:
+    """What a step is computed from, on first minibatches and numbers that nothing else sees."""
     with random_state(None, keep=True):
-        data = _stacked(
+        return _stacked(
             [engine.staged.data(engine.batches.example(), p.settings(0)) for p in engine.programs]
         )
-        try:
-            engine.gradients.make(engine.state, data)
-        except Exception as error:  # whatever `torch.vmap` may not know
-            raise NotStageable(f"pairs: cannot be stacked: {one_line(error)}") from error
+
+
+def _together(count: int, parameters: Sequence[Tensor]) -> int:
+    """How many replicates take a step side by side: those whose parameters stay in the cache.
+
+    More of them wait for each other's memory, and take longer than one after the other.
+    """
+    numbers = sum(parameter[0].numel() for parameter in parameters)
+    return max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k * numbers < _MOST))
 
 
 def _stacked(drawn: Sequence[list[Tensor]]) -> list[Tensor]:

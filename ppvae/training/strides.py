@@ -225,7 +225,7 @@ class Strides:
             rows = torch.stack(minibatches)
             given = self._held
         else:
-            lead = () if self.replicas is None else (self.replicas.number,)
+            lead = () if self.replicas is None else self.replicas.state[0].shape[:1]
             sizes = steps, *lead, self.rows(minibatches[0])  # what the graph takes for the same
             rows, given = torch.zeros(sizes, dtype=torch.int64), self._in_columns(minibatches)
         joint = self._of(minibatches[0])[1]
