@@ -39,6 +39,11 @@ class There(Tensor):
     def tolist(self) -> Any:
         return self.here.tolist()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError(f"no array is made of a tensor on {self.device}")
+        return self.here.numpy()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -56,8 +61,9 @@ class _Told(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is Tensor.__getitem__:
-            return func(args[0], tree_map(_as_index, args[1], is_leaf=_is_list))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = tree_map(_as_index, args[1], is_leaf=_is_list)
+            return func(args[0], index, *args[2:])
         if func not in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             return func(*args, **kwargs)
         first = args[0]

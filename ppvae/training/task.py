@@ -206,7 +206,8 @@ def task_of(
             many as the data plate has.
     """
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
-    near = next((p for module in modules for p in module.parameters()), None)
+    found = (p for module in modules for p in module.parameters())
+    near = next(found, next((t for t in batches.tensors if isinstance(t, Tensor)), None))
     if near is not None:
         batches.to(near.device)
     if batches.missing:
