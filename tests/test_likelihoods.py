@@ -165,6 +165,12 @@ def test_bits_in_other_shapes_and_in_half_precision():
         assert torch.allclose(masked, (plain.log_prob(value) * seen).sum(-1), **rounding)
         more = fn.to_event(1).expand((3, 4)).log_prob(value)
         assert more.shape == (3, 4) and torch.equal(more[0], more[2])
+        grey = torch.rand(4, 300)  # as one trains on, without checks: the cross-entropy
+        with pytest.raises(ValueError, match="within the support"):
+            fn.to_event(1).log_prob(grey)
+        fn._validate_args = plain._validate_args = False
+        mine, other = fn.to_event(1).log_prob(grey), plain.to_event(1).log_prob(grey)
+        assert torch.allclose(mine, other, **rounding)
         half = likelihoods.Bernoulli()(logits.half()).to_event(1).log_prob(value.half())
         assert torch.allclose(half.double(), plain.log_prob(value).sum(-1), rtol=1e-2)
 

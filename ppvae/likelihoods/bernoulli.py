@@ -6,11 +6,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from ppvae.likelihoods.base import Likelihood, seen, taken
 
-_LINEAR = 80.0  # log(1 + exp(s)) is s there in every precision, and exp(s) is a number
 _FACTORS = 100  # numbers from 1/2 to 1, whose product is a number in single precision
 _CACHED = 2**18  # numbers that stay in the cache of a core from one operation to the next
 
@@ -29,11 +27,7 @@ class Bernoulli(Likelihood):
 
 
 class _Bits(dist.Bernoulli):  # type: ignore[misc]
-    """A Bernoulli distribution whose density goes over memory fewer times than Pyro's."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """-log(1 + exp(s)) of the logits s, with their sign turned where there is a one."""
-        return -softplus(self.logits * (1 - 2 * value), threshold=_LINEAR)
+    """A Bernoulli distribution whose events have a density that is soon worked out."""
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.Distribution:
         """Independent elements as one event."""
@@ -50,22 +44,26 @@ class _Independent(dist.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density of the event, draw by draw where they are many numbers."""
-        logits, events = self.base_dist.logits, self.reinterpreted_batch_ndims
+        bits, events = self.base_dist, self.reinterpreted_batch_ndims
+        logits = bits.logits
         able = logits.device.type == "cpu" and torch.finfo(logits.dtype).bits >= 32
         if torch.is_grad_enabled() or not able or not 0 < events <= value.dim() <= logits.dim():
             return super().log_prob(value)
+        if bits._validate_args:
+            bits._validate_sample(value)
         if value.dim() == logits.dim() or logits.numel() < _CACHED:
             return _log_prob(logits, value, events)
         return torch.stack([_log_prob(each, value, events) for each in logits])
 
 
 def _log_prob(logits: Tensor, value: Tensor, events: int) -> Tensor:
-    """The log density of bits, summed over so many dims on the right.
+    """The log density of bits x with logits l, summed over so many dims on the right.
 
-    With s as above, log(1 + exp(s)) = max(s, 0) - log(sigmoid(|s|)); and many of these logarithms
+    It is x l - log(1 + exp(l)) = x l - max(l, 0) + log(sigmoid(|l|)), and many of these logarithms
     are the one of a product.
     """
-    turned = logits * (1 - 2 * value)
-    products = turned.abs().sigmoid_().flatten(-events).split(_FACTORS, -1)
+    logits, value = torch.broadcast_tensors(logits, value)
+    products = logits.abs().sigmoid_().flatten(-events).split(_FACTORS, -1)
     logs = torch.stack([each.prod(-1).log() for each in products]).sum(0)
-    return logs - turned.relu_().flatten(-events).sum(-1)
+    lines = logits.relu().addcmul_(logits, value, value=-1)
+    return logs - lines.flatten(-events).sum(-1)
