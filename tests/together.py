@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import ppvae.training.single as engine
 from ppvae import FamilyGuide, families, fit
 from ppvae.nn import mlp
-from ppvae.objectives import ELBO, IWAE, warm_up
+from ppvae.objectives import ELBO, IWAE, negative_elbo, trace_pair, warm_up
 from ppvae.regression import LinearRegression
 from ppvae.training import apart
 
@@ -68,6 +68,43 @@ def regression():
 def dropout():
     encoder = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.4), nn.Tanh())
     return *build(encoder=encoder), data(25), {"compile": False}
+
+
+class Noisy(nn.Module):
+    """An encoder with something of its own, beside or behind a layer."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.first, self.last, self.noise = nn.Linear(3, 4), nn.Linear(4, 4), noise
+        self.codes = nn.Embedding(9, 4, sparse=True)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.noise == "moves a buffer" and self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.1)
+        codes = self.codes((3 * x[:, 0]).long().clamp(0, 8)) if self.noise == "sparse" else 0.0
+        x = self.first(x) + codes
+        if self.noise == "columns":  # which lie in memory one after the other
+            x = nn.functional.dropout(x.T.contiguous().T, 0.4) + torch.randn_like(x.T).T
+        if self.noise == "permuted":
+            torch.randperm(len(x))
+        return self.last(x)
+
+
+def encoded(make, *args, **told):
+    return lambda: (*build(encoder=make(*args)), data(25), {"compile": False, **told})
+
+
+def matched(since):
+    """A loss that looks, from a step on, at all the data of a minibatch: a little."""
+
+    def objective(model, guide, *args, size=None, step=0):
+        loss = negative_elbo(model, guide, *args, size=size)
+        z = trace_pair(model, guide, *args)[1].nodes["z"]["value"]
+        return loss + (1e-4 * z.mean(0).square().sum() if since <= step < 100 else 0.0)
+
+    return objective
 
 
 def normed():
@@ -129,13 +166,21 @@ WAYS: dict[str, Any] = {
     "dropout": dropout,
     "loader": loader,
     "rows by keyword": beside,
+    "columns": encoded(Noisy, "columns"),
+    "sparse": encoded(Noisy, "sparse", optimizer=lambda p, lr: torch.optim.SGD(p, lr)),
     "mixed": mixed,
     "regression by minibatches": regression,
     **{name: case(name) for name in cases()},
     "normed": normed,
+    "moves a buffer": encoded(Noisy, "moves a buffer"),
+    "permuted": encoded(Noisy, "permuted"),
+    "matched": family("mean_scale", objective=matched(0)),
+    "matched later": family("mean_scale", objective=matched(4)),
     "compiled": lambda: (*linear(), data(25), {"compile": True}),
 }
-WHOLE = {"own rows", "normed", "free bits"}  # which cannot be divided
+WHOLE = {  # which cannot be divided
+    "own rows", "normed", "free bits", "moves a buffer", "permuted", "matched", "matched later",
+}  # fmt: skip
 
 
 def train(name, **more):

@@ -37,7 +37,8 @@ def test_processes_train_as_one_does(count, names, tmp_path):
             assert each[name][0]["execution"] == alone[0]["execution"].replace("looped", "compiled")
             assert same(each[name][1], found[0][name][1])  # bit for bit
             so = [line for line in each[name][2] if line.startswith("fit: each of")]
-            assert bool(so) == (name in WHOLE), (name, so)
+            whole = name in WHOLE or (count, name) == (4, "one or two rows")  # of four processes
+            assert bool(so) == whole, (name, so)
             assert all(f"of {count} processes computes all" in s and TROUBLE in s for s in so)
 
 
