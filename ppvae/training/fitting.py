@@ -23,7 +23,7 @@ from ppvae.training.identity import data_in_words, in_words, parts_of
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
-from ppvae.training.processes import Processes, processes
+from ppvae.training.processes import Processes, processes, together
 from ppvae.training.result import Fit
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
@@ -37,6 +37,7 @@ _FEWEST = 200  # ... so many epochs at least
 
 
 @exclusive
+@together
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
