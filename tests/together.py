@@ -15,10 +15,10 @@ import torch.distributed as group
 from cases import cases
 from pairs import KINDS, Normed, build, data, linear, values
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import ppvae.training.single as engine
-from ppvae import FamilyGuide, families, fit
+from ppvae import FamilyGuide, compare_families, families, fit
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO, IWAE, negative_elbo, trace_pair, warm_up
 from ppvae.regression import LinearRegression
@@ -277,6 +277,43 @@ def cut_twice(rank):
     fit(model, guide, loader, **{**TOLD, "batch_size": None})
 
 
+class Own(IterableDataset):
+    """Data of which each process has others."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        return iter(data(25) + self.rank)
+
+
+def own_shards(rank):
+    model, guide = build()
+    fit(model, guide, Own(rank), size=25, **TOLD)
+
+
+def one_fails(rank):
+    """The callback of one process raises an error, from which its program goes on."""
+
+    def callback(row):
+        if rank == 1 and row["epoch"] == 1:
+            raise LookupError("mine")
+
+    return train("mean_scale", callback=callback)
+
+
+def one_refuses(rank):
+    return train("mean_scale", num_epochs=1 - rank)
+
+
+def one_compares(rank):
+    """The first process alone does what trains within."""
+    if rank == 0:
+        told = {"num_epochs": 1, "num_samples": 2, "num_seeds": 2, "progress": False}
+        both, x = ["mean_only", "mean_scale"], data(9)
+        compare_families(lambda: (build()[0], mlp(3, 4)), both, x, x, **told)
+
+
 def other_start(rank):
     torch.manual_seed(rank)
     model, guide = build()
@@ -302,6 +339,10 @@ PROGRAMS = {
     "cut_twice": cut_twice,
     "dies": dies,
     "no_checkpoint": no_checkpoint,
+    "own_shards": own_shards,
+    "one_compares": one_compares,
+    "one_fails": one_fails,
+    "one_refuses": one_refuses,
     "on_their_own": on_their_own,
     "one_stops": one_stops,
     "other_data": other_data,
