@@ -107,6 +107,12 @@ def matched(since):
     return objective
 
 
+def scaled():
+    """A model in a handler of Pyro's, whose words would tell where in memory it is."""
+    model, guide = build()
+    return pyro.poutine.scale(model, 0.3), guide, data(25), {"compile": False}
+
+
 def normed():
     return *build(encoder=Normed(dropout=False)), data(26), {"compile": False}
 
@@ -169,6 +175,7 @@ WAYS: dict[str, Any] = {
     "columns": encoded(Noisy, "columns"),
     "sparse": encoded(Noisy, "sparse", optimizer=lambda p, lr: torch.optim.SGD(p, lr)),
     "mixed": mixed,
+    "scaled": scaled,
     "regression by minibatches": regression,
     **{name: case(name) for name in cases()},
     "normed": normed,

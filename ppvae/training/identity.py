@@ -55,7 +55,9 @@ def in_words(value: Any) -> str:
     if isinstance(value, PyroOptim):
         return f"{in_words(value.pt_optim_constructor)}({value.pt_optim_args})"
     if isinstance(value, functools.partial):
-        return f"partial({in_words(value.func)}, {value.args}, {value.keywords})"
+        named = sorted(value.keywords.items())
+        parts = [in_words(value.func), *map(in_words, value.args)]
+        return f"partial({', '.join([*parts, *(f'{k}={in_words(v)}' for k, v in named)])})"
     if inspect.isroutine(value) or inspect.isclass(value):
         return value.__qualname__
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
