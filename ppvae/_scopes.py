@@ -159,16 +159,18 @@ def train_mode(*programs: Any) -> AbstractContextManager[Any]:
 
 @contextmanager
 def kept_buffers(*programs: Any) -> Iterator[None]:
-    """Puts back the buffers of those programs that are modules, which a call may move."""
-    modules = [program for program in programs if isinstance(program, nn.Module)]
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
+    """Puts back the buffers of those programs that are modules: a call may move or replace them."""
+    modules = [part for each in programs if isinstance(each, nn.Module) for part in each.modules()]
+    homes = [(part._buffers, name, b) for part in modules for name, b in part._buffers.items()]
+    before = [None if buffer is None else buffer.clone() for *_, buffer in homes]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                if not torch.equal(buffer, value):  # one that was expanded cannot be written to
+            for (home, name, buffer), value in zip(homes, before, strict=True):
+                home[name] = buffer
+                # one that was expanded cannot be written to
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

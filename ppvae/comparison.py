@@ -34,6 +34,7 @@ from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import opened
 from ppvae.training.course import last_fall
 from ppvae.training.fitting import fit
+from ppvae.training.processes import apart
 from ppvae.training.verdict import NarrowFamily
 
 _MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]
@@ -296,7 +297,7 @@ def _run(
     model: Any, guide: Any, train: Any, test: Any, seed: int, num_samples: int, options: Any
 ) -> xr.Dataset:
     """Trains and measures one guide."""
-    with warnings.catch_warnings():
+    with apart(), warnings.catch_warnings():
         warnings.simplefilter("ignore", NarrowFamily)  # the gain says by how much
         fitted = fit(model, guide, train, seed=seed, progress=False, **options)
     if fitted.interrupted:  # half a training is no ground for a comparison

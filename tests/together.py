@@ -15,12 +15,12 @@ import torch.distributed as group
 from cases import cases
 from pairs import KINDS, Normed, build, data, linear, values
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import ppvae.training.single as engine
-from ppvae import FamilyGuide, families, fit
+from ppvae import FamilyGuide, compare_families, families, fit
 from ppvae.nn import mlp
-from ppvae.objectives import ELBO, IWAE, warm_up
+from ppvae.objectives import ELBO, IWAE, negative_elbo, trace_pair, warm_up
 from ppvae.regression import LinearRegression
 from ppvae.training import apart
 
@@ -68,6 +68,49 @@ def regression():
 def dropout():
     encoder = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.4), nn.Tanh())
     return *build(encoder=encoder), data(25), {"compile": False}
+
+
+class Noisy(nn.Module):
+    """An encoder with something of its own, beside or behind a layer."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.first, self.last, self.noise = nn.Linear(3, 4), nn.Linear(4, 4), noise
+        self.codes = nn.Embedding(9, 4, sparse=True)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.noise == "moves a buffer" and self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.1)
+        codes = self.codes((3 * x[:, 0]).long().clamp(0, 8)) if self.noise == "sparse" else 0.0
+        x = self.first(x) + codes
+        if self.noise == "columns":  # which lie in memory one after the other
+            x = nn.functional.dropout(x.T.contiguous().T, 0.4) + torch.randn_like(x.T).T
+        if self.noise == "permuted":
+            torch.randperm(len(x))
+        return self.last(x)
+
+
+def encoded(make, *args, **told):
+    return lambda: (*build(encoder=make(*args)), data(25), {"compile": False, **told})
+
+
+def matched(since):
+    """A loss that looks, from a step on, at all the data of a minibatch: a little."""
+
+    def objective(model, guide, *args, size=None, step=0):
+        loss = negative_elbo(model, guide, *args, size=size)
+        z = trace_pair(model, guide, *args)[1].nodes["z"]["value"]
+        return loss + (1e-4 * z.mean(0).square().sum() if since <= step < 100 else 0.0)
+
+    return objective
+
+
+def scaled():
+    """A model in a handler of Pyro's, whose words would tell where in memory it is."""
+    model, guide = build()
+    return pyro.poutine.scale(model, 0.3), guide, data(25), {"compile": False}
 
 
 def normed():
@@ -129,13 +172,22 @@ WAYS: dict[str, Any] = {
     "dropout": dropout,
     "loader": loader,
     "rows by keyword": beside,
+    "columns": encoded(Noisy, "columns"),
+    "sparse": encoded(Noisy, "sparse", optimizer=lambda p, lr: torch.optim.SGD(p, lr)),
     "mixed": mixed,
+    "scaled": scaled,
     "regression by minibatches": regression,
     **{name: case(name) for name in cases()},
     "normed": normed,
+    "moves a buffer": encoded(Noisy, "moves a buffer"),
+    "permuted": encoded(Noisy, "permuted"),
+    "matched": family("mean_scale", objective=matched(0)),
+    "matched later": family("mean_scale", objective=matched(4)),
     "compiled": lambda: (*linear(), data(25), {"compile": True}),
 }
-WHOLE = {"own rows", "normed", "free bits"}  # which cannot be divided
+WHOLE = {  # which cannot be divided
+    "own rows", "normed", "free bits", "moves a buffer", "permuted", "matched", "matched later",
+}  # fmt: skip
 
 
 def train(name, **more):
@@ -232,6 +284,43 @@ def cut_twice(rank):
     fit(model, guide, loader, **{**TOLD, "batch_size": None})
 
 
+class Own(IterableDataset):
+    """Data of which each process has others."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        return iter(data(25) + self.rank)
+
+
+def own_shards(rank):
+    model, guide = build()
+    fit(model, guide, Own(rank), size=25, **TOLD)
+
+
+def one_fails(rank):
+    """The callback of one process raises an error, from which its program goes on."""
+
+    def callback(row):
+        if rank == 1 and row["epoch"] == 1:
+            raise LookupError("mine")
+
+    return train("mean_scale", callback=callback)
+
+
+def one_refuses(rank):
+    return train("mean_scale", num_epochs=1 - rank)
+
+
+def one_compares(rank):
+    """The first process alone does what trains within."""
+    if rank == 0:
+        told = {"num_epochs": 1, "num_samples": 2, "num_seeds": 2, "progress": False}
+        both, x = ["mean_only", "mean_scale"], data(9)
+        compare_families(lambda: (build()[0], mlp(3, 4)), both, x, x, **told)
+
+
 def other_start(rank):
     torch.manual_seed(rank)
     model, guide = build()
@@ -257,6 +346,10 @@ PROGRAMS = {
     "cut_twice": cut_twice,
     "dies": dies,
     "no_checkpoint": no_checkpoint,
+    "own_shards": own_shards,
+    "one_compares": one_compares,
+    "one_fails": one_fails,
+    "one_refuses": one_refuses,
     "on_their_own": on_their_own,
     "one_stops": one_stops,
     "other_data": other_data,

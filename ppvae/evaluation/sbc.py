@@ -27,6 +27,7 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import counts, data_plate, is_inside, prototype, summed_nodes
 from ppvae.programs.runs import Args, draw_runs, is_vectorized, minibatches, run_trace, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
+from ppvae.training.processes import apart
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 Arrays = dict[str, np.ndarray]
@@ -241,7 +242,7 @@ def _simulated(plan: _Plan, args: Args, seed: int, refit_seed: int) -> Arrays:
     if isinstance(frozen, nn.Module):
         frozen.requires_grad_(requires_grad=False)
     with param_store(copies=True):
-        with random_state(refit_seed):
+        with apart(), random_state(refit_seed):
             plan.refit(frozen, trained, *simulation.args)
         return _measured(plan, trained, simulation)
 

@@ -19,11 +19,11 @@ from ppvae.programs.verdicts import remember
 from ppvae.training.at_once import fit_at_once
 from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending
-from ppvae.training.identity import data_in_words, in_words, parts_of
+from ppvae.training.identity import batch_in_words, data_in_words, in_words, parts_of
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
-from ppvae.training.processes import Processes, processes
+from ppvae.training.processes import Processes, processes, together
 from ppvae.training.result import Fit
 from ppvae.training.share import Share
 from ppvae.training.single import COMPILE, how_to_run, single
@@ -38,6 +38,7 @@ _FEWEST = 200  # ... so many epochs at least
 
 
 @exclusive
+@together
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -91,7 +92,7 @@ def fit(
     from which any number of them goes on. Where the loss of a minibatch is not the mean of those of
     its parts (batch normalisation, free bits), each process computes all of it, and a warning says
     so. Global latents that are fitted at once are so by each. Inside of `ppvae.training.apart()` a
-    process is on its own.
+    process is on its own, as it is in all other functions of this library.
 
     **Ctrl-C** ends the training after its step (or after those of a tenth of a second, where many
     are taken by one call): `fit` returns what was trained, and `Fit.interrupted` says so; a second
@@ -134,7 +135,8 @@ def fit(
             scalar in nats per datum.
             With any but the default, `losses` and `validation_losses` are its values, and not those
             of the negative ELBO.
-        seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream.
+        seed: seeds minibatches and draws, without a trace outside; None uses the caller's stream
+            (in several processes, a seed that the first one draws from its own).
         validation: data of the same kind, evaluated after each epoch.
         patience: stop after this many epochs without a lower validation loss, and go back to the
             parameters and buffers of the best epoch. While the objective moves, as in a warm-up,
@@ -179,8 +181,8 @@ def fit(
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
             argument is out of its range; the model observes nothing, or the guide does not fit it;
             or the checkpoint is that of another training.
-        ConnectionError: another process of the group has ended, or does not call `fit`; parameters
-            and buffers of at most ten steps before are in place.
+        ConnectionError: another process of the group has ended, raised an error, or does not call
+            `fit`; parameters and buffers of at most ten steps before are in place.
         RuntimeError: the processes of the group do not draw the same random numbers.
         Diverged: the loss became infinite or NaN. Its message names the number that overflowed and
             what to do; parameters and buffers of at most ten steps before are in place.
@@ -234,7 +236,9 @@ def fit(
             run = in_all_words(task, options, run)
         if others is not None:
             _check_whole(batches)
-            others.check_same({**run, "epochs": f"{most}", "checkpoint": f"{checkpoint}"})
+            run_here = {"epochs": f"{most}", "checkpoint": f"{checkpoint}"}
+            run_here["first minibatch"] = batch_in_words(task.example)
+            others.check_same(run | run_here)
             others.level([*task.program.parameters(), *task.program.buffers()])
         part = None if others is None or held_out is None else task.share(others, held_out)
         check_held_out(task, held_out, part)

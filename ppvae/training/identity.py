@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ def in_words(value: Any) -> str:
     if isinstance(value, PyroOptim):
         return f"{in_words(value.pt_optim_constructor)}({value.pt_optim_args})"
     if isinstance(value, functools.partial):
-        return f"partial({in_words(value.func)}, {value.args}, {value.keywords})"
+        named = sorted(value.keywords.items())
+        parts = [in_words(value.func), *map(in_words, value.args)]
+        return f"partial({', '.join([*parts, *(f'{k}={in_words(v)}' for k, v in named)])})"
     if inspect.isroutine(value) or inspect.isclass(value):
         return value.__qualname__
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
@@ -63,7 +65,6 @@ def in_words(value: Any) -> str:
 
 def data_in_words(batches: Batches) -> str:
     """Data in words: shapes and dtypes, and a digest of what is in them."""
-    digest = hashlib.blake2b(digest_size=8)
     tensors: list[Any] = [*batches.tensors, *(v for v in batches.extra if isinstance(v, Tensor))]
     others = [in_words(v) for v in batches.extra if not isinstance(v, Tensor)]
     if batches.loader is not None:
@@ -73,12 +74,23 @@ def data_in_words(batches: Batches) -> str:
             items = [dataset[at] for at in (0, len(dataset) - 1)]
             flat = [part for i in items for part in (i if isinstance(i, (tuple, list)) else (i,))]
             tensors += [torch.as_tensor(part) for part in flat]
+    kinds = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors]
+    return f"{batches.size} data, {', '.join([*kinds, *others])}, digest {_digest(tensors)}"
+
+
+def batch_in_words(batch: tuple[Any, ...]) -> str:
+    """A digest of a minibatch."""
+    return f"of digest {_digest([value for value in batch if isinstance(value, Tensor)])}"
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """A few letters that stand for what is in tensors."""
+    digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         every = -(-tensor.nbytes // _WHOLE) if tensor.dim() else 1
         rows = tensor[:: max(every, 1)] if tensor.dim() else tensor
         digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    kinds = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors]
-    return f"{batches.size} data, {', '.join([*kinds, *others])}, digest {digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def check_same(name: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppvae._scopes import random_state
+from ppvae._scopes import random_numbers, random_state
 
 _ATEN = torch.ops.aten
 _LIKE = ("rand_like", "randn_like", "randint_like")
@@ -50,6 +50,27 @@ class Part(NamedTuple):
         return slice(self.start, self.start + self.rows)
 
 
+class Draw(NamedTuple):
+    """How a draw for the whole minibatch was made.
+
+    Attributes:
+        dim: its dimension of data; None if it has none, and is the same for all data.
+        order: its dimensions as they follow each other in memory, in which numbers are drawn.
+    """
+
+    dim: int | None
+    order: tuple[int, ...]
+
+    def fits(self, shape: Sequence[int], rows: int) -> bool:
+        """Whether one of that shape may be the same draw for so many data."""
+        return len(shape) == len(self.order) and (self.dim is None or shape[self.dim] == rows)
+
+    def empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tensor of that shape, which lies in memory as the draw did."""
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return like.new_empty([shape[dim] for dim in self.order]).permute(back)
+
+
 class SharedDraws(TorchDispatchMode):
     """Inside, each draw that has a dimension of data is made for the whole minibatch, and cut.
 
@@ -57,7 +78,7 @@ class SharedDraws(TorchDispatchMode):
     all processes. What may not be random at all, as attention without dropout, is left to each.
 
     Args:
-        dims: for each draw its dimension of data, or None, as `dims_of_draws` finds them.
+        draws: those of the whole minibatch, as `draws_of` finds them.
         part: the rows that are at hand.
         gather: from the numbers for these rows and their dimension to those for the minibatch;
             without it such draws are no draws, but about their mean.
@@ -65,13 +86,23 @@ class SharedDraws(TorchDispatchMode):
 
     def __init__(
         self,
-        dims: Sequence[int | None],
+        draws: Sequence[Draw],
         part: Part,
         gather: Any = None,
     ) -> None:
         super().__init__()
-        self.dims, self.part, self.gather = dims, part, gather
+        self.draws, self.part, self.gather = draws, part, gather
         self._next = 0
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        """Leaves.
+
+        Raises:
+            RuntimeError: the draws were not those of the first minibatch.
+        """
+        super().__exit__(kind, *error)
+        if kind is None and self._next != len(self.draws):
+            raise RuntimeError(_others(f"{self._next} of {len(self.draws)}"))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -87,28 +118,31 @@ class SharedDraws(TorchDispatchMode):
         shape, of_numbers = _shape(func, args), func in _OF_NUMBERS
         if of_numbers and self.gather is None:
             return args[0].expand(shape).clone()
-        dim = self.dims[number] if number < len(self.dims) else -1
-        if dim is None:
+        draw = self.draws[number] if number < len(self.draws) else None
+        if draw is None or not draw.fits(shape, self.part.rows):
+            raise RuntimeError(_others(f"one of shape {tuple(shape)} as number {number}"))
+        if draw.dim is None:
             return func(*args, **kwargs)
-        if not (0 <= dim < len(shape) and shape[dim] == self.part.rows):
-            raise RuntimeError(
-                f"fit: expected the draws of the first minibatch, got one of shape {tuple(shape)} "
-                f"as number {number}"
-            )
+        whole = [*shape]
+        whole[draw.dim] = self.part.whole
         if of_numbers:
             numbers = (a.expand(shape) if isinstance(a, Tensor) else a for a in args)
-            whole = tuple(self.gather(a, dim) if isinstance(a, Tensor) else a for a in numbers)
+            told = [self._gathered(a, draw, whole) if isinstance(a, Tensor) else a for a in numbers]
+        elif (at := _size_at(func)) is not None:
+            told = [*args[:at], whole, *args[at + 1 :]]
         else:
-            shape[dim] = self.part.whole
-            whole = _shaped(func, args, shape)
-        own = func(*whole, **kwargs).narrow(dim, self.part.start, self.part.rows)
+            told = [draw.empty(args[0], whole), *args[1:]]
+        own = func(*told, **kwargs).narrow(draw.dim, self.part.start, self.part.rows)
         return args[0].copy_(own) if _writes(func) else own.contiguous()
 
+    def _gathered(self, numbers: Tensor, draw: Draw, shape: Sequence[int]) -> Tensor:
+        return draw.empty(numbers, shape).copy_(self.gather(numbers, draw.dim))
 
-def dims_of_draws(
+
+def draws_of(
     call: Callable[[Any], Any], whole: tuple[Any, int], part: tuple[Any, int]
-) -> list[int | None]:
-    """For each draw of a call its dimension of data, None where it has none.
+) -> list[Draw]:
+    """The draws of a call on a minibatch.
 
     Args:
         call: a function of a minibatch.
@@ -116,39 +150,55 @@ def dims_of_draws(
         part: a part of it, and its number of data, which is less.
 
     Raises:
-        Indivisible: the draws are not one for each datum.
+        Indivisible: they are not one for each datum, or the same for all.
     """
-    shapes = []
+    records = []
     for batch, _ in (whole, part):
         with random_state(None, keep=True), _Recorded() as recorded:
             call(batch)
-        shapes.append(recorded.shapes)
-    dims: list[int | None] = []
+        records.append(recorded)
+    shapes = [record.shapes for record in records]
+    draws: list[Draw] = []
     if len(shapes[0]) != len(shapes[1]):
         raise Indivisible("fewer data draw another number of times")
-    for one, other in zip(*shapes, strict=True):
+    for one, other, order in zip(*shapes, records[0].orders, strict=True):
         if len(one) != len(other):
             raise Indivisible(f"draws of shape {one} become {other} for fewer data")
         differ = [d for d, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
         if len(differ) > 1 or any((one[d], other[d]) != (whole[1], part[1]) for d in differ):
             raise Indivisible(f"draws of shape {one} are not one for each datum")
-        dims.append(differ[0] if differ else None)
-    return dims
+        draws.append(Draw(differ[0] if differ else None, order))
+    return draws
 
 
 class _Recorded(TorchDispatchMode):
-    """Notes the shapes of the draws that are made inside."""
+    """Notes the shapes of the draws that are made inside, and how they lie in memory.
+
+    Raises:
+        Indivisible: a draw for some data cannot be cut from one for more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
+        self.orders: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if _draws(func) and _is_divisible(func, args):
+        """Runs an operation."""
+        if not _draws(func):
+            return func(*args, **(kwargs or {}))
+        before = random_numbers()
+        made = func(*args, **(kwargs or {}))
+        if _is_divisible(func, args):
             self.shapes.append(tuple(_shape(func, args)))
-        return func(*args, **(kwargs or {}))
+            dims = range(made.dim())
+            self.orders.append(tuple(sorted(dims, key=made.stride, reverse=True)))
+        elif not all(map(torch.equal, before, random_numbers())):  # attention may draw nothing
+            name = func.overloadpacket.__name__
+            raise Indivisible(f"draws of {name} for some data are no part of those for more")
+        return made
 
 
 def _draws(func: Any) -> bool:
@@ -186,9 +236,8 @@ def _shape(func: Any, args: tuple[Any, ...]) -> list[int]:
     return [*torch.broadcast_shapes(*(arg.shape for arg in args if isinstance(arg, Tensor)))]
 
 
-def _shaped(func: Any, args: tuple[Any, ...], shape: list[int]) -> tuple[Any, ...]:
-    """The arguments for a draw of another shape."""
-    at = _size_at(func)
-    if at is None:
-        return args[0].new_empty(shape), *args[1:]
-    return *args[:at], shape, *args[at + 1 :]
+def _others(came: str) -> str:
+    return (
+        f"fit: expected the draws of the first minibatch in all processes, got {came}; an "
+        "objective that says why it is `indivisible` (see objectives.Objective) is computed by each"
+    )

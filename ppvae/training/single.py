@@ -93,10 +93,12 @@ class Single(Engine):
         if staged is None:
             return
         self.gradients = Gradients(staged, compiled=True)
-        with random_state(None, keep=True), self._part(task.example) as example:
-            fits = staged.covers(*example)
-            data = staged.data(example, task.program.settings(0)) if fits else []
-        if fits:  # made for the first minibatch, wherever training goes on
+        example, part = task.example, None if self.share is None else self.share.part(task.example)
+        if part is not None:
+            example = task.batches.rows_of(example, part.slice)
+        if staged.covers(*example):  # made for the first minibatch, wherever training goes on
+            with random_state(None, keep=True):
+                data = staged.data(example, task.program.settings(0))
             self.gradients.make(staged.state(), data)
         self.execution = self.gradients.execution
 
@@ -111,6 +113,8 @@ class Single(Engine):
 
     def losses(self, data: tuple[Any, ...], step: int) -> Tensor:
         """The loss in nats per datum; leaves the gradients in the parameters."""
+        if self.share is not None:
+            self.share.look(data, step)
         loss = self._loss(data, step).detach()
         if self.share is not None:
             processes, weight = self.share.processes, self.share.weight(data)
