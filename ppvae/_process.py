@@ -6,6 +6,8 @@ there were none, and whatever happens inside they are put back.
 
 Inside, the first Ctrl-C waits for the next safe point, between two runs of a program; a training
 ends its step and returns what it has. The second one raises at once.
+
+Where several processes train together, `apart` is for what one of them does alone.
 """
 
 import functools
@@ -14,6 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
@@ -45,6 +48,7 @@ class _State:
 
 
 _state = _State()
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
 os.register_at_fork(after_in_child=lambda: _state.__init__())  # type: ignore[misc]
 
 #: Handlers that change no number, outside of which a call may stand.
@@ -78,6 +82,27 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
             return result
 
     return call
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, `fit` trains in this process alone, and needs no other one, group or not.
+
+    Example:
+        >>> from ppvae.training import apart
+        >>> with apart():  # each process may train something else, or nothing at all
+        ...     pass
+    """
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def is_apart() -> bool:
+    """Whether this process is on its own, whatever group it is in."""
+    return _apart.get()
 
 
 def safe_point() -> None:

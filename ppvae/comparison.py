@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_count, check_label, check_number, check_seed, expect
-from ppvae._process import exclusive
+from ppvae._process import apart, exclusive
 from ppvae._scopes import private_modules, random_state
 from ppvae.data.adapters import as_tensors, items_of, schema_of
 from ppvae.evaluation.evaluation import evaluate
@@ -34,7 +34,6 @@ from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import opened
 from ppvae.training.course import last_fall
 from ppvae.training.fitting import fit
-from ppvae.training.processes import apart
 from ppvae.training.verdict import NarrowFamily
 
 _MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]

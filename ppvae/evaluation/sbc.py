@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae._checks import check_array, check_count, check_label, check_real, expect
-from ppvae._process import exclusive
+from ppvae._process import apart, exclusive
 from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
 from ppvae.data.adapters import form_of, prepared
 from ppvae.evaluation.ranks import ALPHA, coverage, uniformity, verdict
@@ -27,7 +27,6 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import counts, data_plate, is_inside, prototype, summed_nodes
 from ppvae.programs.runs import Args, draw_runs, is_vectorized, minibatches, run_trace, trace_pair
 from ppvae.programs.simulation import Simulation, simulate
-from ppvae.training.processes import apart
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 Arrays = dict[str, np.ndarray]

@@ -1,8 +1,8 @@
 """Training: moves the parameters of a model and its guide, and leaves all else as it was."""
 
+from ppvae._process import apart
 from ppvae.training.checkpoints import load_pair, save_pair
 from ppvae.training.fitting import fit
-from ppvae.training.processes import apart
 from ppvae.training.replicates import fit_replicates
 from ppvae.training.result import Fit
 from ppvae.training.snapshots import Diverged, Snapshot

@@ -17,30 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae._process import interrupted
+from ppvae._process import interrupted, is_apart
 
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_apart: ContextVar[bool] = ContextVar("apart", default=False)
 _now: ContextVar["Processes | None"] = ContextVar("processes", default=None)
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Inside, `fit` trains in this process alone, and needs no other one, group or not.
-
-    Example:
-        >>> from ppvae.training import apart
-        >>> with apart():  # each process may train something else, or nothing at all
-        ...     pass
-    """
-    token = _apart.set(True)
-    try:
-        yield
-    finally:
-        _apart.reset(token)
 
 
 class Processes:
@@ -183,7 +166,7 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        others = Processes() if grouped and not _apart.get() else None
+        others = Processes() if grouped and not is_apart() else None
         token = _now.set(others)
         try:
             return function(*args, **kwargs)

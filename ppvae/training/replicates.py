@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ppvae._checks import TROUBLE, check_count, check_seed, expect
 from ppvae._files import as_path
-from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
+from ppvae._process import answer_interrupt, apart, deferred_interrupts, exclusive
 from ppvae._scopes import (
     matmul_precision,
     private_modules,
@@ -46,7 +46,6 @@ from ppvae.training.identity import data_in_words, in_words
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
-from ppvae.training.processes import apart
 from ppvae.training.result import Fit
 from ppvae.training.single import how_to_run
 from ppvae.training.stacked import stacked
