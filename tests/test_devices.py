@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FAMILIES, LIKELIHOODS, PRIORS
+from cases import FAMILIES, LIKELIHOODS, LONG, PRIORS
 from devices import pretended, there
 
 import ppvae
@@ -149,7 +149,7 @@ def test_a_prior(kind, device, single):
     trained_and_measured(model, guide, device[0](x()))
 
 
-@pytest.mark.parametrize("family", [*families.LADDER, "big_flow"])
+@pytest.mark.parametrize("family", FAMILIES if LONG else ["deterministic", "student_t", "flow"])
 def test_a_family(family, device, single):
     model, guide = build(device[0], family)
     trained_and_measured(model, guide, device[0](x()))

@@ -25,7 +25,11 @@ from ppvae.nn import mlp
 
 #: what grows -> the values, and what all of its cases have
 CASES: dict[str, tuple[list[int], dict[str, int]]] = {
-    "processes": ([1, 2], {"rows": 8192, "width": 784, "hidden": 400, "latents": 20}),
+    # in the first steps several processes look whether they may share them
+    "processes": (
+        [1, 2],
+        {"rows": 8192, "width": 784, "hidden": 400, "latents": 20, "epochs": 15},
+    ),
     "rows": ([10**4, 10**5, 10**6, 10**7], {"width": 16, "hidden": 32, "latents": 4}),
     "latents": ([2, 8, 32, 128, 512], {"rows": 8192, "width": 64, "hidden": 256}),
     "sites": ([1, 5, 20, 50], {"rows": 8192, "width": 64, "hidden": 256, "latents": 2}),
@@ -41,8 +45,9 @@ def scaling(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for kind, (values, common) in CASES.items():
         found[kind] = {}
         for value in values[: 2 if args.quick else None]:
-            told = {"processes": 1, "sites": 1, "batch": BATCHES[kind], **common, kind: value}
-            told |= {"compile": not args.no_compile, "epochs": 3, "threads": args.threads}
+            told = {"processes": 1, "sites": 1, "batch": BATCHES[kind], "epochs": 3}
+            told |= {**common, kind: value}
+            told |= {"compile": not args.no_compile, "threads": args.threads}
             if kind == "processes":
                 told["threads"] = 1
             result = found[kind][str(value)] = run(told)

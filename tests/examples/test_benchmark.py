@@ -143,11 +143,11 @@ def test_processes_and_when_staging_has_paid(run, benchmark, monkeypatch):
 def test_scaling(run, benchmark, monkeypatch, tmp_path):
     """One case of each kind, in processes of their own; the memory is that of no file."""
     small = {"width": 4, "hidden": 4, "latents": 2, "batch": 8, "sites": 1, "rows": 100}
-    told = {kind: ([2], small) for kind in ("processes", "sites")}
-    monkeypatch.setattr(scaling, "CASES", {**told, "rows": ([300], small)})
+    told = {"processes": ([2], {**small, "sites": 2}), "rows": ([300], small)}
+    monkeypatch.setattr(scaling, "CASES", told)
     out, record = run("--tables", "scaling", "--plot", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
-    for kind, value in {"processes": "2", "sites": "2", "rows": "300"}.items():
+    for kind, value in {"processes": "2", "rows": "300"}.items():
         case = record["scaling"][kind][value]
         assert case["execution"] == "eager" and 0 <= case["memory"] < 200
         assert case["seconds"] > 0 and f"{kind} {value} " in out

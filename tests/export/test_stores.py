@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from cases import LONG
 
 from ppvae import VAE, FamilyGuide, from_pyro_svi, likelihoods
 from ppvae.export import pieces, stores
@@ -187,7 +188,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kilobytes, as Linux counts them")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS if LONG else KINDS[:1])
 def test_the_peak_of_memory_does_not_grow_with_the_draws(kind, tmp_path):
     """Two groups of 1,400 draws more of 78,400 numbers are 878 MB; here a quarter at most.
 
