@@ -148,15 +148,20 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     for axis, (kind, cases) in zip(axes, found.items(), strict=True):
         values = [int(value) for value in cases]
         seconds = [case["seconds"] for case in cases.values()]
-        axis.loglog(values, seconds, "o-", color="C0")
-        axis.loglog(values, growth(kind, values, seconds), ":", color="0.5")
+        axis.plot(values, seconds, "o-", color="C0")
+        axis.plot(values, growth(kind, values, seconds), ":", color="0.5")
         axis.set(xlabel=kind, ylabel="seconds per epoch")
+        if kind == "processes":
+            axis.set_ylim(0)
+        else:
+            axis.set(xscale="log", yscale="log")
         if kind == "rows":
             memory = axis.twinx()
-            memory.semilogx(values, [case["memory"] for case in cases.values()], "s--", color="C1")
+            memory.plot(values, [case["memory"] for case in cases.values()], "s--", color="C1")
             memory.set_ylabel("memory, MB (dashed)")
             memory.set_ylim(0)
-        axis.set_xticks(values, [format(value, ",") for value in values], rotation=30)
+        slant = 30 if kind == "rows" else 0
+        axis.set_xticks(values, [format(value, ",") for value in values], rotation=slant)
         axis.minorticks_off()
     figure.suptitle("One epoch, as one thing grows; dotted: in proportion, or its inverse")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kilobytes, as Linux counts them")
-@pytest.mark.parametrize("kind", KINDS if LONG else KINDS[:1])
+@pytest.mark.skipif(not LONG, reason="it draws for a quarter of a minute")
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_peak_of_memory_does_not_grow_with_the_draws(kind, tmp_path):
     """Two groups of 1,400 draws more of 78,400 numbers are 878 MB; here a quarter at most.
 
