@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,8 +93,17 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def differences(
+    here: Mapping[str, str], other: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """What two descriptions differ in, each with its name: as it is here, and in the other."""
+    for key in [*here, *(key for key in other if key not in here)]:
+        one, two = here.get(key, "nothing"), other.get(key, "nothing")
+        if one != two:
+            yield key, one, two
+
+
 def check_same(name: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Raises a ValueError that names the first thing in which two descriptions differ."""
-    for key in [*here, *(key for key in saved if key not in here)]:
-        was, now = saved.get(key, "nothing"), here.get(key, "nothing")
+    for key, now, was in differences(here, saved):
         expect(was == now, name, f"one of the same {key}, which is {now} here", was)

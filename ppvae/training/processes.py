@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae._process import interrupted, is_apart
+from ppvae.training.identity import differences
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -151,8 +152,7 @@ class Processes:
             call: what is trained, and how, in words.
         """
         for rank, other in enumerate(self.all_of(dict(call))):
-            for key in [*call, *(key for key in other if key not in call)]:
-                here, there = call.get(key, "nothing"), other.get(key, "nothing")
+            for key, here, there in differences(call, other):
                 wanted = f"the same {key} in all processes, which is {here} in process {self.rank}"
                 expect(here == there, "fit", wanted, f"{there} in process {rank}")
 

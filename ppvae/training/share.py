@@ -56,7 +56,12 @@ class Share:
             yield batch
             return
         with SharedDraws(self.draws, part, partial(self._gathered, part)):
-            yield self.batches.rows_of(batch, part.slice)
+            yield self.cut(batch)
+
+    def cut(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The part of a minibatch."""
+        part = self.part(batch)
+        return batch if part is None else self.batches.rows_of(batch, part.slice)
 
     def part(self, batch: tuple[Any, ...]) -> Part | None:
         """Which rows of a minibatch are this process's; None if all processes compute all."""
@@ -121,7 +126,7 @@ class Share:
         processes, all_rows = self.processes, Part(0, part.whole, part.whole)
         error, own, whole = "", _Outcome(), _Outcome()
         try:
-            fewer = self.batches.rows_of(batch, part.slice)
+            fewer = self.cut(batch)
             if first:
                 self.draws = self._draws(batch, fewer, part)
             for step in steps:

@@ -93,9 +93,7 @@ class Single(Engine):
         if staged is None:
             return
         self.gradients = Gradients(staged, compiled=True)
-        example, part = task.example, None if self.share is None else self.share.part(task.example)
-        if part is not None:
-            example = task.batches.rows_of(example, part.slice)
+        example = task.example if self.share is None else self.share.cut(task.example)
         if staged.covers(*example):  # made for the first minibatch, wherever training goes on
             with random_state(None, keep=True):
                 data = staged.data(example, task.program.settings(0))
@@ -126,13 +124,13 @@ class Single(Engine):
     def _loss(self, data: tuple[Any, ...], step: int) -> Tensor:
         """The loss of this process's share of a minibatch; leaves its gradients."""
         staged, gradients, inputs = self.staged, self.gradients, None
-        with self._part(data) as batch, unchecked():
-            if staged is None:
-                loss = self.task.program.loss(batch, step)
-            elif self._draws or not staged.covers(*batch):
-                loss = staged(*batch, step=step)
-            else:
+        with self._part(data) as batch:
+            if staged and not self._draws and staged.covers(*batch):
                 inputs = staged.data(batch, staged.program.settings(step))
+            else:
+                with unchecked():
+                    program = self.task.program
+                    loss = staged(*batch, step=step) if staged else program.loss(batch, step)
         if staged and inputs is not None:  # nothing is drawn any more
             state = staged.state()
             if gradients and self.execution == "compiled":

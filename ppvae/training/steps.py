@@ -31,7 +31,7 @@ class Engine(ABC):
         parameters: what the optimizer moves; the first dimension is that of replicates, if there
             are several.
         modules: what holds the buffers that a call moves.
-        execution: how it runs, "eager", "staged" or "compiled".
+        execution: how it runs, "eager", "staged", "compiled" or "looped".
     """
 
     tasks: Sequence[Task]
