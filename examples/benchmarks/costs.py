@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.loops import now
 from benchmarks.networks import BATCH
 from benchmarks.rows import COMPILED, EAGER, HAND, LOOPED, QUARTILES, STAGED, makers
+from benchmarks.scaling import memory
 
 PROGRAM = str(Path(__file__).parents[1] / "benchmark.py")
 
@@ -25,11 +26,8 @@ def peak() -> float:
     """The most memory so far in MB, of the GPU or else of this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():  # `ru_maxrss` would be that of the parent, where that is larger
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    most = memory("VmHWM")  # `ru_maxrss` would be that of the parent, where that is larger
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 if np.isnan(most) else most
 
 
 def child(size: str, x: Tensor, args: argparse.Namespace) -> dict[str, float]:

@@ -104,7 +104,7 @@ def child(told: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(told["threads"])
     x = np.load(told["data"], mmap_mode="r")
     seconds: list[float] = []
-    most, done = [own_memory()], threading.Event()
+    most, done = [memory()], threading.Event()
     watch = threading.Thread(target=watched, args=(most, done))
     before = most[0]
     watch.start()
@@ -127,16 +127,20 @@ def child(told: dict[str, Any]) -> dict[str, Any]:
     return values | {"execution": result.execution}
 
 
-def own_memory() -> float:
-    """Memory of this process in MB that is no copy of a file; NaN where the system does not say."""
+def memory(kind: str = "RssAnon") -> float:
+    """Memory of this process in MB, as Linux tells it; NaN elsewhere.
+
+    Args:
+        kind: "RssAnon", what is no copy of a file, or "VmHWM", the most that it ever had.
+    """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(n.split()[1]) / 1e3 for n in lines if n.startswith("RssAnon")), float("nan"))
+    return next((int(n.split()[1]) / 1e3 for n in lines if n.startswith(kind)), float("nan"))
 
 
 def watched(most: list[float], done: threading.Event) -> None:
     while not done.is_set():
-        most[0] = max(most[0], own_memory())
+        most[0] = max(most[0], memory())
         sleep(0.02)
 
 
@@ -156,10 +160,10 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         else:
             axis.set(xscale="log", yscale="log")
         if kind == "rows":
-            memory = axis.twinx()
-            memory.plot(values, [case["memory"] for case in cases.values()], "s--", color="C1")
-            memory.set_ylabel("memory, MB (dashed)")
-            memory.set_ylim(0)
+            held = axis.twinx()
+            held.plot(values, [case["memory"] for case in cases.values()], "s--", color="C1")
+            held.set_ylabel("memory, MB (dashed)")
+            held.set_ylim(0)
         slant = 30 if kind == "rows" else 0
         axis.set_xticks(values, [format(value, ",") for value in values], rotation=slant)
         axis.minorticks_off()
