@@ -147,6 +147,24 @@ class Combinations:
         return list(pieces(len(self.center), len(self.hyper.shares) * levels))
 
 
+def draw(
+    problem: Problem, hyper: HyperPosterior, size: int, generator: np.random.Generator
+) -> dict[str, Array]:
+    """Independent draws by name: `weight` (with the intercept), `noise` and `scale`.
+
+    These two also where they are known. Shapes `(size, columns)` and `(size,)`.
+    """
+    gaussian, logs = problem.gaussian, hyper.sample(size, generator)
+    means, variances = gaussian.coordinates(logs["noise"], logs["scale"])
+    inner = means + np.sqrt(variances) * generator.standard_normal(means.shape)
+    weight = gaussian.loc + inner @ gaussian.basis.T
+    if not gaussian.whole:
+        normals = generator.standard_normal((size, len(gaussian.prior.loc)))
+        sds = np.exp(gaussian.log_prior(logs["noise"], logs["scale"]))
+        weight = weight + sds[:, None] * gaussian.unseen_draws(normals)
+    return {"weight": weight, **{name: np.exp(values) for name, values in logs.items()}}
+
+
 def check_levels(q: ArrayLike) -> tuple[Array, bool]:
     """Probabilities, shape `(k,)`, and whether they are given as several.
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
+from ppvae.regression.combinations import Combinations
+from ppvae.regression.hyper import HyperPosterior, Problem
 from ppvae.regression.priors import Array, Unknown
-
-if TYPE_CHECKING:
-    from ppvae.regression.exact import ExactPosterior
 
 # A weight is so many prior sds from its prior mean, and evidence or density so many nats too low.
 _SDS, _NATS = 4.0, 8.0
 # A known noise is off by so much where the data contradict it, too.
 _TIMES = 2.0
-# So wide are the priors that are compared, in sds of the one that was given.
-_WIDER = np.linspace(0.0, 15.0, 151)
+# Logs of factors by which priors are wider.
+_WIDER = np.linspace(0.0, 15.0, 61)
 _SHOWN = 3
 
 
-def warn_of_conflict(posterior: ExactPosterior) -> None:
+def warn_of_conflict(problem: Problem, hyper: HyperPosterior, names: Sequence[str]) -> None:
     """Warns where the data contradict the priors.
 
     Weights are in conflict where one is several prior sds from its prior mean, or where wider
@@ -29,55 +28,73 @@ def warn_of_conflict(posterior: ExactPosterior) -> None:
     noise is in conflict where its prior density at the posterior mean is far below the highest, or
     where it is known and other values are far more probable.
     """
-    words = [*_of_weights(posterior), *_of_noise(posterior)]
+    words = [*_of_weights(problem, hyper, names), *_of_noise(problem, hyper)]
     if words:
         advice = 'standardise the data, add an intercept, or give scale="data" or a wider prior'
         told = f"prior and data disagree: {'; '.join(words)} ({advice})"
         warnings.warn(told, UserWarning, stacklevel=3)
 
 
-def _of_weights(posterior: ExactPosterior) -> list[str]:
-    problem, gaussian = posterior.problem, posterior.problem.gaussian
-    numbers = problem.numbers
+def _of_weights(problem: Problem, hyper: HyperPosterior, names: Sequence[str]) -> list[str]:
+    gaussian, numbers = problem.gaussian, problem.numbers
     if isinstance(numbers["scale"], Unknown) or not len(problem.weight.loc) or not gaussian.rows:
         return []
     first, words = gaussian.flat, []
-    logs, shares = posterior.hyper.log_numbers, posterior.hyper.shares
+    logs, shares = hyper.log_numbers, hyper.shares
     width = np.exp(shares @ gaussian.log_prior(logs["noise"], logs["scale"]))
-    middle = posterior.mean[first : len(gaussian.loc)]
+    middle = Combinations.of_weights(problem, hyper).mean[first:]
     away = (middle - problem.weight.loc) / (width * np.sqrt(problem.weight.variances))
     away = np.where(np.isfinite(away), away, 0.0)
     order = np.argsort(-np.abs(away))
     far = [int(j) for j in order if abs(away[j]) > _SDS]
     if far:
-        names = posterior.names[first:]
-        told = ", ".join(f"{names[j]} by {abs(away[j]):.1f}" for j in far[:_SHOWN])
+        told = ", ".join(f"{names[first + j]} by {abs(away[j]):.1f}" for j in far[:_SHOWN])
         more = f" and {len(far) - _SHOWN} more" if len(far) > _SHOWN else ""
         words.append(f"posterior means are prior sds away from the prior's: {told}{more}")
-    values = _profile(posterior, np.log(numbers["scale"]) + _WIDER)
-    best = int(np.argmax(values))
-    if values[best] - values[0] > _NATS:
-        times = np.exp(_WIDER[best])
-        gain = values[best] - values[0]
+    times, gain = _wider(problem, hyper, float(numbers["scale"]))
+    if gain > _NATS:
         words.append(f"weights {times:.2g} times as wide have {gain:.3g} nats more evidence")
     return words
 
 
-def _profile(posterior: ExactPosterior, log_scales: Array) -> Array:
-    """Log evidence at prior scales, at the known noise or at the best one for each."""
-    gaussian, noise = posterior.problem.gaussian, posterior.problem.numbers["noise"]
+def _wider(problem: Problem, hyper: HyperPosterior, scale: float) -> tuple[float, float]:
+    """The best factor above one of the prior sds, and the evidence gained by it, in nats.
+
+    Both with the noise that is known, or that suits each best.
+    """
+    gaussian, noise = problem.gaussian, problem.numbers["noise"]
+    start = np.log(scale)
     if not isinstance(noise, Unknown):
-        return gaussian.log_evidence(np.full(len(log_scales), np.log(noise)), log_scales)
-    center = float(posterior.hyper.shares @ posterior.hyper.log_numbers["noise"])
-    grid = np.linspace(-20.0, 20.0, 161)
-    values = np.empty((len(log_scales), len(grid)))
-    for row, log_scale in enumerate(log_scales):
-        values[row] = gaussian.log_evidence(center + grid, np.full(len(grid), log_scale))
-    return values.max(1)
+        values = gaussian.log_evidence(np.full(len(_WIDER), np.log(noise)), start + _WIDER)
+        best = int(np.argmax(values))
+        return float(np.exp(_WIDER[best])), float(values[best] - values[0])
+    log_noise, values = gaussian.best_noise(np.linspace(-35.0, 35.0, 281))
+    log_scales = gaussian.log_scale(log_noise, np.linspace(-35.0, 35.0, 281))
+    wider = np.flatnonzero(log_scales > start)
+    best = int(wider[np.argmax(values[wider])]) if len(wider) else 0
+    return float(np.exp(log_scales[best] - start)), float(
+        values[best] - _here(problem, hyper, start)
+    )
 
 
-def _of_noise(posterior: ExactPosterior) -> list[str]:
-    problem, hyper = posterior.problem, posterior.hyper
+def _here(problem: Problem, hyper: HyperPosterior, log_scale: float) -> float:
+    """The highest log evidence over the noise, at one prior scale."""
+    from scipy import optimize
+
+    center = float(hyper.shares @ hyper.log_numbers["noise"])
+    places = np.sort(np.append(hyper.log_numbers["noise"], center + np.linspace(-20.0, 20.0, 161)))
+
+    def log_evidence(log_noise: Array) -> Array:
+        return problem.gaussian.log_evidence(log_noise, np.full(len(log_noise), log_scale))
+
+    values = log_evidence(places)
+    best = int(np.argmax(values))
+    ends = places[max(best - 1, 0)], places[min(best + 1, len(places) - 1)]
+    top = optimize.minimize_scalar(lambda each: -log_evidence(np.array([each]))[0], bounds=ends)
+    return float(max(values[best], -top.fun))
+
+
+def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
     noise, gaussian = problem.numbers["noise"], problem.gaussian
     log_scale = hyper.shares @ hyper.log_numbers["scale"]
     if gaussian.rows <= gaussian.flat:
@@ -96,12 +113,13 @@ def _of_noise(posterior: ExactPosterior) -> list[str]:
         if below > _NATS:
             return [f"a noise near {at:.3g}, where its prior is {below:.3g} nats below its mode"]
         return []
-    grid = np.linspace(-20.0, 20.0, 801)
-    values = gaussian.log_evidence(np.log(noise) + grid, np.full(len(grid), log_scale))
+    # from a factor on, as of many data a known noise is always a little off
+    grid = np.linspace(np.log(_TIMES), 20.0, 161)
+    away = np.concatenate([[0.0], grid, -grid])
+    values = gaussian.log_evidence(np.log(noise) + away, np.full(len(away), log_scale))
     best = int(np.argmax(values))
-    gain = values[best] - values[len(grid) // 2]
-    if gain > _NATS and abs(grid[best]) > np.log(_TIMES):
-        return [f"a known noise of {noise:.3g}, where {noise * np.exp(grid[best]):.3g} is likely"]
+    if values[best] - values[0] > _NATS:
+        return [f"a known noise of {noise:.3g}, where {noise * np.exp(away[best]):.3g} is likely"]
     return []
 
 

@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 
 from ppvae._checks import check_array, check_count, check_flag, check_names, expect
 from ppvae.regression.arguments import problem_of
-from ppvae.regression.combinations import Combinations, check_levels, generator_of
+from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
 from ppvae.regression.conflict import warn_of_conflict
 from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
@@ -118,7 +118,7 @@ def exact_posterior(
     given = _of_other_data(weight, factor, scale) if isinstance(weight, ExactPosterior) else weight
     problem = problem_of(factor, given, 1.0 if per_row else noise, scale, intercept=intercept)
     posterior = ExactPosterior(problem, problem.integrate(), rows)
-    warn_of_conflict(posterior)
+    warn_of_conflict(problem, posterior.hyper, posterior.names)
     return posterior
 
 
@@ -333,7 +333,7 @@ class ExactPosterior:
         rows = read_block(X, None, self.problem.factor, **sides)
         plain = np.ones(len(rows)) if rows.sds is None else rows.sds
         start = np.zeros(len(rows)) if rows.offset is None else rows.offset
-        return Prediction(self, rows.X, start, plain)
+        return Prediction(self.problem, self.hyper, rows.X, start, plain)
 
     def update(
         self,
@@ -391,24 +391,8 @@ class ExactPosterior:
             warnings.warn("n: is now called num_samples", DeprecationWarning, stacklevel=2)
             num_samples = n
         size = check_count("num_samples", num_samples, 0)
-        drawn = self.drawn(size, generator_of(seed))
+        drawn = draw(self.problem, self.hyper, size, generator_of(seed))
         return np.column_stack([drawn["weight"], *(drawn[name] for name in self.problem.unknown)])
-
-    def drawn(self, num_samples: int, generator: np.random.Generator) -> dict[str, Array]:
-        """Independent draws by name: `weight` (with the intercept), `noise` and `scale`.
-
-        These two also where they are known. Shapes `(num_samples, columns)` and `(num_samples,)`.
-        """
-        gaussian, numbers = self.problem.gaussian, self.hyper.sample(num_samples, generator)
-        means, variances = gaussian.coordinates(numbers["noise"], numbers["scale"])
-        inner = means + np.sqrt(variances) * generator.standard_normal(means.shape)
-        weight = gaussian.loc + inner @ gaussian.basis.T
-        if not gaussian.whole:
-            normals = generator.standard_normal((num_samples, len(gaussian.prior.loc)))
-            away = gaussian.unseen_draws(normals)
-            sds = np.exp(gaussian.log_prior(numbers["noise"], numbers["scale"]))
-            weight = weight + sds[:, None] * away
-        return {"weight": weight, **{name: np.exp(logs) for name, logs in numbers.items()}}
 
     def loo(
         self,
@@ -496,7 +480,8 @@ class ExactPosterior:
 
         factor, first = self.problem.factor, int(self.problem.factor.intercept)
         generator = generator_of(seed)
-        drawn = self.drawn(check_count("num_samples", num_samples), generator)
+        size = check_count("num_samples", num_samples)
+        drawn = draw(self.problem, self.hyper, size, generator)
         count = factor.columns - first
         features = factor.names if features is None else check_names("features", features, count)
         weight = drawn["weight"]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ppvae._checks import check_array, check_count, check_share
-from ppvae.regression.combinations import Combinations, check_levels, generator_of
-from ppvae.regression.hyper import make_problem
+from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
+from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.priors import Array, Seed
-
-if TYPE_CHECKING:
-    from ppvae.regression.exact import ExactPosterior
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,13 +23,15 @@ class Prediction:
     `inf` for sds. `ExactPosterior.predict` makes it.
 
     Args:
-        posterior: of the weights, and of noise and scale where they are unknown.
+        problem: the data and the priors.
+        hyper: the posterior of noise and scale.
         rows: X with the column of ones, shape `(rows, columns)`.
         offset: of the linear predictor, shape `(rows,)`.
         noise: noise sds relative to that of a row of weight one, shape `(rows,)`.
     """
 
-    posterior: ExactPosterior
+    problem: Problem
+    hyper: HyperPosterior
     rows: Array
     offset: Array
     noise: Array
@@ -57,8 +55,7 @@ class Prediction:
 
     @cached_property
     def _noisy(self) -> Combinations:
-        problem, hyper = self.posterior.problem, self.posterior.hyper
-        made = Combinations.of_rows(problem, hyper, self.rows, self.noise)
+        made = Combinations.of_rows(self.problem, self.hyper, self.rows, self.noise)
         return replace(made, center=made.center + self.offset)
 
     @cached_property
@@ -145,12 +142,12 @@ class Prediction:
 
     def _with_datum(self, i: int, y: float) -> float:
         """The log density of one datum by the evidence that the data have with it."""
-        problem, hyper = self.posterior.problem, self.posterior.hyper
+        problem = self.problem
         row = np.append(self.rows[i], y - self.offset[i]) / self.noise[i]
         more = problem.factor.followed_by(row[None], np.log(self.noise[i]))
         return (
             make_problem(more, problem.weight, problem.numbers).integrate().log_total
-            - hyper.log_total
+            - self.hyper.log_total
         )
 
     def sample(self, num_samples: int, seed: Seed = None, *, line: bool = False) -> Array:
@@ -166,7 +163,7 @@ class Prediction:
         """
         generator = generator_of(seed)
         size = check_count("num_samples", num_samples, 0)
-        drawn = self.posterior.drawn(size, generator)
+        drawn = draw(self.problem, self.hyper, size, generator)
         lines = drawn["weight"] @ self.rows.T + self.offset
         if line:
             return lines

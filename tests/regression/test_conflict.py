@@ -70,6 +70,8 @@ def test_wide_priors_and_unknown_scales_are_no_conflict():
     for weight in (dist.Normal(0.0, 1e4), ConjugateNormal(0.0, 1e4), g_prior(X, 1e6)):
         assert words_of(X, y, weight=weight, noise=dist.HalfNormal(1e4)) == ""
     assert words_of(X, 100 * y, weight=UNIT, noise=None, scale=dist.HalfCauchy(1.0)) == ""
+    inverse = dist.LogNormal(0.0, 1.0)  # which keeps away from a noise of zero
+    assert "noise near" in words_of(X, 0 * y, weight=UNIT, noise=inverse)
     small = y / 1e3  # a noise that is small is what a half-normal expects, among others
     assert words_of(X, small, weight=UNIT, noise=dist.HalfNormal(1.0)) == ""
     assert words_of(X, small, weight=UNIT, noise=dist.HalfCauchy(1.0)) == ""
