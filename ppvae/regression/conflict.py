@@ -68,13 +68,18 @@ def _wider(problem: Problem, hyper: HyperPosterior, scale: float) -> tuple[float
         values = gaussian.log_evidence(np.full(len(_WIDER), np.log(noise)), start + _WIDER)
         best = int(np.argmax(values))
         return float(np.exp(_WIDER[best])), float(values[best] - values[0])
-    log_noise, values = gaussian.best_noise(np.linspace(-35.0, 35.0, 281))
-    log_scales = gaussian.log_scale(log_noise, np.linspace(-35.0, 35.0, 281))
-    wider = np.flatnonzero(log_scales > start)
-    best = int(wider[np.argmax(values[wider])]) if len(wider) else 0
-    return float(np.exp(log_scales[best] - start)), float(
-        values[best] - _here(problem, hyper, start)
-    )
+    if gaussian.rows <= gaussian.flat:
+        return 1.0, 0.0
+    ratios = np.linspace(-35.0, 35.0, 281)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of data that are zero
+        log_noise, values = gaussian.best_noise(ratios)
+        log_scales = gaussian.log_scale(log_noise, ratios)
+    wider = np.flatnonzero((log_scales > start) & np.isfinite(values))
+    if not len(wider):
+        return 1.0, 0.0
+    best = int(wider[np.argmax(values[wider])])
+    gain = values[best] - _here(problem, hyper, start)
+    return float(np.exp(log_scales[best] - start)), float(gain)
 
 
 def _here(problem: Problem, hyper: HyperPosterior, log_scale: float) -> float:
