@@ -160,13 +160,18 @@ class ExactPosterior:
 
     def __repr__(self) -> str:
         names, factor = self.names, self.problem.factor
+        evidence = (
+            f"{self.log_evidence:.4f} nats" if self.problem.proper else "undefined (flat prior)"
+        )
         head = f"ExactPosterior of {len(names)} numbers given {factor.rows} rows"
-        head += f", log evidence {self.log_evidence:.4f} nats"
+        head += f", log evidence {evidence}"
+        more = [f"R2 {self.r2:.4f}"] if self._fits else []
         few = factor.rows * len(self.hyper.shares) * factor.columns <= _QUICK
         if self.rows is not None and self.rows.counts is None and few and self._predicts:
-            head += f", {self.loo()!s}"
-        if self._fits:
-            head += f", R2 {self.r2:.4f}"
+            loo = self.loo()
+            error = f"(standard error {loo.standard_error:.4f})"
+            more.append(f"leave-one-out {loo.total:.4f} nats {error}")
+        head += f"\n{', '.join(more)}" if more else ""
         if len(names) > _PRINTED:
             return head
         low, high = self.quantile([0.05, 0.95])
