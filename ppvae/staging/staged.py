@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ppvae._checks import expect
+from ppvae._checks import check_real, expect
 from ppvae._process import exclusive
 from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
 from ppvae.data.adapters import has_missing
@@ -68,6 +68,7 @@ def stage(
             program.
 
     Raises:
+        TypeError: a tensor is sparse, nested, quantized, or on the device `meta`.
         NotStageable: the loss is no graph, or the graph does not give the loss of the program.
 
     Example:
@@ -80,6 +81,7 @@ def stage(
         torch.Size([])
     """
     model, guide, args = with_keywords(model, guide, args, kwargs)
+    _check_dense(args)
     if has_missing(args):
         model, guide = nan_masked(model), nan_masked(guide)
     program = program_of(model, guide, objective, args, size=size, plate=plate)
@@ -190,6 +192,9 @@ class Staged(nn.Module):
 
         Returns:
             A scalar in nats per datum.
+
+        Raises:
+            TypeError: a tensor is sparse, nested, quantized, or on the device `meta`.
         """
         if kwargs or self.names:
             fits = set(kwargs) == set(self.names)
@@ -197,6 +202,7 @@ class Staged(nn.Module):
             args = (*args, *(kwargs[name] for name in self.names))
         settings = self.program.settings(step)
         if not self.covers(*args):
+            _check_dense(args)
             return self.program(*args, *settings)
         return self.by_graph(args, settings)
 
@@ -279,6 +285,13 @@ class Staged(nn.Module):
             owner = program.get_submodule(path) if path else self  # which has the constants
             homes.append((getattr(owner, kind), name))
         return homes
+
+
+def _check_dense(args: tuple[Any, ...]) -> None:
+    """Raises a TypeError if a tensor among some arguments is not dense."""
+    for arg in args:
+        if isinstance(arg, Tensor) and not arg.is_complex():  # which a model may take
+            check_real("args", arg)
 
 
 def _taken_apart(program: Program, exported: Any, names: tuple[str, ...]) -> Staged:
@@ -367,6 +380,8 @@ def _fits(arg: Any, like: Any, sizes: dict[str, int]) -> bool:
     if not isinstance(arg, Tensor) or arg.dim() != len(like.shape):
         return False
     if arg.dtype != like.dtype or arg.device != like.device:
+        return False
+    if arg.layout != torch.strided or arg.is_nested:
         return False
     for size, known in zip(arg.shape, like.shape, strict=True):
         if isinstance(known, str):  # one datum is a case of its own: it broadcasts

@@ -191,7 +191,7 @@ class Stride:
     def parts(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector that belong to each parameter."""
         pieces, depth = zip(vector.split(self.sizes, -1), self.shapes, strict=True), len(self.lead)
-        return [piece.view(*piece.shape[:depth], *shape[depth:]) for piece, shape in pieces]
+        return [piece.view(piece.shape[:depth] + shape[depth:]) for piece, shape in pieces]
 
     def __call__(self, moved: Moved, taken: Taken, steps: int) -> tuple[Tensor, Moved]:
         """Takes steps.

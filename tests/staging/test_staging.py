@@ -291,6 +291,27 @@ def test_arguments_of_every_sort_by_place_and_by_keyword():
         by_name(x, z=y)
 
 
+#: words -> from good data to a tensor that is not dense
+NOT_DENSE = {
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([*x]),
+    "on meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("words", NOT_DENSE)
+def test_a_tensor_that_is_not_dense_is_refused(words):
+    """By `stage` and by what it makes, which is for others of the same shape."""
+    model, guide = build()
+    x, wrong = data(), NOT_DENSE[words](data())
+    staged = stage(model, guide, x)
+    assert staged.covers(x) and not staged.covers(wrong)
+    for call in (partial(stage, model, guide), staged):
+        with pytest.raises(TypeError, match=r"^args: expected real numbers in a dense .* layout "):
+            call(wrong)
+
+
 def test_a_plate_of_fixed_size_fixes_the_batch():
     def model(x):
         with pyro.plate("data", N):

@@ -115,10 +115,17 @@ class Late(nn.Module):
         return z.repeat_interleave(3, -1)[..., :3] * 0.0 + (0.105 - self.weight).sqrt() * 100
 
 
-def test_what_diverges_within_a_stride_is_told_at_its_step():
+def test_what_diverges_within_a_stride_is_told_at_its_step(monkeypatch):
     """Adam moves a weight by its rate in each step, as long as its gradient has one sign: after 11
-    steps of 0.01 the root is of a negative number.
+    steps of 0.01 the root is of a negative number. The weight is one number, of no dimension.
     """
+    go, strides_from = Strides.go, []
+
+    def seen(strides, before):
+        strides_from.append(before)
+        return go(strides, before)
+
+    monkeypatch.setattr(Strides, "go", seen)
 
     def make():
         model, guide = linear()
@@ -132,6 +139,7 @@ def test_what_diverges_within_a_stride_is_told_at_its_step():
             fit(model, guide, data(11), **{**TOLD, "num_epochs": 20, "compile": compile})
         told.append(str(caught.value))
         ends.append(values(model, guide))
+    assert strides_from[0] == 0 and 9 <= strides_from[-1] <= 11  # in an epoch from step 9 to 11
     alone, strides = (words.partition("; parameters and buffers are back at ") for words in told)
     assert alone[0] == strides[0] and alone[0].startswith("the loss is nan at step 11: ")
     assert (alone[2], strides[2]) == ("those of step 10", "those of step 10")
