@@ -219,7 +219,7 @@ BAD = [
     (lambda: Horseshoe(0.0), "scale: expected a finite positive number, got 0.0"),
     (lambda: LinearRegression(2, weight="a"), "weight: .* a Horseshoe or None, got str"),
     (lambda: LinearRegression(2, weight=WIDE), r"weight: .* \(\) or \(2,\), got \(3,\)"),
-    (lambda: LinearRegression(2, weight=MATRIX), "weight: expected a univariate prior"),
+    (lambda: LinearRegression(3, weight=MATRIX), r"weight: .* shape \(3,\), got \(2,\)"),
     (lambda: LinearRegression(2, weight=ZERO), "weight: .* finite scale"),
     (lambda: LinearRegression(2)(torch.zeros(4, 3)), r"X: .* \(rows, 2\), got \(4, 3\)"),
     (lambda: LinearRegression(3)(torch.zeros(4, 3), torch.zeros(5)), r"y: .*\(4,\), .* got \(5,\)"),
