@@ -45,8 +45,8 @@ class GeneralizedLinear(LinearPredictor):
     ============================== ================================ ==============================
 
     An offset is added to the linear predictor: of counts the logarithm of the exposure. Sites:
-    `noise` or `dispersion`, and `scale` (where they are unknown), `intercept` (where there is one),
-    `weight` and `y`, in the plate `data`.
+    `scale` (where it is unknown), `intercept` (where there is one), `weight`, `noise` or
+    `dispersion` (where it is unknown) and `y`, in the plate `data`.
 
     **Classes.** Weights have the shape `(K, columns)` and the prior is the same for each class,
     which identifies them, if it is proper; only differences between classes say something of the
@@ -114,17 +114,16 @@ class GeneralizedLinear(LinearPredictor):
         self.classes, self.reference = classes, reference
         if reference is not None:
             self.reference = check_count("reference", reference, 0)
-            expect(
-                self.reference < (classes or 0), "reference", f"a class below {classes}", reference
-            )
+            below = self.reference < (classes or 0)
+            expect(below, "reference", f"a class below {classes}", reference)
         known = weight is not None or classes is None or reference is not None
-        expect(
-            known, "weight", "a proper prior of the weights of all classes, or a reference", None
-        )
-        self.likelihood = copy.deepcopy(likelihood).requires_grad_(requires_grad=False)
-        self.unknown = next(
-            (s for kind, s in _UNKNOWN.items() if isinstance(likelihood, kind)), None
-        )
+        expect(known, "weight", "a proper prior of the weights of classes, or a reference", None)
+        self.likelihood = copy.deepcopy(likelihood)
+        self.unknown = _unknown_of(likelihood)
+        if self.unknown is not None:  # a latent here, and no parameter
+            own = getattr(self.likelihood, self.unknown[1]).detach()
+            delattr(self.likelihood, self.unknown[1])
+            self.likelihood.register_buffer(self.unknown[1], own)
         self.number_prior = None
         for name, given in {"noise": noise, "dispersion": dispersion}.items():
             if self.unknown is not None and name == self.unknown[0]:
@@ -204,9 +203,9 @@ class GeneralizedLinear(LinearPredictor):
             y, of shape `(rows,)`.
         """
         self.check_rows(X, y, weights, offset)
-        number = self._number(X, weights)
         scale, intercept = self.scale(X), self.intercept(X)
         loc = self._with_reference(self.line(X, scale))
+        number = self._number(X, weights)
         loc = loc if intercept is None else loc + self._with_reference(intercept)
         expect(offset is None or self.classes is None, "offset", "none for classes", "one")
         loc = loc if offset is None else loc + offset
@@ -240,6 +239,12 @@ class GeneralizedLinear(LinearPredictor):
         return functional_call(self.likelihood, {self.unknown[1]: number.log()}, (loc,))
 
 
+def _unknown_of(likelihood: Any) -> tuple[str, str] | None:
+    """The site of the number that a likelihood has beside its location, and its tensor."""
+    found = [both for kind, both in _UNKNOWN.items() if isinstance(likelihood, kind)]
+    return found[0] if found else None
+
+
 def _check_likelihood(likelihood: Any) -> None:
     """Raises an error unless a likelihood can be that of one number of the linear predictor."""
     known, kind = isinstance(likelihood, likelihoods.Likelihood), type(likelihood).__name__
@@ -254,5 +259,9 @@ def _check_likelihood(likelihood: Any) -> None:
         fits = value is None or value.numel() == 1 and value.item() == 1.0
         expect(fits, "likelihood", f"a {name} of 1: the model's is its argument {argument}", value)
     learned = [n for n, p in likelihood.named_parameters() if p.requires_grad]
-    unknown = isinstance(likelihood, tuple(_UNKNOWN))
-    expect(unknown or not learned, "likelihood", "one that learns nothing by itself", likelihood)
+    expect(
+        _unknown_of(likelihood) or not learned,
+        "likelihood",
+        "one that learns nothing by itself",
+        likelihood,
+    )

@@ -31,8 +31,9 @@ class LinearRegression(LinearPredictor):
         s \sim p(s), \quad t \sim p(t)
 
     It is the program of what `exact_posterior` computes, with the same arguments, and takes other
-    priors and likelihoods too. Sites: `noise` and `scale` (where they are unknown), `intercept`
-    (where there is one), `weight` (shape `(columns,)`) and `y`, in the plate `data`.
+    priors and likelihoods too. Sites: `scale` (where it is unknown), `intercept`
+    (where there is one), `weight` (shape `(columns,)`), `noise` (where it is unknown) and `y`, in
+    the plate `data`.
     `FamilyGuide(model, family)` without an encoder guides it: the channels are free parameters.
 
     Args:
@@ -152,9 +153,9 @@ class LinearRegression(LinearPredictor):
             y, of shape `(rows,)`.
         """
         self.check_rows(X, y, weights, offset)
-        noise = self._noise(X)
         scale, intercept = self.scale(X), self.intercept(X)
         loc = self.line(X, scale)
+        noise = self._noise(X)
         loc = loc if intercept is None else loc + intercept
         loc = loc if offset is None else loc + offset
         noise = noise if weights is None else noise / weights.sqrt()

@@ -100,7 +100,7 @@ def objective(
         guide: its guide.
         X: shape `(rows, columns)`.
         y: shape `(rows,)`.
-        num_samples: number of draws; at least two, and an odd number is one less.
+        num_samples: number of draws; at least four, and an odd number is one less.
         seed: chooses them; the caller's random numbers stay where they are.
         kwargs: keyword arguments of both, such as the `weights` and the `offset` of the rows.
 
@@ -120,7 +120,7 @@ def objective(
         >>> round(value, 3), value.error < 1e-9
         (-5.056, True)
     """
-    num_samples, seed = check_count("num_samples", num_samples, 2), check_seed(seed)
+    num_samples, seed = check_count("num_samples", num_samples, 4), check_seed(seed)
     data = as_tensors("X, y", (X, y), form_of(model, guide))
     model, guide, data = with_keywords(model, guide, data, kwargs)
     extra = data[2:]
@@ -131,12 +131,14 @@ def objective(
         with double_precision(data[0].device), without_fallback_warnings():
             average = average_of(task)
             values = [parameter.detach().double() for parameter in task.parameters]
-            draws = affordable(average, num_samples) if average.normals else 2
+            point = average.smooth and not average.normals
+            draws = 2 if point else affordable(average, num_samples)
             normals = matched(draws, average.normals, seed + _UNSEEN)
             chunks = enumerate(average.chunks(normals), seed + _UNSEEN)
             losses = torch.cat([average.losses(values, chunk, own) for own, chunk in chunks])
     expect(torch.isfinite(losses).all(), "X, y", "data of a finite density", -losses.mean().item())
-    return Nats(-losses.mean().item(), spread_of(losses.unsqueeze(0), normals).item() ** 0.5)
+    error = 0.0 if point else spread_of(losses.unsqueeze(0), normals).item() ** 0.5
+    return Nats(-losses.mean().item(), error)
 
 
 def predictive_scores(
