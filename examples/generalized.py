@@ -24,6 +24,7 @@ from pyro.infer import MCMC, NUTS
 from sklearn.datasets import load_breast_cancer, load_wine
 from statsmodels.datasets import grunfeld, randhie
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ppvae import FamilyGuide, NarrowFamily, _look, evaluate, fit, from_pyro_svi, likelihoods
 from ppvae.regression import GeneralizedLinear, objective
@@ -42,13 +43,13 @@ ROWS: dict[str, tuple[str, Any]] = {
     "point": ("deterministic", None),
     "mean field": ("mean_scale", None),
     "full rank": ("full_rank", None),
-    "its sd, too": ("full_rank", dist.HalfNormal(3.0)),
+    "scale, too": ("full_rank", dist.HalfNormal(3.0)),
 }
 FOOT = """
 * the log joint density at the point, which is no bound. Nats of all the training data; log p(y) by
 importance sampling; errors in brackets. sd ratio: smallest and largest sd of a weight against that
 of NUTS. log p(test): nats per datum that was left out. Brier: the lower, the better; cover: the
-share of these data inside their 90 % intervals. its sd, too: weights N(0, t^2), t unknown."""
+share of these data inside their 90 % intervals. scale, too: weights N(0, t^2), t unknown."""
 
 
 def load(name: str, seed: int) -> list[Tensor]:
@@ -62,9 +63,8 @@ def load(name: str, seed: int) -> list[Tensor]:
     rows = DATA[name][1]
     order = np.random.default_rng(seed).permutation(len(X))[: rows + 1000]
     X, y = X[order], y[order] / (y[order][:rows].std() if name == "outliers" else 1.0)
-    X = torch.tensor((X - X[:rows].mean(0)) / X[:rows].std(0))
-    y = torch.tensor(y).to(X)
-    return [X[:rows], y[:rows], X[rows:], y[rows:]]
+    X = (X - X[:rows].mean(0)) / X[:rows].std(0)
+    return [torch.as_tensor(part).double() for part in (X[:rows], y[:rows], X[rows:], y[rows:])]
 
 
 def predicted(model: Any, draws: dict[str, Tensor], X: Tensor, y: Tensor) -> tuple[Tensor, float]:
@@ -80,24 +80,23 @@ def predicted(model: Any, draws: dict[str, Tensor], X: Tensor, y: Tensor) -> tup
     if chances[0] is not None:
         mean = torch.stack(chances).mean(0)
         mean = mean if mean.dim() == 2 else torch.stack([1 - mean, mean], 1)
-        hit = torch.nn.functional.one_hot(y.long())
-        return log_density, (mean - hit).square().sum(1).mean().item()
+        return log_density, (mean - one_hot(y.long())).square().sum(1).mean().item()
     low, high = np.quantile(torch.stack(values), [0.05, 0.95], axis=0)
     return log_density, np.mean((low <= y.numpy()) & (y.numpy() <= high))
 
 
 def ladder(name: str, args: argparse.Namespace) -> dict[str, Tensor]:
     """Prints the table of some data; returns the log density of each datum left out, by row."""
-    words, _, likelihood, further = DATA[name]
+    (words, _, likelihood, further), densities = DATA[name], {}
     X, y, *test = load(name, args.seed)
-    priors, start, densities = UNIT | further, time.perf_counter(), {}
+    priors, start = UNIT | further, time.perf_counter()
     model = GeneralizedLinear(X.shape[1], likelihood, **priors)
     chain = MCMC(NUTS(model, max_tree_depth=6), args.nuts, args.nuts // 2, disable_progbar=True)
     chain.run(X, y)
     nuts, seconds = chain.get_samples(), time.perf_counter() - start
     print(f"\n{name}: {words}, {X.shape[1]} columns, {len(X)} rows, {len(test[1])} to predict")
     score = "Brier" if name in ("bits", "classes") else "cover"
-    print(f"{'objective':>26s}{'log p(y)':>16s}  k-hat   sd ratio  log p(test)  {score}  sec")
+    print(f"{'objective':>26s}{'log p(y)':>16s}  k-hat   sd ratio  log p(test)  {score}    sec")
     for row, (family, scale) in ROWS.items():
         start = time.perf_counter()
         model = GeneralizedLinear(X.shape[1], likelihood, **priors, scale=scale)
@@ -115,9 +114,9 @@ def ladder(name: str, args: argparse.Namespace) -> dict[str, Tensor]:
             shown += f"  {ratio.min():4.2f}-{ratio.max():4.2f}"
         densities[row], share = predicted(model, draws, *test)
         verdict = "narrow" if "narrow" in found.verdict else "optimum" if found.converged else "no"
-        print(f"{row:11s}{shown}{densities[row].mean():13.4f}{share:7.3f}{took:5.1f}  {verdict}")
+        print(f"{row:11s}{shown}{densities[row].mean():13.4f}{share:7.3f}{took:7.1f}  {verdict}")
     densities["NUTS"], share = predicted(model, nuts, *test)
-    print(f"{'NUTS':11s}{'':51s}{densities['NUTS'].mean():13.4f}{share:7.3f}{seconds:5.1f}")
+    print(f"{'NUTS':11s}{'':51s}{densities['NUTS'].mean():13.4f}{share:7.3f}{seconds:7.1f}")
     return densities
 
 
@@ -128,8 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a fit; by default as many as it takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/generalized"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     warnings.simplefilter("ignore", NarrowFamily)  # the table says it
     found = {name: ladder(name, args) for name in args.data}
@@ -137,11 +135,10 @@ def main() -> None:
     axes = figure.subplots()
     axes.axhline(0.0, color="0.6", linewidth=1)
     for number, row in enumerate([*ROWS, "NUTS"][1:]):
-        gains = torch.stack([each[row].mean() - each["point"].mean() for each in found.values()])
-        away = [each[row] - each["point"] for each in found.values()]
-        errors = [gain.std().item() / len(gain) ** 0.5 for gain in away]
-        at = np.arange(len(gains)) + 0.15 * (number - 1.5)
-        axes.errorbar(at, gains, errors, label=row, linestyle="", **_look.mark(number))
+        gains = [(each[row] - each["point"]).numpy() for each in found.values()]
+        errors = [gain.std() / len(gain) ** 0.5 for gain in gains]
+        at, means = np.arange(len(gains)) + 0.15 * (number - 1.5), [gain.mean() for gain in gains]
+        axes.errorbar(at, means, errors, label=row, linestyle="", **_look.mark(number))
     axes.set_xticks(range(len(found)), list(found))
     axes.set_ylabel("gain over the point, data left out\n[nats per datum, with its error]")
     axes.legend(frameon=False)

@@ -12,6 +12,7 @@ from torch import nn
 from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
+from ppvae.programs.nodes import latent_nodes
 from ppvae.programs.runs import draws_plate, trace_pair
 from ppvae.regression import LinearRegression
 
@@ -213,9 +214,10 @@ def same_one_by_one(model, guide, *args, draws=4):
     with private_modules():
         many, _ = trace_pair(model, guide, *args, draws=draws_plate(model, *args, draws=draws))
         many.compute_log_prob()
-        names = [*guide.heads, *many.observation_nodes]
+        latents = [node["name"] for node in latent_nodes(many)]
+        names = [*latents, *many.observation_nodes]
         for draw in range(draws):
-            values = {name: many.nodes[name]["value"][draw, 0] for name in guide.heads}
+            values = {name: many.nodes[name]["value"][draw, 0] for name in latents}
             one = poutine.trace(poutine.condition(model, values)).get_trace(*args)
             one.compute_log_prob()
             for name in names:

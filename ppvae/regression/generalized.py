@@ -23,6 +23,7 @@ from ppvae.regression.predictor import (
     number_of,
     read_number,
 )
+from ppvae.regression.priors import ConjugateNormal
 from ppvae.regression.weights import Horseshoe
 
 # kind of likelihood -> its site that is a latent here, and which of its tensors has the logarithm
@@ -98,6 +99,9 @@ class GeneralizedLinear(LinearPredictor):
         reference: int | None = None,
     ) -> None:
         _check_likelihood(likelihood)
+        wanted = "a prior without the noise (a LinearRegression takes this one)"
+        relative = isinstance(weight, ConjugateNormal)
+        expect(not relative, "weight", wanted, weight, TypeError)
         classes = getattr(likelihood, "categories", None)
         expect(classes or reference is None, "reference", "none without classes", reference)
         others = () if classes is None else (classes - 1,)

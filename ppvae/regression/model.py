@@ -21,6 +21,7 @@ from ppvae.regression.predictor import (
     number_of,
     read_number,
 )
+from ppvae.regression.priors import ConjugateNormal
 from ppvae.regression.weights import Horseshoe
 
 
@@ -40,7 +41,8 @@ class LinearRegression(LinearPredictor):
         columns: number of columns of X, at least 1.
         weight: prior of the weights: a univariate distribution with scalar or per-column
             arguments (`dist.Normal(0.0, 1.0)`, `dist.Laplace(...)`, `dist.HalfNormal(...)`), a
-            `dist.MultivariateNormal` over the columns, a `Horseshoe`, or None for a flat prior.
+            `dist.MultivariateNormal` over the columns, a `ConjugateNormal` or `g_prior` in units of
+            the noise, which is then drawn first, a `Horseshoe`, or None for a flat prior.
         noise: standard deviation (scale) of the noise: a positive number where it is known, or one
             for each row; a distribution on the positive reals; or None for a flat prior on it.
         scale: the factor t of the prior scales of the weights: a number, or a prior on the positive
@@ -72,7 +74,7 @@ class LinearRegression(LinearPredictor):
         self,
         columns: int,
         *,
-        weight: Distribution | Horseshoe | None = WEIGHT,
+        weight: Distribution | ConjugateNormal | Horseshoe | None = WEIGHT,
         noise: float | Tensor | Distribution | None = POSITIVE,
         scale: float | Distribution | None = None,
         intercept: bool | Distribution = False,
@@ -102,7 +104,7 @@ class LinearRegression(LinearPredictor):
 
         Raises:
             TypeError, ValueError: as the class, and if the data are no finite numbers, or, with
-                `scale="data"`, a column or y does not vary.
+                `scale="data"`, y does not vary. (A column that does not is left in its own units.)
 
         Example:
             >>> X, y = [[1.0], [3.0]], [0.0, 20.0]
@@ -154,13 +156,19 @@ class LinearRegression(LinearPredictor):
         """
         self.check_rows(X, y, weights, offset)
         scale, intercept = self.scale(X), self.intercept(X)
-        loc = self.line(X, scale)
-        noise = self._noise(X)
+        conjugate = isinstance(self.weight_prior, ConjugateNormal)
+        noise = self._noise(X) if conjugate else None
+        loc = self.line(X, scale, self._unit(noise))
+        noise = self._noise(X) if noise is None else noise
         loc = loc if intercept is None else loc + intercept
         loc = loc if offset is None else loc + offset
         noise = noise if weights is None else noise / weights.sqrt()
         with pyro.plate("data", len(X), dim=-1):
             return pyro.sample("y", self.likelihood(loc, noise), obs=y)
+
+    def _unit(self, noise: Tensor | None) -> Tensor | None:
+        """The noise of a row of weight one, which is 1 where each row has its own."""
+        return None if isinstance(self.noise_prior, Tensor) else noise
 
     def _noise(self, X: Tensor) -> Tensor:
         prior = self.noise_prior

@@ -15,7 +15,7 @@ from ppvae._checks import check_array, check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
-from ppvae.regression.priors import Array, read_positive
+from ppvae.regression.priors import Array, ConjugateNormal, read_positive
 from ppvae.regression.weights import (
     check_scaled,
     positive_times,
@@ -108,15 +108,16 @@ class LinearPredictor(UniquelyNamed):
             expected = f"a proper prior where {of}{' beside the intercept' if flat else ''}"
             expect(rank == full, "weight", expected, "a flat one: the posterior is improper")
 
-    def line(self, X: Tensor, scale: Tensor | None) -> Tensor:
+    def line(self, X: Tensor, scale: Tensor | None, noise: Tensor | None = None) -> Tensor:
         """Draws the weights, and returns `X w`, of shape `(*draws, rows, *several)`.
 
         Args:
             X: shape `(rows, columns)`.
             scale: the factor of the prior scales, or None.
+            noise: the sd of the noise, where the prior of the weights depends on it.
         """
         like = X.new_zeros(self.weight_shape)
-        weight = pyro.sample("weight", weight_of(self.weight_prior, like, scale))
+        weight = pyro.sample("weight", weight_of(self.weight_prior, like, scale, noise))
         # weights drawn in a plate of draws have the shape (draws, 1, *several, columns)
         weight = weight.squeeze(-like.dim() - 1) if weight.dim() > like.dim() else weight
         try:
@@ -187,12 +188,12 @@ def in_units_of(
         return X.shape[1], arguments
     centered = arguments.get("intercept", False) is not False
     sds, sd = _spread(X, centered), _spread(y, centered) if response else np.float64(1.0)
-    expect(bool((sds > 0).all()), "X", "columns that vary", f"{int((sds == 0).sum())} that do not")
-    expect(bool(sd > 0), "y", "numbers that vary", "equal ones")
+    expect(bool(sd > 0), "y", 'values that vary, for scale="data"', "none that do")
     weight = read_weight(arguments.get("weight", WEIGHT), X.shape[1])
     if weight is not None:
         check_scaled(weight)
-        weight = rescaled(weight, torch.as_tensor(sd / sds), loc=True)
+        inner = 1.0 if isinstance(weight, ConjugateNormal) else sd  # which is in units of the noise
+        weight = rescaled(weight, torch.as_tensor(inner / sds), loc=True)
     found = arguments | {"weight": weight, "scale": None}
     if response:
         noise = arguments.get("noise", POSITIVE)
@@ -203,7 +204,10 @@ def in_units_of(
 
 
 def _spread(values: Array, centered: bool) -> Array:  # noqa: FBT001
-    return np.asarray(np.sqrt(((values - centered * values.mean(0)) ** 2).mean(0)))
+    """The sd of each column, about zero unless they are centered; that of a constant one is 1."""
+    sds = np.sqrt(((values - centered * values.mean(0)) ** 2).mean(0))
+    lengths = np.sqrt((values**2).mean(0))  # of which rounding is left where nothing varies
+    return np.where(sds > 1e-12 * lengths, sds, 1.0 if values.ndim > 1 else 0.0)
 
 
 def _read_intercept(given: Any) -> Any:

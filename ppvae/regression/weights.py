@@ -1,6 +1,7 @@
 """Priors of weights, as a Pyro program draws them."""
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from ppvae._checks import check_number, expect
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
+from ppvae.regression.priors import ConjugateNormal
 
 # the distributions whose `scale` is one: a multiple of a draw is of the same kind
 _WITH_SCALE = (
@@ -71,6 +73,9 @@ def read_weight(prior: Any, columns: int) -> Any:
     """
     if prior is None or isinstance(prior, Horseshoe):
         return prior
+    if isinstance(prior, ConjugateNormal):
+        read_weight(prior.prior, columns)
+        return prior
     kinds, kind = "a distribution of pyro.distributions, a Horseshoe or None", type(prior).__name__
     expect(isinstance(prior, TorchDistributionMixin), "weight", kinds, kind, TypeError)
     prior = base_of(prior)
@@ -96,7 +101,7 @@ def check_scaled(prior: Any) -> None:
     """
     expect(prior is not None, "scale", "None with weight=None (flat)", "another")
     names = ", ".join(kind.__name__ for kind in _WITH_SCALE)
-    fits = isinstance(prior, _WITH_SCALE)
+    fits = isinstance(prior, (*_WITH_SCALE, ConjugateNormal))
     expect(fits, "scale", f"None for a prior that is none of {names}", repr(prior), TypeError)
 
 
@@ -108,6 +113,10 @@ def rescaled(prior: Any, factor: Tensor, *, loc: bool) -> Any:
         factor: positive numbers, which broadcast to the weights.
         loc: whether the whole number is multiplied, or only its distance from its location.
     """
+    if isinstance(prior, ConjugateNormal):
+        made = copy.copy(prior)
+        made.prior = rescaled(prior.prior, factor, loc=loc)
+        return made
     if isinstance(prior, torch.distributions.MultivariateNormal):
         mean = factor * prior.loc if loc else prior.loc
         return dist.MultivariateNormal(mean, scale_tril=factor.unsqueeze(-1) * prior.scale_tril)
@@ -127,14 +136,21 @@ def positive_times(prior: Any, factor: Tensor) -> Any:
     return dist.TransformedDistribution(prior, steps)
 
 
-def weight_of(prior: Any, like: Tensor, scale: Tensor | None) -> TorchDistributionMixin:
+def weight_of(
+    prior: Any, like: Tensor, scale: Tensor | None, noise: Tensor | None = None
+) -> TorchDistributionMixin:
     """The distribution of the weights in a program.
 
     Args:
         prior: as `read_weight` returns it.
         like: zeros of the shape of the weights.
         scale: the factor of the prior's own scale, or one per draw; None for one.
+        noise: the sd of the noise, of which a `ConjugateNormal` is told.
     """
+    if isinstance(prior, ConjugateNormal):
+        noise = like.new_ones(()) if noise is None else noise
+        given = prior.given(noise if scale is None else noise * scale, len(like))
+        return cast(TorchDistributionMixin, given)
     if prior is None:
         reals = constraints.independent(constraints.real, like.dim())
         return dist.ImproperUniform(reals, (), like.shape)

@@ -21,7 +21,7 @@ from ppvae import (
     predict,
     resample,
 )
-from ppvae.regression import GeneralizedLinear, Horseshoe, objective
+from ppvae.regression import ConjugateNormal, GeneralizedLinear, Horseshoe, objective
 
 SD = 0.7
 NORMAL = dist.Normal(0.0, SD)
@@ -335,6 +335,10 @@ BAD = [
     (
         lambda: GeneralizedLinear(2, likelihoods.Bernoulli.of(torch.ones(2, 1))),
         "likelihood: expected one without a start",
+    ),
+    (
+        lambda: GeneralizedLinear(2, BIT, weight=ConjugateNormal(0.0, 1.0)),
+        "weight: expected a prior without the noise",
     ),
     (lambda: GeneralizedLinear(2, BIT, noise=1.0), r"noise: expected none for Bernoulli\(\)"),
     (lambda: GeneralizedLinear(2, COUNT, dispersion=1.0), "dispersion: expected none for Poisson"),
