@@ -198,7 +198,8 @@ class GeneralizedLinear(LinearPredictor):
 
         Args:
             X: shape `(rows, columns)`.
-            y: shape `(rows,)`, to condition on, of classes the numbers from 0; None draws it.
+            y: shape `(rows,)`, to condition on, of classes the numbers from 0, and True is 1; None
+                draws it.
             weights: shape `(rows,)`, where there is a `noise`: its square in a row is divided by
                 the weight of the row.
             offset: shape `(rows,)`, added to the linear predictor; not of classes.
@@ -206,6 +207,7 @@ class GeneralizedLinear(LinearPredictor):
         Returns:
             y, of shape `(rows,)`.
         """
+        y = y.to(X.dtype) if isinstance(y, Tensor) and y.dtype == torch.bool else y
         self.check_rows(X, y, weights, offset)
         scale, intercept = self.scale(X), self.intercept(X)
         loc = self._with_reference(self.line(X, scale))

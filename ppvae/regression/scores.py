@@ -136,8 +136,8 @@ def objective(
             normals = matched(draws, average.normals, seed + _UNSEEN)
             chunks = enumerate(average.chunks(normals), seed + _UNSEEN)
             losses = torch.cat([average.losses(values, chunk, own) for own, chunk in chunks])
+            error = 0.0 if point else spread_of(losses.unsqueeze(0), normals).item() ** 0.5
     expect(torch.isfinite(losses).all(), "X, y", "data of a finite density", -losses.mean().item())
-    error = 0.0 if point else spread_of(losses.unsqueeze(0), normals).item() ** 0.5
     return Nats(-losses.mean().item(), error)
 
 

@@ -72,6 +72,9 @@ def test_a_penalized_point_is_logistic_regression():
     theirs = LogisticRegression(C=SD**2, tol=1e-14, max_iter=10**5).fit(X, y)
     ours = point(GeneralizedLinear(3, likelihoods.Bernoulli(), weight=NORMAL, intercept=True), X, y)
     assert same(ours["weight"], theirs.coef_[0]) and same(ours["intercept"], theirs.intercept_)
+    model = GeneralizedLinear(3, likelihoods.Bernoulli(), weight=NORMAL, intercept=True)
+    truths = point(model, X, y > 0)
+    assert same(truths["weight"], ours["weight"])
 
 
 def test_a_penalized_point_is_multinomial_logistic_regression():

@@ -157,6 +157,16 @@ def test_many_draws_at_once_are_the_same_as_one_by_one(prior, noise, likelihood)
                 assert torch.allclose(single.nodes[name]["log_prob_sum"], log_prob.sum())
 
 
+def test_an_objective_in_single_precision(single):
+    """As all is by default: the model's own numbers in double precision, of data as they are."""
+    X, y = torch.randn(30, 3), torch.randn(30)
+    for model in (LinearRegression(3), LinearRegression(3, noise=1.0, scale=0.1, intercept=True)):
+        guide = FamilyGuide(model, families.full_rank)
+        found = fit(model, guide, (X, y), progress=False)
+        value = objective(model, guide, X, y)
+        assert abs(value + 30 * found.losses[-1]) < 5 * value.error + 1e-3
+
+
 @pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 def test_single_precision_data():
     X, y = (torch.as_tensor(a).float() for a in diabetes())
