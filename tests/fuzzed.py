@@ -718,13 +718,43 @@ CALLS: dict[str, Call] = {
     "LinearRegression": Call(
         regression.LinearRegression,
         lambda: {
-            "columns": 3, "weight": dist.Normal(0.0, 1.0), "noise": 1.0, "likelihood": dist.Normal
+            "columns": 3, "weight": dist.Normal(0.0, 1.0), "noise": 1.0, "likelihood": dist.Normal,
+            "scale": 1.0, "intercept": True,
+        },
+    ),
+    "LinearRegression.of": Call(
+        regression.LinearRegression.of,
+        lambda: {
+            "X": X, "y": Y, "weight": dist.Normal(0.0, 1.0), "noise": dist.HalfNormal(1.0),
+            "scale": "data", "intercept": True,
+        },
+    ),
+    "GeneralizedLinear": Call(
+        regression.GeneralizedLinear,
+        lambda: {
+            "columns": 3, "likelihood": likelihoods.StudentT(4.0), "weight": dist.Normal(0.0, 1.0),
+            "noise": 1.0, "scale": 1.0, "intercept": True,
+        },
+    ),
+    "GeneralizedLinear, classes": Call(
+        lambda **given: regression.GeneralizedLinear(3, likelihoods.Categorical(3), **given),
+        lambda: {"weight": dist.Normal(0.0, 1.0), "reference": 0},
+    ),
+    "GeneralizedLinear, counts": Call(
+        lambda **given: regression.GeneralizedLinear(3, likelihoods.NegativeBinomial(), **given),
+        lambda: {"dispersion": 1.0},
+    ),
+    "GeneralizedLinear.of": Call(
+        regression.GeneralizedLinear.of,
+        lambda: {
+            "X": X, "y": Y, "likelihood": likelihoods.StudentT(4.0), "noise": dist.HalfNormal(1.0),
+            "scale": "data",
         },
     ),
     "regression.objective": Call(
         regression.objective,
         lambda: programs(regression_pair) | {
-            "X": torch.tensor(X), "y": torch.tensor(Y), "num_samples": 8, "seed": 0
+            "X": torch.tensor(X), "y": torch.tensor(Y), "num_samples": 8, "seed": 0, "kwargs": None
         },
     ),
     # plots and data

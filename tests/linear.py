@@ -6,10 +6,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
+from ppvae._scopes import private_modules
 from ppvae.nn import mlp
+from ppvae.programs.nodes import latent_nodes
+from ppvae.programs.runs import draws_plate, trace_pair
 from ppvae.regression import LinearRegression
 
 
@@ -202,3 +206,23 @@ def close(value, expected, bound=1e-6):
 def within(value, expected, error):
     """Whether an estimate is within five standard errors, and 1e-9 for what is exact."""
     return bool((abs(value - expected) <= 5 * error + 1e-9).all())
+
+
+def same_one_by_one(model, guide, *args, draws=4):
+    """Whether a run of many draws has the densities of runs of one draw, at every site."""
+    alike = []
+    with private_modules():
+        many, _ = trace_pair(model, guide, *args, draws=draws_plate(model, *args, draws=draws))
+        many.compute_log_prob()
+        latents = [node["name"] for node in latent_nodes(many)]
+        names = [*latents, *many.observation_nodes]
+        for draw in range(draws):
+            values = {name: many.nodes[name]["value"][draw, 0] for name in latents}
+            one = poutine.trace(poutine.condition(model, values)).get_trace(*args)
+            one.compute_log_prob()
+            for name in names:
+                log_probs = (trace.nodes[name]["log_prob"] for trace in (many, one))
+                together, alone = (value.reshape(-1) for value in log_probs)
+                together = together.reshape(draws, -1)[draw]
+                alike.append(torch.allclose(together, alone) and len(together) == len(alone))
+    return all(alike) and len(names) == len(set(names))

@@ -7,7 +7,14 @@ from pairs import build, data
 
 from ppvae import Family, closed_form, families, fit, likelihoods, nn, objectives, stage
 from ppvae.models import GaussianMixture, HierarchicalRegression
-from ppvae.regression import Horseshoe, LinearRegression, evidence_maximum, exact_posterior
+from ppvae.regression import (
+    GeneralizedLinear,
+    Horseshoe,
+    LinearRegression,
+    Nats,
+    evidence_maximum,
+    exact_posterior,
+)
 
 X = torch.linspace(-1, 1, 12).reshape(6, 2).square().cumsum(0)
 Y = torch.arange(6.0)
@@ -35,6 +42,11 @@ PRINTED = {
     "leave-one-out": (lambda: posterior().loo(), "LeaveOneOut of 6 rows: -"),
     "maximum": (lambda: evidence_maximum(X, Y, noise=1.0), "EvidenceMaximum at scale "),
     "prior": (Horseshoe, "Horseshoe(scale=1.0)"),
+    "generalized": (
+        lambda: GeneralizedLinear(2, likelihoods.Poisson(), intercept=True),
+        "GeneralizedLinear(Poisson(), 2, weight=Normal(",
+    ),
+    "nats": (lambda: Nats(-61.25, 0.0123), "-61.25 +- 0.012"),
     "regression": (lambda: LinearRegression(2, noise=0.7), "LinearRegression(2, weight=Normal("),
     "groups": (lambda: HierarchicalRegression(2, 5, tau=1.0), "HierarchicalRegression(2, 5, mu="),
     "mixture": (

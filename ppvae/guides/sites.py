@@ -81,7 +81,7 @@ def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
         f"a vectorized plate around the site {name!r}",
         "a sequential one",
     )
-    transform, space = None, fn.event_shape
+    transform, space = None, torch.Size(fn.event_shape)
     try:
         if drawn and not (fn.support.is_discrete or is_real(fn.support)):
             transform = from_reals(fn.support)

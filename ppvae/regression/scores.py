@@ -1,7 +1,7 @@
 """What a guide of a regression is worth: its objective, and its predictions."""
 
-import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -9,12 +9,28 @@ from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor, nn
 
-from ppvae._checks import LEAST, MOST, check_array, check_count, check_real, check_share, expect
+from ppvae._checks import (
+    LEAST,
+    MOST,
+    check_array,
+    check_count,
+    check_real,
+    check_seed,
+    check_share,
+    expect,
+)
 from ppvae._process import exclusive
-from ppvae._scopes import eval_mode, private_modules
+from ppvae._scopes import double_precision, eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import as_tensors, form_of
-from ppvae.objectives.matched import average_loss
+from ppvae.data.batches import batches_of
 from ppvae.programs.keywords import with_keywords
+from ppvae.programs.matched_normals import matched
+from ppvae.training.average import average_of, without_fallback_warnings
+from ppvae.training.optimum import affordable
+from ppvae.training.surface import spread_of
+from ppvae.training.task import task_of
+
+_UNSEEN = 1_000_003  # seeds of draws that no fit with a small seed has held fixed
 
 
 class PredictiveScores(NamedTuple):
@@ -31,37 +47,98 @@ class PredictiveScores(NamedTuple):
     coverage: float
 
 
+class Nats(float):
+    """A number of nats that was found by draws, and its standard error.
+
+    Attributes:
+        error: the standard error; that of rounding alone where the number is exact.
+
+    Example:
+        >>> value = Nats(-61.3382, 0.0021)
+        >>> value, f"{value:.1f}", value - 1.0
+        (-61.3382 +- 0.0021, '-61.3', -62.3382)
+    """
+
+    error: float
+
+    def __new__(cls, value: float, error: float) -> Self:
+        """Makes a number that knows its error."""
+        number = super().__new__(cls, value)
+        number.error = float(error)
+        return number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy is made of."""
+        return Nats, (float(self), self.error)
+
+    def __repr__(self) -> str:
+        return f"{float(self)!r} +- {self.error:.2g}"
+
+    __str__ = __repr__
+
+
 @exclusive
 def objective(
-    model: nn.Module, guide: Any, X: Tensor, y: Tensor, *, num_samples: int = 256, seed: int = 0
-) -> float:
+    model: nn.Module,
+    guide: Any,
+    X: Tensor,
+    y: Tensor,
+    *,
+    num_samples: int = 10_000,
+    seed: int = 0,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Nats:
     """The ELBO of a guide in nats, in total over the data; nothing is changed.
 
-    It is averaged over moment-matched draws, and therefore exact for a Gaussian guide where noise
-    and prior are Gaussian and known; else its error is that of so many draws, or less. For a point
-    guide it is the log joint density at the point, which is no bound.
+    It is an average over fresh draws, which no fit has been at, and a float that has a standard
+    `error`. The first two moments of the draws are exact, so that both the value and its error are
+    exact up to rounding for a Gaussian guide where noise and prior are Gaussian and known. For a
+    point guide it is the log joint density at the point, which is no bound.
 
     Args:
         model: the regression.
         guide: its guide.
         X: shape `(rows, columns)`.
         y: shape `(rows,)`.
-        num_samples: number of draws, above the number of latent coordinates.
+        num_samples: number of draws; at least four, and an odd number is one less.
         seed: chooses them; the caller's random numbers stay where they are.
+        kwargs: keyword arguments of both, such as the `weights` and the `offset` of the rows.
 
     Raises:
         TypeError: model or guide cannot be called, or the data are no tensors or arrays.
         ValueError: the data are not finite, do not fit, or have a density of zero; or there are no
             draws.
+
+    Example:
+        >>> from ppvae import FamilyGuide, families, fit
+        >>> from ppvae.regression import LinearRegression
+        >>> X, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 3.0])
+        >>> model = LinearRegression(1, noise=1.0)
+        >>> guide = FamilyGuide(model, families.full_rank)
+        >>> _ = fit(model, guide, (X, y), progress=False)
+        >>> value = objective(model, guide, X, y)
+        >>> round(value, 3), value.error < 1e-9
+        (-5.056, True)
     """
-    num_samples = check_count("num_samples", num_samples)
+    num_samples, seed = check_count("num_samples", num_samples, 4), check_seed(seed)
     data = as_tensors("X, y", (X, y), form_of(model, guide))
-    model, guide, data = with_keywords(model, guide, data, None)
-    with torch.no_grad(), private_modules(), eval_mode(model, guide):
-        loss = average_loss(model, guide, data, draws=num_samples, seed=seed)
-        total = -loss().item() * len(X)
-    expect(math.isfinite(total), "X, y", "data of a finite density", total)
-    return total
+    model, guide, data = with_keywords(model, guide, data, kwargs)
+    extra = data[2:]
+    scopes = private_modules(), eval_mode(model, guide), unchecked(), random_state(seed)
+    with torch.no_grad(), scopes[0], scopes[1], scopes[2], scopes[3]:
+        batches = batches_of("X, y", data[:2], len(X), training=False, extra=extra)
+        task = task_of(model, guide, None, batches)
+        with double_precision(data[0].device), without_fallback_warnings():
+            average = average_of(task)
+            values = [parameter.detach().double() for parameter in task.parameters]
+            point = average.smooth and not average.normals
+            draws = 2 if point else affordable(average, num_samples)
+            normals = matched(draws, average.normals, seed + _UNSEEN)
+            chunks = enumerate(average.chunks(normals), seed + _UNSEEN)
+            losses = torch.cat([average.losses(values, chunk, own) for own, chunk in chunks])
+            error = 0.0 if point else spread_of(losses.unsqueeze(0), normals).item() ** 0.5
+    expect(torch.isfinite(losses).all(), "X, y", "data of a finite density", -losses.mean().item())
+    return Nats(-losses.mean().item(), error)
 
 
 def predictive_scores(

@@ -1,5 +1,6 @@
 """The example programs, with few steps."""
 
+import math
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ LONGER = {
 
 def test_every_example_is_short_and_tested():
     others = {"guide_for_your_model", "inspect_with_arviz", "groups", "sequences"}
-    others |= {"many_machines"}
+    others |= {"many_machines", "generalized"}
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
@@ -219,6 +220,19 @@ def test_groups(run, tmp_path):
     width = float(out.split(" (least squares, each alone)")[0].split()[-1])
     assert width > 1.0  # 2 x 1.645 sds of a slope from at most 6 rows of noise 1
     assert (tmp_path / "slopes.png").exists()
+
+
+def test_generalized(run, tmp_path):
+    """What it prints of one kind of data for each score."""
+    options = ["--nuts", 4, "--steps", 2, "--data", "counts", "classes", "--out", tmp_path]
+    functions = {"evaluate": FEW, "NUTS": {"max_tree_depth": 1}, "objective": FEW}
+    out = run("generalized.py", *options, functions=functions)
+    rows = ("point", "mean field", "full rank", "scale, too", "NUTS")
+    assert all(out.count(f"\n{row} ") == 2 for row in rows)
+    point = re.search(r"^point +(\S+)\*", out, re.M)[1]
+    assert "counts: visits to doctors, 9 columns, 200 rows, 1000 to predict" in out
+    assert "cover" in out and "Brier" in out and math.isfinite(float(point))
+    assert (tmp_path / "gains.png").exists()
 
 
 def test_many_machines(run, tmp_path):

@@ -79,6 +79,7 @@ PRINTED = {
     "`counts.py`": ["counts"],
     "`labels.py`": ["labels"],
     "`groups.py`": ["groups"],
+    "`generalized.py`": ["generalized"],
     "`many_machines.py`": ["many_machines"],
     "`mixture.py`": ["mixture"],
     "`sequences.py`": ["sequences"],
