@@ -1,4 +1,12 @@
-"""Linear regression: the model as a Pyro program, and its exact posterior."""
+"""Linear regression: the model as a Pyro program, and its exact posterior.
+
+`BayesianRegressor` and `BayesianClassifier` have scikit-learn's manners, and are imported when they
+are first used, as only they need it (`pip install ppvae[sklearn]`).
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from ppvae.regression import plots
 from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
@@ -8,7 +16,12 @@ from ppvae.regression.loo import LeaveOneOut
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.scores import PredictiveScores, objective, predictive_scores
 
+if TYPE_CHECKING:
+    from ppvae.regression.estimators import BayesianClassifier, BayesianRegressor
+
 __all__ = [
+    "BayesianClassifier",
+    "BayesianRegressor",
     "EvidenceMaximum",
     "ExactPosterior",
     "Factor",
@@ -25,3 +38,20 @@ __all__ = [
     "plots",
     "predictive_scores",
 ]
+
+#: Names that need scikit-learn, which may not be there.
+_WITH_SKLEARN = ["BayesianClassifier", "BayesianRegressor"]
+if not find_spec("sklearn"):
+    __all__ = [name for name in __all__ if name not in _WITH_SKLEARN]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_SKLEARN:
+        raise AttributeError(f"module 'ppvae.regression' has no attribute {name!r}")
+    if not find_spec("sklearn"):
+        raise ImportError(f"{name}: expected scikit-learn, got none: pip install ppvae[sklearn]")
+    return getattr(import_module("ppvae.regression.estimators"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
