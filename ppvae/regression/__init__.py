@@ -15,6 +15,7 @@ from ppvae.regression.factors import Factor, combine, factorize
 from ppvae.regression.loo import LeaveOneOut
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.scores import PredictiveScores, objective, predictive_scores
+from ppvae.regression.worth import Worth, worth_of_bayes
 
 if TYPE_CHECKING:
     from ppvae.regression.estimators import BayesianClassifier, BayesianRegressor
@@ -37,6 +38,8 @@ __all__ = [
     "objective",
     "plots",
     "predictive_scores",
+    "Worth",
+    "worth_of_bayes",
 ]
 
 #: Names that need scikit-learn, which may not be there.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,27 +23,21 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_count, check_flag, check_share, expect
-from ppvae._scopes import UniquelyNamed, eval_mode, private_modules
+from ppvae._scopes import UniquelyNamed
 from ppvae.families import Family, full_rank
 from ppvae.guides import FamilyGuide
 from ppvae.priors import moved
-from ppvae.regression._predicting import Prediction, predict_rows
+from ppvae.regression._predicting import Prediction, draw_latents, predict_rows
 from ppvae.regression.exact import ExactPosterior, exact_posterior, problem_of
 from ppvae.regression.factors import Factor, triangle_of
 from ppvae.regression.priors import Array
-from ppvae.regression.units import Units, rescaled_noise, rescaled_weight
+from ppvae.regression.units import PRIORS, Units, rescaled_noise, rescaled_weight
 from ppvae.training import fit as train
 
 __all__ = ["BayesianClassifier", "BayesianRegressor"]
 
 
-# What "auto" stands for, about standardised data. These are no defaults of the arguments, as
-# scikit-learn asks of all estimators that theirs be plain values.
-_PRIORS = {
-    "weight": dist.Normal(0.0, 1.0),
-    "noise": dist.HalfNormal(1.0),
-    "scale": dist.HalfNormal(1.0),
-}
+# What "auto" stands for; scikit-learn asks that the defaults of arguments be plain values.
 _WEIGHT = {"weight": dist.Normal(0.0, 2.5)}
 
 
@@ -135,7 +128,7 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if counts is not None:
             X, y, counts = X[counts > 0], y[counts > 0], counts[counts > 0]
         given = {"weight": self.weight, "noise": self.noise, "scale": self.scale}
-        weight, noise, scale = (_chosen(name, prior, _PRIORS) for name, prior in given.items())
+        weight, noise, scale = (_chosen(name, prior, PRIORS) for name, prior in given.items())
         if weight is None and isinstance(self.scale, str):
             scale = None
         if check_flag("standardize", self.standardize):
@@ -300,7 +293,7 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         data = [(X - center) / spread, labels.astype(np.float64), counts]
         tensors = tuple(map(torch.from_numpy, data))
         self.verdict_ = train(model, guide, tensors, seed=seed, progress=False).verdict
-        drawn = _draw(guide, tensors, draws, seed)
+        drawn = draw_latents(guide, tensors, draws, seed)
         weight = drawn["weight"].reshape(draws, -1, columns)
         level = drawn.get("intercept", np.zeros(weight.shape[:2]))
         weight = weight / spread
@@ -383,17 +376,3 @@ class _Counted(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """One datum for each row."""
         return self.base.sample(sample_shape)
-
-
-def _draw(guide: FamilyGuide, args: tuple[Tensor, ...], size: int, seed: int) -> dict[str, Array]:
-    """Draws of the latents, `(size, *event)`, that leave no trace in the streams of the caller."""
-    scopes = torch.random.fork_rng(devices=[]), torch.no_grad(), private_modules(), eval_mode(guide)
-    with ExitStack() as stack:
-        for scope in (*scopes, pyro.plate("draws", size, dim=-2)):
-            stack.enter_context(scope)
-        torch.manual_seed(seed)
-        values = guide(*args)
-    shapes = {name: (size, *value.shape[1:]) for name, value in values.items()}
-    return {
-        name: values[name].expand(shape)[:, 0].detach().numpy() for name, shape in shapes.items()
-    }

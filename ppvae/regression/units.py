@@ -12,6 +12,13 @@ from torch.distributions import Distribution
 
 from ppvae.regression.priors import Array, weight_prior
 
+#: About standardised data: all that sets the strength of the regularisation is unknown.
+PRIORS = {
+    "weight": dist.Normal(0.0, 1.0),
+    "noise": dist.HalfNormal(1.0),
+    "scale": dist.HalfNormal(1.0),
+}
+
 # Of the sd of y.
 _LEAST_NOISE = 1e-6
 
