@@ -9,11 +9,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ppvae.regression import plots
+from ppvae.regression.comparison import compare
 from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
 from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.factors import Factor, combine, factorize
 from ppvae.regression.loo import LeaveOneOut
 from ppvae.regression.model import Horseshoe, LinearRegression
+from ppvae.regression.prediction import Prediction
+from ppvae.regression.priors import ConjugateNormal, g_prior
 from ppvae.regression.scores import PredictiveScores, objective, predictive_scores
 from ppvae.regression.worth import Worth, worth_of_bayes
 
@@ -23,17 +26,21 @@ if TYPE_CHECKING:
 __all__ = [
     "BayesianClassifier",
     "BayesianRegressor",
+    "ConjugateNormal",
     "EvidenceMaximum",
     "ExactPosterior",
     "Factor",
     "Horseshoe",
     "LeaveOneOut",
     "LinearRegression",
+    "Prediction",
     "PredictiveScores",
     "combine",
+    "compare",
     "evidence_maximum",
     "exact_posterior",
     "factorize",
+    "g_prior",
     "log_evidence_curve",
     "objective",
     "plots",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,15 +23,15 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ppvae._checks import check_count, check_flag, check_share, expect
+from ppvae._checks import check_count, check_flag, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.families import Family, full_rank
 from ppvae.guides import FamilyGuide
 from ppvae.priors import moved
-from ppvae.regression._predicting import Prediction, draw_latents, predict_rows
-from ppvae.regression.exact import ExactPosterior, exact_posterior, problem_of
-from ppvae.regression.factors import Factor, triangle_of
-from ppvae.regression.priors import Array
+from ppvae.regression._drawing import draw_latents
+from ppvae.regression.exact import ExactPosterior, exact_posterior
+from ppvae.regression.prediction import Prediction
+from ppvae.regression.priors import Array, ConjugateNormal
 from ppvae.regression.units import PRIORS, Units, rescaled_noise, rescaled_weight
 from ppvae.training import fit as train
 
@@ -66,8 +67,8 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     where columns are many.
 
     Args:
-        weight: Normal prior of the weights; "auto" is `Normal(0, 1)`. None is a flat one:
-            least squares.
+        weight: prior of the weights, one that `exact_posterior` takes; "auto" is `Normal(0, 1)`.
+            None is a flat one: least squares.
         noise: prior of the noise sd, "auto" is `HalfNormal(1)`; or its known value, in the units of
             y; or None for a flat one.
         scale: prior of the factor t of the prior sds, "auto" is `HalfNormal(1)`; or a number; None
@@ -98,7 +99,7 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        weight: Distribution | str | None = "auto",
+        weight: Distribution | ConjugateNormal | str | None = "auto",
         noise: float | Distribution | str | None = "auto",
         scale: float | Distribution | str | None = "auto",
         standardize: bool = True,
@@ -133,13 +134,15 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             scale = None
         if check_flag("standardize", self.standardize):
             units = Units.of(np.column_stack([X, y]), counts, centered=intercept)
-            spread = units.spread[-1]
-            weight = rescaled_weight(weight, spread / units.spread[:-1])
-            noise = rescaled_noise(noise, float(spread))
-        names = getattr(self, "feature_names_in_", None)
-        self.posterior_: ExactPosterior = _posterior(
-            X, y, counts, names, intercept=intercept, weight=weight, noise=noise, scale=scale
+            weight = rescaled_weight(weight, units)
+            noise = rescaled_noise(noise, float(units.spread[-1]))
+        rows = exact_posterior(
+            X, y, weight=weight, noise=noise, scale=scale, intercept=intercept, counts=counts
         )
+        if hasattr(self, "feature_names_in_"):
+            factor = rows.problem.factor._replace(names=tuple(self.feature_names_in_))
+            rows = replace(rows, problem=rows.problem._replace(factor=factor))
+        self.posterior_: ExactPosterior = rows
         mean, first = self.posterior_.mean, int(intercept)
         self.coef_ = mean[first : first + X.shape[1]]
         self.intercept_ = float(mean[0]) if intercept else 0.0
@@ -148,7 +151,7 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def predictive(self, X: Any) -> Prediction:
         """The predictive distribution of new rows: mean, sd, intervals, densities; see there."""
         check_is_fitted(self)
-        return predict_rows(self.posterior_, validate_data(self, X, dtype=np.float64, reset=False))
+        return self.posterior_.predict(validate_data(self, X, dtype=np.float64, reset=False))
 
     def predict(self, X: Any, return_std: bool = False) -> Any:  # noqa: FBT001, FBT002 (theirs)
         """Predictive means, shape `(rows,)`; with `return_std` also the sds of new data.
@@ -167,15 +170,13 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: `level` is not between 0 and 1.
         """
-        level = check_share("level", level)
-        low, high = self.predictive(X).interval(level)
-        return low, high
+        return self.predictive(X).interval(level)
 
     def log_prob(self, X: Any, y: Any) -> Array:
         """Log predictive density of data, in nats, shape `(rows,)`; the mean scores a model."""
         check_is_fitted(self)
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, reset=False)
-        return predict_rows(self.posterior_, X).log_prob(np.asarray(y, dtype=np.float64))
+        return self.posterior_.predict(X).log_prob(np.asarray(y, dtype=np.float64))
 
 
 def _counts(sample_weight: Any, X: Array) -> Array | None:
@@ -185,19 +186,6 @@ def _counts(sample_weight: Any, X: Array) -> Array | None:
     counts = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     expect((counts > 0).any(), "sample_weight", "a row that counts", "zeros")
     return counts
-
-
-def _posterior(
-    X: Array, y: Array, counts: Array | None, names: Any, *, intercept: bool, **priors: Any
-) -> ExactPosterior:
-    """The exact posterior of rows that count so often."""
-    if counts is None:
-        return exact_posterior(X, y, intercept=intercept, **priors)
-    block = np.column_stack([*[np.ones(len(y))] * intercept, X, y]) * np.sqrt(counts)[:, None]
-    names = None if names is None else tuple(names)
-    factor = Factor(triangle_of(block), counts.sum(), intercept, names)
-    problem = problem_of(factor, priors["weight"], priors["noise"], priors["scale"])
-    return ExactPosterior(problem, problem.integrate())
 
 
 class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

@@ -9,10 +9,12 @@ import pyro.distributions as dist
 from torch.distributions import Distribution
 
 from ppvae._checks import check_array, check_flag, check_real, expect
-from ppvae.regression.exact import ExactPosterior, problem_of
-from ppvae.regression.factors import Data, Values, read
+from ppvae.regression.arguments import problem_of
+from ppvae.regression.exact import ExactPosterior
+from ppvae.regression.factors import Given, read
 from ppvae.regression.hyper import Problem
 from ppvae.regression.priors import Array, Unknown
+from ppvae.regression.rows import Values
 
 # The maximum is searched where the log of the scale, or of scale over noise, is within this.
 _RANGE = 35.0
@@ -39,7 +41,7 @@ class EvidenceMaximum(NamedTuple):
 
 
 def log_evidence_curve(
-    X: Data,
+    X: Given,
     y: Values | None = None,
     *,
     scales: Values,
@@ -73,7 +75,7 @@ def log_evidence_curve(
 
 
 def evidence_maximum(
-    X: Data,
+    X: Given,
     y: Values | None = None,
     *,
     weight: Distribution = dist.Normal(0.0, 1.0),  # noqa: B008 (immutable)
@@ -106,17 +108,18 @@ def evidence_maximum(
     maximize_noise = check_flag("maximize_noise", maximize_noise)
     expect(not maximize_noise or noise is None, "noise", "nothing with maximize_noise=True", noise)
     expect(weight is not None, "weight", "a Normal", "None: a flat prior has no scale")
-    factor, data = read(X, y, intercept=intercept)
+    factor, rows = read(X, y, intercept=intercept)
     problem = problem_of(factor, weight, noise, 1.0)
     noise_sd, best_noise = problem.numbers["noise"], problem.gaussian.best_noise
     if maximize_noise:
         ratio = _highest(lambda log_ratios: best_noise(log_ratios)[1])
         noise_sd = math.exp(best_noise(np.array([ratio]))[0][0])
-        scale = math.exp(ratio) * noise_sd
+        at = np.array([ratio])
+        scale = math.exp(problem.gaussian.log_scale(best_noise(at)[0], at)[0])
     else:
         scale = math.exp(_highest(lambda log_scales: _curve(problem, log_scales)))
     problem = problem._replace(numbers={"noise": noise_sd, "scale": scale})
-    posterior = ExactPosterior(problem, problem.integrate(), data)
+    posterior = ExactPosterior(problem, problem.integrate(), rows)
     known_noise = np.nan if isinstance(noise_sd, Unknown) else noise_sd
     return EvidenceMaximum(scale, known_noise, posterior.log_normalizer, posterior)
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -19,64 +19,82 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_count, check_flag, check_names, check_real, expect
-from ppvae.regression.factors import Data, Factor, Values, read, read_block
-from ppvae.regression.hyper import HyperPosterior, Problem, make_problem, mixture_quantiles
-from ppvae.regression.linear_algebra import pieces
+from ppvae._checks import check_array, check_count, check_flag, check_names, expect
+from ppvae.regression.arguments import problem_of
+from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
+from ppvae.regression.conflict import warn_of_conflict
+from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
+from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.loo import LeaveOneOut, log_predictive
-from ppvae.regression.priors import Array, Given, read_positive, weight_prior
+from ppvae.regression.prediction import Prediction
+from ppvae.regression.priors import Array, ConjugateNormal, NormalPrior, Seed
+from ppvae.regression.rows import Rows, Values
 
 if TYPE_CHECKING:
     import xarray as xr
 
-Seed = int | np.random.Generator | None
-
-# So many numbers are printed each by itself.
-_PRINTED = 30
+# So many numbers are printed each by itself, and so many densities worked out for it at most.
+_PRINTED, _QUICK = 30, 10_000_000
 
 
 def exact_posterior(
-    X: Data,
+    X: Given,
     y: Values | None = None,
     *,
-    weight: Distribution | None = dist.Normal(0.0, 10.0),  # noqa: B008 (immutable)
-    noise: float | Distribution | None = dist.HalfNormal(10.0),  # noqa: B008
-    scale: float | Distribution | None = None,
-    intercept: bool = False,
+    weight: Distribution | ConjugateNormal | ExactPosterior | None = dist.Normal(0.0, 10.0),  # noqa: B008 (immutable)
+    noise: float | Values | Distribution | None = dist.HalfNormal(10.0),  # noqa: B008
+    scale: float | str | Distribution | None = None,
+    intercept: bool | Distribution = False,
+    weights: Values | None = None,
+    offset: Values | None = None,
+    counts: Values | None = None,
 ) -> ExactPosterior:
     r"""Computes the posterior of a linear regression, exactly.
 
-    .. math:: y \sim N(Xw, s^2 I), \qquad w_j \sim N(m_j, t^2 d_j^2), \qquad s \sim p(s),
-        \quad t \sim p(t)
+    .. math:: y_i \sim N(o_i + x_i w, s^2 / k_i), \qquad w_j \sim N(m_j, t^2 d_j^2),
+        \qquad s \sim p(s), \quad t \sim p(t)
 
-    The results are in the order: intercept (with `intercept=True`), weights, noise (if unknown),
-    scale (if unknown). All is computed in float64. The cost is one QR pass over the data and then
-    of the order of `columns^3`, which with many thousands of columns is a long time.
+    The results are in the order: intercept (if there is one), weights, noise (if unknown), scale
+    (if unknown). All is computed in float64. The cost is one QR pass over the data and then of the
+    order of `columns min(rows, columns)^2`.
+
+    A prior that the data contradict is warned of: a weight several prior sds from its prior mean,
+    much more evidence with wider priors, or a noise that its prior makes most improbable. Give
+    `scale="data"`, standardise, or add an intercept.
 
     Args:
         X: array of shape `(rows, columns)`, wide or tall, where zero rows give the prior; or,
             without y, an iterable of pairs of blocks, `(rows, columns)` and `(rows,)`, of which
             only one is held at a time, or a `Factor` of rows that may be on many machines.
-        y: array of shape `(rows,)`.
-        weight: prior of the weights, a Normal with scalar or per-column `loc` and `scale`, or None
-            for a flat prior.
-        noise: the known noise sd; or its prior, a distribution on the positive reals; or None for
-            the flat prior p(s) = 1.
+        y: array of shape `(rows,)`, or `(rows, 1)`.
+        weight: prior of the weights: a Normal with scalar or per-column `loc` and `scale`, a
+            MultivariateNormal, a `ConjugateNormal` (as `g_prior` makes one), the posterior of other
+            data with known noise, or None for a flat prior.
+        noise: the known noise sd, or that of each row, shape `(rows,)`; or its prior, a
+            distribution on the positive reals; or None for the flat prior p(s) = 1.
         scale: the factor t of the prior sds: a number, or a prior on the positive reals for
-            a hierarchical model; 1 by default.
-        intercept: add a weight with a flat prior, first in order, for a column of ones; a `Factor`
-            has been told.
+            a hierarchical model; 1 by default. Or `"data"`: the priors are for standardised data,
+            so that that of a weight is multiplied by `sd(y) / sd(x_j)` (by `sd(y)` for a column
+            that does not vary) and that of an unknown noise by `sd(y)`. The sds are about the
+            means with an intercept and about zero without, each row by its weight.
+        intercept: add a weight, first in order, for a column of ones: True for a flat prior, or a
+            Normal, which `scale` does not touch. A `Factor` has been told of the column.
+        weights: of the rows, k, positive numbers, shape `(rows,)`; 1 by default.
+        offset: what is known of the mean of each row, o, shape `(rows,)`; 0 by default.
+        counts: how many times each row counts, shape `(rows,)`, which need not be whole numbers:
+            row i stands for so many equal ones.
 
     Returns:
         The posterior.
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: shapes do not fit, values are not finite, a noise or scale is not positive, or
-            the posterior is improper.
+        ValueError: shapes do not fit, values are not finite, a noise, scale or weight is not
+            positive, or the posterior is improper.
 
     Reference:
-        Gelman et al., *Bayesian Data Analysis*, 2013, chapter 14.
+        Gelman et al., *Bayesian Data Analysis*, 2013, chapter 14; of priors in the scale of the
+        data: Gabry, Goodrich, *Prior distributions for rstanarm models*, 2020.
 
     Example:
         >>> import pyro.distributions as dist
@@ -91,22 +109,29 @@ def exact_posterior(
         >>> exact_posterior(combine([here, there]), weight=None, noise=1.0).mean.round(6)
         array([1.4])
     """
-    factor, data = read(X, y, intercept=intercept)
-    problem = problem_of(factor, weight, noise, scale)
-    return ExactPosterior(problem, problem.integrate(), data)
+    known: Any = None if noise is None or isinstance(noise, Distribution) else noise
+    per_row = known is not None and np.ndim(known) == 1 and np.size(known) > 1
+    sides: dict[str, Values | None] = {"weights": weights, "offset": offset, "counts": counts}
+    sides["noise"] = known if per_row else None
+    ones = isinstance(intercept, Distribution) or intercept
+    factor, rows = read(X, y, intercept=ones, **sides)
+    given = _of_other_data(weight, factor, scale) if isinstance(weight, ExactPosterior) else weight
+    problem = problem_of(factor, given, 1.0 if per_row else noise, scale, intercept=intercept)
+    posterior = ExactPosterior(problem, problem.integrate(), rows)
+    warn_of_conflict(problem, posterior.hyper, posterior.names)
+    return posterior
 
 
-def problem_of(factor: Factor, weight: Distribution | None, noise: Given, scale: Given) -> Problem:
-    """Reads the priors of `exact_posterior` and checks them against the data.
-
-    Raises:
-        TypeError: a prior is of a wrong kind.
-        ValueError: a value is out of its range, shapes do not fit, or the posterior is improper.
-    """
-    expect(weight is not None or scale is None, "scale", "None with weight=None (flat)", scale)
-    given = {"noise": noise, "scale": 1.0 if scale is None else scale}
-    numbers = {name: read_positive(value, name) for name, value in given.items()}
-    return make_problem(factor, weight_prior(weight, factor.columns - factor.intercept), numbers)
+def _of_other_data(posterior: ExactPosterior, factor: Factor, scale: Any) -> NormalPrior:
+    """The posterior of all the weights given other data, as a prior."""
+    known = not posterior.problem.unknown
+    told = "a posterior whose noise and scale are known; of others, update(X, y) adds data exactly"
+    expect(known, "weight", told, f"unknown {', '.join(posterior.problem.unknown)}")
+    expect(scale is None, "scale", "None with a posterior as the prior", scale)
+    before = posterior.problem.factor
+    fits = before.columns == factor.columns and before.intercept == factor.intercept
+    expect(fits, "weight", f"a posterior of {factor.columns} columns", before)
+    return NormalPrior(posterior.mean, linalg.cholesky(posterior.covariance, lower=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,17 +144,22 @@ class ExactPosterior:
     Args:
         problem: the data and the priors.
         hyper: the posterior of noise and scale.
-        data: copies of X (with the column of ones) and of y; None if they came in blocks.
+        rows: a copy of the data; None if they came in blocks.
     """
 
     problem: Problem
     hyper: HyperPosterior
-    data: tuple[Array, Array] | None = None
+    rows: Rows | None = None
 
     def __repr__(self) -> str:
-        names, rows = self.names, self.problem.factor.rows
-        head = f"ExactPosterior of {len(names)} numbers given {rows} rows"
+        names, factor = self.names, self.problem.factor
+        head = f"ExactPosterior of {len(names)} numbers given {factor.rows} rows"
         head += f", log evidence {self.log_evidence:.4f} nats"
+        few = factor.rows * len(self.hyper.shares) * factor.columns <= _QUICK
+        if self.rows is not None and self.rows.counts is None and few and self._predicts:
+            head += f", {self.loo()!s}"
+        if self._fits:
+            head += f", R2 {self.r2:.4f}"
         if len(names) > _PRINTED:
             return head
         low, high = self.quantile([0.05, 0.95])
@@ -142,9 +172,10 @@ class ExactPosterior:
 
     @property
     def names(self) -> list[str]:
-        """Names of the results, in their order."""
+        """Names of the results, in their order: `weight[bmi]` where the columns have names."""
         factor = self.problem.factor
-        weights = (f"weight[{j}]" for j in range(factor.columns - factor.intercept))
+        columns = factor.names or range(factor.columns - factor.intercept)
+        weights = (f"weight[{column}]" for column in columns)
         return [*["intercept"] * factor.intercept, *weights, *self.problem.unknown]
 
     @property
@@ -157,62 +188,78 @@ class ExactPosterior:
         """Log of p(y), in nats; nan where a flat prior leaves it undefined."""
         return self.log_normalizer if self.problem.proper else float("nan")
 
+    @property
+    def r2(self) -> float:
+        """Share of the variation of y that the mean weights explain.
+
+        About the mean of y where there is an intercept, else about zero.
+        """
+        triangle, size = self.problem.factor.triangle, self.problem.factor.columns
+        left = triangle[:, -1] - triangle[:, :-1] @ self.mean[:size]
+        about = triangle[int(self.problem.factor.intercept) :, -1]
+        return 1.0 - float(left @ left) / float(about @ about) if about.any() else float("nan")
+
+    @property
+    def _fits(self) -> bool:
+        return bool(self.problem.factor.rows and np.isfinite(self.mean).all())
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether one datum less leaves a proper posterior."""
+        known = "noise" not in self.problem.unknown
+        return self.problem.factor.rows > 1 and (known or self.problem.has_moment("noise", 1))
+
+    @cached_property
+    def _weights(self) -> Combinations:
+        return Combinations.of_weights(self.problem, self.hyper)
+
+    @property
+    def _known(self) -> Array:
+        """Noise and scale at the points, where they are unknown, `(points, unknown)`."""
+        logs = self.hyper.log_numbers
+        table = [np.exp(logs[name]) for name in self.problem.unknown]
+        return np.array(table).T.reshape(len(self.hyper.shares), len(table))
+
+    def _of_unknown(self, order: int, values: Array) -> Array:
+        """A moment of noise and scale, inf where it does not exist."""
+        exists = [self.problem.has_moment(name, order) for name in self.problem.unknown]
+        return np.where(np.array(exists, dtype=bool), values, np.inf)
+
     @cached_property
     def mean(self) -> Array:
         """Posterior means, shape `(names,)`."""
-        values = self._loc + self._basis @ (self.hyper.shares @ self._mixture[0])
-        missing = self._without_moment(1)
-        is_weight = np.arange(len(values)) < self.problem.factor.columns
-        return np.where(missing, np.where(is_weight, np.nan, np.inf), values)
-
-    @cached_property
-    def covariance(self) -> Array:
-        """Posterior covariance, shape `(names, names)`."""
-        shares, (means, variances) = self.hyper.shares, self._mixture
-        away = means - shares @ means
-        inner = (away.T * shares) @ away + np.diag(shares @ variances)
-        covariance = self._basis @ inner @ self._basis.T
-        covariance = (covariance + covariance.T) / 2
-        missing = self._without_moment(2)
-        covariance[missing] = covariance[:, missing] = np.nan
-        covariance[missing, missing] = np.inf
-        return covariance
+        unknown = self._of_unknown(1, self.hyper.shares @ self._known)
+        return np.append(self._weights.mean, unknown)
 
     @cached_property
     def sd(self) -> Array:
         """Posterior standard deviations, shape `(names,)`."""
-        return np.sqrt(np.diag(self.covariance))
-
-    @property
-    def _loc(self) -> Array:
-        return np.append(self.problem.gaussian.loc, np.zeros(len(self.problem.unknown)))
+        shares, known = self.hyper.shares, self._known
+        variances = self._of_unknown(2, shares @ (known - shares @ known) ** 2)
+        return np.sqrt(np.append(self._weights.variance, variances))
 
     @cached_property
-    def _basis(self) -> Array:
-        """Takes the coordinates of the weights, and noise and scale, to the results."""
-        unknown = np.eye(len(self.problem.unknown))
-        return linalg.block_diag(self.problem.gaussian.basis, unknown)
-
-    @cached_property
-    def _mixture(self) -> tuple[Array, Array]:
-        return self._components(self.hyper.log_numbers)
-
-    def _components(self, logs: dict[str, Array]) -> tuple[Array, Array]:
-        """Means and variances of the results, given noise and scale, before `_basis` turns them."""
-        means, variances = self.problem.gaussian.coordinates(logs["noise"], logs["scale"])
-        known = [np.exp(logs[name]) for name in self.problem.unknown]
-        zeros = np.zeros((len(means), len(known)))
-        return np.column_stack([means, *known]), np.hstack([variances, zeros])
-
-    def _without_moment(self, order: int) -> Array:
-        """Which results have tails so heavy that their moment of this order does not exist."""
-        gaussian, along = self.problem.gaussian, np.abs(self._basis)
-        lacks = {name: not self.problem.has_moment(name, order) for name in self.problem.unknown}
-        heavy = np.append(np.zeros(len(gaussian.loc), dtype=bool), list(lacks.values()))
-        # the flat weights spread with the noise, and those that no data see with the scale
-        heavy[: gaussian.flat] = lacks.get("noise", False)
-        heavy[gaussian.rank : len(gaussian.loc)] = lacks.get("scale", False)
-        return along[:, heavy > 0].sum(1) > 1e-12 * along.sum(1)
+    def covariance(self) -> Array:
+        """Posterior covariance, shape `(names, names)`."""
+        gaussian, shares, logs = self.problem.gaussian, self.hyper.shares, self.hyper.log_numbers
+        means, variances = gaussian.coordinates(logs["noise"], logs["scale"])
+        known = self._known
+        means = np.hstack([means, known])
+        variances = np.hstack([variances, np.zeros_like(known)])
+        basis = linalg.block_diag(gaussian.basis, np.eye(known.shape[1]))
+        away = means - shares @ means
+        inner = (away.T * shares) @ away + np.diag(shares @ variances)
+        covariance = basis @ inner @ basis.T
+        if not gaussian.whole:
+            size = len(gaussian.loc)
+            unseen = gaussian.unseen(np.eye(size))
+            spread = shares @ np.exp(2 * gaussian.log_prior(logs["noise"], logs["scale"]))
+            covariance[:size, :size] += spread * (unseen @ unseen.T)
+        covariance = (covariance + covariance.T) / 2
+        missing = np.isinf(self.sd)
+        covariance[missing] = covariance[:, missing] = np.nan
+        covariance[missing, missing] = np.inf
+        return covariance
 
     def quantile(self, q: ArrayLike) -> Array:
         r"""Quantiles of each result by itself.
@@ -227,18 +274,104 @@ class ExactPosterior:
             TypeError: there are others than numbers among the probabilities.
             ValueError: one is not between 0 and 1.
         """
-        given = check_real("q", q)
-        levels = check_array("q", given, ("k",)[: given.dim()]).reshape(-1)
-        inside = ((levels > 0) & (levels < 1)).all()
-        expect(inside, "q", "probabilities between 0 and 1", repr(q))
-        shares, (means, variances) = self.hyper.shares, self._mixture
-        weights = np.empty((len(levels), self.problem.factor.columns))
-        for part in pieces(weights.shape[1], len(shares) * len(levels)):
-            basis = self._basis[: weights.shape[1]][part].T
-            sds = np.sqrt(variances @ basis**2)
-            weights[:, part] = mixture_quantiles(shares, means @ basis, sds, levels)
-        table = self._loc + np.hstack([weights, self.hyper.quantiles(levels)])
-        return table if given.dim() else table[0]
+        levels, several = check_levels(q)
+        table = np.hstack([self._weights.quantile(levels), self.hyper.quantiles(levels)])
+        return table if several else table[0]
+
+    def cdf(self, values: ArrayLike) -> Array:
+        r"""How probable it is that each result is below a value, shape `(names,)`, to some 1e-15.
+
+        Args:
+            values: a number for all, or shape `(names,)`.
+
+        Raises:
+            TypeError, ValueError: they are no finite numbers of such a shape.
+        """
+        size, several = len(self.names), np.ndim(values) > 0
+        given = check_array("values", values, (size,) if several else ())
+        places = np.broadcast_to(given, (size,))
+        weights, unknown = np.split(places, [self.problem.factor.columns])
+        below = [self._weights.cdf(weights), self.hyper.cdf(unknown[None])[0]]
+        return np.concatenate(below)
+
+    @property
+    def prob_positive(self) -> Array:
+        """How probable it is that each result is above zero, shape `(names,)`, to some 1e-15."""
+        above = self._weights.negative().cdf(np.zeros(self.problem.factor.columns))
+        return np.append(above, np.ones(len(self.problem.unknown)))
+
+    def predict(
+        self,
+        X: Values,
+        *,
+        weights: Values | None = None,
+        offset: Values | None = None,
+        noise: Values | None = None,
+    ) -> Prediction:
+        """Predicts new data, exactly.
+
+        Args:
+            X: shape `(rows, columns)`, without a column of ones.
+            weights: of the rows, shape `(rows,)`: the noise variance is divided by them.
+            offset: what is known of the mean of each row, shape `(rows,)`.
+            noise: the noise sd of each row, shape `(rows,)`, where that of the data was given so.
+
+        Returns:
+            Means, sds, intervals, densities and draws of the new data.
+
+        Raises:
+            TypeError, ValueError: X has not the columns of the data, or there are others than
+                finite numbers.
+
+        Example:
+            >>> posterior = exact_posterior([[1.0], [2.0]], [1.0, 3.0], weight=None, noise=1.0)
+            >>> new = posterior.predict([[2.0]])
+            >>> new.mean.round(6), new.epistemic_sd.round(6), new.noise_sd
+            (array([2.8]), array([0.894427]), array([1.]))
+        """
+        sides = {"weights": weights, "offset": offset, "noise": noise}
+        rows = read_block(X, None, self.problem.factor, **sides)
+        plain = np.ones(len(rows)) if rows.sds is None else rows.sds
+        start = np.zeros(len(rows)) if rows.offset is None else rows.offset
+        return Prediction(self.problem, self.hyper, rows.X, start, plain)
+
+    def update(
+        self,
+        X: Given,
+        y: Values | None = None,
+        *,
+        weights: Values | None = None,
+        offset: Values | None = None,
+        noise: Values | None = None,
+        counts: Values | None = None,
+    ) -> ExactPosterior:
+        """The posterior given more data, too, with the same priors: that of all data at once.
+
+        Args:
+            X: see `exact_posterior`.
+            y: see `exact_posterior`.
+            weights: of the new rows.
+            offset: of the new rows.
+            noise: the noise sd of each new row, where that of the data was given so.
+            counts: of the new rows.
+
+        Raises:
+            TypeError, ValueError: the data have not the columns of those before, or as for
+                `exact_posterior`.
+
+        Example:
+            >>> first = exact_posterior([[1.0]], [1.0], weight=None, noise=1.0)
+            >>> first.update([[2.0]], [3.0]).mean.round(6)
+            array([1.4])
+        """
+        sides = {"weights": weights, "offset": offset, "noise": noise, "counts": counts}
+        before = self.problem.factor
+        ones = before.intercept and not isinstance(X, Factor)
+        factor, rows = read(X, y, intercept=ones, **sides)
+        factor = combine([before, check_factor("X", factor, before)])
+        kept = None if rows is None or self.rows is None else self.rows.followed_by(rows)
+        problem = make_problem(factor, self.problem.weight, self.problem.numbers)
+        return ExactPosterior(problem, problem.integrate(), kept)
 
     def sample(
         self, num_samples: int | None = None, seed: Seed = None, *, n: int | None = None
@@ -258,20 +391,17 @@ class ExactPosterior:
             warnings.warn("n: is now called num_samples", DeprecationWarning, stacklevel=2)
             num_samples = n
         size = check_count("num_samples", num_samples, 0)
-        try:
-            generator = np.random.default_rng(seed)
-        except (TypeError, ValueError) as error:
-            wanted = "a whole number of at least 0, or a NumPy generator"
-            raise type(error)(f"seed: expected {wanted}, got {seed!r}") from error
-        means, variances = self._components(self.hyper.sample(size, generator))
-        drawn = means + np.sqrt(variances) * generator.standard_normal(means.shape)
-        return self._loc + drawn @ self._basis.T
+        drawn = draw(self.problem, self.hyper, size, generator_of(seed))
+        return np.column_stack([drawn["weight"], *(drawn[name] for name in self.problem.unknown)])
 
     def loo(
         self,
         X: Values | None = None,
         y: Values | None = None,
         *,
+        weights: Values | None = None,
+        offset: Values | None = None,
+        noise: Values | None = None,
         others: Factor | None = None,
         pointwise: bool = True,
     ) -> LeaveOneOut:
@@ -294,6 +424,9 @@ class ExactPosterior:
             X: one block of the rows that this posterior was made of, shape `(rows, columns)`, or
                 nothing for all of them, if they were given as arrays.
             y: shape `(rows,)`.
+            weights: of the block's rows, as they were given.
+            offset: of the block's rows.
+            noise: the noise sd of each of the block's rows, where it was given so.
             others: the factor of all rows but the block's (`combine` of those of the other blocks).
                 It is used only where a datum decides so much that the others are fitted anew, and
                 is asked for there.
@@ -301,9 +434,9 @@ class ExactPosterior:
 
         Raises:
             TypeError, ValueError: the block is not as the data are (see `factorize`).
-            ValueError: the data came in blocks, and none is given; too few remain for a proper
-                posterior; the block cannot be one of these data, or the others are not the rest; or
-                others are needed and not given.
+            ValueError: rows count several times; the data came in blocks, and none is given; too
+                few remain for a proper posterior; the block cannot be one of these data, or the
+                others are not the rest; or others are needed and not given.
 
         Reference:
             Vehtari et al., *Bayesian leave-one-out cross-validation approximations for Gaussian
@@ -312,13 +445,16 @@ class ExactPosterior:
         pointwise = check_flag("pointwise", pointwise)
         expect((X is None) == (y is None), "X, y", "both of a block, or neither", "one of them")
         if X is None or y is None:
-            if self.data is None:
+            if self.rows is None:
                 got = "none of blocks, which are not kept: give each to loo(X, y)"
                 raise ValueError(f"X, y: expected the data, got {got}")
-            data = self.data
+            rows = self.rows
         else:
-            data = read_block(X, y, self.problem.factor)
-        found = LeaveOneOut.of(log_predictive(self.problem, self.hyper, *data, others))
+            sides = {"weights": weights, "offset": offset, "noise": noise}
+            rows = read_block(X, y, self.problem.factor, **sides)
+        counted = "rows of which each counts once", "counts: one of several equal rows is no datum"
+        expect(self.problem.factor.counted is None, "loo", *counted)
+        found = LeaveOneOut.of(log_predictive(self.problem, self.hyper, rows, others))
         return found if pointwise else found._replace(pointwise=np.empty(0))
 
     def to_datatree(
@@ -327,8 +463,10 @@ class ExactPosterior:
         r"""Lays out independent draws as ArviZ has them.
 
         Groups: `posterior` (`weight` with dim `feature`, and where they are unknown `intercept`,
-        `noise`, `scale`); unless the data came in blocks also `log_likelihood` and `observed_data`
-        (`y` with dim `datum`). Dims `chain` (one) and `draw`.
+        `noise`, `scale`); unless the data came in blocks also `posterior_predictive`,
+        `log_likelihood` and `observed_data` (`y` with dim `datum`) and `constant_data` (`X`, and
+        where they were given `offset`, `counts` and, as `noise_sd`, the noise sds of the rows
+        relative to that of a row of weight one). Dims `chain` (one) and `draw`.
 
         Args:
             num_samples: number of draws, at least 1.
@@ -341,21 +479,32 @@ class ExactPosterior:
         import arviz_base
 
         factor, first = self.problem.factor, int(self.problem.factor.intercept)
-        draws = self.sample(check_count("num_samples", num_samples), seed)[None]
+        generator = generator_of(seed)
+        size = check_count("num_samples", num_samples)
+        drawn = draw(self.problem, self.hyper, size, generator)
         count = factor.columns - first
         features = factor.names if features is None else check_names("features", features, count)
-        weights = range(first, factor.columns)
-        posterior = {n: draws[..., i] for i, n in enumerate(self.names) if i not in weights}
-        noise = np.asarray(posterior.get("noise", self.problem.numbers["noise"]))[..., None]
-        groups = {"posterior": {"weight": draws[..., weights], **posterior}}
-        if self.data is not None:
-            X, y = self.data
-            away = (y - draws[..., : factor.columns] @ X.T) / noise
-            logs = -(away**2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
-            groups |= {"log_likelihood": {"y": logs}, "observed_data": {"y": y}}
+        weight = drawn["weight"]
+        posterior = {"weight": weight[:, first:]}
+        posterior |= {"intercept": weight[:, 0]} if first else {}
+        posterior |= {name: drawn[name] for name in self.problem.unknown}
+        groups = {"posterior": {name: values[None] for name, values in posterior.items()}}
+        if self.rows is not None:
+            rows = self.rows
+            noise = drawn["noise"][:, None] * (1.0 if rows.sds is None else rows.sds)
+            line = weight @ rows.X.T + (0.0 if rows.offset is None else rows.offset)
+            logs = -(((rows.y - line) / noise) ** 2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
+            logs = logs if rows.counts is None else logs * rows.counts
+            new = line + noise * generator.standard_normal(line.shape)
+            constant = {"X": rows.X[:, first:], **rows.sides()}
+            groups |= {"posterior_predictive": {"y": new[None]}}
+            groups |= {"log_likelihood": {"y": logs[None]}, "observed_data": {"y": rows.y}}
+            groups |= {"constant_data": constant}
+        dims = {"weight": ["feature"], "X": ["datum", "feature"]}
+        dims |= {name: ["datum"] for name in ("y", "noise_sd", "offset", "counts")}
         return arviz_base.from_dict(
             groups,
             coords={} if features is None else {"feature": list(features)},
-            dims={"weight": ["feature"], "y": ["datum"]},
+            dims=dims,
             attrs={"/": {"inference_library": "ppvae", "sampling": "independent, exact"}},
         )

@@ -6,21 +6,19 @@ posterior computes from them is that of all rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
-from torch import Tensor
 
-from ppvae._checks import as_doubles, check_names, check_real, expect
+from ppvae._checks import check_names, check_real, expect
 from ppvae.regression.priors import Array
+from ppvae.regression.rows import Names, Rows, Values, read_rows
 
-Values = ArrayLike | Tensor
 # an array of rows, or pairs (X, y) of blocks of rows
-Rows = Values | Iterable[tuple[Values, Values]]
-Names = tuple[str, ...] | None
+Data = Values | Iterable[tuple[Values, Values]]
 
 # Rows that are factorized at a time: enough to keep the cores busy, and little memory.
 _ROWS = 8192
@@ -38,12 +36,17 @@ class Factor(NamedTuple):
         rows: number of rows of X.
         intercept: whether the first column is one of ones.
         names: of the columns of X, or None where they have none.
+        log_sds: the sum over all rows of the logs of their noise sds, relative to that of a row of
+            weight one, by which the rows are divided.
+        counted: the sum of the counts of the rows, or None where each counts once.
     """
 
     triangle: Array
     rows: int
     intercept: bool = False
     names: Names = None
+    log_sds: float = 0.0
+    counted: float | None = None
 
     def __repr__(self) -> str:
         ones = " (the first of ones)" if self.intercept else ""
@@ -54,17 +57,42 @@ class Factor(NamedTuple):
         """The number of columns of X, including the column of ones of an intercept."""
         return self.triangle.shape[1] - 1
 
+    @property
+    def total(self) -> float:
+        """How many rows there are, as often as they count."""
+        return self.rows if self.counted is None else self.counted
+
+    @property
+    def sds(self) -> Array:
+        """Sds of the columns of X, and of y, last; shape `(columns + 1,)`.
+
+        About the means where there is an intercept, whose own is zero, else about zero.
+        """
+        away = self.triangle[int(self.intercept) :]
+        sds: Array = np.linalg.norm(away, axis=0) / math.sqrt(max(self.total, 1.0))
+        return sds
+
+    def followed_by(self, row: Array, log_sd: float) -> Factor:
+        """With one more row of X and y, shape `(1, columns + 1)`, divided by its noise sd."""
+        counted = None if self.counted is None else self.counted + 1
+        triangle, log_sds = triangle_of(self.triangle, row), self.log_sds + log_sd
+        rows = self.rows + 1
+        return self._replace(triangle=triangle, rows=rows, log_sds=log_sds, counted=counted)
+
 
 # what a posterior is made of
-Data = Rows | Factor
+Given = Data | Factor
 
 
 def factorize(
-    X: Rows,
+    X: Data,
     y: Values | None = None,
     *,
     intercept: bool = False,
     names: Sequence[str] | None = None,
+    weights: Values | None = None,
+    offset: Values | None = None,
+    counts: Values | None = None,
 ) -> Factor:
     r"""Reduces rows to their triangular factor, in float64, by Householder QR.
 
@@ -77,11 +105,15 @@ def factorize(
         y: array of shape `(rows,)`.
         intercept: put a column of ones before the columns of X.
         names: of the columns of X; those of a table by default.
+        weights: of the rows, shape `(rows,)`: the noise variance of row i is `s^2 / weights_i`.
+        offset: what is known of the mean of each row, shape `(rows,)`.
+        counts: how many times each row counts, shape `(rows,)`, which need not be whole numbers.
 
     Raises:
         TypeError: X is neither an array nor an iterable of pairs, or there are others than real
             numbers, or `intercept` is no bool.
-        ValueError: shapes do not fit, there are no rows or columns, or a value is not finite.
+        ValueError: shapes do not fit, there are no rows or columns, a value is not finite, a weight
+            is not positive or a count negative, or there are such numbers beside blocks.
 
     Reference:
         Golub, Van Loan, *Matrix Computations*, 2013, section 5.2; Demmel et al., *Communication-
@@ -92,7 +124,8 @@ def factorize(
         Factor of 3 rows, 1 columns
     """
     expect(not isinstance(X, Factor), "X", "rows", "a Factor", TypeError)
-    factor, _ = read(X, y, intercept=intercept)
+    sides = {"weights": weights, "offset": offset, "counts": counts}
+    factor, _ = read(X, y, intercept=intercept, **sides)
     expect(factor.rows, "X", "at least one row", "none: such a block adds nothing, leave it out")
     if names is None:
         return factor
@@ -124,16 +157,16 @@ def combine(factors: Iterable[Factor]) -> Factor:
         >>> combine([a, b])
         Factor of 3 rows, 1 columns
     """
-    stack, rows = _Stack(), 0
+    stack, kept = _Stack(), []
     first: Factor | None = None
     for number, factor in enumerate(each_of("factors", factors, Factor)):
         check_factor(f"factors[{number}]", factor, first)
         first = factor if first is None else first._replace(names=first.names or factor.names)
         stack.add(factor.triangle)
-        rows += factor.rows
+        kept.append((factor.rows, factor.log_sds, factor.counted))
     if first is None:
         raise ValueError("factors: expected at least one, got none")
-    return first._replace(triangle=stack.triangle(), rows=rows)
+    return first._replace(triangle=stack.triangle(), **_sums(kept))
 
 
 def each_of(name: str, values: Any, kind: type) -> Iterator[Any]:
@@ -184,72 +217,78 @@ def _check_same(name: str, names: Names, others: Names) -> None:
 
 
 def read(
-    X: Data, y: Values | None, *, intercept: bool
-) -> tuple[Factor, tuple[Array, Array] | None]:
+    X: Given, y: Values | None, *, intercept: bool, **sides: Values | None
+) -> tuple[Factor, Rows | None]:
     """Reduces data to their factor, if they are not one already.
 
-    Returns it, and copies of X (with the column of ones) and of y; None if they came in blocks.
+    Args:
+        X: see `factorize`, or a factor.
+        y: see `factorize`.
+        intercept: see `factorize`.
+        sides: what a row has beside X and y; see `read_rows`.
+
+    Returns:
+        The factor, and a copy of the rows; None if they came in blocks.
 
     Raises:
         TypeError, ValueError: see `factorize`.
     """
     expect(isinstance(intercept, bool), "intercept", "True or False", repr(intercept), TypeError)
     if isinstance(X, Factor):
-        got = type(y).__name__
-        expect(y is None, "y", "nothing beside a Factor, which has it", got, TypeError)
+        given = [*["y"] * (y is not None), *(name for name in sides if sides[name] is not None)]
+        kind, wanted = "beside a Factor", "nothing beside a Factor, which has it"
+        for name in given:
+            got = type(y if name == "y" else sides[name]).__name__
+            expect(not given, name, wanted, f"{got} {kind}", TypeError)
         told = "nothing where the factor was made without: factorize(X, y, intercept=True)"
         expect(not intercept or X.intercept, "intercept", told, intercept)
         return check_factor("X", X), None
     pairs = y is not None or (isinstance(X, Iterable) and not hasattr(X, "shape"))
     expected = "the target values, or X to be an iterable of pairs (X, y) of blocks"
     expect(pairs, "y", expected, type(X).__name__, TypeError)
-    stack, rows = _Stack(), 0
+    stack, kept = _Stack(), []
     names: Names = None
-    for block, mine in _blocks(X, y, intercept=intercept):
-        _check_same("X", mine, names)
-        names = names or mine
-        stack.add(block)
-        rows += len(block)
-    expect(stack.waiting, "X", "at least one block", "none")
-    data = None if y is None else (block[:, :-1], block[:, -1])
-    return Factor(stack.triangle(), rows, intercept, names), data
+    for block in read_rows(X, y, intercept=intercept, **sides):
+        _check_same("X", block.names, names)
+        names = names or block.names
+        for start in range(0, len(block) or 1, _ROWS):
+            stack.add(block.even(slice(start, start + _ROWS)))
+        kept.append((len(block), float(block.log_sds.sum()), block.counted))
+    expect(kept, "X", "at least one block", "none")
+    factor = Factor(stack.triangle(), intercept=intercept, names=names, **_sums(kept))
+    return factor, None if y is None else block
 
 
-def read_block(X: Values, y: Values, like: Factor) -> tuple[Array, Array]:
-    """Copies of X (with the column of ones) and of y, of the columns of a factor and finite.
+def _sums(kept: list[tuple[int, float, float | None]]) -> dict[str, Any]:
+    """What is added up over blocks: rows, logs of their sds, and counts, where there are any."""
+    rows, log_sds, counted = zip(*kept, strict=True)
+    total = sum(row if count is None else count for row, _, count in kept)
+    any_counted = any(count is not None for count in counted)
+    return {"rows": sum(rows), "log_sds": sum(log_sds), "counted": total if any_counted else None}
+
+
+def read_block(X: Values, y: Values | None, like: Factor, **sides: Values | None) -> Rows:
+    """A copy of rows that have the columns of a factor and are finite.
+
+    Args:
+        X: shape `(rows, columns)`.
+        y: shape `(rows,)`; None where there is none, which is as if there were zeros.
+        like: the factor.
+        sides: see `read_rows`.
 
     Raises:
         TypeError, ValueError: see `factorize`.
     """
-    block, names = next(_blocks(X, y, intercept=like.intercept))
-    count, got = like.columns - like.intercept, block.shape[1] - 1 - like.intercept
+    if y is None:
+        design = check_real("X", X)
+        expect(design.dim() == 2, "X", "shape (rows, columns)", tuple(design.shape))
+        y = np.zeros(len(design))
+    rows = next(read_rows(X, y, intercept=like.intercept, **sides))
+    count, got = like.columns - like.intercept, rows.X.shape[1] - like.intercept
     expect(got == count, "X", f"{count} columns, as the factor has", got)
-    _check_same("X", names, like.names)
-    _check_finite(block)
-    return block[:, :-1], block[:, -1]
-
-
-def _blocks(X: Any, y: Values | None, *, intercept: bool) -> Iterator[tuple[Array, Names]]:
-    """Checks the data and yields, block by block, a new array of (ones), X, y, and the names."""
-    columns = 0
-    for number, pair in enumerate(X if y is None else [(X, y)]):
-        name = f"X, y of block {number}" if y is None else "X, y"
-        factor = isinstance(pair, Factor)
-        arrays = tuple(pair) if isinstance(pair, Iterable) and not factor else ()
-        got = f"{type(pair).__name__} as block {number}{' (combine makes one)' * factor}"
-        expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
-        named = zip(arrays, ("X", "y"), strict=True)
-        design, target = (as_doubles(check_real(name, values)) for values, name in named)
-        fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
-        shapes = f"{design.shape} and {target.shape}"
-        expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
-        columns = columns if number else design.shape[1]
-        expect(columns + intercept, "X", "at least one column", "none")
-        expected = f"{columns} columns in every block, as in the first"
-        expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
-        table = list(getattr(arrays[0], "columns", ()))
-        names = tuple(table) if table and all(isinstance(each, str) for each in table) else None
-        yield np.column_stack([*[np.ones(len(target))] * intercept, design, target]), names
+    _check_same("X", rows.names, like.names)
+    _check_finite(rows.block)
+    return rows
 
 
 class _Stack:
@@ -260,11 +299,10 @@ class _Stack:
         self.count = 0
 
     def add(self, block: Array) -> None:
-        for start in range(0, len(block) or 1, _ROWS):
-            self.waiting.append(block[start : start + _ROWS])
-            self.count += len(self.waiting[-1])
-            if self.count >= max(_ROWS, 16 * block.shape[1]):
-                self.waiting, self.count = [_fold(self.waiting)], block.shape[1]
+        self.waiting.append(block)
+        self.count += len(block)
+        if self.count >= max(_ROWS, 16 * block.shape[1]):
+            self.waiting, self.count = [_fold(self.waiting)], block.shape[1]
 
     def triangle(self) -> Array:
         triangle = _fold(self.waiting)

@@ -25,6 +25,8 @@ Logs = Callable[[Array], Array]
 
 # Functions are followed from their modes down to `exp(-_DROP)` of their highest value.
 _DROP = 45.0
+# Share of a sum over the points of a lattice that these may miss.
+TOLERANCE = 1e-9
 _TOLERANCE = 1e-12
 _MOST_POINTS = 1 << 16
 _MOST_ROUNDS = 80
@@ -43,7 +45,7 @@ class Problem(NamedTuple):
 
     Attributes:
         factor: the data.
-        weight: location and sd of the weights that have a prior; those that have none come first.
+        weight: the prior of the weights that have one; those that have none come first.
         numbers: `noise`, the sd, and `scale`, the factor of the prior sds; each known or a prior.
         gaussian: the posterior of the weights for any noise and scale.
     """
@@ -127,21 +129,44 @@ class HyperPosterior(NamedTuple):
         """Logs of the noise and of the scale at the points, each of shape `(points,)`."""
         return _on_lines(self.numbers, self.indices * self.steps)[0]
 
+    def checks(self) -> Array:
+        """Weights of three sums over the points, shape `(points, 3)`.
+
+        Of a function whose first sum is its integral the others are nearly zero: that over points
+        where the posterior has died out, and the difference of one half of the points and the
+        other.
+        """
+        if not len(self.steps):
+            return np.array([[1.0, 0.0, 0.0]])
+        far, signs = self.shares < 1e-16 * self.shares.max(), 1 - 2 * (self.indices % 2)
+        return np.column_stack([np.ones(len(far)), far, signs])
+
     def quantiles(self, levels: Array) -> Array:
         """Quantiles of each unknown number, shape `(levels, axes)`."""
         columns = np.empty((len(levels), len(self.steps)))
         unknown = [number for number in self.numbers.values() if isinstance(number, Unknown)]
         for axis, number in enumerate(unknown):
-            first, table = self._table()
-            shares = table.sum(1 - axis) if table.ndim == 2 else table
+            first, shares = self._marginal(axis)
             place = _inverse_cdf(shares[None], levels)
             for _ in range(3):  # Newton steps on the series itself
                 away = place[:, None] - np.arange(len(shares))
                 below = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
                 step = (below - levels) / (np.sinc(away) @ shares)
                 place = place - np.clip(step, -1 / _FINER, 1 / _FINER)
-            columns[:, axis] = np.exp(number.on_line((first[axis] + place) * self.steps[axis])[0])
+            columns[:, axis] = np.exp(number.on_line((first + place) * self.steps[axis])[0])
         return columns
+
+    def cdf(self, numbers: Array) -> Array:
+        """How probable it is that an unknown number is below, `(k, axes)` for such numbers."""
+        below = np.empty(numbers.shape)
+        unknown = [number for number in self.numbers.values() if isinstance(number, Unknown)]
+        for axis, number in enumerate(unknown):
+            first, shares = self._marginal(axis)
+            place = number.place(numbers[:, axis]) / self.steps[axis] - first
+            away = np.clip(place, -1e9, 1e9)[:, None] - np.arange(len(shares))
+            inner = (special.sici(np.pi * away)[0] / np.pi + 0.5) @ shares
+            below[:, axis] = np.where(np.isinf(place), place > 0, np.clip(inner, 0.0, 1.0))
+        return below
 
     def sample(self, size: int, generator: np.random.Generator) -> dict[str, Array]:
         """Draws the logs of noise and scale by inverting their distribution functions."""
@@ -157,6 +182,11 @@ class HyperPosterior(NamedTuple):
                 places[part, 0] = _inverse_cdf(across @ table.T, uniforms[1, part])
             places = (first + places) * self.steps
         return _on_lines(self.numbers, places)[0]
+
+    def _marginal(self, axis: int) -> tuple[int, Array]:
+        """The index of the first point along an axis, and the probabilities along it."""
+        first, table = self._table()
+        return int(first[axis]), table.sum(1 - axis) if table.ndim == 2 else table
 
     def _table(self) -> tuple[Integers, Array]:
         """The index of the first point along each axis, and the probabilities as an array."""
@@ -182,7 +212,7 @@ def make_problem(factor: Factor, weight: NormalPrior, numbers: Numbers) -> Probl
     improper = f"an improper posterior: {gaussian.rows} rows, {gaussian.flat} flat weights"
     more = f"a steeper prior, or at least {gaussian.flat + 2} rows where it is flat"
     expect(problem.has_moment("noise", 0), "noise", more, improper)
-    bounded = not gaussian.exact_fit or noise.rises > gaussian.rows - gaussian.rank + 1e-9
+    bounded = noise.rises > gaussian.exact_fit + 1e-9
     away = "a known one, or a prior that keeps away from zero (an inverse gamma on the variance)"
     fit = "an improper posterior: y is an exact linear function of the columns of X"
     expect(bounded, "noise", away, fit)

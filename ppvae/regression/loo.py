@@ -9,14 +9,13 @@ import numpy as np
 
 from ppvae._checks import expect
 from ppvae.regression.factors import Factor, check_factor, each_of, triangle_of
-from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
+from ppvae.regression.hyper import TOLERANCE, HyperPosterior, Problem, make_problem
 from ppvae.regression.linear_algebra import pieces
 from ppvae.regression.priors import Array
+from ppvae.regression.rows import Rows
 
 # Below this share of a datum's own variance its closed-form leave-one-out density loses digits.
 _LEAST_SHARE = 1e-6
-# Share of the mass of a posterior without a datum that the points of the lattice may miss.
-_TOLERANCE = 1e-9
 # A column of a block is at most so much longer than that of all rows, by rounding.
 _MOST = 1 + 1e-6
 
@@ -80,7 +79,7 @@ class LeaveOneOut(NamedTuple):
 
 
 def log_predictive(
-    problem: Problem, hyper: HyperPosterior, X: Array, y: Array, others: Factor | None
+    problem: Problem, hyper: HyperPosterior, data: Rows, others: Factor | None
 ) -> Array:
     """Log p(y_i | all other data) of a block of the data, in nats, of shape `(rows,)`.
 
@@ -89,8 +88,7 @@ def log_predictive(
     Args:
         problem: all data, and the priors.
         hyper: the posterior of noise and scale given all data.
-        X: the block's rows, shape `(rows, columns)`, with the column of ones of an intercept.
-        y: shape `(rows,)`.
+        data: the block's rows.
         others: all rows but the block's; None where the block is all of them, or is not known.
 
     Raises:
@@ -102,14 +100,15 @@ def log_predictive(
     proper = "noise" not in problem.unknown or problem.has_moment("noise", 1)
     expect(proper, "loo", "more rows", "an improper posterior where one of them is left out")
     rest = 0 if others is None else check_factor("others", others, factor).rows
-    whole = len(y) + rest == factor.rows
+    whole = len(data) + rest == factor.rows
     expect(
-        whole or others is None and len(y) < factor.rows,
+        whole or others is None and len(data) < factor.rows,
         "X, y" if others is None else "others",
         f"a block of the {factor.rows} rows of the posterior, and others that are the rest of them",
-        f"{len(y)} rows and {rest} others",
+        f"{len(data)} rows and {rest} others",
     )
-    block = np.column_stack([X, y])
+    block = data.even()
+    X, y = block[:, :-1], block[:, -1]
     with np.errstate(over="ignore"):
         longer = np.linalg.norm(block, axis=0) > _MOST * np.linalg.norm(factor.triangle, axis=0)
     told, got = "rows of the posterior's own data", "others: a column is longer than in all data"
@@ -134,7 +133,7 @@ def log_predictive(
             pointwise[i] = hyper.log_total - without.integrate().log_total
         except ValueError:  # the posterior without the datum is improper
             pointwise[i] = np.nan
-    return pointwise
+    return pointwise - data.log_sds
 
 
 def _by_points(
@@ -162,8 +161,6 @@ def _by_points(
     top = inverse.max(1)
     # the posterior without the datum must have died out where the other is small, and half of the
     # points must give the same sum
-    far, signs = hyper.shares < 1e-16 * hyper.shares.max(), 1 - 2 * (hyper.indices % 2)
-    weights = np.column_stack([np.ones(len(far)), far, signs])
-    sums = np.exp(inverse - top[:, None]) @ weights
+    sums = np.exp(inverse - top[:, None]) @ hyper.checks()
     error = np.abs(sums[:, 1:]).max(1) / sums[:, 0]
-    return -top - np.log(sums[:, 0]), (error < _TOLERANCE) & (center > _LEAST_SHARE)
+    return -top - np.log(sums[:, 0]), (error < TOLERANCE) & (center > _LEAST_SHARE)

@@ -3,17 +3,25 @@ r"""Reads the priors of an exact posterior: numbers and log densities, all in fl
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyro.distributions as dist
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import block_diag
 from torch import Tensor
-from torch.distributions import Distribution, Normal, TransformedDistribution
+from torch.distributions import (
+    Distribution,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+)
 
-from ppvae._checks import LEAST, MOST, check_size, expect
+from ppvae._checks import LEAST, MOST, check_array, check_flag, check_real, check_size, expect
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Seed = int | np.random.Generator | None
 # Logs of positive numbers are kept within this, so that their squares are floats.
 _LIMIT = 300.0
 
@@ -28,6 +36,7 @@ class Unknown(NamedTuple):
         rises: slope of the log density of the log number, far down; infinity below the support.
         falls: slope far up; minus infinity where the density falls faster than a power.
         center: where on the reals the line is finest.
+        unit: what the number is a multiple of, by the prior.
     """
 
     distribution: Any
@@ -36,6 +45,30 @@ class Unknown(NamedTuple):
     rises: float = 1.0
     falls: float = 1.0
     center: float = 0.0
+    unit: float = 1.0
+
+    def in_units(self, unit: float) -> "Unknown":
+        """The prior of a number that is so many times as large."""
+        ends = unit * self.lower, unit * self.upper
+        return self._replace(lower=ends[0], upper=ends[1], unit=unit * self.unit)
+
+    def log_prob(self, numbers: Array) -> Array:
+        """Log prior densities of numbers."""
+        if self.distribution is None:
+            return np.zeros(len(numbers))
+        # rounding must not put a number on the ends, where the density is zero or infinite
+        lower, upper = self.lower / self.unit, self.upper / self.unit
+        inside = np.nextafter(lower, np.inf), np.nextafter(upper, 0.0)
+        logs = _log_prob(self.distribution, np.clip(numbers / self.unit, *inside))
+        return logs - np.log(self.unit)
+
+    def place(self, numbers: Array) -> Array:
+        """Where on the line numbers are; infinite outside the support."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = np.log(np.maximum(numbers - self.lower, 0.0))
+            if np.isfinite(self.upper):
+                x = x - np.log(np.maximum(self.upper - numbers, 0.0))
+        return 2 * np.arcsinh((x - self.center) / 2)
 
     def around(self, number: float) -> "Unknown":
         """Moves the finest part of the line to a number, if that is inside the support."""
@@ -60,10 +93,7 @@ class Unknown(NamedTuple):
             log_slope += log_part - x - np.logaddexp(0, x)
         with np.errstate(divide="ignore"):
             log_number = np.logaddexp(np.log(self.lower), log_part)
-        if self.distribution is not None:
-            # rounding must not put a number on the ends, where the density is zero or infinite
-            inside = np.nextafter(self.lower, np.inf), np.nextafter(self.upper, 0.0)
-            log_slope += _log_prob(self.distribution, np.clip(np.exp(log_number), *inside))
+        log_slope += self.log_prob(np.exp(log_number))
         return log_number, np.where(within, log_slope, -np.inf)
 
 
@@ -72,7 +102,164 @@ Given = float | Distribution | None
 Number = float | Unknown
 # `noise`, the sd, and `scale`, the factor of the prior sds
 Numbers = dict[str, Number]
-NormalPrior = tuple[Array, Array]
+
+
+class ConjugateNormal:
+    r"""A Normal prior of weights in units of the noise sd s: `w ~ N(loc, s^2 V)` given s.
+
+    With an inverse gamma prior on `s^2` it is the conjugate prior (normal-inverse-gamma).
+
+    Args:
+        loc: mean, a number or shape `(weights,)`.
+        scale: root of the diagonal of V, a number or shape `(weights,)`.
+        covariance: V itself, shape `(weights, weights)`, in place of `scale`.
+
+    Raises:
+        TypeError: there are others than real numbers, or both or neither of the two are given.
+        ValueError: shapes do not fit, a scale is not positive, or V is not positive definite.
+
+    Reference:
+        Gelman et al., *Bayesian Data Analysis*, 2013, section 14.8.
+
+    Example:
+        >>> ConjugateNormal(0.0, 10.0)
+        ConjugateNormal(Normal(loc: 0.0, scale: 10.0))
+    """
+
+    def __init__(
+        self, loc: ArrayLike = 0.0, scale: ArrayLike | None = None, *, covariance: Any = None
+    ) -> None:
+        one = (scale is None) != (covariance is None)
+        got = "neither" if scale is None else "both"
+        expect(one, "scale, covariance", "one of the two", got, TypeError)
+        name = "scale" if covariance is None else "covariance"
+        given = check_real(name, scale if covariance is None else covariance)
+        middle = check_real("loc", loc)
+        kind = torch.get_default_dtype()
+        kind = given.dtype if given.is_floating_point() else kind
+        given, middle = given.to(kind), middle.to(kind)
+        if covariance is None:
+            positive = bool((torch.isfinite(given) & (given > 0)).all())
+            expect(positive, "scale", "positive numbers", given)
+            fits = given.dim() < 2 and middle.dim() < 2
+            fits = fits and len({1, *given.shape, *middle.shape}) <= 2
+            got = f"{tuple(middle.shape)} and {tuple(given.shape)}"
+            expect(fits, "loc, scale", "numbers, or one for each weight", got)
+            self.prior: Distribution = dist.Normal(middle, given)
+        else:
+            square = given.dim() == 2 and given.shape[0] == given.shape[1]
+            expect(square, "covariance", "shape (weights, weights)", tuple(given.shape))
+            fits = middle.dim() == 0 or middle.shape == given.shape[:1]
+            expect(fits, "loc", f"a number or shape ({len(given)},)", tuple(middle.shape))
+            even = torch.isfinite(given).all() and torch.allclose(given, given.T)
+            even = even and not int(torch.linalg.cholesky_ex(given)[1])
+            expect(even, "covariance", "a positive definite matrix", f"{given!r:.60}")
+            self.prior = dist.MultivariateNormal(middle.expand(len(given)), given)
+
+    @classmethod
+    def of_root(cls, root: Tensor) -> "ConjugateNormal":
+        """With mean zero and the lower triangular root of V, shape `(weights, weights)`."""
+        made = cls(0.0, 1.0)
+        made.prior = dist.MultivariateNormal(root.new_zeros(len(root)), scale_tril=root)
+        return made
+
+    def __repr__(self) -> str:
+        return f"ConjugateNormal({self.prior})"
+
+    def given(self, noise: Tensor, columns: int) -> Distribution:
+        """The prior of the weights given the noise sd.
+
+        Args:
+            noise: of any shape.
+            columns: number of weights.
+
+        Returns:
+            A distribution of batch shape that of the noise and event shape `(columns,)`.
+        """
+        prior: Any = moved(self.prior, lambda tensor: tensor.to(noise))
+        if isinstance(prior, Normal):
+            loc, scale = prior.loc.expand(columns), prior.scale.expand(columns)
+            return dist.Normal(loc, scale * noise[..., None]).to_event(1)
+        return dist.MultivariateNormal(
+            prior.loc, scale_tril=prior.scale_tril * noise[..., None, None]
+        )
+
+
+def g_prior(X: Any, g: float | None = None, *, intercept: bool = False) -> ConjugateNormal:
+    r"""Zellner's g-prior, of weights that are as correlated as the data would make them.
+
+    .. math:: w \sim N\big(0, g s^2 (X'X)^{-1}\big)
+
+    Args:
+        X: shape `(rows, columns)`, of independent columns.
+        g: how many times wider than least squares from X; the number of rows by default, which
+            is as much information as one row has.
+        intercept: subtract the means from the columns, for a model with an intercept.
+
+    Raises:
+        TypeError: X is no array of real numbers, or `intercept` is no bool.
+        ValueError: g is not positive, or the columns are not independent.
+
+    Reference:
+        Zellner, *On assessing prior distributions and Bayesian regression analysis with g-prior
+        distributions*, 1986.
+    """
+    columns = check_array("X", X, ("rows", "columns"))
+    if check_flag("intercept", intercept):
+        columns = columns - columns.mean(0)
+    g = float(len(columns)) if g is None else check_size("g", g)
+    # the root from the triangle of the columns, in turned order, as X'X would lose digits
+    lengths = np.linalg.norm(columns, axis=0)
+    unit = columns / np.where(lengths > 0, lengths, 1.0)
+    rank = int(np.linalg.matrix_rank(unit)) if unit.size else 0
+    expect(rank == unit.shape[1], "X", f"{unit.shape[1]} independent columns", rank)
+    triangle: Any = np.linalg.qr(unit[:, ::-1], mode="r")
+    root = np.linalg.inv(triangle[::-1, ::-1]) / lengths[:, None] * np.sqrt(g)
+    root = root * np.sign(np.diag(root))
+    return ConjugateNormal.of_root(torch.from_numpy(root))
+
+
+class NormalPrior(NamedTuple):
+    """A Normal prior of weights, at a scale of one.
+
+    Attributes:
+        loc: mean, shape `(weights,)`.
+        root: the sds, shape `(weights,)`, or D of the covariance `D D'`, shape
+            `(weights, weights)`.
+        relative: whether the sds are in units of the noise sd.
+    """
+
+    loc: Array
+    root: Array
+    relative: bool = False
+
+    @property
+    def variances(self) -> Array:
+        """Of the weights, at a scale of one."""
+        return self.root**2 if self.root.ndim == 1 else (self.root**2).sum(1)
+
+    def times(self, rows: Array) -> Array:
+        """Rows, `(k, weights)`, times D."""
+        return rows * self.root if self.root.ndim == 1 else rows @ self.root
+
+    def turned(self, columns: Array) -> Array:
+        """D times columns, `(weights, k)`."""
+        return self.root[:, None] * columns if self.root.ndim == 1 else self.root @ columns
+
+    def longest(self, lengths: Array) -> Array:
+        """Bounds of the lengths of columns times D, from those of the columns."""
+        return lengths * self.root if self.root.ndim == 1 else lengths @ np.abs(self.root)
+
+    def scaled(self, units: Array) -> "NormalPrior":
+        """The prior of weights in other units, `(weights,)`."""
+        root = units * self.root if self.root.ndim == 1 else units[:, None] * self.root
+        return self._replace(loc=units * self.loc, root=root)
+
+    def after(self, loc: float, sd: float) -> "NormalPrior":
+        """With one more weight, first and independent of the others."""
+        one = np.array([sd])
+        root = np.append(one, self.root) if self.root.ndim == 1 else block_diag(one, self.root)
+        return self._replace(loc=np.append(loc, self.loc), root=root)
 
 
 def read_positive(value: Any, name: str) -> Number:
@@ -108,24 +295,42 @@ def read_positive(value: Any, name: str) -> Number:
 
 
 def weight_prior(weight: Any, columns: int) -> NormalPrior:
-    """Reads the location and scale of a Normal prior, by column; none for a flat prior.
+    """Reads a Normal prior of weights; of none of them for a flat prior.
 
     Raises:
-        TypeError: the prior is neither None nor a Normal.
+        TypeError: the prior is neither None nor Normal.
         ValueError: the shape does not fit the columns, or a scale is not positive and finite.
     """
     if weight is None:
-        return np.zeros(0), np.zeros(0)
-    weight = base_of(weight)
-    expect(isinstance(weight, Normal), "weight", "a Normal or None", f"{weight!r:.60}", TypeError)
-    loc, scale = (_double(t).numpy() for t in (weight.loc, weight.scale))
+        return NormalPrior(np.zeros(0), np.zeros(0))
+    relative = isinstance(weight, ConjugateNormal)
+    loc, root = _loc_and_root(weight.prior if relative else weight)
     expected = f"a Normal with one loc and scale, or one for each of the {columns} columns"
-    expect(loc.shape in {(), (1,), (columns,)}, "weight", expected, f"shape {loc.shape}")
-    fits = np.isfinite(loc).all() and (np.isfinite(scale) & (scale > 0)).all()
-    expect(fits, "weight", "a finite loc and a positive, finite scale", f"{loc} and {scale}")
-    fits = (abs(loc) <= MOST).all() and ((scale >= LEAST) & (scale <= MOST)).all()
-    expect(fits, "weight", f"numbers of a size from {LEAST} to {MOST}", f"{loc} and {scale}")
-    return np.broadcast_to(loc, columns).copy(), np.broadcast_to(scale, columns).copy()
+    fits = loc.shape in {(), (1,), (columns,)} and root.shape in {loc.shape, (columns, columns)}
+    expect(fits, "weight", expected, f"shape {loc.shape}")
+    sds = root if root.ndim < 2 else np.abs(np.diag(root))
+    fine = np.isfinite(loc).all() and np.isfinite(root).all() and (sds > 0).all()
+    expect(fine, "weight", "a finite loc and a positive, finite scale", f"{loc} and {sds}")
+    fine = (abs(loc) <= MOST).all() and ((sds >= LEAST).all() and (abs(root) <= MOST).all())
+    expect(fine, "weight", f"numbers of a size from {LEAST} to {MOST}", f"{loc} and {sds}")
+    root = np.broadcast_to(root, columns) if root.ndim < 2 else root
+    return NormalPrior(np.broadcast_to(loc, columns).copy(), root.copy(), relative)
+
+
+def _loc_and_root(weight: Any) -> tuple[Array, Array]:
+    """Mean, and sds or a root of the covariance, of a Normal distribution."""
+    base = base_of(weight)
+    if isinstance(base, MultivariateNormal):
+        loc = _double(base.loc).numpy()
+        # a covariance that was given is read as what it stands for, and its root from that
+        given = base.__dict__.get("covariance_matrix")
+        if given is None:
+            return loc, _double(base._unbroadcasted_scale_tril).numpy()
+        return loc, np.linalg.cholesky(_double(given).numpy())
+    kinds = "a Normal, a MultivariateNormal, a ConjugateNormal or None here (other priors: "
+    kinds += "LinearRegression with a guide)"
+    expect(isinstance(base, Normal), "weight", kinds, f"{base!r:.60}", TypeError)
+    return _double(base.loc).numpy(), _double(base.scale).numpy()
 
 
 def _reaches_below_zero(prior: Any) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
-import torch
 from pyro.distributions import transforms
 from torch.distributions import Distribution
 
@@ -48,12 +47,13 @@ class Units(NamedTuple):
         return (values - self.center) / self.spread
 
 
-def rescaled_weight(prior: Distribution | None, ratio: Array) -> Distribution | None:
-    """A Normal prior of standardised weights times `sd(y) / sd(x_j)`, of shape `(columns,)`."""
+def rescaled_weight(prior: Any, units: Units) -> Any:
+    """A prior of standardised weights times `sd(y) / sd(x_j)`; y is the last of the columns."""
     if prior is None:
         return None
-    loc, scale = (torch.from_numpy(ratio * part) for part in weight_prior(prior, len(ratio)))
-    return dist.Normal(loc, scale)
+    read = weight_prior(prior, len(units.spread) - 1)
+    # one that is relative to the noise has the units of y from it
+    return read.scaled((1.0 if read.relative else units.spread[-1]) / units.spread[:-1])
 
 
 def rescaled_noise(

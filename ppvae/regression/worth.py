@@ -17,12 +17,12 @@ from scipy import special
 from ppvae._checks import check_array, check_count, check_flag, check_seed, check_share, expect
 from ppvae.families import mean_scale
 from ppvae.guides import FamilyGuide
-from ppvae.regression._predicting import draw_latents, predict_rows
+from ppvae.regression._drawing import draw_latents
 from ppvae.regression.exact import exact_posterior
-from ppvae.regression.factors import Values
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.priors import Array, Integers
 from ppvae.regression.ridge import Ridge, squared_errors
+from ppvae.regression.rows import Values
 from ppvae.regression.units import PRIORS, Units
 from ppvae.training import NarrowFamily, NotConverged, fit
 
@@ -333,7 +333,7 @@ def _full(split: Split, level: float) -> tuple[Method, Array]:
     block = units.standardize(np.column_stack([X, y]))
     posterior = exact_posterior(block[:, :-1], block[:, -1], intercept=True, **PRIORS)
     others = units.standardize(np.column_stack([new, target]))
-    prediction, spread = predict_rows(posterior, others[:, :-1]), units.spread[-1]
+    prediction, spread = posterior.predict(others[:, :-1]), units.spread[-1]
     below = prediction.cdf(others[:, -1])
     method = Method(
         prediction.log_prob(others[:, -1]) - np.log(spread),

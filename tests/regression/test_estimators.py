@@ -206,11 +206,15 @@ def test_copies_pickles_and_tables(kind, binary):
     again = pickle.loads(pickle.dumps(fitted))
     assert (again.predict(table) == fitted.predict(table)).all()
     assert list(fitted.feature_names_in_) == ["dose", "age"]
+    if kind is BayesianRegressor:
+        assert fitted.posterior_.names[:3] == ["intercept", "weight[dose]", "weight[age]"]
+        assert np.isfinite(fitted.posterior_.loo().total)
     assert clone(fitted).get_params()["weight"].scale == 1.0
     with pytest.raises(ValueError, match="feature names"):
         fitted.predict(table[["age", "dose"]])
 
 
+@pytest.mark.filterwarnings("ignore:prior and data disagree")  # which is what the search finds
 def test_pipelines_and_searches(diabetes):
     X, y = diabetes
     X = X[:80].assign(sex=np.where(X.sex[:80] > 1, "m", "f"))

@@ -1,0 +1,77 @@
+"""A prior that the data contradict is warned of, and no other is."""
+
+import warnings
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+from sklearn.datasets import load_diabetes
+
+from ppvae.regression import ConjugateNormal, exact_posterior, factorize, g_prior
+
+UNIT = dist.Normal(0.0, 1.0)
+DIABETES = load_diabetes(return_X_y=True)
+
+
+def simulated(seed, rows=60, columns=4):
+    """Data of the prior that `PROPER` states."""
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(rows, columns))
+    return X, X @ generator.normal(size=columns) + abs(generator.normal()) * generator.normal(
+        size=rows
+    )
+
+
+def words_of(*data, **priors):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exact_posterior(*data, **priors)
+    (warned,) = caught or (None,)
+    return "" if warned is None else str(warned.message)
+
+
+def test_the_defaults_on_data_as_loaded():
+    """Where they predict nothing; the ways out that are told are ways out."""
+    X, y = DIABETES
+    words = words_of(X, y)
+    assert words.startswith("prior and data disagree: ") and "a noise near" in words
+    post = exact_posterior(X, y, scale="data", intercept=True)  # which warns of nothing
+    assert post.r2 == pytest.approx(0.5177, abs=1e-3)  # of least squares 0.51775
+    standard = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    assert exact_posterior(*standard).r2 == pytest.approx(0.5177, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_data_of_the_prior_are_no_conflict(seed):
+    """Each word is one in some 15,000 (4 sds, or 8 nats), and 20 data sets are seen."""
+    X, y = simulated(seed)
+    for priors in (dict(noise=dist.HalfNormal(1.0)), dict(noise=dist.HalfCauchy(1.0))):
+        assert words_of(X, y, weight=UNIT, **priors) == ""
+    assert words_of(X, y, weight=None, noise=None, intercept=True) == ""
+    assert words_of(X[:0], y[:0], weight=UNIT, noise=dist.HalfNormal(1.0)) == ""
+
+
+def test_each_conflict_is_named():
+    X, y = simulated(0)
+    table = factorize(X, y + 30 * X[:, 2], names=["a", "b", "c", "d"])
+    words = words_of(table, weight=UNIT, noise=1.0)
+    assert "weight[c] by" in words and "weight[a]" not in words
+    near = 100 * X.sum(1) + 10 * y
+    assert "times as wide have" in words_of(X, near, weight=UNIT, noise=None)
+    assert "a known noise of 0.01, where " in words_of(X, y, weight=UNIT, noise=0.01)
+    assert "a noise near" in words_of(X, 100 * y, weight=None, noise=dist.HalfNormal(1.0))
+    assert "a noise near" in words_of(X, y, weight=None, noise=dist.LogNormal(9.0, 0.1))
+    tenth = ConjugateNormal(0.0, 1e-2)
+    assert "times as wide" in words_of(X, near, weight=tenth, noise=None)
+
+
+def test_wide_priors_and_unknown_scales_are_no_conflict():
+    X, y = simulated(1)
+    for weight in (dist.Normal(0.0, 1e4), ConjugateNormal(0.0, 1e4), g_prior(X, 1e6)):
+        assert words_of(X, y, weight=weight, noise=dist.HalfNormal(1e4)) == ""
+    assert words_of(X, 100 * y, weight=UNIT, noise=None, scale=dist.HalfCauchy(1.0)) == ""
+    inverse = dist.LogNormal(0.0, 1.0)  # which keeps away from a noise of zero
+    assert "noise near" in words_of(X, 0 * y, weight=UNIT, noise=inverse)
+    small = y / 1e3  # a noise that is small is what a half-normal expects, among others
+    assert words_of(X, small, weight=UNIT, noise=dist.HalfNormal(1.0)) == ""
+    assert words_of(X, small, weight=UNIT, noise=dist.HalfCauchy(1.0)) == ""
