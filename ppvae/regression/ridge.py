@@ -60,6 +60,17 @@ class Ridge(NamedTuple):
         standard = self.weights(penalties) @ columns.T
         return self.units.center[-1] + self.units.spread[-1] * standard
 
+    def spread(self, X: Array, penalty: float) -> Array:
+        """Posterior variance of the line over that of the noise, for weights `N(0, s^2 / penalty)`.
+
+        Of a positive penalty; with the flat prior of the intercept, shape `(rows,)`.
+        """
+        columns = Units(self.units.center[:-1], self.units.spread[:-1]).standardize(X)
+        seen = columns @ self.right
+        unseen = np.maximum((columns**2).sum(1) - (seen**2).sum(1), 0.0)
+        within = (seen**2 / (self.singular**2 + penalty)).sum(1)
+        return 1 / len(self.target) + within + unseen / penalty
+
     def errors(self, penalties: Array) -> tuple[Array, Array]:
         """Of the data themselves, and of each by all others, in the units of y, `(k, rows)`.
 

@@ -18,6 +18,7 @@ from ppvae._checks import check_array, check_count, check_flag, check_seed, chec
 from ppvae.families import mean_scale
 from ppvae.guides import FamilyGuide
 from ppvae.regression._drawing import draw_latents
+from ppvae.regression.combinations import Combinations
 from ppvae.regression.exact import exact_posterior
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.priors import Array, Integers
@@ -29,9 +30,11 @@ from ppvae.training import NarrowFamily, NotConverged, fit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FULL = "full posterior"
+FULL, BY_EVIDENCE = "full posterior", "posterior by evidence"
 # Draws of a guide that its predictions are averaged over.
 _DRAWS = 4000
+# Points of the lattice of noise and scale that densities are summed over, along each axis.
+_EVERY = 3
 #: method -> how its one noise sd is estimated
 POINTS = {
     "least squares": "residuals, over rows less columns",
@@ -175,8 +178,10 @@ class Worth:
             gains = "" if name == FULL else f"{gain:.4f} ({error:.4f})"
             lines.append(
                 f"{name:27s}{method.log_density.mean():12.4f}  {gains:>20s}"
-                f"{method.rmse:11.4g}{method.coverage:10.1%}  {method.note}".rstrip()
+                f"{method.rmse:11.4g}{method.coverage:10.1%}"
             )
+        noted = (f"{name}: {method.note}" for name, method in self.methods.items() if method.note)
+        lines += [line for note in noted for line in ("", textwrap.fill(note, 96))]
         return "\n".join([*lines, "", textwrap.fill(self.verdict, 96)])
 
     def plot(self) -> Figure:
@@ -204,7 +209,8 @@ def worth_of_bayes(
     - least squares, and ridge regressions whose penalty is that of the highest evidence (empirical
       Bayes), of the least exact leave-one-out error, or of the least error of folds. Each predicts
       a Normal with one noise sd: `POINTS` says how that is estimated;
-    - the full posterior, of weights, intercept, noise and the scale of the prior, exactly;
+    - the posterior of weights and intercept at the noise and the prior scale of highest evidence;
+    - the full posterior, of noise and scale, too, exactly;
     - with `guides`, a mean-field guide of the same regression, its scale by evidence, and one of a
       regression with a horseshoe prior, which take seconds.
 
@@ -323,7 +329,10 @@ def _points(split: Split, parts: list[Integers], level: float) -> dict[str, Meth
         expect(noise > 1e-9 * ridge.units.spread[-1], "y", exact, f"a noise of {noise:.1e}")
         mean = ridge.predict(new, np.array([penalty]))[0]
         found[name] = _normal(target, mean, noise, level)
-    return found
+        if name == "ridge by evidence":
+            sd = noise * np.sqrt(1 + ridge.spread(new, penalty))
+            posterior = _normal(target, mean, sd, level)
+    return {**found, BY_EVIDENCE: posterior}
 
 
 def _full(split: Split, level: float) -> tuple[Method, Array]:
@@ -332,13 +341,22 @@ def _full(split: Split, level: float) -> tuple[Method, Array]:
     units = Units.of(np.column_stack([X, y]))
     block = units.standardize(np.column_stack([X, y]))
     posterior = exact_posterior(block[:, :-1], block[:, -1], intercept=True, **PRIORS)
-    others = units.standardize(np.column_stack([new, target]))
-    prediction, spread = posterior.predict(others[:, :-1]), units.spread[-1]
-    below = prediction.cdf(others[:, -1])
+    others, spread = units.standardize(np.column_stack([new, target])), units.spread[-1]
+    prediction, hyper = posterior.predict(others[:, :-1]), posterior.hyper
+    # over every second point of the lattice sums are those over all but for 1e-12, and as their
+    # error falls exponentially with the spacing, over every third within some 1e-5 nats
+    kept = (hyper.indices % _EVERY == 0).all(1)
+    shares = hyper.shares[kept] / hyper.shares[kept].sum()
+    mixture = Combinations.of_rows(
+        posterior.problem,
+        hyper._replace(indices=hyper.indices[kept], shares=shares),
+        prediction.rows,
+        prediction.noise,
+    )
     method = Method(
-        prediction.log_prob(others[:, -1]) - np.log(spread),
+        mixture.log_prob(others[:, -1])[0] - np.log(spread),
         spread * (others[:, -1] - prediction.mean),
-        np.abs(below - 0.5) <= level / 2,
+        np.abs(mixture.cdf(others[:, -1]) - 0.5) <= level / 2,
     )
     return method, (prediction.epistemic_sd / prediction.sd) ** 2
 

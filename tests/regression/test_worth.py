@@ -2,7 +2,9 @@
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import pytest
+import torch
 from scipy import stats
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge as TheirRidge
@@ -10,9 +12,15 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ppvae.regression import BayesianRegressor, evidence_maximum, plots, worth_of_bayes
+from ppvae.regression import (
+    BayesianRegressor,
+    evidence_maximum,
+    exact_posterior,
+    plots,
+    worth_of_bayes,
+)
 from ppvae.regression.ridge import Ridge, squared_errors
-from ppvae.regression.worth import FULL, POINTS
+from ppvae.regression.worth import BY_EVIDENCE, FULL, POINTS
 
 
 def data(rows, columns, noise, seed=0):
@@ -55,13 +63,23 @@ def test_the_evidence_is_that_of_the_exact_posterior(diabetes):
     log_evidence, noise = ridge.evidence(np.array([ratio / 2, ratio, ratio * 2]))
     assert log_evidence[1] == pytest.approx(best.log_evidence) and log_evidence.argmax() == 1
     assert noise[1] == pytest.approx(best.noise * diabetes[1].std(ddof=0))
+    wide = diabetes[0].to_numpy()[:8], diabetes[1].to_numpy()[:8]
+    for (X, y), penalty in (((np.asarray(p) for p in diabetes), ratio), (wide, 3.0)):
+        ridge = Ridge.of(X, y)
+        Z = ridge.units.standardize(np.column_stack([X, y]))
+        # with known noise the prediction is that of the exact posterior, of wide tables, too
+        prior = dist.Normal(0.0, torch.tensor(penalty**-0.5))
+        new = exact_posterior(Z[:, :-1], Z[:, -1], weight=prior, noise=1.0, intercept=True)
+        line = new.predict(Z[:5, :-1] + 1.0)
+        shifted = (Z[:5, :-1] + 1.0) * ridge.units.spread[:-1] + ridge.units.center[:-1]
+        np.testing.assert_allclose(ridge.spread(shifted, penalty), line.epistemic_sd**2, rtol=1e-7)
 
 
 def test_the_methods_are_those_of_other_code(diabetes):
     X, y = (part.to_numpy(dtype=float) for part in diabetes)
     X, y, new, target = X[:80], y[:80], X[80:], y[80:]
     found = worth_of_bayes(X, y, test=(new, target), level=0.8)
-    assert list(found.methods) == [*POINTS, FULL]
+    assert list(found.methods) == [*POINTS, BY_EVIDENCE, FULL]
     design = np.column_stack([np.ones(80), X])
     weight, residual = np.linalg.lstsq(design, y)[:2]
     mean, noise = np.column_stack([np.ones(len(new)), new]) @ weight, np.sqrt(residual[0] / 69)
@@ -148,7 +166,7 @@ def test_it_reads_as_an_answer_and_draws_one_picture(diabetes):
     assert "It makes no difference that these data show" in repr(found)
     left, right = found.plot().axes
     assert {line.get_label() for line in left.lines} >= {"training", "held out", *list(POINTS)[1:]}
-    assert [text.get_text() for text in right.get_yticklabels()] == [FULL, *POINTS]
+    assert [text.get_text() for text in right.get_yticklabels()] == [FULL, *POINTS, BY_EVIDENCE]
     with pytest.raises(TypeError, match="^found: expected what worth_of_bayes returns, got int"):
         plots.worth(3)
 
