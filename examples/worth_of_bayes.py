@@ -21,12 +21,12 @@ from sklearn.datasets import load_diabetes
 
 from ppvae import _look
 from ppvae.regression import worth_of_bayes
-from ppvae.regression.worth import FULL, POINTS
+from ppvae.regression.worth import BY_EVIDENCE, FULL, POINTS
 
 COLUMNS, SIGNIFICANT = 20, 3
-PER_COLUMN = [0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0]
-NOISES = [0.1, 0.5, 1.0, 2.0]
-TEST = 500
+PER_COLUMN = [0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0]
+NOISES = [0.2, 0.7, 2.0]
+TEST = 300
 
 
 def patients(args: argparse.Namespace) -> None:
@@ -64,14 +64,17 @@ def cell(rows: int, noise: float, args: argparse.Namespace) -> dict[str, float |
     tables = {name: np.array(pairs) for name, pairs in scores.items()}
     best = max((n for n in POINTS if n in tables), key=lambda n: tables[n][:, 0].mean())
     gains = tables[FULL][:, 0] - tables[best][:, 0]
-    least = tables.get("least squares")
+    over = {
+        name: (tables[FULL] - tables[name])[:, 0].mean() if name in tables else np.nan
+        for name in ("least squares", BY_EVIDENCE)
+    }
     return {
         "gain": gains.mean(),
         "error": gains.std(ddof=1) / np.sqrt(args.repeats),
         "best": best,
         "point": tables[best][:, 1].mean(),
         "full": tables[FULL][:, 1].mean(),
-        "least": np.nan if least is None else (tables[FULL] - least)[:, 0].mean(),
+        **over,
     }
 
 
@@ -106,7 +109,7 @@ def picture(cells: dict[tuple[float, float], dict], args: argparse.Namespace) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", type=int, default=30, help="patients that predict the others")
-    parser.add_argument("--repeats", type=int, default=10, help="data sets of each cell of the map")
+    parser.add_argument("--repeats", type=int, default=20, help="data sets of each cell of the map")
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/worth_of_bayes"))
@@ -115,15 +118,18 @@ def main() -> None:
     torch.set_num_threads(1)
     patients(args)
     print(f"\n\nThe map: {args.repeats} data sets in each cell, {TEST} new data for each\n")
-    print("noise  rows/column  gain (error)     over least squares  90 % have: point, full  best")
+    print("                              gain over:             posterior    90 % have:")
+    print("noise  rows/column           best point  least sq.  by evid.  point   full  best point")
     cells = {}
     for noise in NOISES:
         for each in PER_COLUMN:
             found = cells[noise, each] = cell(round(each * COLUMNS), noise, args)
-            least = "-" if np.isnan(found["least"]) else f"{found['least']:.3f}"
             gain = f"{found['gain']:.4f} ({found['error']:.4f})"
-            share = f"{found['point']:.1%}, {found['full']:.1%}"
-            print(f"{noise:5g}{each:13g}  {gain:16s}{least:>19s}{share:>24s}  {found['best']}")
+            least = f"{found['least squares']:.4f}".replace("nan", "-")
+            print(
+                f"{noise:5g}{each:13g}{gain:>21s}{least:>11s}{found[BY_EVIDENCE]:10.4f}"
+                f"{found['point']:7.0%}{found['full']:7.0%}  {found['best']}"
+            )
     picture(cells, args)
     print(f"\nPictures are in {args.out}")
 

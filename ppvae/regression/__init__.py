@@ -13,6 +13,7 @@ from ppvae.regression.comparison import compare
 from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
 from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.factors import Factor, combine, factorize
+from ppvae.regression.formulas import Design, design
 from ppvae.regression.loo import LeaveOneOut
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.prediction import Prediction
@@ -27,6 +28,7 @@ __all__ = [
     "BayesianClassifier",
     "BayesianRegressor",
     "ConjugateNormal",
+    "Design",
     "EvidenceMaximum",
     "ExactPosterior",
     "Factor",
@@ -35,8 +37,10 @@ __all__ = [
     "LinearRegression",
     "Prediction",
     "PredictiveScores",
+    "Worth",
     "combine",
     "compare",
+    "design",
     "evidence_maximum",
     "exact_posterior",
     "factorize",
@@ -45,7 +49,6 @@ __all__ = [
     "objective",
     "plots",
     "predictive_scores",
-    "Worth",
     "worth_of_bayes",
 ]
 

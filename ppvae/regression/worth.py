@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import special
 
-from ppvae._checks import check_array, check_count, check_flag, check_seed, check_share, expect
+from ppvae._checks import check_array, check_count, check_flag, check_share, expect
 from ppvae.families import mean_scale
 from ppvae.guides import FamilyGuide
 from ppvae.regression._drawing import draw_latents
@@ -221,7 +221,7 @@ def worth_of_bayes(
         num_folds: parts that the rows are cut into at random, at least 2.
         level: of the central intervals, in (0, 1).
         guides: fit the guides too.
-        seed: of the folds, and of the guides.
+        seed: of the folds, and of the guides, at least 0.
 
     Raises:
         TypeError: there are others than real numbers among the data.
@@ -241,7 +241,7 @@ def worth_of_bayes(
     X = check_array("X", X, ("rows", "columns"))
     y = check_array("y", y, (len(X),))
     expect(X.shape[1], "X", "at least one column", "none")
-    folds, seed = check_count("num_folds", num_folds, 2), check_seed(seed)
+    folds, seed = check_count("num_folds", num_folds, 2), check_count("seed", seed, 0)
     least = max(2 * folds, 6)
     expect(len(y) >= least, "X", f"at least {least} rows", len(y))
     level, guides = check_share("level", level), check_flag("guides", guides)
@@ -252,6 +252,8 @@ def worth_of_bayes(
         told, order = f"{folds} folds", np.concatenate(parts).argsort()
         splits = [(*_without(X, y, part), X[part], y[part]) for part in parts]
     else:
+        pair = isinstance(test, (list, tuple)) and len(test) == 2
+        expect(pair, "test", "a pair (X, y)", f"{test!r:.60}", TypeError)
         new = check_array("test", test[0], ("rows", X.shape[1]))
         expect(len(new), "test", "at least one row", "none")
         splits = [(X, y, new, check_array("test", test[1], (len(new),)))]
