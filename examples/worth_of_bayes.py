@@ -94,9 +94,8 @@ def picture(cells: dict[tuple[float, float], dict], args: argparse.Namespace) ->
         for (row, column), value in np.ndenumerate(table):
             dark = value > limits[0] + far if key == "gain" else abs(value - 0.9) > 0.13
             shade = "white" if dark else "black"
-            panel.text(
-                column, row, f"{value:{form}}", ha="center", va="center", color=shade, fontsize=8
-            )
+            told = f"{value + 0.0:{form}}".replace("-0.000", "0.000")
+            panel.text(column, row, told, ha="center", va="center", color=shade, fontsize=8)
         panel.set_xticks(range(len(PER_COLUMN)), [f"{each:g}" for each in PER_COLUMN])
         panel.set_yticks(range(len(NOISES)), [f"{noise:g}" for noise in NOISES])
         panel.set(title=title, xlabel="rows per column")
@@ -109,7 +108,7 @@ def picture(cells: dict[tuple[float, float], dict], args: argparse.Namespace) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", type=int, default=30, help="patients that predict the others")
-    parser.add_argument("--repeats", type=int, default=20, help="data sets of each cell of the map")
+    parser.add_argument("--repeats", type=int, default=40, help="data sets of each cell of the map")
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/worth_of_bayes"))

@@ -271,7 +271,8 @@ def worth_of_bayes(
         for name, method in methods.items():
             found.setdefault(name, []).append(method)
     whole = {n: _joined(many, order) for n, many in found.items() if len(many) == len(splits)}
-    path = _path(X, y, np.hstack(held_out).mean(1), _parts(len(y), folds, generator))
+    parts = _parts(len(y), folds, generator) if test is None else inner
+    path = _path(X, y, np.hstack(held_out).mean(1), parts)
     return Worth(
         whole,
         path,
