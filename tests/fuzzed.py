@@ -714,6 +714,14 @@ CALLS: dict[str, Call] = {
         regression.predictive_scores,
         lambda: {"X": X, "y": Y, "weight": np.ones((2, 3)), "noise": 1.0, "level": 0.9},
     ),
+    "worth_of_bayes": Call(
+        lambda **given: regression.worth_of_bayes(**given).gain,
+        lambda: {
+            "X": np.sin(np.arange(24.0)).reshape(12, 2), "y": np.cos(np.arange(12.0) ** 2),
+            "test": (np.ones((2, 2)), np.ones(2)), "num_folds": 3, "level": 0.9, "guides": False,
+            "seed": 0,
+        },
+    ),
     "Horseshoe": Call(regression.Horseshoe, lambda: {"scale": 1.0}),
     "LinearRegression": Call(
         regression.LinearRegression,

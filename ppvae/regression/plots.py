@@ -17,13 +17,15 @@ from ppvae._checks import (
     check_size,
     expect,
 )
-from ppvae._look import color, empty, line
+from ppvae._look import color, empty, line, mark
 from ppvae.regression.hyper import mixture_quantiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["band", "bands", "forest", "overconfidence", "paths"]
+    from ppvae.regression.worth import Worth
+
+__all__ = ["band", "bands", "forest", "overconfidence", "paths", "worth"]
 
 Interval = tuple[ArrayLike, ArrayLike, ArrayLike]
 
@@ -209,6 +211,66 @@ def overconfidence(
     axes.set(xlabel=f"weight of {names[0]}", ylabel=f"weight of {names[1]}")
     axes.set_title("Where mean field is overconfident: 90 % regions")
     axes.legend(fontsize=8)
+    return figure
+
+
+def worth(found: Worth) -> Figure:
+    """What a ridge regression is along its penalties, and what the full posterior adds to a point.
+
+    Left: nats per datum of the data themselves, of data left out and held out, and the evidence,
+    with the penalties that methods choose. Right: held-out log density less that of the full
+    posterior, with two standard errors of the pairs, and the share of data inside the intervals.
+
+    Args:
+        found: what `worth_of_bayes` returns.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    from ppvae.regression.worth import FULL, POINTS, Worth
+
+    kind = type(found).__name__
+    expect(isinstance(found, Worth), "found", "what worth_of_bayes returns", kind, TypeError)
+    figure, path = empty(10.0, 4.6), found.path
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    curves = {
+        "training": (path.training, "--"),
+        "held out": (path.held_out, "-"),
+        "exact leave-one-out": (path.leave_one_out, ":"),
+        "evidence per datum (shifted)": (path.evidence, "-."),
+    }
+    for index, (name, (curve, style)) in enumerate(curves.items()):
+        left.semilogx(path.penalties, curve, color=color(index), linestyle=style, label=name)
+    # the evidence may fall far below
+    seen = np.concatenate([path.held_out, path.leave_one_out, path.training])
+    low, high = seen.min(), seen.max()
+    step = 0.06 * (high - low)
+    chosen = [name for name in POINTS if path.chosen.get(name, 0) > 0]
+    for index, name in enumerate(chosen):
+        at, look = path.chosen[name], mark(index + 4)
+        left.plot(at, low - (index + 1) * step, label=name, linestyle="none", **look)
+        left.axvline(at, color=look["color"], linewidth=0.6, zorder=0)
+    left.set(ylim=(low - (len(chosen) + 1) * step, high + step), ylabel="nats per datum")
+    left.set(xlabel="penalty per row of standardised data")
+    left.set_title("Ridge regression along its penalty")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=4)
+    names = [name for name in found.methods if name != FULL]
+    heights = np.arange(len(names) + 1)[::-1]
+    gains = np.array([*map(found.gain_over, names)])
+    right.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    right.errorbar(-gains[:, 0], heights[1:], xerr=2 * gains[:, 1], fmt="o", color=color(0))
+    right.plot(0, heights[0], "D", color="black")
+    for name, height in zip([FULL, *names], heights, strict=True):
+        share = f"{found.methods[name].coverage:.0%}"
+        right.annotate(share, (1.02, height), xycoords=("axes fraction", "data"), va="center")
+    right.annotate(
+        f"{found.level:.0%}\nhave", (1.02, len(names) + 0.45), xycoords=("axes fraction", "data")
+    )
+    right.set(yticks=heights, yticklabels=[FULL, *names], ylim=(-0.6, len(names) + 0.6))
+    right.set(xlabel="held-out log density less the full posterior's\n[nats per datum, 2 s.e.]")
+    right.locator_params(axis="x", nbins=5)
+    right.set_title("Held-out predictions")
+    figure.suptitle(f"{found.rows} rows, {found.columns} columns")
     return figure
 
 

@@ -33,7 +33,7 @@ LONGER = {
 
 def test_every_example_is_short_and_tested():
     others = {"guide_for_your_model", "inspect_with_arviz", "groups", "sequences"}
-    others |= {"many_machines", "generalized"}
+    others |= {"many_machines", "generalized", "worth_of_bayes"}
     paths = list(EXAMPLES.glob("*.py"))
     assert {path.stem for path in paths} == others | set(LONGER)
     for path in paths:
@@ -141,6 +141,16 @@ def test_regression(run, tmp_path):
     pictures = {"forest", "paths", "bands", "overconfidence"}
     assert {path.stem for path in tmp_path.glob("*.png")} == pictures
     assert len(list(tmp_path.glob("*.nc"))) == 11
+
+
+def test_worth_of_bayes(run, tmp_path):
+    constants = {"PER_COLUMN": [1.0, 3.0], "NOISES": [0.7], "TEST": 100}
+    out = run("worth_of_bayes.py", "--repeats", 2, "--sparse", "--out", tmp_path, **constants)
+    assert out.count("full posterior gains") == 2 and "horseshoe, mean field" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  0.7")]
+    # without rows beyond the columns least squares has no noise
+    assert [(row[1], row[4] == "-") for row in rows] == [("1", True), ("3", False)]
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"diabetes", "map"}
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # an sd of zero

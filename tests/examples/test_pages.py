@@ -83,6 +83,7 @@ PRINTED = {
     "`many_machines.py`": ["many_machines"],
     "`mixture.py`": ["mixture"],
     "`sequences.py`": ["sequences"],
+    "`worth_of_bayes.py`": ["worth_of_bayes"],
     "Priors": ["ladder_priors", "ladder"],
     "`when_does_noise_help.py`": ["when_does_noise_help"],
     "The same question in regression": ["regression"],

@@ -1,0 +1,70 @@
+"""The units of data: priors that are meant for standardised data, in the units of these."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro.distributions as dist
+from pyro.distributions import transforms
+from torch.distributions import Distribution
+
+from ppvae.regression.priors import Array, weight_prior
+
+#: About standardised data: all that sets the strength of the regularisation is unknown.
+PRIORS = {
+    "weight": dist.Normal(0.0, 1.0),
+    "noise": dist.HalfNormal(1.0),
+    "scale": dist.HalfNormal(1.0),
+}
+
+# Of the sd of y.
+_LEAST_NOISE = 1e-6
+
+
+class Units(NamedTuple):
+    """Where columns lie and how far they spread; a column that does not vary has a spread of one.
+
+    Attributes:
+        center: shape `(columns,)`; zeros where there is no intercept to take it.
+        spread: sds about the center, shape `(columns,)`.
+    """
+
+    center: Array
+    spread: Array
+
+    @staticmethod
+    def of(values: Array, counts: Array | None = None, *, centered: bool = True) -> Units:
+        """The means and sds of columns `(rows, columns)`, each row as often as `counts` says."""
+        center = np.average(values, 0, counts) if centered else np.zeros(values.shape[1])
+        spread = np.sqrt(np.average((values - center) ** 2, 0, counts))
+        # what is left of the rounding of a constant is no spread
+        still = spread <= 1e-12 * np.abs(center)
+        return Units(center, np.where(still, 1.0, spread))
+
+    def standardize(self, values: Array) -> Array:
+        """The columns in units of their spread, about their centers."""
+        return (values - self.center) / self.spread
+
+
+def rescaled_weight(prior: Any, units: Units) -> Any:
+    """A prior of standardised weights times `sd(y) / sd(x_j)`; y is the last of the columns."""
+    if prior is None:
+        return None
+    read = weight_prior(prior, len(units.spread) - 1)
+    # one that is relative to the noise has the units of y from it
+    return read.scaled((1.0 if read.relative else units.spread[-1]) / units.spread[:-1])
+
+
+def rescaled_noise(
+    prior: float | Distribution | None, spread: float
+) -> float | Distribution | None:
+    """A prior of the noise sd times the sd of y; a known one, and a flat prior, stay as they are.
+
+    A prior is moved up by a millionth, so that where y is an exact function of the columns the
+    noise does not go to zero.
+    """
+    if not isinstance(prior, Distribution):
+        return prior
+    scaled = transforms.AffineTransform(_LEAST_NOISE * spread, spread)
+    return dist.TransformedDistribution(prior, [scaled])
