@@ -90,7 +90,12 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
 
 
 def _real(value: Any) -> float:
-    """A number as a `float`, or NaN for what is none; True and False are none, nor is text."""
+    """A number as a `float`, or NaN for what is none; True and False are none, nor is text.
+
+    One in single precision is the shortest decimal that it stands for: 0.1, and not 0.10000000149.
+    """
+    if isinstance(value, np.float32):
+        return float(str(value))
     try:
         return math.nan if isinstance(value, (bool, str, bytes)) else float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):

@@ -70,6 +70,7 @@ from ppvae.training import load_pair, save_pair
 
 X = np.arange(12.0).reshape(4, 3) % 5
 Y = np.array([1.0, 0.0, 2.0, 5.0])
+ROW = np.array([1.0, 2.0, 0.5, 1.0])
 FOLDER = TemporaryDirectory()  # of what is written, where relative paths begin, too
 
 
@@ -629,13 +630,49 @@ CALLS: dict[str, Call] = {
         lambda **given: regression.exact_posterior(**given).mean,
         lambda: {
             "X": X, "y": Y, "weight": dist.Normal(0.0, 10.0), "noise": dist.HalfNormal(1.0),
-            "scale": None, "intercept": False,
+            "scale": None, "intercept": False, "weights": ROW, "offset": ROW, "counts": ROW,
         },
     ),
     "factorize": Call(
         regression.factorize,
-        lambda: {"X": X, "y": Y, "intercept": False, "names": ["a", "b", "c"]},
+        lambda: {
+            "X": X, "y": Y, "intercept": False, "names": ["a", "b", "c"], "weights": ROW,
+            "offset": ROW, "counts": ROW,
+        },
     ),
+    "ExactPosterior.predict": Call(
+        lambda **given: exact().predict(**given).sd,
+        lambda: {"X": X[:2], "weights": ROW[:2], "offset": ROW[:2]},
+    ),
+    "ExactPosterior.predict, noise": Call(
+        lambda **given: exact().predict(X[:2], **given).sd, lambda: {"noise": ROW[:2]}
+    ),
+    "ExactPosterior.update": Call(
+        lambda **given: exact().update(**given).mean,
+        lambda: {"X": X[:2], "y": Y[:2], "weights": ROW[:2], "offset": ROW[:2], "counts": ROW[:2]},
+    ),
+    "ExactPosterior.cdf": Call(lambda values: exact().cdf(values), lambda: {"values": 0.3}),
+    "Prediction.interval": Call(
+        lambda **given: exact().predict(X).interval(**given), lambda: {"level": 0.9, "line": False}
+    ),
+    "Prediction.quantile": Call(lambda q: exact().predict(X).quantile(q), lambda: {"q": 0.3}),
+    "Prediction.cdf": Call(lambda y: exact().predict(X).cdf(y), lambda: {"y": Y}),
+    "Prediction.log_prob": Call(lambda y: exact().predict(X).log_prob(y), lambda: {"y": Y}),
+    "Prediction.sample": Call(
+        lambda **given: exact().predict(X).sample(**given),
+        lambda: {"num_samples": 3, "seed": 0, "line": True},
+    ),
+    "regression.compare": Call(
+        lambda posteriors: regression.compare(posteriors).to_numpy(),
+        lambda: {"posteriors": {"one": exact()}},
+    ),
+    "ConjugateNormal": Call(
+        regression.ConjugateNormal, lambda: {"loc": np.zeros(3), "scale": np.ones(3)}
+    ),
+    "ConjugateNormal, covariance": Call(
+        regression.ConjugateNormal, lambda: {"loc": 0.0, "covariance": np.eye(3)}
+    ),
+    "g_prior": Call(regression.g_prior, lambda: {"X": X, "g": 4.0, "intercept": True}),
     "combine": Call(regression.combine, lambda: {"factors": [regression.factorize(X, Y)]}),
     "combine, rows": Call(
         lambda X, y: regression.combine([regression.factorize(X, y), regression.factorize(X, Y)]),
@@ -645,7 +682,7 @@ CALLS: dict[str, Call] = {
         lambda **given: exact().loo(**given),
         lambda: {
             "X": X[:2], "y": Y[:2], "others": regression.factorize(X[2:], Y[2:]),
-            "pointwise": True,
+            "pointwise": True, "weights": np.ones(2), "offset": np.zeros(2),
         },
     ),
     "LeaveOneOut.combine": Call(

@@ -65,8 +65,9 @@ def test_the_guide_says_its_family():
 
 def test_the_numbers_of_a_posterior_stand_in_a_table_unless_there_are_many():
     found = posterior()
-    head, columns, *rows = repr(found).splitlines()
+    head, scores, columns, *rows = repr(found).splitlines()
     assert f"{found.log_evidence:.4f} nats" in head
+    assert scores.startswith(f"R2 {found.r2:.4f}, leave-one-out {found.loo().total:.4f} nats")
     assert columns.split() == ["mean", "sd", "5", "%", "95", "%"]
     table = torch.tensor([list(map(float, row.split()[1:])) for row in rows])
     low, high = map(torch.as_tensor, found.quantile([0.05, 0.95]))
@@ -74,5 +75,5 @@ def test_the_numbers_of_a_posterior_stand_in_a_table_unless_there_are_many():
     assert torch.allclose(table, wanted, rtol=5e-4)  # four digits
     assert [row.split()[0] for row in rows] == found.names
     wide = exact_posterior(torch.randn(5, 31), Y[:5], noise=1.0)
-    assert len(repr(wide).splitlines()) == 1
+    assert len(repr(wide).splitlines()) == 2
     assert f"{found.loo().total:.4f} nats" in repr(found.loo())

@@ -143,7 +143,7 @@ class DeepMarkov(Decoded):
         kind = getattr(lengths, "dtype", type(lengths).__name__)
         dense = isinstance(lengths, Tensor) and lengths.layout is torch.strided
         real = dense and lengths.dtype != torch.bool and not lengths.is_complex()
-        real = real and lengths.device == x.device
+        real = real and lengths.device == x.device and not lengths.is_meta
         expect(real, "lengths", "a dense tensor of whole numbers where x is", kind, TypeError)
         wanted = f"shape ({len(x)},), one for each sequence"
         expect(lengths.shape == x.shape[:1], "lengths", wanted, tuple(lengths.shape))

@@ -19,7 +19,15 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_count, check_flag, check_names, expect
+from ppvae._checks import (
+    MOST,
+    check_array,
+    check_count,
+    check_flag,
+    check_names,
+    check_real,
+    expect,
+)
 from ppvae.regression.arguments import problem_of
 from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
 from ppvae.regression.conflict import warn_of_conflict
@@ -28,7 +36,7 @@ from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.loo import LeaveOneOut, log_predictive
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, ConjugateNormal, NormalPrior, Seed
-from ppvae.regression.rows import Rows, Values
+from ppvae.regression.rows import Rows, Values, is_vector
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -109,14 +117,13 @@ def exact_posterior(
         >>> exact_posterior(combine([here, there]), weight=None, noise=1.0).mean.round(6)
         array([1.4])
     """
-    known: Any = None if noise is None or isinstance(noise, Distribution) else noise
-    per_row = known is not None and np.ndim(known) == 1 and np.size(known) > 1
-    sides: dict[str, Values | None] = {"weights": weights, "offset": offset, "counts": counts}
-    sides["noise"] = known if per_row else None
+    per_row: Any = noise if is_vector(noise) else None
+    sides = {"weights": weights, "offset": offset, "counts": counts, "noise": per_row}
     ones = isinstance(intercept, Distribution) or intercept
     factor, rows = read(X, y, intercept=ones, **sides)
     given = _of_other_data(weight, factor, scale) if isinstance(weight, ExactPosterior) else weight
-    problem = problem_of(factor, given, 1.0 if per_row else noise, scale, intercept=intercept)
+    one = noise if per_row is None else 1.0
+    problem = problem_of(factor, given, one, scale, intercept=intercept)
     posterior = ExactPosterior(problem, problem.integrate(), rows)
     warn_of_conflict(problem, posterior.hyper, posterior.names)
     return posterior
@@ -153,13 +160,18 @@ class ExactPosterior:
 
     def __repr__(self) -> str:
         names, factor = self.names, self.problem.factor
+        evidence = (
+            f"{self.log_evidence:.4f} nats" if self.problem.proper else "undefined (flat prior)"
+        )
         head = f"ExactPosterior of {len(names)} numbers given {factor.rows} rows"
-        head += f", log evidence {self.log_evidence:.4f} nats"
+        head += f", log evidence {evidence}"
+        more = [f"R2 {self.r2:.4f}"] if self._fits else []
         few = factor.rows * len(self.hyper.shares) * factor.columns <= _QUICK
         if self.rows is not None and self.rows.counts is None and few and self._predicts:
-            head += f", {self.loo()!s}"
-        if self._fits:
-            head += f", R2 {self.r2:.4f}"
+            loo = self.loo()
+            error = f"(standard error {loo.standard_error:.4f})"
+            more.append(f"leave-one-out {loo.total:.4f} nats {error}")
+        head += f"\n{', '.join(more)}" if more else ""
         if len(names) > _PRINTED:
             return head
         low, high = self.quantile([0.05, 0.95])
@@ -287,7 +299,7 @@ class ExactPosterior:
         Raises:
             TypeError, ValueError: they are no finite numbers of such a shape.
         """
-        size, several = len(self.names), np.ndim(values) > 0
+        size, several = len(self.names), check_real("values", values).dim()
         given = check_array("values", values, (size,) if several else ())
         places = np.broadcast_to(given, (size,))
         weights, unknown = np.split(places, [self.problem.factor.columns])
@@ -333,6 +345,9 @@ class ExactPosterior:
         rows = read_block(X, None, self.problem.factor, **sides)
         plain = np.ones(len(rows)) if rows.sds is None else rows.sds
         start = np.zeros(len(rows)) if rows.offset is None else rows.offset
+        for name, values in (("X", rows.X), ("offset", start)):
+            size = np.abs(values).max(initial=0.0)
+            expect(size <= MOST, name, f"numbers of a size of {MOST} at most", size)
         return Prediction(self.problem, self.hyper, rows.X, start, plain)
 
     def update(

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ppvae._checks import check_array, check_count, check_share
+from ppvae._checks import check_array, check_count, check_flag, check_share
 from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.priors import Array, Seed
@@ -94,7 +94,7 @@ class Prediction:
             TypeError, ValueError: `level` is no number in (0, 1).
         """
         level = check_share("level", level)
-        of = self._line if line else self._noisy
+        of = self._line if check_flag("line", line) else self._noisy
         low, high = of.quantile(np.array([1 - level, 1 + level]) / 2)
         return low, high
 
@@ -165,7 +165,7 @@ class Prediction:
         size = check_count("num_samples", num_samples, 0)
         drawn = draw(self.problem, self.hyper, size, generator)
         lines = drawn["weight"] @ self.rows.T + self.offset
-        if line:
+        if check_flag("line", line):
             return lines
         return lines + drawn["noise"][:, None] * self.noise * generator.standard_normal(lines.shape)
 

@@ -135,8 +135,8 @@ class ConjugateNormal:
         name = "scale" if covariance is None else "covariance"
         given = check_real(name, scale if covariance is None else covariance)
         middle = check_real("loc", loc)
-        kind = torch.get_default_dtype()
-        kind = given.dtype if given.is_floating_point() else kind
+        wide = given.dtype in (torch.float32, torch.float64)
+        kind = given.dtype if wide else torch.get_default_dtype()
         given, middle = given.to(kind), middle.to(kind)
         if covariance is None:
             positive = bool((torch.isfinite(given) & (given > 0)).all())
@@ -215,7 +215,7 @@ def g_prior(X: Any, g: float | None = None, *, intercept: bool = False) -> Conju
     expect(rank == unit.shape[1], "X", f"{unit.shape[1]} independent columns", rank)
     triangle: Any = np.linalg.qr(unit[:, ::-1], mode="r")
     root = np.linalg.inv(triangle[::-1, ::-1]) / lengths[:, None] * np.sqrt(g)
-    root = root * np.sign(np.diag(root))
+    root = np.tril(root * np.sign(np.diag(root)))
     return ConjugateNormal.of_root(torch.from_numpy(root))
 
 

@@ -135,6 +135,14 @@ def read_rows(
         yield Rows(block, names_of(arrays[0]), **_sides(len(block), given))
 
 
+def is_vector(values: Any) -> bool:
+    """Whether something is one number for each of several rows."""
+    if isinstance(values, Tensor):
+        return values.dim() == 1 and len(values) > 1
+    array = isinstance(values, list | tuple | np.ndarray) or hasattr(values, "iloc")
+    return array and np.ndim(values) == 1 and len(values) > 1
+
+
 def names_of(X: Any) -> Names:
     """The names of the columns of a table, or None where there are none."""
     names = list(getattr(X, "columns", ()))

@@ -345,7 +345,7 @@ def test_names_come_from_tables_and_bad_rows_are_named():
     table = pd.DataFrame(X, columns=["a", "b", "c"])
     post = exact_posterior(table, pd.DataFrame({"y": Y}), noise=HALF, intercept=True)
     assert post.names == ["intercept", "weight[a]", "weight[b]", "weight[c]", "noise"]
-    assert "weight[b]" in repr(post) and "LeaveOneOut of 30 rows" in repr(post)
+    assert "weight[b]" in repr(post) and "flat prior" in repr(post)
     tree = post.to_datatree(5, seed=0)
     assert tree["posterior"]["feature"].values.tolist() == ["a", "b", "c"]
     with pytest.raises(ValueError, match="^X: expected the columns .*'a', 'b', 'c'"):
