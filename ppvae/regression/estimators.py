@@ -198,7 +198,8 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     without settings; probabilities are averaged over it, so that they are less sure far from the
     data than those at a point.
 
-    Not for many columns: the full covariance has `columns^2` numbers for each class, squared.
+    Not for thousands of weights, of which the full covariance has the square: give
+    `families.mean_scale` there.
 
     Args:
         weight: prior of the weights, a univariate one of `pyro.distributions` with scalar or

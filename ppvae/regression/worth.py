@@ -178,7 +178,7 @@ class Worth:
             gains = "" if name == FULL else f"{gain:.4f} ({error:.4f})"
             lines.append(
                 f"{name:27s}{method.log_density.mean():12.4f}  {gains:>20s}"
-                f"{method.rmse:11.4g}{method.coverage:10.1%}"
+                f"{method.rmse:#11.4g}{method.coverage:10.1%}"
             )
         noted = (f"{name}: {method.note}" for name, method in self.methods.items() if method.note)
         lines += [line for note in noted for line in ("", textwrap.fill(note, 96))]

@@ -22,7 +22,12 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ppvae
 from ppvae import NarrowFamily, NotConverged, families
-from ppvae.regression import BayesianClassifier, BayesianRegressor, exact_posterior
+from ppvae.regression import (
+    BayesianClassifier,
+    BayesianRegressor,
+    ConjugateNormal,
+    exact_posterior,
+)
 
 # their data are of all kinds, some of a few rows, and separable
 TELLS = [
@@ -104,6 +109,10 @@ def test_standardized_priors_are_those_of_standardized_data(diabetes):
     ratio = (y.std(ddof=0) / X.std(ddof=0)).to_numpy()
     # the noise has a floor of 1e-6, of which it is 1e6 away
     np.testing.assert_allclose(regressor.coef_, exact.mean[1:11] * ratio, rtol=1e-6)
+    relative = {"weight": ConjugateNormal(0.0, scale=1.0), "scale": None}
+    exact = exact_posterior(Z, z, noise=half, intercept=True, **relative)
+    conjugate = BayesianRegressor(**relative).fit(X, y)
+    np.testing.assert_allclose(conjugate.coef_, exact.mean[1:11] * ratio, rtol=1e-6)
     other = BayesianRegressor().fit(1e3 * X + 7, 1e-5 * y - 3)
     np.testing.assert_allclose(
         other.predict(1e3 * X + 7), 1e-5 * regressor.predict(X) - 3, rtol=1e-9

@@ -1,5 +1,7 @@
 """Is being Bayesian worth it: the ridge path against other code, and answers that are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pyro.distributions as dist
@@ -20,7 +22,7 @@ from ppvae.regression import (
     worth_of_bayes,
 )
 from ppvae.regression.ridge import Ridge, squared_errors
-from ppvae.regression.worth import BY_EVIDENCE, FULL, POINTS
+from ppvae.regression.worth import BY_EVIDENCE, FULL, POINTS, Method
 
 
 def data(rows, columns, noise, seed=0):
@@ -169,6 +171,32 @@ def test_it_reads_as_an_answer_and_draws_one_picture(diabetes):
     assert [text.get_text() for text in right.get_yticklabels()] == [FULL, *POINTS, BY_EVIDENCE]
     with pytest.raises(TypeError, match="^found: expected what worth_of_bayes returns, got int"):
         plots.worth(3)
+
+
+@pytest.mark.parametrize(
+    "gain, spread, words",
+    [
+        (
+            0.1,
+            0.1,
+            "Yes: the full posterior predicts better than the best point, least",
+        ),
+        (0.005, 0.001, "Hardly: the full posterior predicts better"),
+        (0.1, 5.0, "It makes no difference that these data show: 0.1"),
+        (-0.1, 0.1, "No: the full posterior predicts worse"),
+    ],
+)
+def test_the_words_are_those_of_the_numbers(gain, spread, words):
+    """Of 100 pairs that differ by the gain and a spread, of which the error is a tenth."""
+    found = worth_of_bayes(*data(30, 3, 1.0))
+    zeros = np.zeros(100)
+    gains = gain + spread * np.tile([1.0, -1.0], 50)
+    methods = {
+        n: Method(v, zeros, zeros < 1) for n, v in {"least squares": zeros, FULL: gains}.items()
+    }
+    found = replace(found, methods=methods)
+    assert found.gain == pytest.approx((gain, spread / 10))
+    assert found.verdict.startswith(words) and "its own have 100% of the data" in found.verdict
 
 
 def test_bad_arguments_are_named():
