@@ -23,7 +23,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ppvae._checks import check_count, check_flag, expect
+from ppvae._checks import check_choice, check_count, check_flag, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.families import Family, full_rank
 from ppvae.guides import FamilyGuide
@@ -43,11 +43,12 @@ _WEIGHT = {"weight": dist.Normal(0.0, 2.5)}
 
 
 def _chosen(name: str, prior: Any, known: Mapping[str, Distribution]) -> Any:
-    """A copy of a prior, or what "auto" stands for."""
-    automatic = isinstance(prior, str) and prior == "auto"
-    fits = automatic or not isinstance(prior, str)
-    expect(fits, name, '"auto", or what `exact_posterior` takes', repr(prior))
-    return copy.deepcopy(known[name] if automatic else prior)
+    """A copy of a prior, or what "auto" stands for; of "data", which is about units, None."""
+    if isinstance(prior, str):
+        words = ["auto", "data"] if name == "scale" else ["auto"]
+        check_choice(name, prior, words)
+        prior = known[name] if prior == "auto" else None
+    return copy.deepcopy(prior)
 
 
 class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -72,7 +73,7 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         noise: prior of the noise sd, "auto" is `HalfNormal(1)`; or its known value, in the units of
             y; or None for a flat one.
         scale: prior of the factor t of the prior sds, "auto" is `HalfNormal(1)`; or a number; None
-            is 1.
+            is 1, and so is "data", which standardizes, too, as it does for `exact_posterior`.
         standardize: the priors are about data of sd one: the weight's is multiplied by
             `sd(y) / sd(x_j)` and that of the noise by `sd(y)`, about the means with an intercept,
             and about zero without. An unknown noise is then at least a millionth of `sd(y)`, so
@@ -131,8 +132,9 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         given = {"weight": self.weight, "noise": self.noise, "scale": self.scale}
         weight, noise, scale = (_chosen(name, prior, PRIORS) for name, prior in given.items())
         if weight is None and isinstance(self.scale, str):
-            scale = None
-        if check_flag("standardize", self.standardize):
+            scale = None  # which a flat prior has none of
+        of_data = isinstance(self.scale, str) and self.scale == "data"
+        if check_flag("standardize", self.standardize) or of_data:
             units = Units.of(np.column_stack([X, y]), counts, centered=intercept)
             weight = rescaled_weight(weight, units)
             noise = rescaled_noise(noise, float(units.spread[-1]))

@@ -109,6 +109,11 @@ def test_standardized_priors_are_those_of_standardized_data(diabetes):
     ratio = (y.std(ddof=0) / X.std(ddof=0)).to_numpy()
     # the noise has a floor of 1e-6, of which it is 1e6 away
     np.testing.assert_allclose(regressor.coef_, exact.mean[1:11] * ratio, rtol=1e-6)
+    # the word of `exact_posterior`, without a floor and whatever the other argument says
+    word = {"weight": normal, "noise": half, "scale": "data"}
+    exact = exact_posterior(X, y, intercept=True, **word)
+    mine = BayesianRegressor(**word, standardize=False).fit(X, y)
+    np.testing.assert_allclose(mine.posterior_.mean, exact.mean, rtol=1e-6)
     relative = {"weight": ConjugateNormal(0.0, scale=1.0), "scale": None}
     exact = exact_posterior(Z, z, noise=half, intercept=True, **relative)
     conjugate = BayesianRegressor(**relative).fit(X, y)
@@ -245,8 +250,10 @@ def test_pipelines_and_searches(diabetes):
 
 def test_bad_arguments_are_named(binary):
     X, y = binary[0], binary[0][:, 0]
-    with pytest.raises(ValueError, match='^scale: expected "auto"'):
-        BayesianRegressor(scale="data").fit(X, y)
+    with pytest.raises(ValueError, match=r"^scale: expected one of \['auto', 'data'\]"):
+        BayesianRegressor(scale="wide").fit(X, y)
+    with pytest.raises(ValueError, match=r"^weight: expected one of \['auto'\]"):
+        BayesianClassifier(weight="data").fit(*binary)
     with pytest.raises(TypeError, match="^fit_intercept: expected True or False"):
         BayesianRegressor(fit_intercept=1).fit(X, y)
     with pytest.raises(ValueError, match="a row that counts|at least one non-zero"):
