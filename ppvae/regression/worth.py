@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,13 +35,13 @@ FULL, BY_EVIDENCE = "full posterior", "posterior by evidence"
 _DRAWS = 4000
 # Points of the lattice of noise and scale that densities are summed over, along each axis.
 _EVERY = 3
-#: method -> how its one noise sd is estimated
-POINTS = {
-    "least squares": "residuals, over rows less columns",
-    "ridge by evidence": "the highest evidence",
-    "ridge by leave-one-out": "errors of each datum left out",
-    "ridge by cross-validation": "errors of the folds",
-}
+#: Methods that predict a Normal with one sd.
+POINTS = (
+    "least squares",
+    "ridge by evidence",
+    "ridge by leave-one-out",
+    "ridge by cross-validation",
+)
 
 
 class Method(NamedTuple):
@@ -70,7 +70,7 @@ class Method(NamedTuple):
         return float(self.inside.mean())
 
 
-class Path(NamedTuple):
+class RidgePath(NamedTuple):
     """What a ridge regression is at each penalty, in nats per datum, each of shape `(k,)`.
 
     A prediction is a Normal about that of the ridge regression, whose sd is the root mean square of
@@ -106,16 +106,17 @@ class Worth:
         columns: number of columns.
         held_out: which data were held out, in words.
         level: of the intervals.
+        missing: points that have no noise left to estimate.
     """
 
     methods: Mapping[str, Method]
-    path: Path
+    path: RidgePath
     line_share: float
     rows: int
     columns: int
     held_out: str
     level: float = 0.9
-    unknown: list[str] = field(default_factory=list)
+    missing: tuple[str, ...] = ()
 
     @property
     def best_point(self) -> str:
@@ -165,7 +166,7 @@ class Worth:
         if "least squares" in self.methods and self.best_point != "least squares":
             gain, error = self.gain_over("least squares")
             words.append(f"Over least squares it gains {gain:.3f} ({error:.3f}).")
-        elif self.unknown:
+        elif self.missing:
             words.append("Least squares has no noise left to estimate: there are too few rows.")
         return " ".join(words)
 
@@ -208,7 +209,8 @@ def worth_of_bayes(
 
     - least squares, and ridge regressions whose penalty is that of the highest evidence (empirical
       Bayes), of the least exact leave-one-out error, or of the least error of folds. Each predicts
-      a Normal with one noise sd: `POINTS` says how that is estimated;
+      a Normal with one noise sd, which is estimated in the same way: from the residuals and their
+      degrees of freedom, by the evidence, or as the root mean square of the errors;
     - the posterior of weights and intercept at the noise and the prior scale of highest evidence;
     - the full posterior, of noise and scale, too, exactly;
     - with `guides`, a mean-field guide of the same regression, its scale by evidence, and one of a
@@ -281,7 +283,7 @@ def worth_of_bayes(
         X.shape[1],
         f"{told}; each method standardises by its training part",
         level,
-        [name for name in POINTS if name not in whole],
+        tuple(name for name in POINTS if name not in whole),
     )
 
 
@@ -317,7 +319,7 @@ def _chosen(
     best = log_evidence.argmax()
     found["ridge by evidence"] = float(grid[best]), float(noise[best])
     ways = (ridge.errors(grid)[1] ** 2).mean(1), squared_errors(X, y, grid, parts)
-    for name, squares in zip(list(POINTS)[2:], ways, strict=True):
+    for name, squares in zip(POINTS[2:], ways, strict=True):
         best = squares.argmin()
         found[name] = float(grid[best]), float(np.sqrt(squares[best]))
     return found
@@ -409,7 +411,7 @@ def _held_out(split: Split) -> Array:
     return -(((target - means) / noise) ** 2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
 
 
-def _path(X: Array, y: Array, held_out: Array, parts: list[Integers]) -> Path:
+def _path(X: Array, y: Array, held_out: Array, parts: list[Integers]) -> RidgePath:
     ridge, rows = Ridge.of(X, y), len(y)
     grid = ridge.penalties
     training, left_out = (
@@ -418,7 +420,7 @@ def _path(X: Array, y: Array, held_out: Array, parts: list[Integers]) -> Path:
     evidence = ridge.evidence(grid)[0] / rows
     evidence += left_out[-1] - evidence[-1]
     chosen = {name: penalty / rows for name, (penalty, _) in _chosen(ridge, X, y, parts).items()}
-    return Path(grid / rows, training, left_out, evidence, held_out, chosen)
+    return RidgePath(grid / rows, training, left_out, evidence, held_out, chosen)
 
 
 def _joined(methods: list[Method], order: Integers) -> Method:
