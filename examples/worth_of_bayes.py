@@ -20,7 +20,7 @@ import torch
 from sklearn.datasets import load_diabetes
 
 from ppvae import _look
-from ppvae.regression import worth_of_bayes
+from ppvae.regression import plots, worth_of_bayes
 from ppvae.regression.worth import BY_EVIDENCE, FULL, POINTS
 
 COLUMNS, SIGNIFICANT = 20, 3
@@ -38,7 +38,7 @@ def patients(args: argparse.Namespace) -> None:
     print("\n\nDiabetes, few patients\n")
     found = worth_of_bayes(X[few], y[few], test=(X[others], y[others]), guides=True, seed=args.seed)
     print(found)
-    found.plot().savefig(args.out / "diabetes.png", dpi=110)
+    plots.worth(found).savefig(args.out / "diabetes.png", dpi=110)
 
 
 def draw(rows: int, noise: float, generator: np.random.Generator, *, sparse: bool) -> tuple:

@@ -6,7 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
@@ -26,9 +26,6 @@ from ppvae.regression.ridge import Ridge, squared_errors
 from ppvae.regression.rows import Values
 from ppvae.regression.units import PRIORS, Units
 from ppvae.training import NarrowFamily, NotConverged, fit
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FULL, BY_EVIDENCE = "full posterior", "posterior by evidence"
 # Draws of a guide that its predictions are averaged over.
@@ -96,7 +93,9 @@ class RidgePath(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Worth:
-    """What the full posterior adds to a point; `print` it. `worth_of_bayes` makes it.
+    """What the full posterior adds to a point; `print` it, and draw it with `plots.worth`.
+
+    `worth_of_bayes` makes it.
 
     Args:
         methods: name -> how it predicts, all for the same data.
@@ -184,12 +183,6 @@ class Worth:
         noted = (f"{name}: {method.note}" for name, method in self.methods.items() if method.note)
         lines += [line for note in noted for line in ("", textwrap.fill(note, 96))]
         return "\n".join([*lines, "", textwrap.fill(self.verdict, 96)])
-
-    def plot(self) -> Figure:
-        """The path and the methods in one picture; see `plots.worth`."""
-        from ppvae.regression import plots
-
-        return plots.worth(self)
 
 
 def worth_of_bayes(

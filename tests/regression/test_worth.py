@@ -166,7 +166,7 @@ def test_it_reads_as_an_answer_and_draws_one_picture(diabetes):
     found = worth_of_bayes(*diabetes)
     assert repr(found).startswith("442 rows, 10 columns; 5 folds; each method standardises")
     assert "It makes no difference that these data show" in repr(found)
-    left, right = found.plot().axes
+    left, right = plots.worth(found).axes
     assert {line.get_label() for line in left.lines} >= {"training", "held out", *list(POINTS)[1:]}
     assert [text.get_text() for text in right.get_yticklabels()] == [FULL, *POINTS, BY_EVIDENCE]
     with pytest.raises(TypeError, match="^found: expected what worth_of_bayes returns, got int"):
