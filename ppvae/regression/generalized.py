@@ -106,7 +106,7 @@ class GeneralizedLinear(LinearPredictor):
         expect(classes or reference is None, "reference", "none without classes", reference)
         others = () if classes is None else (classes - 1,)
         several = others if classes is None or reference is not None else (classes,)
-        flat = intercept is True
+        flat = not isinstance(intercept, Distribution)
         super().__init__(
             columns,
             weight=weight,

@@ -1,6 +1,8 @@
 """Generalized linear models: their points are other libraries', their posteriors those of grids."""
 
+import copy
 import math
+import warnings
 
 import numpy as np
 import pyro.distributions as dist
@@ -13,6 +15,7 @@ from sklearn.linear_model import LogisticRegression, PoissonRegressor
 
 from ppvae import (
     FamilyGuide,
+    NarrowFamily,
     evaluate,
     families,
     fit,
@@ -20,6 +23,7 @@ from ppvae import (
     likelihoods,
     predict,
     resample,
+    simulate,
 )
 from ppvae.regression import ConjugateNormal, GeneralizedLinear, Horseshoe, objective
 
@@ -300,6 +304,29 @@ def test_many_draws_at_once_are_as_one_by_one(name):
     assert repr(model).startswith(f"GeneralizedLinear({type(likelihood).__name__}(")
     tree = from_pyro_svi(model, guide, X, y, num_samples=5)
     assert tree.log_likelihood["y"].shape == (1, 5, 12)
+
+
+def test_it_is_saved_copied_simulated_and_trained_on_minibatches():
+    """What is loaded has the objective of what was saved; minibatches come near to it."""
+    X, y, offset = counts(40, dispersion=0.5)
+    told = {"weight": NORMAL, "dispersion": dist.HalfNormal(1.0), "intercept": NORMAL}
+    models = [GeneralizedLinear(3, likelihoods.NegativeBinomial(), **told) for _ in range(2)]
+    guides = [FamilyGuide(model, families.mean_scale) for model in models]
+    assert not list(models[0].parameters())  # the dispersion is a latent
+    with warnings.catch_warnings(action="ignore", category=NarrowFamily):
+        fit(models[0], guides[0], (X, y), kwargs={"offset": offset}, **QUIET)
+    sides = {"offset": offset}
+    value = objective(models[0], guides[0], X, y, kwargs=sides)
+    for made, saved in zip((models[1], guides[1]), (models[0], guides[0]), strict=True):
+        made.load_state_dict(saved.state_dict())
+    assert objective(models[1], guides[1], X, y, kwargs=sides) == value
+    assert objective(*copy.deepcopy((models[0], guides[0])), X, y, kwargs=sides) == value
+    (_, drawn), latents = simulate(models[0], X, y, seed=0)
+    assert drawn.shape == y.shape and set(latents) == {"weight", "intercept", "dispersion"}
+    guide = FamilyGuide(models[0], families.mean_scale)
+    told = {"batch_size": 10, "num_epochs": 300, "learning_rate": 0.02}
+    fit(models[0], guide, (X, y), kwargs=sides, **told, **QUIET)
+    assert value - 0.3 < objective(models[0], guide, X, y, kwargs=sides) < value + 0.05
 
 
 def test_priors_in_the_units_of_the_data():
