@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 from torch.distributions import Distribution
 
 from ppvae._checks import check_choice, expect
 from ppvae.regression.factors import Factor
 from ppvae.regression.hyper import Problem, make_problem
 from ppvae.regression.priors import NormalPrior, Number, Unknown, read_positive, weight_prior
+from ppvae.regression.units import Units, rescaled_weight
 
 
 def problem_of(
@@ -38,25 +38,13 @@ def problem_of(
         return make_problem(factor, weight, numbers)
     prior = weight_prior(weight, count)
     if of_data:
-        prior, numbers["noise"] = _in_units_of_data(factor, prior, numbers["noise"])
+        units = Units.of_factor(factor)
+        sd, noise_sd = units.require_target(), numbers["noise"]
+        prior = rescaled_weight(prior, units)
+        numbers["noise"] = noise_sd.in_units(sd) if isinstance(noise_sd, Unknown) else noise_sd
     if isinstance(intercept, Distribution):
         prior = _with_intercept(prior, intercept, numbers["scale"])
     return make_problem(factor, prior, numbers)
-
-
-def _in_units_of_data(
-    factor: Factor, prior: NormalPrior, noise: Number
-) -> tuple[NormalPrior, Number]:
-    """The priors of weights and noise that are meant for standardised data."""
-    spread = factor.sds[int(factor.intercept) :]
-    sds, sd = spread[:-1], float(spread[-1])
-    expect(sd > 0, "y", 'values that vary, for scale="data"', "none that do")
-    # what is left of a column that does not vary is rounding
-    lengths = np.linalg.norm(factor.triangle, axis=0)[int(factor.intercept) : -1]
-    lengths = lengths / np.sqrt(max(factor.total, 1.0))
-    units = np.where(sds > 1e-12 * lengths, sds, 1.0)
-    inner = 1.0 if prior.relative else sd  # the noise itself is in units of y
-    return prior.scaled(inner / units), noise.in_units(sd) if isinstance(noise, Unknown) else noise
 
 
 def _with_intercept(prior: NormalPrior, intercept: Distribution, scale: Number) -> NormalPrior:

@@ -276,7 +276,7 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         columns = X.shape[1]
         center, spread = np.zeros(columns), np.ones(columns)
         if check_flag("standardize", self.standardize):
-            center, spread = Units.of(X, counts, centered=intercept)
+            center, spread, _ = Units.of(X, counts, centered=intercept)
         seed = int(check_random_state(self.random_state).randint(2**31))
         weight = _chosen("weight", self.weight, _WEIGHT)
         model = _Logistic(columns, len(self.classes_), weight, intercept=intercept)

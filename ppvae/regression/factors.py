@@ -6,7 +6,6 @@ posterior computes from them is that of all rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -61,16 +60,6 @@ class Factor(NamedTuple):
     def total(self) -> float:
         """How many rows there are, as often as they count."""
         return self.rows if self.counted is None else self.counted
-
-    @property
-    def sds(self) -> Array:
-        """Sds of the columns of X, and of y, last; shape `(columns + 1,)`.
-
-        About the means where there is an intercept, whose own is zero, else about zero.
-        """
-        away = self.triangle[int(self.intercept) :]
-        sds: Array = np.linalg.norm(away, axis=0) / math.sqrt(max(self.total, 1.0))
-        return sds
 
     def followed_by(self, row: Array, log_sd: float) -> Factor:
         """With one more row of X and y, shape `(1, columns + 1)`, divided by its noise sd."""

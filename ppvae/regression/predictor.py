@@ -15,7 +15,8 @@ from ppvae._checks import check_array, check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
-from ppvae.regression.priors import Array, ConjugateNormal, read_positive
+from ppvae.regression.priors import ConjugateNormal, read_positive
+from ppvae.regression.units import Units
 from ppvae.regression.weights import (
     check_scaled,
     positive_times,
@@ -187,8 +188,8 @@ def in_units_of(
     if not (isinstance(scale, str) and scale == "data"):
         return X.shape[1], arguments
     centered = arguments.get("intercept", False) is not False
-    sds, sd = _spread(X, centered), _spread(y, centered) if response else np.float64(1.0)
-    expect(bool(sd > 0), "y", 'values that vary, for scale="data"', "none that do")
+    units = Units.of(np.column_stack([X, y]), centered=centered)
+    sds, sd = units.spread[:-1], units.require_target() if response else 1.0
     weight = read_weight(arguments.get("weight", WEIGHT), X.shape[1])
     if weight is not None:
         check_scaled(weight)
@@ -201,13 +202,6 @@ def in_units_of(
             noise = positive_times(noise, torch.as_tensor(sd))
         found |= {"noise": noise}
     return X.shape[1], found
-
-
-def _spread(values: Array, centered: bool) -> Array:  # noqa: FBT001
-    """The sd of each column, about zero unless they are centered; that of a constant one is 1."""
-    sds = np.sqrt(((values - centered * values.mean(0)) ** 2).mean(0))
-    lengths = np.sqrt((values**2).mean(0))  # of which rounding is left where nothing varies
-    return np.where(sds > 1e-12 * lengths, sds, 1.0 if values.ndim > 1 else 0.0)
 
 
 def _read_intercept(given: Any) -> Any:

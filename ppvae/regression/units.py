@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
+from numpy.typing import NDArray
 from pyro.distributions import transforms
 from torch.distributions import Distribution
 
-from ppvae.regression.priors import Array, weight_prior
+from ppvae._checks import expect
+from ppvae.regression.factors import Factor
+from ppvae.regression.priors import Array, NormalPrior, weight_prior
 
 #: About standardised data: all that sets the strength of the regularisation is unknown.
 PRIORS = {
@@ -28,19 +31,45 @@ class Units(NamedTuple):
     Attributes:
         center: shape `(columns,)`; zeros where there is no intercept to take it.
         spread: sds about the center, shape `(columns,)`.
+        varies: whether each column does, shape `(columns,)`; None where that is not known.
     """
 
     center: Array
     spread: Array
+    varies: NDArray[np.bool_] | None = None
 
     @staticmethod
     def of(values: Array, counts: Array | None = None, *, centered: bool = True) -> Units:
         """The means and sds of columns `(rows, columns)`, each row as often as `counts` says."""
         center = np.average(values, 0, counts) if centered else np.zeros(values.shape[1])
         spread = np.sqrt(np.average((values - center) ** 2, 0, counts))
-        # what is left of the rounding of a constant is no spread
-        still = spread <= 1e-12 * np.abs(center)
-        return Units(center, np.where(still, 1.0, spread))
+        return Units._of_spread(center, spread)
+
+    @staticmethod
+    def of_factor(factor: Factor) -> Units:
+        """The same of the columns of a factor and of y, last, without that of its intercept."""
+        first, rows = int(factor.intercept), max(factor.total, 1.0)
+        columns = factor.triangle[:, first:]
+        center = np.zeros(columns.shape[1])
+        if first and len(columns) and factor.triangle[0, 0] > 0:
+            center = columns[0] / factor.triangle[0, 0]
+        spread = np.linalg.norm(columns[first:], axis=0) / np.sqrt(rows)
+        return Units._of_spread(center, spread)
+
+    @staticmethod
+    def _of_spread(center: Array, spread: Array) -> Units:
+        varies = spread > 1e-12 * np.abs(center)  # and what is left of a constant is rounding
+        return Units(center, np.where(varies, spread, 1.0), varies)
+
+    def require_target(self) -> float:
+        """The spread of y, the last column.
+
+        Raises:
+            ValueError: y does not vary.
+        """
+        fine = self.varies is None or bool(self.varies[-1])
+        expect(fine, "y", 'values that vary, for scale="data"', "none that do")
+        return float(self.spread[-1])
 
     def standardize(self, values: Array) -> Array:
         """The columns in units of their spread, about their centers."""
@@ -51,7 +80,8 @@ def rescaled_weight(prior: Any, units: Units) -> Any:
     """A prior of standardised weights times `sd(y) / sd(x_j)`; y is the last of the columns."""
     if prior is None:
         return None
-    read = weight_prior(prior, len(units.spread) - 1)
+    columns = len(units.spread) - 1
+    read = prior if isinstance(prior, NormalPrior) else weight_prior(prior, columns)
     # one that is relative to the noise has the units of y from it
     return read.scaled((1.0 if read.relative else units.spread[-1]) / units.spread[:-1])
 
