@@ -1,7 +1,14 @@
-"""Linear regression: the model as a Pyro program, and its exact posterior.
+"""The same question where its answer is known exactly: regressions, and their posteriors.
 
-`BayesianRegressor` and `BayesianClassifier` have scikit-learn's manners, and are imported when they
-are first used, as only they need it (`pip install ppvae[sklearn]`).
+Exactly: `rows` are reduced to a factor (`factors`); with the priors (`priors`, `units`, `arguments`)
+it gives coordinates that are independent in the posterior (`linear_algebra`), and a lattice over
+noise and scale (`hyper`). All answers are sums over it: `exact`, `combinations`, `prediction`,
+`loo`, `evidence`, `comparison`, `conflict`.
+
+As Pyro programs, for guides: `weights` and `predictor`, then `model` and `generalized`; `scores`.
+
+For one's own data: `ridge` and `worth`, `formulas`, and `estimators` with scikit-learn's manners,
+which are imported when they are first used, as only they need it (`pip install ppvae[sklearn]`).
 """
 
 from importlib import import_module
