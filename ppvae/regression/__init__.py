@@ -1,9 +1,9 @@
 """The same question where its answer is known exactly: regressions, and their posteriors.
 
-Exactly: `rows` are reduced to a factor (`factors`); with the priors (`priors`, `units`, `arguments`)
-it gives coordinates that are independent in the posterior (`linear_algebra`), and a lattice over
-noise and scale (`hyper`). All answers are sums over it: `exact`, `combinations`, `prediction`,
-`loo`, `evidence`, `comparison`, `conflict`.
+Exactly: `rows` are reduced to a factor (`factors`); with priors (`priors`, `units`, `arguments`) it
+gives coordinates that are independent in the posterior (`linear_algebra`), and a lattice over noise
+and scale (`hyper`). All answers are sums over it: `exact`, `combinations`, `prediction`, `loo`,
+`evidence`, `comparison`, `conflict`.
 
 As Pyro programs, for guides: `weights` and `predictor`, then `model` and `generalized`; `scores`.
 
