@@ -262,7 +262,7 @@ def test_bad_arguments_are_named(binary):
         BayesianRegressor().fit(X, y).predict_interval(X, 90)
     with pytest.raises(TypeError, match="^weight: expected a distribution"):
         BayesianClassifier(weight=1.0).fit(*binary)
-    with pytest.raises(ValueError, match="^weight: expected a continuous prior of shape"):
+    with pytest.raises(ValueError, match="^weight: expected a univariate prior of shape"):
         BayesianClassifier(weight=dist.Normal(0.0, torch.ones(3))).fit(*binary)
     with pytest.raises(ValueError, match="^y: expected at least two classes, got 1 class"):
         BayesianClassifier().fit(X, np.ones(60, dtype=int))
