@@ -181,6 +181,7 @@ class GeneralizedLinear(LinearPredictor):
                 (Flat priors where classes can be told without an error
                 are improper too, and are found by the fit, which does not end.)
         """
+        self.check_rows(X, None, weights, offset, counts)
         check_weights(weights)
         check_counts(counts)
         self.check_proper(kept(X, counts))

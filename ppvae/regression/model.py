@@ -136,6 +136,7 @@ class LinearRegression(LinearPredictor):
                 of its columns; weights of rows are not positive; or counts are below zero, or all
                 zero.
         """
+        self.check_rows(X, None, weights, offset, counts)
         check_weights(weights)
         check_counts(counts)
         self.check_proper(kept(X, counts))
