@@ -22,7 +22,8 @@ class Model(Protocol):
     - `example()`: arguments of a call, such as one datum of zeros, from which a `FamilyGuide` with
       an encoder learns the shapes before its first call. `example_of` asks.
     - `check_data(*args)`: raises a ValueError if the data are not such as the model can explain;
-      `fit` calls it once before the first step, on all data. `check_data_of` asks.
+      `fit` calls it once before the first step, on all data, with those of its `kwargs` that the
+      method has arguments for. `check_data_of` asks.
     - `check_call(*args)`: raises a TypeError or ValueError if arguments do not fit the model; it is
       asked where a guide fails on them, which would blame the encoder.
     - `present(*args, **kwargs)`: which members of the latents that the model masks

@@ -9,30 +9,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_choice, check_count, check_flag, expect
-from ppvae._scopes import UniquelyNamed
 from ppvae.families import Family, full_rank
 from ppvae.guides import FamilyGuide
-from ppvae.priors import moved
+from ppvae.likelihoods import Bernoulli, Categorical
 from ppvae.regression._drawing import draw_latents
 from ppvae.regression.exact import ExactPosterior, exact_posterior
+from ppvae.regression.generalized import GeneralizedLinear
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, ConjugateNormal
 from ppvae.regression.units import PRIORS, Units, rescaled_noise, rescaled_weight
+from ppvae.regression.weights import Horseshoe
 from ppvae.training import fit as train
 
 __all__ = ["BayesianClassifier", "BayesianRegressor"]
@@ -195,20 +193,21 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     .. math:: p(y = k) \propto \exp(b_k + x w_k), \qquad w_{jk} \sim p(w)
 
-    Of two classes the first has the logit 0; of more each has weights of its own, which the proper
-    prior identifies. The guide is of a family of Pyro guides, fitted by `ppvae.fit` to its optimum,
-    without settings; probabilities are averaged over it, so that they are less sure far from the
-    data than those at a point.
+    It is the posterior of a `GeneralizedLinear`. Of two classes the first has the logit 0; of more
+    each has weights of its own, which the proper prior identifies. The guide is of a family of Pyro
+    guides, fitted by `ppvae.fit` to its optimum, without settings; probabilities are averaged over
+    it, so that they are less sure far from the data than those at a point.
 
     Not for thousands of weights, of which the full covariance has the square: give
     `families.mean_scale` there.
 
     Args:
-        weight: prior of the weights, a univariate one of `pyro.distributions` with scalar or
-            per-column arguments; "auto" is `Normal(0, 2.5)`, which rstanarm has.
+        weight: prior of the weights of a class, one that `GeneralizedLinear` takes; "auto" is
+            `Normal(0, 2.5)`, which rstanarm has.
+        scale: a factor of the prior scales of the weights, or a prior of such a factor; None is 1.
         family: of the guide: `families.mean_scale` (mean field), `families.deterministic` (the
             point of penalised maximum likelihood), or another; None is `families.full_rank`.
-        standardize: the prior is about columns of sd one.
+        standardize: the priors are about columns of sd one.
         fit_intercept: add an intercept to each class, with the prior `Normal(0, 10)` at the means.
         num_samples: draws of the guide that predictions are averaged over.
         random_state: of the draws; the same number gives the same result.
@@ -218,7 +217,8 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         coef_: posterior means of the weights, shape `(1, columns)` for two classes, else
             `(classes, columns)`, in the units of the data.
         intercept_: of the intercepts, shape `(1,)` or `(classes,)`.
-        posterior_: draws of both, `{"weight": (draws, ...), "intercept": (draws, ...)}`.
+        posterior_: draws of both, `{"weight": (draws, ...), "intercept": (draws, ...)}`, and of
+            what else is unknown of the priors, such as `scale`.
         verdict_: what `fit` says of the optimum, and of how well the family fits.
         n_features_in_: number of columns.
         feature_names_in_: their names, of a table.
@@ -234,7 +234,8 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        weight: Distribution | str = "auto",
+        weight: Distribution | Horseshoe | str | None = "auto",
+        scale: float | Distribution | None = None,
         family: Family | None = None,
         standardize: bool = True,
         fit_intercept: bool = True,
@@ -242,6 +243,7 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         random_state: Any = 0,
     ) -> None:
         self.weight = weight
+        self.scale = scale
         self.family = family
         self.standardize = standardize
         self.fit_intercept = fit_intercept
@@ -257,8 +259,8 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: how often each row counts, shape `(rows,)`; need not be whole.
 
         Raises:
-            TypeError, ValueError: the prior is no univariate one; there is one class only; or as
-                scikit-learn's checks of data.
+            TypeError, ValueError: a prior is none that `GeneralizedLinear` takes; there is one
+                class only; or as scikit-learn's checks of data.
 
         Warns:
             NotConverged, NarrowFamily: see `ppvae.fit`.
@@ -278,20 +280,29 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if check_flag("standardize", self.standardize):
             center, spread, _ = Units.of(X, counts, centered=intercept)
         seed = int(check_random_state(self.random_state).randint(2**31))
-        weight = _chosen("weight", self.weight, _WEIGHT)
-        model = _Logistic(columns, len(self.classes_), weight, intercept=intercept)
+        model = self._model(columns)
         guide = FamilyGuide(model, full_rank if self.family is None else self.family)
-        data = [(X - center) / spread, labels.astype(np.float64), counts]
-        tensors = tuple(map(torch.from_numpy, data))
-        self.verdict_ = train(model, guide, tensors, seed=seed, progress=False).verdict
-        drawn = draw_latents(guide, tensors, draws, seed)
-        weight = drawn["weight"].reshape(draws, -1, columns)
-        level = drawn.get("intercept", np.zeros(weight.shape[:2]))
-        weight = weight / spread
-        level = level - weight @ center
-        self.posterior_ = {"weight": weight, "intercept": level}
+        arrays = (X - center) / spread, labels.astype(np.float64), counts
+        *data, often = map(torch.from_numpy, arrays)
+        told: dict[str, Any] = {"kwargs": {"counts": often}, "seed": seed, "progress": False}
+        self.verdict_ = train(model, guide, tuple(data), **told).verdict
+        drawn = draw_latents(guide, tuple(data), draws, seed)
+        weight = drawn["weight"].reshape(draws, -1, columns) / spread
+        level = drawn.get("intercept", np.zeros(draws)).reshape(draws, -1) - weight @ center
+        self.posterior_ = drawn | {"weight": weight, "intercept": level}
         self.coef_, self.intercept_ = weight.mean(0), level.mean(0)
         return self
+
+    def _model(self, columns: int) -> GeneralizedLinear:
+        """The program of standardised columns."""
+        classes = len(self.classes_)
+        return GeneralizedLinear(
+            columns,
+            Bernoulli() if classes == 2 else Categorical(classes),
+            weight=_chosen("weight", self.weight, _WEIGHT),
+            scale=copy.deepcopy(self.scale),
+            intercept=dist.Normal(0.0, 10.0) if self.fit_intercept else False,
+        )
 
     def predict_proba(self, X: Any) -> Array:
         """Probabilities of the classes, averaged over the posterior, shape `(rows, classes)`."""
@@ -311,59 +322,3 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The most probable labels, shape `(rows,)`."""
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
-
-
-class _Logistic(UniquelyNamed):
-    """The program: a logit of the second of two classes, or one of each of more."""
-
-    vectorized = True
-
-    def __init__(self, columns: int, classes: int, weight: Any, *, intercept: bool) -> None:
-        super().__init__()
-        self.columns, self.intercept = columns, intercept
-        self.outputs = 1 if classes == 2 else classes
-        kind = "a distribution of pyro.distributions"
-        known = isinstance(weight, TorchDistributionMixin)
-        expect(known, "weight", kind, f"{weight!r:.60}", TypeError)
-        shape, discrete = tuple(weight.shape()), weight.support.is_discrete
-        fits = not weight.event_shape and shape in ((), (1,), (columns,)) and not discrete
-        expect(fits, "weight", f"a continuous prior of shape () or ({columns},)", f"{weight!r:.60}")
-        self.weight = weight
-
-    def forward(self, X: Tensor, y: Tensor, counts: Tensor) -> None:
-        """Runs the program; a leading dim of draws is kept."""
-        prior = moved(self.weight, lambda tensor: tensor.to(X))
-        weight = pyro.sample("weight", prior.expand((self.outputs, self.columns)).to_event(2))
-        # drawn in a plate of draws they have the shape (draws, 1, outputs, columns)
-        logits = (weight if weight.dim() == 2 else weight.squeeze(-3)) @ X.T
-        if self.intercept:
-            around = dist.Normal(X.new_zeros(self.outputs), 10.0).to_event(1)
-            level = pyro.sample("intercept", around)
-            logits = logits + (level if level.dim() == 1 else level.squeeze(-2))[..., None]
-        two = self.outputs == 1
-        fn = dist.Bernoulli(logits=logits[..., 0, :]) if two else dist.Categorical(logits=logits.mT)
-        with pyro.plate("data", len(X), dim=-1):
-            pyro.sample("y", _Counted(fn, counts), obs=y)
-
-
-class _Counted(TorchDistribution):
-    """A distribution of rows that count so often: its log density is so many times as large."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, base: Any, counts: Tensor) -> None:
-        self.base, self.counts = base, counts
-        super().__init__(base.batch_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        """That of the base."""
-        return self.base.support
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Nats, times the counts."""
-        return self.counts * self.base.log_prob(value)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """One datum for each row."""
-        return self.base.sample(sample_shape)

@@ -14,6 +14,7 @@ from ppvae import likelihoods
 from ppvae._checks import check_count, expect
 from ppvae.likelihoods.categorical import Codes
 from ppvae.likelihoods.scale import Scaled
+from ppvae.regression.counted import check_counts, kept, observed
 from ppvae.regression.model import check_weights
 from ppvae.regression.predictor import (
     POSITIVE,
@@ -169,23 +170,28 @@ class GeneralizedLinear(LinearPredictor):
         y: Tensor | None = None,
         weights: Tensor | None = None,
         offset: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Checks that all the data together, not just one batch, can make the posterior proper.
 
         Raises:
-            ValueError: the prior of the weights is flat and X has not the rank of its columns; the
-                intercept's or theirs is, and y is always the same or a class is missing; or weights
-                of rows are not positive. (Flat priors where classes can be told without an error
+            ValueError: of rows that count: the prior of the weights is flat and X has not the rank
+                of its columns, or the intercept's or theirs is, and y is always the same or a class
+                is missing; weights of rows are not positive; or counts are below zero, or all zero.
+                (Flat priors where classes can be told without an error
                 are improper too, and are found by the fit, which does not end.)
         """
-        self.check_proper(X)
+        self.check_rows(X, None, weights, offset, counts)
         check_weights(weights)
+        check_counts(counts)
+        self.check_proper(kept(X, counts))
         flat = self.intercept_prior is None or self.weight_prior is None
         if y is None or not flat or isinstance(self.likelihood, Scaled):
             return
         count = 2 if self.classes is None else self.classes
-        got = f"{len(y.unique())} and flat priors: the posterior is improper"
-        expect(len(y.unique()) >= count, "y", f"{count} different values at least", got)
+        values = kept(y, counts).unique()
+        got = f"{len(values)} and flat priors: the posterior is improper"
+        expect(len(values) >= count, "y", f"{count} different values at least", got)
 
     def forward(
         self,
@@ -193,6 +199,7 @@ class GeneralizedLinear(LinearPredictor):
         y: Tensor | None = None,
         weights: Tensor | None = None,
         offset: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """Runs the program.
 
@@ -203,12 +210,14 @@ class GeneralizedLinear(LinearPredictor):
             weights: shape `(rows,)`, where there is a `noise`: its square in a row is divided by
                 the weight of the row.
             offset: shape `(rows,)`, added to the linear predictor; not of classes.
+            counts: shape `(rows,)`, at least 0: how often a row counts, by which its log density
+                is multiplied; need not be whole. Where y is drawn it has no effect.
 
         Returns:
             y, of shape `(rows,)`.
         """
         y = y.to(X.dtype) if isinstance(y, Tensor) and y.dtype == torch.bool else y
-        self.check_rows(X, y, weights, offset)
+        self.check_rows(X, y, weights, offset, counts)
         scale, intercept = self.scale(X), self.intercept(X)
         loc = self._with_reference(self.line(X, scale))
         number = self._number(X, weights)
@@ -217,7 +226,8 @@ class GeneralizedLinear(LinearPredictor):
         loc = loc if offset is None else loc + offset
         with pyro.plate("data", len(X), dim=-1):
             obs = None if y is None else y.to(loc.dtype)
-            return pyro.sample("y", self._observed(loc, number), obs=obs)
+            fn = observed(self._observed(loc, number), obs, counts)
+            return pyro.sample("y", fn, obs=obs)
 
     def _number(self, X: Tensor, weights: Tensor | None) -> Tensor | None:
         """The noise of each row, or the dispersion; None where the likelihood has none."""

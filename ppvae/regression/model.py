@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_array, expect
+from ppvae.regression.counted import check_counts, kept, observed
 from ppvae.regression.predictor import (
     POSITIVE,
     WEIGHT,
@@ -126,15 +127,19 @@ class LinearRegression(LinearPredictor):
         y: Tensor | None = None,
         weights: Tensor | None = None,
         offset: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Checks that all the data together, not just one batch, make the posterior proper.
 
         Raises:
-            ValueError: the prior of the weights is flat and X has not the rank of its columns, or
-                weights of rows are not positive.
+            ValueError: the prior of the weights is flat and X, of rows that count, has not the rank
+                of its columns; weights of rows are not positive; or counts are below zero, or all
+                zero.
         """
-        self.check_proper(X)
+        self.check_rows(X, None, weights, offset, counts)
         check_weights(weights)
+        check_counts(counts)
+        self.check_proper(kept(X, counts))
 
     def forward(
         self,
@@ -142,6 +147,7 @@ class LinearRegression(LinearPredictor):
         y: Tensor | None = None,
         weights: Tensor | None = None,
         offset: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """Runs the program.
 
@@ -150,11 +156,13 @@ class LinearRegression(LinearPredictor):
             y: shape `(rows,)`, to condition on; None draws it.
             weights: shape `(rows,)`: the variance of the noise of a row is divided by its weight.
             offset: shape `(rows,)`, added to `X w`.
+            counts: shape `(rows,)`, at least 0: how often a row counts, by which its log density
+                is multiplied; need not be whole. Where y is drawn it has no effect.
 
         Returns:
             y, of shape `(rows,)`.
         """
-        self.check_rows(X, y, weights, offset)
+        self.check_rows(X, y, weights, offset, counts)
         scale, intercept = self.scale(X), self.intercept(X)
         conjugate = isinstance(self.weight_prior, ConjugateNormal)
         noise = self._noise(X) if conjugate else None
@@ -164,7 +172,7 @@ class LinearRegression(LinearPredictor):
         loc = loc if offset is None else loc + offset
         noise = noise if weights is None else noise / weights.sqrt()
         with pyro.plate("data", len(X), dim=-1):
-            return pyro.sample("y", self.likelihood(loc, noise), obs=y)
+            return pyro.sample("y", observed(self.likelihood(loc, noise), y, counts), obs=y)
 
     def _unit(self, noise: Tensor | None) -> Tensor | None:
         """The noise of a row of weight one, which is 1 where each row has its own."""

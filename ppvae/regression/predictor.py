@@ -73,14 +73,14 @@ class LinearPredictor(UniquelyNamed):
             words += f", intercept={True if self.intercept_prior is None else self.intercept_prior}"
         return words if self.scale_prior is None else f"{words}, scale={self.scale_prior}"
 
-    def check_rows(self, X: Any, y: Any, weights: Any, offset: Any) -> None:
+    def check_rows(self, X: Any, y: Any, weights: Any, offset: Any, counts: Any) -> None:
         """Checks the arguments of a call.
 
         Raises:
             TypeError: one is no tensor of real numbers.
             ValueError: they do not fit each other, or the model.
         """
-        named = {"X": X, "y": y, "weights": weights, "offset": offset}
+        named = {"X": X, "y": y, "weights": weights, "offset": offset, "counts": counts}
         given = {name: value for name, value in named.items() if value is not None}
         for name, value in given.items():
             real = isinstance(value, Tensor) and value.dtype != torch.bool
@@ -89,7 +89,7 @@ class LinearPredictor(UniquelyNamed):
             expect(real, name, "a tensor of real numbers, floating in X", got, TypeError)
         fits = X.dim() == 2 and X.shape[1] == self.columns
         expect(fits, "X", f"shape (rows, {self.columns})", tuple(X.shape))
-        for name in ("y", "weights", "offset"):
+        for name in ("y", "weights", "offset", "counts"):
             if name in given:
                 shape, wanted = tuple(given[name].shape), f"shape ({len(X)},), one for each row"
                 expect(shape == (len(X),), name, f"{wanted} of X", shape)

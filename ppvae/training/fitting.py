@@ -202,9 +202,8 @@ def fit(
     others = processes()
     model, guide, extra = with_keywords(model, guide, (), kwargs)
     free = batch_size is None and is_free(guide)
-    batches = training_batches(
-        bare(model), bare(guide), data, batch_size, extra, whole=free, size=size
-    )
+    pair, names = (bare(model), bare(guide)), tuple(kwargs or ())
+    batches = training_batches(*pair, data, batch_size, extra, names, whole=free, size=size)
     held_out = None if validation is None else held_out_data(validation, batches)
     if batches.missing or (held_out is not None and held_out.missing):
         model, guide = nan_masked(model), nan_masked(guide)

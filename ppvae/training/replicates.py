@@ -157,7 +157,8 @@ def fit_replicates(
     for pair in pairs[1:]:
         form_of(*pair).remember(data)
     free = batch_size is None and is_free(pairs[0][1])
-    batches = training_batches(*pairs[0], data, batch_size, named[0][2], whole=free)
+    extra, names = named[0][2], tuple(kwargs or ())
+    batches = training_batches(*pairs[0], data, batch_size, extra, names, whole=free)
     held_out = None if validation is None else held_out_data(validation, batches)
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
     if batches.missing or (held_out is not None and held_out.missing):

@@ -116,9 +116,18 @@ class Task:
 
 
 def training_batches(
-    model: Any, guide: Any, data: Any, batch_size: int | None, extra: Any, **told: Any
+    model: Any,
+    guide: Any,
+    data: Any,
+    batch_size: int | None,
+    extra: tuple[Any, ...],
+    names: tuple[str, ...] = (),
+    **told: Any,
 ) -> Batches:
-    """Minibatches to train on. A model with a method `check_data` checks data that are tensors."""
+    """Minibatches to train on. A model with a method `check_data` checks data that are tensors.
+
+    Of `extra`, keyword arguments of these `names`, it is given those that the method takes.
+    """
     form = form_of(model, guide)
     if isinstance(data, tuple) and not (data or extra):
         expect(_has_data(model, guide), "data", "at least one tensor or array", "none")
@@ -127,7 +136,10 @@ def training_batches(
         _check_number(model, len(batches.tensors))
     whole = batches.tensors and all(isinstance(each, Tensor) for each in batches.tensors)
     if whole and hasattr(model, "check_data"):
-        model.check_data(*batches.tensors)
+        takes = inspect.signature(model.check_data).parameters
+        pairs = zip(names, extra, strict=True)
+        sides = {name: value for name, value in pairs if name in takes}
+        model.check_data(*batches.tensors, **sides)
     return batches
 
 
