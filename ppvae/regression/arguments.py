@@ -52,11 +52,9 @@ def _in_units_of_data(
     sds, sd = spread[:-1], float(spread[-1])
     expect(sd > 0, "y", 'values that vary, for scale="data"', "none that do")
     # what is left of a column that does not vary is rounding
-    lengths = np.linalg.norm(factor.triangle, axis=0)[int(factor.intercept) : -1]
-    lengths = lengths / np.sqrt(max(factor.total, 1.0))
+    lengths = factor.lengths[int(factor.intercept) : -1]
     units = np.where(sds > 1e-12 * lengths, sds, 1.0)
-    inner = 1.0 if prior.relative else sd  # the noise itself is in units of y
-    return prior.scaled(inner / units), noise.in_units(sd) if isinstance(noise, Unknown) else noise
+    return prior.scaled(units, sd), noise.in_units(sd) if isinstance(noise, Unknown) else noise
 
 
 def _with_intercept(prior: NormalPrior, intercept: Distribution, scale: Number) -> NormalPrior:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def exact_posterior(
     given = _of_other_data(weight, factor, scale) if isinstance(weight, ExactPosterior) else weight
     one = noise if per_row is None else 1.0
     problem = problem_of(factor, given, one, scale, intercept=intercept)
-    posterior = ExactPosterior(problem, problem.integrate(), rows)
+    posterior = ExactPosterior(problem, problem.integrate(), rows, per_row is not None)
     warn_of_conflict(problem, posterior.hyper, posterior.names)
     return posterior
 
@@ -138,6 +138,7 @@ def _of_other_data(posterior: ExactPosterior, factor: Factor, scale: Any) -> Nor
     before = posterior.problem.factor
     fits = before.columns == factor.columns and before.intercept == factor.intercept
     expect(fits, "weight", f"a posterior of {factor.columns} columns", before)
+    check_factor("X", factor, before)
     return NormalPrior(posterior.mean, linalg.cholesky(posterior.covariance, lower=True))
 
 
@@ -152,11 +153,13 @@ class ExactPosterior:
         problem: the data and the priors.
         hyper: the posterior of noise and scale.
         rows: a copy of the data; None if they came in blocks.
+        noises: whether the noise sd of each row was given, so that of new ones it is asked for.
     """
 
     problem: Problem
     hyper: HyperPosterior
     rows: Rows | None = None
+    noises: bool = False
 
     def __repr__(self) -> str:
         names, factor = self.names, self.problem.factor
@@ -341,6 +344,7 @@ class ExactPosterior:
             >>> new.mean.round(6), new.epistemic_sd.round(6), new.noise_sd
             (array([2.8]), array([0.894427]), array([1.]))
         """
+        self._expect_noise(noise, weights)
         sides = {"weights": weights, "offset": offset, "noise": noise}
         rows = read_block(X, None, self.problem.factor, **sides)
         plain = np.ones(len(rows)) if rows.sds is None else rows.sds
@@ -381,12 +385,19 @@ class ExactPosterior:
         """
         sides = {"weights": weights, "offset": offset, "noise": noise, "counts": counts}
         before = self.problem.factor
+        if not isinstance(X, Factor):
+            self._expect_noise(noise, weights)
         ones = before.intercept and not isinstance(X, Factor)
         factor, rows = read(X, y, intercept=ones, **sides)
         factor = combine([before, check_factor("X", factor, before)])
         kept = None if rows is None or self.rows is None else self.rows.followed_by(rows)
         problem = make_problem(factor, self.problem.weight, self.problem.numbers)
-        return ExactPosterior(problem, problem.integrate(), kept)
+        return replace(self, problem=problem, hyper=problem.integrate(), rows=kept)
+
+    def _expect_noise(self, noise: Values | None, weights: Values | None) -> None:
+        """Raises a ValueError unless rows have a noise sd, or a weight, where the data have."""
+        given = noise is not None or weights is not None or not self.noises
+        expect(given, "noise", "the noise sd of each row, as it was given of the data's", None)
 
     def sample(
         self, num_samples: int | None = None, seed: Seed = None, *, n: int | None = None

@@ -68,9 +68,18 @@ class Factor(NamedTuple):
 
         About the means where there is an intercept, whose own is zero, else about zero.
         """
-        away = self.triangle[int(self.intercept) :]
-        sds: Array = np.linalg.norm(away, axis=0) / math.sqrt(max(self.total, 1.0))
-        return sds
+        return self._sizes(int(self.intercept))
+
+    @property
+    def lengths(self) -> Array:
+        """Roots of the mean squares of the columns of X and of y, last; `(columns + 1,)`."""
+        return self._sizes(0)
+
+    def _sizes(self, start: int) -> Array:
+        largest = np.abs(self.triangle).max(0, initial=0.0)  # whose square may be no number
+        largest = np.where(largest > 0, largest, 1.0)
+        sizes: Array = np.linalg.norm(self.triangle[start:] / largest, axis=0)
+        return sizes / math.sqrt(self.total or 1.0) * largest
 
     def followed_by(self, row: Array, log_sd: float) -> Factor:
         """With one more row of X and y, shape `(1, columns + 1)`, divided by its noise sd."""

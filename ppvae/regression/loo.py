@@ -107,6 +107,12 @@ def log_predictive(
         f"a block of the {factor.rows} rows of the posterior, and others that are the rest of them",
         f"{len(data)} rows and {rest} others",
     )
+    if whole:
+        log_sds = data.log_sds.sum() + (0.0 if others is None else others.log_sds)
+        same = abs(log_sds - factor.log_sds) <= 1e-9 * (factor.rows + abs(factor.log_sds))
+        expect(
+            same, "weights, noise", "those of the rows as the posterior was given them", "others"
+        )
     block = data.even()
     X, y = block[:, :-1], block[:, -1]
     with np.errstate(over="ignore"):

@@ -52,8 +52,7 @@ def rescaled_weight(prior: Any, units: Units) -> Any:
     if prior is None:
         return None
     read = weight_prior(prior, len(units.spread) - 1)
-    # one that is relative to the noise has the units of y from it
-    return read.scaled((1.0 if read.relative else units.spread[-1]) / units.spread[:-1])
+    return read.scaled(units.spread[:-1], units.spread[-1])
 
 
 def rescaled_noise(
