@@ -252,6 +252,8 @@ class NormalPrior(NamedTuple):
 
     def scaled(self, sds: Array, sd: float) -> "NormalPrior":
         """The prior of weights of standardised data for columns of some sds, and y of another."""
+        if not len(self.loc):  # flat
+            return self
         # what is in units of the noise has those of y from it; the mean has not
         units = (1.0 if self.relative else sd) / sds
         root = units * self.root if self.root.ndim == 1 else units[:, None] * self.root

@@ -350,6 +350,18 @@ def test_a_posterior_as_a_prior_is_of_the_same_columns():
         exact_posterior(table[["b", "a", "c"]], Y, weight=before, noise=0.7)
 
 
+def test_the_noise_alone_may_be_in_units_of_the_data():
+    """Where the prior of the weights is flat, as `LinearRegression.of` has it."""
+    given = dict(weight=None, intercept=True, noise=dist.HalfNormal(1.0), scale="data")
+    post = exact_posterior(X, Y, **given)
+    noise = dist.HalfNormal(torch.as_tensor(Y.std()))
+    same(post, exact_posterior(X, Y, weight=None, intercept=True, noise=noise))
+    prior = LinearRegression.of(X, Y, **given).noise_prior
+    assert float(prior.scale) == pytest.approx(Y.std(), rel=1e-6)
+    with pytest.raises(ValueError, match="^scale: expected None or .data. with weight=None"):
+        exact_posterior(X, Y, weight=None, scale=2.0)
+
+
 SHAPES = [(5, 40), (12, 13), (20, 300)]
 
 
