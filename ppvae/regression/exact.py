@@ -395,9 +395,12 @@ class ExactPosterior:
         return replace(self, problem=problem, hyper=problem.integrate(), rows=kept)
 
     def _expect_noise(self, noise: Values | None, weights: Values | None) -> None:
-        """Raises a ValueError unless rows have a noise sd, or a weight, where the data have."""
+        """Raises a ValueError unless rows have a noise sd if, and only if, the data have."""
         given = noise is not None or weights is not None or not self.noises
         expect(given, "noise", "the noise sd of each row, as it was given of the data's", None)
+        one = self.problem.numbers["noise"]
+        told = "none where all rows have the same (weights of rows are relative to it)"
+        expect(noise is None or one == 1.0, "noise", told, "some")
 
     def sample(
         self, num_samples: int | None = None, seed: Seed = None, *, n: int | None = None
@@ -476,6 +479,7 @@ class ExactPosterior:
                 raise ValueError(f"X, y: expected the data, got {got}")
             rows = self.rows
         else:
+            self._expect_noise(noise, weights)
             sides = {"weights": weights, "offset": offset, "noise": noise}
             rows = read_block(X, y, self.problem.factor, **sides)
         counted = "rows of which each counts once", "counts: one of several equal rows is no datum"

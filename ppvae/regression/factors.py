@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ppvae._checks import check_names, check_real, expect
+from ppvae._checks import check_flag, check_names, check_real, expect
 from ppvae.regression.priors import Array
 from ppvae.regression.rows import Names, Rows, Values, read_rows
 
@@ -242,7 +242,7 @@ def read(
     Raises:
         TypeError, ValueError: see `factorize`.
     """
-    expect(isinstance(intercept, bool), "intercept", "True or False", repr(intercept), TypeError)
+    intercept = check_flag("intercept", intercept)
     if isinstance(X, Factor):
         given = [*["y"] * (y is not None), *(name for name in sides if sides[name] is not None)]
         kind, wanted = "beside a Factor", "nothing beside a Factor, which has it"

@@ -323,7 +323,14 @@ def test_rows_are_asked_for_the_noise_that_others_had():
     np.testing.assert_allclose(weighted.noise_sd, SDS, rtol=1e-12)
     with pytest.raises(ValueError, match="^noise: expected the noise sd of each row"):
         post.update(X, Y, noise=SDS).predict(X)
-    assert exact_posterior(X, Y, noise=0.7).predict(X[:1]).noise_sd == pytest.approx(0.7)
+    for noise in (0.7, HALF):  # of which a noise of each row would be a factor
+        post = exact_posterior(X, Y, noise=noise)
+        with pytest.raises(ValueError, match="^noise: expected none where all rows"):
+            post.predict(X, noise=SDS)
+        with pytest.raises(ValueError, match="^noise: expected none where all rows"):
+            post.loo(X, Y, noise=SDS)
+    of_weights = exact_posterior(X, Y, noise=1.0, weights=SDS**-2)
+    np.testing.assert_array_equal(of_weights.predict(X, noise=SDS).noise_sd, SDS)
 
 
 def test_leave_one_out_asks_for_the_weights_of_the_rows():
