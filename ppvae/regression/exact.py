@@ -33,7 +33,7 @@ from ppvae.regression.combinations import Combinations, check_levels, draw, gene
 from ppvae.regression.conflict import warn_of_conflict
 from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
-from ppvae.regression.loo import LeaveOneOut, log_predictive
+from ppvae.regression.loo import LeaveOneOut, log_predictive, words_of
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, ConjugateNormal, NormalPrior, Seed
 from ppvae.regression.rows import Rows, Values, is_vector
@@ -171,9 +171,7 @@ class ExactPosterior:
         more = [f"R2 {self.r2:.4f}"] if self._fits else []
         few = factor.rows * len(self.hyper.shares) * factor.columns <= _QUICK
         if self.rows is not None and self.rows.counts is None and few and self._predicts:
-            loo = self.loo()
-            error = f"(standard error {loo.standard_error:.4f})"
-            more.append(f"leave-one-out {loo.total:.4f} nats {error}")
+            more.append(f"leave-one-out {words_of(self.loo())}")
         head += f"\n{', '.join(more)}" if more else ""
         if len(names) > _PRINTED:
             return head
@@ -280,7 +278,7 @@ class ExactPosterior:
         r"""Quantiles of each result by itself.
 
         Args:
-            q: probabilities between 0 and 1, a number or shape `(k,)`.
+            q: probabilities between 0 and 1, a number or shape `(k,)`; they are met to some 1e-15.
 
         Returns:
             Shape `(names,)` for a number, `(k, names)` for several.
@@ -366,6 +364,9 @@ class ExactPosterior:
     ) -> ExactPosterior:
         """The posterior given more data, too, with the same priors: that of all data at once.
 
+        It warns as `exact_posterior` does. Priors that were in units of the data, by
+        `scale="data"`, stay in those of the first ones.
+
         Args:
             X: see `exact_posterior`.
             y: see `exact_posterior`.
@@ -392,7 +393,9 @@ class ExactPosterior:
         factor = combine([before, check_factor("X", factor, before)])
         kept = None if rows is None or self.rows is None else self.rows.followed_by(rows)
         problem = make_problem(factor, self.problem.weight, self.problem.numbers)
-        return replace(self, problem=problem, hyper=problem.integrate(), rows=kept)
+        posterior = replace(self, problem=problem, hyper=problem.integrate(), rows=kept)
+        warn_of_conflict(problem, posterior.hyper, posterior.names)
+        return posterior
 
     def _expect_noise(self, noise: Values | None, weights: Values | None) -> None:
         """Raises a ValueError unless rows have a noise sd if, and only if, the data have."""

@@ -37,8 +37,7 @@ class LeaveOneOut(NamedTuple):
     rows: int
 
     def __repr__(self) -> str:
-        total = f"{self.total:.4f} nats (standard error {self.standard_error:.4f})"
-        return f"LeaveOneOut of {self.rows} rows: {total}"
+        return f"LeaveOneOut of {self.rows} rows: {words_of(self)}"
 
     @staticmethod
     def of(pointwise: Array) -> LeaveOneOut:
@@ -76,6 +75,15 @@ class LeaveOneOut(NamedTuple):
         pointwise = np.concatenate([part.pointwise for part in parts])
         whole = pointwise if len(pointwise) == rows else np.empty(0)
         return LeaveOneOut(whole, total, float(np.sqrt(squares)), rows)
+
+
+def words_of(loo: LeaveOneOut) -> str:
+    """The sum and its standard error, or why there is none."""
+    lost = int(np.isnan(loo.pointwise).sum())
+    if lost:
+        these = "one of the rows" if lost == 1 else f"any of {lost} rows"
+        return f"undefined (the posterior is improper without {these})"
+    return f"{loo.total:.4f} nats (standard error {loo.standard_error:.4f})"
 
 
 def log_predictive(

@@ -369,6 +369,20 @@ def test_the_noise_alone_may_be_in_units_of_the_data():
         exact_posterior(X, Y, weight=None, scale=2.0)
 
 
+def test_a_row_without_which_the_posterior_is_improper_is_told():
+    """A category of one row with a flat prior: what it adds is known from that row alone."""
+    one = np.column_stack([X, np.eye(ROWS)[0]])
+    post = exact_posterior(one, Y, weight=None, noise=HALF)
+    lost = "undefined (the posterior is improper without one of the rows)"
+    assert np.isnan(post.loo().pointwise[0]) and np.isfinite(post.loo().pointwise[1:]).all()
+    assert repr(post.loo()) == f"LeaveOneOut of {ROWS} rows: {lost}"
+    assert f"leave-one-out {lost}" in repr(post)
+    table = compare({"one": post, "none": exact_posterior(X, Y, weight=None, noise=HALF)})
+    assert table.index.tolist() == ["none", "one"] and np.isnan(table.loc["one", "elpd_loo"])
+    with pytest.raises(ValueError, match="^posteriors, counts: expected one whose rows count once"):
+        compare({"counts": exact_posterior(X, Y, counts=COUNTS)})
+
+
 SHAPES = [(5, 40), (12, 13), (20, 300)]
 
 
