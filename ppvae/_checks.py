@@ -151,7 +151,9 @@ def check_real(name: str, values: Any, *, writable: bool = True, missing: bool =
             array = array.astype(float)
         except OverflowError:  # a whole number of hundreds of digits is left as the object it is
             pass
-    expect(array.dtype.kind in "biuf", name, wanted, f"{kind} of {array.dtype}", TypeError)
+    if array.dtype.kind not in "biuf":
+        got = f"{kind} of {array.dtype}{_others_in(values, array)}"
+        raise TypeError(f"{name}: expected {wanted}, got {got}")
     if array.dtype.kind == "u" and array.itemsize > 1:  # which PyTorch cannot calculate with
         array = array.astype(float if array.itemsize > 4 else np.int64)
     native = float if array.itemsize > 8 else array.dtype.newbyteorder("=")
@@ -179,6 +181,17 @@ def check_array(name: str, values: Any, shape: tuple[int | str, ...]) -> NDArray
     bad = int((~np.isfinite(array)).sum())
     expect(not bad, name, "finite numbers", f"{bad} that are NaN or infinite")
     return array
+
+
+def _others_in(values: Any, array: Any) -> str:
+    """What are no numbers in a table of pandas: its missing entries, or its columns of a kind."""
+    dtypes: Any = getattr(values, "dtypes", None)
+    if not hasattr(dtypes, "items"):
+        return ""
+    if any(type(each).__name__ == "NAType" for each in array.flat):
+        return ", with missing entries"
+    kinds = [(n, k) for n, k in dtypes.items() if getattr(k, "kind", "O") not in "biuf"]
+    return f" (columns {', '.join(f'{name!r}: {kind}' for name, kind in kinds[:3])})"
 
 
 def as_doubles(values: Tensor) -> NDArray[np.float64]:

@@ -94,3 +94,11 @@ def test_the_words_of_a_refusal():
     for call, words in rows:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_tables_say_which_columns_are_no_numbers():
+    table = pd.DataFrame({"a": [0.5, 1.5], "g": ["u", "v"]})
+    with pytest.raises(TypeError, match=r"^X: .*got DataFrame of object .columns 'g': str.$"):
+        check_real("X", table)
+    with pytest.raises(TypeError, match=r"^X: .*got DataFrame of object, with missing entries$"):
+        check_real("X", table[["a"]].assign(b=pd.array([1.0, pd.NA], dtype="Float64")))

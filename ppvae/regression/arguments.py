@@ -30,7 +30,8 @@ def problem_of(
     of_data = isinstance(scale, str)
     if of_data:
         check_choice("scale", scale, ["data"])
-    expect(weight is not None or scale is None, "scale", "None with weight=None (flat)", scale)
+    told = 'None or "data" with weight=None (flat)'
+    expect(weight is not None or scale is None or of_data, "scale", told, scale)
     numbers: dict[str, Number] = {"noise": read_positive(noise, "noise")}
     numbers["scale"] = 1.0 if scale is None or of_data else read_positive(scale, "scale")
     count = factor.columns - factor.intercept

@@ -25,9 +25,10 @@ def compare(posteriors: Mapping[str, ExactPosterior]) -> pd.DataFrame:
     Returns:
         A row for each, the best first: `elpd_loo`, the sum of the log predictive densities of each
         datum given all others, and its standard error `se`; `elpd_diff`, how far it is below the
-        best, and the standard error `dse` of that; `log_evidence`, nan where a flat prior leaves it
-        undefined, and `probability`, that of the model if all that have an evidence are equally
-        probable before; `r2`. All but the last two in nats.
+        best, and the standard error `dse` of that, all nan where the posterior without one datum is
+        improper; `log_evidence`, nan where a flat prior leaves it undefined, and `probability`,
+        that of the model if all that have an evidence are equally probable before; `r2`. All but
+        the last two in nats.
 
     Raises:
         TypeError: they are no posteriors, by name.
@@ -60,6 +61,8 @@ def compare(posteriors: Mapping[str, ExactPosterior]) -> pd.DataFrame:
         target = posterior.rows.y if target is None else target
         same = np.array_equal(posterior.rows.y, target)
         expect(same, where, "the same y as the first has", "another")
+        once = posterior.rows.counts is None
+        expect(once, where, "one whose rows count once each", "counts")
         loo = posterior.loo()
         densities[name] = loo.pointwise
         rows[name] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from ppvae.regression.combinations import Combinations, check_levels, draw, gene
 from ppvae.regression.conflict import warn_of_conflict
 from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
-from ppvae.regression.loo import LeaveOneOut, log_predictive
+from ppvae.regression.loo import LeaveOneOut, log_predictive, words_of
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, ConjugateNormal, NormalPrior, Seed
 from ppvae.regression.rows import Rows, Values, is_vector
@@ -124,7 +124,7 @@ def exact_posterior(
     given = _of_other_data(weight, factor, scale) if isinstance(weight, ExactPosterior) else weight
     one = noise if per_row is None else 1.0
     problem = problem_of(factor, given, one, scale, intercept=intercept)
-    posterior = ExactPosterior(problem, problem.integrate(), rows)
+    posterior = ExactPosterior(problem, problem.integrate(), rows, per_row is not None)
     warn_of_conflict(problem, posterior.hyper, posterior.names)
     return posterior
 
@@ -138,6 +138,7 @@ def _of_other_data(posterior: ExactPosterior, factor: Factor, scale: Any) -> Nor
     before = posterior.problem.factor
     fits = before.columns == factor.columns and before.intercept == factor.intercept
     expect(fits, "weight", f"a posterior of {factor.columns} columns", before)
+    check_factor("X", factor, before)
     return NormalPrior(posterior.mean, linalg.cholesky(posterior.covariance, lower=True))
 
 
@@ -152,11 +153,13 @@ class ExactPosterior:
         problem: the data and the priors.
         hyper: the posterior of noise and scale.
         rows: a copy of the data; None if they came in blocks.
+        noises: whether the noise sd of each row was given, so that of new ones it is asked for.
     """
 
     problem: Problem
     hyper: HyperPosterior
     rows: Rows | None = None
+    noises: bool = False
 
     def __repr__(self) -> str:
         names, factor = self.names, self.problem.factor
@@ -168,9 +171,7 @@ class ExactPosterior:
         more = [f"R2 {self.r2:.4f}"] if self._fits else []
         few = factor.rows * len(self.hyper.shares) * factor.columns <= _QUICK
         if self.rows is not None and self.rows.counts is None and few and self._predicts:
-            loo = self.loo()
-            error = f"(standard error {loo.standard_error:.4f})"
-            more.append(f"leave-one-out {loo.total:.4f} nats {error}")
+            more.append(f"leave-one-out {words_of(self.loo())}")
         head += f"\n{', '.join(more)}" if more else ""
         if len(names) > _PRINTED:
             return head
@@ -277,7 +278,7 @@ class ExactPosterior:
         r"""Quantiles of each result by itself.
 
         Args:
-            q: probabilities between 0 and 1, a number or shape `(k,)`.
+            q: probabilities between 0 and 1, a number or shape `(k,)`; they are met to some 1e-15.
 
         Returns:
             Shape `(names,)` for a number, `(k, names)` for several.
@@ -341,6 +342,7 @@ class ExactPosterior:
             >>> new.mean.round(6), new.epistemic_sd.round(6), new.noise_sd
             (array([2.8]), array([0.894427]), array([1.]))
         """
+        self._expect_noise(noise, weights)
         sides = {"weights": weights, "offset": offset, "noise": noise}
         rows = read_block(X, None, self.problem.factor, **sides)
         plain = np.ones(len(rows)) if rows.sds is None else rows.sds
@@ -362,6 +364,9 @@ class ExactPosterior:
     ) -> ExactPosterior:
         """The posterior given more data, too, with the same priors: that of all data at once.
 
+        It warns as `exact_posterior` does. Priors that were in units of the data, by
+        `scale="data"`, stay in those of the first ones.
+
         Args:
             X: see `exact_posterior`.
             y: see `exact_posterior`.
@@ -381,12 +386,24 @@ class ExactPosterior:
         """
         sides = {"weights": weights, "offset": offset, "noise": noise, "counts": counts}
         before = self.problem.factor
+        if not isinstance(X, Factor):
+            self._expect_noise(noise, weights)
         ones = before.intercept and not isinstance(X, Factor)
         factor, rows = read(X, y, intercept=ones, **sides)
         factor = combine([before, check_factor("X", factor, before)])
         kept = None if rows is None or self.rows is None else self.rows.followed_by(rows)
         problem = make_problem(factor, self.problem.weight, self.problem.numbers)
-        return ExactPosterior(problem, problem.integrate(), kept)
+        posterior = replace(self, problem=problem, hyper=problem.integrate(), rows=kept)
+        warn_of_conflict(problem, posterior.hyper, posterior.names)
+        return posterior
+
+    def _expect_noise(self, noise: Values | None, weights: Values | None) -> None:
+        """Raises a ValueError unless rows have a noise sd if, and only if, the data have."""
+        given = noise is not None or weights is not None or not self.noises
+        expect(given, "noise", "the noise sd of each row, as it was given of the data's", None)
+        one = self.problem.numbers["noise"]
+        told = "none where all rows have the same (weights of rows are relative to it)"
+        expect(noise is None or one == 1.0, "noise", told, "some")
 
     def sample(
         self, num_samples: int | None = None, seed: Seed = None, *, n: int | None = None
@@ -465,6 +482,7 @@ class ExactPosterior:
                 raise ValueError(f"X, y: expected the data, got {got}")
             rows = self.rows
         else:
+            self._expect_noise(noise, weights)
             sides = {"weights": weights, "offset": offset, "noise": noise}
             rows = read_block(X, y, self.problem.factor, **sides)
         counted = "rows of which each counts once", "counts: one of several equal rows is no datum"

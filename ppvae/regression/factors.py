@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ppvae._checks import check_names, check_real, expect
+from ppvae._checks import check_flag, check_names, check_real, expect
 from ppvae.regression.priors import Array
 from ppvae.regression.rows import Names, Rows, Values, read_rows
 
@@ -60,6 +60,17 @@ class Factor(NamedTuple):
     def total(self) -> float:
         """How many rows there are, as often as they count."""
         return self.rows if self.counted is None else self.counted
+
+    def spreads(self, start: int) -> Array:
+        """Roots of the mean squares of X and of y, last, from a row of the triangle on.
+
+        From zero on they are about zero; from one on, where there is an intercept, about the means.
+        Shape `(columns + 1,)`.
+        """
+        largest = np.abs(self.triangle).max(0, initial=0.0)  # whose square may be no number
+        largest = np.where(largest > 0, largest, 1.0)
+        sizes: Array = np.linalg.norm(self.triangle[start:] / largest, axis=0)
+        return sizes / math.sqrt(self.total or 1.0) * largest
 
     def followed_by(self, row: Array, log_sd: float) -> Factor:
         """With one more row of X and y, shape `(1, columns + 1)`, divided by its noise sd."""
@@ -222,7 +233,7 @@ def read(
     Raises:
         TypeError, ValueError: see `factorize`.
     """
-    expect(isinstance(intercept, bool), "intercept", "True or False", repr(intercept), TypeError)
+    intercept = check_flag("intercept", intercept)
     if isinstance(X, Factor):
         given = [*["y"] * (y is not None), *(name for name in sides if sides[name] is not None)]
         kind, wanted = "beside a Factor", "nothing beside a Factor, which has it"

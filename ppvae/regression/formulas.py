@@ -77,9 +77,12 @@ def design(formula: str, data: Any) -> Design:
     from formulaic import Formula
 
     expect(isinstance(formula, str), "formula", "a string", type(formula).__name__, TypeError)
-    expect("~" in formula, "formula", "a target, as in 'y ~ x'", repr(formula))
+    left, _, right = (part.strip() for part in formula.partition("~"))
+    expect(left and right, "formula", "a target and columns, as in 'y ~ x'", repr(formula))
     made = _made(lambda table, **how: Formula(formula).get_model_matrix(table, **how), data)
     target = made.lhs
+    parts = isinstance(target, tuple) or isinstance(made.rhs, tuple)
+    expect(not parts, "formula", "one target and one right side, without |", repr(formula))
     expect(target.shape[1] == 1, "formula", "one numeric target", list(target.columns))
     X = _without_ones(made.rhs)
     expect(X.shape[1], "formula", "at least one column on the right", repr(formula))

@@ -37,8 +37,7 @@ class LeaveOneOut(NamedTuple):
     rows: int
 
     def __repr__(self) -> str:
-        total = f"{self.total:.4f} nats (standard error {self.standard_error:.4f})"
-        return f"LeaveOneOut of {self.rows} rows: {total}"
+        return f"LeaveOneOut of {self.rows} rows: {words_of(self)}"
 
     @staticmethod
     def of(pointwise: Array) -> LeaveOneOut:
@@ -78,6 +77,15 @@ class LeaveOneOut(NamedTuple):
         return LeaveOneOut(whole, total, float(np.sqrt(squares)), rows)
 
 
+def words_of(loo: LeaveOneOut) -> str:
+    """The sum and its standard error, or why there is none."""
+    lost = int(np.isnan(loo.pointwise).sum())
+    if lost:
+        these = "one of the rows" if lost == 1 else f"any of {lost} rows"
+        return f"undefined (the posterior is improper without {these})"
+    return f"{loo.total:.4f} nats (standard error {loo.standard_error:.4f})"
+
+
 def log_predictive(
     problem: Problem, hyper: HyperPosterior, data: Rows, others: Factor | None
 ) -> Array:
@@ -107,6 +115,12 @@ def log_predictive(
         f"a block of the {factor.rows} rows of the posterior, and others that are the rest of them",
         f"{len(data)} rows and {rest} others",
     )
+    if whole:
+        log_sds = data.log_sds.sum() + (0.0 if others is None else others.log_sds)
+        same = abs(log_sds - factor.log_sds) <= 1e-9 * (factor.rows + abs(factor.log_sds))
+        expect(
+            same, "weights, noise", "those of the rows as the posterior was given them", "others"
+        )
     block = data.even()
     X, y = block[:, :-1], block[:, -1]
     with np.errstate(over="ignore"):

@@ -194,7 +194,7 @@ def in_units_of(
     if weight is not None:
         check_scaled(weight)
         inner = 1.0 if isinstance(weight, ConjugateNormal) else sd  # which is in units of the noise
-        weight = rescaled(weight, torch.as_tensor(inner / sds), loc=True)
+        weight = rescaled(weight, torch.as_tensor(inner / sds), loc=torch.as_tensor(sd / sds))
     found = arguments | {"weight": weight, "scale": None}
     if response:
         noise = arguments.get("noise", POSITIVE)

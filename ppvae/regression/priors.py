@@ -250,10 +250,14 @@ class NormalPrior(NamedTuple):
         """Bounds of the lengths of columns times D, from those of the columns."""
         return lengths * self.root if self.root.ndim == 1 else lengths @ np.abs(self.root)
 
-    def scaled(self, units: Array) -> "NormalPrior":
-        """The prior of weights in other units, `(weights,)`."""
+    def scaled(self, sds: Array, sd: float) -> "NormalPrior":
+        """The prior of weights of standardised data for columns of some sds, and y of another."""
+        if not len(self.loc):  # flat
+            return self
+        # what is in units of the noise has those of y from it; the mean has not
+        units = (1.0 if self.relative else sd) / sds
         root = units * self.root if self.root.ndim == 1 else units[:, None] * self.root
-        return self._replace(loc=units * self.loc, root=root)
+        return self._replace(loc=sd / sds * self.loc, root=root)
 
     def after(self, loc: float, sd: float) -> "NormalPrior":
         """With one more weight, first and independent of the others."""

@@ -48,12 +48,12 @@ class Units(NamedTuple):
     @staticmethod
     def of_factor(factor: Factor) -> Units:
         """The same of the columns of a factor and of y, last, without that of its intercept."""
-        first, rows = int(factor.intercept), max(factor.total, 1.0)
+        first = int(factor.intercept)
         columns = factor.triangle[:, first:]
         center = np.zeros(columns.shape[1])
         if first and len(columns) and factor.triangle[0, 0] > 0:
             center = columns[0] / factor.triangle[0, 0]
-        spread = np.linalg.norm(columns[first:], axis=0) / np.sqrt(rows)
+        spread = factor.spreads(first)[first:]
         return Units._of_spread(center, spread)
 
     @staticmethod
@@ -82,8 +82,7 @@ def rescaled_weight(prior: Any, units: Units) -> Any:
         return None
     columns = len(units.spread) - 1
     read = prior if isinstance(prior, NormalPrior) else weight_prior(prior, columns)
-    # one that is relative to the noise has the units of y from it
-    return read.scaled((1.0 if read.relative else units.spread[-1]) / units.spread[:-1])
+    return read.scaled(units.spread[:-1], units.spread[-1])
 
 
 def rescaled_noise(

@@ -105,32 +105,32 @@ def check_scaled(prior: Any) -> None:
     expect(fits, "scale", f"None for a prior that is none of {names}", repr(prior), TypeError)
 
 
-def rescaled(prior: Any, factor: Tensor, *, loc: bool) -> Any:
-    """A prior whose scale is multiplied by a factor, and its location too, if that is asked for.
+def rescaled(prior: Any, factor: Tensor, *, loc: Tensor | None) -> Any:
+    """A prior whose scale is multiplied by a factor, and its location by another.
 
     Args:
         prior: one with a scale, see `check_scaled`.
         factor: positive numbers, which broadcast to the weights.
-        loc: whether the whole number is multiplied, or only its distance from its location.
+        loc: the factor of the location, or None where that stays.
     """
     if isinstance(prior, ConjugateNormal):
         made = copy.copy(prior)
         made.prior = rescaled(prior.prior, factor, loc=loc)
         return made
     if isinstance(prior, torch.distributions.MultivariateNormal):
-        mean = factor * prior.loc if loc else prior.loc
+        mean = prior.loc if loc is None else loc * prior.loc
         return dist.MultivariateNormal(mean, scale_tril=factor.unsqueeze(-1) * prior.scale_tril)
     given = {name: getattr(prior, name) for name in type(prior).arg_constraints}
     given |= {"scale": factor * given["scale"]}
-    if loc and "loc" in given:
-        given |= {"loc": factor * given["loc"]}
+    if loc is not None and "loc" in given:
+        given |= {"loc": loc * given["loc"]}
     return type(prior)(**given)
 
 
 def positive_times(prior: Any, factor: Tensor) -> Any:
     """The distribution of a positive number, multiplied by a factor."""
     if isinstance(prior, _WITH_SCALE):
-        return rescaled(prior, factor, loc=True)
+        return rescaled(prior, factor, loc=factor)
     exp = transforms.ExpTransform()
     steps = [exp.inv, transforms.AffineTransform(factor.log(), 1.0), exp]
     return dist.TransformedDistribution(prior, steps)
@@ -158,6 +158,6 @@ def weight_of(
         return prior(like)
     prior = moved(prior, lambda tensor: tensor.to(like))
     if scale is not None:
-        prior = rescaled(prior, beside(scale, like), loc=False)
+        prior = rescaled(prior, beside(scale, like), loc=None)
     own = like.shape[: like.dim() - len(prior.event_shape)]
     return prior.expand(torch.broadcast_shapes(prior.batch_shape, own)).to_event(len(own))

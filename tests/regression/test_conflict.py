@@ -65,6 +65,14 @@ def test_each_conflict_is_named():
     assert "times as wide" in words_of(X, near, weight=tenth, noise=None)
 
 
+def test_data_that_come_later_may_be_in_conflict_too():
+    X, y = simulated(0)
+    post = exact_posterior(X[:5], y[:5], weight=UNIT, noise=dist.HalfNormal(1.0))
+    with pytest.warns(UserWarning, match="^prior and data disagree: .*a noise near"):
+        post.update(X[5:], 100 * y[5:])
+    post.update(X[5:], y[5:])  # which warns of nothing
+
+
 def test_wide_priors_and_unknown_scales_are_no_conflict():
     X, y = simulated(1)
     for weight in (dist.Normal(0.0, 1e4), ConjugateNormal(0.0, 1e4), g_prior(X, 1e6)):

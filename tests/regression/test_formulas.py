@@ -49,6 +49,9 @@ def test_without_an_intercept_every_level_has_a_column(table):
 def test_bad_formulas_and_tables_are_named(table):
     for formula, told in {
         "bmi + age": "^formula: expected a target",
+        "~ bmi": "^formula: expected a target",
+        "target ~ bmi | age": "^formula: expected one target and one right side",
+        "target | bmi ~ age": "^formula: expected one target and one right side",
         "C(sex) + age ~ bmi": "^formula: expected one numeric target",
         "target ~ 1": "^formula: expected at least one column",
         "target ~ weight": "^data: expected a table with all columns",

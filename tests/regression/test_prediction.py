@@ -42,7 +42,8 @@ def test_a_known_noise_gives_normals():
     np.testing.assert_allclose(
         new.interval(0.8, line=True), stats.norm(mean, line).interval(0.8), rtol=1e-10
     )
-    other = post.predict(NEW, noise=0.7 / np.sqrt(WEIGHTS) / 0.7, offset=OFFSET)
+    each = exact_posterior(X, Y, weight=UNIT, noise=np.full(len(X), 0.7), intercept=True)
+    other = each.predict(NEW, noise=0.7 / np.sqrt(WEIGHTS), offset=OFFSET)
     np.testing.assert_allclose(other.sd, sd, rtol=1e-12)
 
 

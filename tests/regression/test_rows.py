@@ -12,6 +12,7 @@ from scipy import stats
 
 from ppvae.regression import (
     ConjugateNormal,
+    LinearRegression,
     combine,
     compare,
     evidence_maximum,
@@ -275,6 +276,111 @@ def test_priors_in_units_of_the_data_are_those_of_standardised_data():
     constant = np.column_stack([X, np.full(ROWS, 0.1)])
     post = exact_posterior(constant, Y, weight=UNIT, noise=0.7, scale="data", intercept=True)
     assert post.sd[4] == pytest.approx(Y.std(), rel=1e-9)
+
+
+@pytest.mark.parametrize("root", [np.array([0.5, 1.0, 2.0]), np.linalg.cholesky(COV)])
+def test_a_conjugate_prior_of_standardised_data_keeps_its_mean(root):
+    """Its covariance is in units of the noise, and its mean in those of y over a column."""
+    loc = np.array([0.5, -1.0, 0.2])
+    covariance = np.diag(root**2) if root.ndim == 1 else root @ root.T
+    sds, sd = X.std(0), Y.std()
+    Z, z = (X - X.mean(0)) / sds, (Y - Y.mean()) / sd
+    given = ConjugateNormal(loc, root) if root.ndim == 1 else ConjugateNormal(loc, covariance=COV)
+    plain = exact_posterior(Z, z, weight=given, noise=HALF, intercept=True)
+    units = dict(weight=given, noise=HALF, intercept=True, scale="data")
+    post = exact_posterior(X, Y, **units)
+    np.testing.assert_allclose(post.mean[1:4], plain.mean[1:4] * sd / sds, rtol=1e-9)
+    np.testing.assert_allclose(post.sd[1:4], plain.sd[1:4] * sd / sds, rtol=1e-9)
+    prior = LinearRegression.of(X, Y, **units).weight_prior.prior
+    np.testing.assert_allclose(prior.mean, loc * sd / sds, rtol=1e-6)
+    np.testing.assert_allclose(prior.variance, np.diag(covariance) / sds**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0.01, 1.0, 7.0])
+def test_the_units_of_the_data_are_those_of_rows_however_often_they_count(count):
+    """Counts that add up to less than one, such as shares of a sum, too."""
+    size = np.sqrt((np.column_stack([X, Y]) ** 2).mean(0))
+    sds = torch.as_tensor(size[3] / size[:3])
+    counts = np.full(ROWS, count)
+    post = exact_posterior(X, Y, weight=UNIT, noise=0.7, scale="data", counts=counts)
+    same(post, exact_posterior(X, Y, weight=dist.Normal(0 * sds, sds), noise=0.7, counts=counts))
+
+
+def test_numbers_too_large_are_named_in_the_units_of_the_data():
+    for name, data in {"X": (X * 1e200, Y), "y": (X, Y * 1e200)}.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected numbers of a size of"):
+            exact_posterior(*data, scale="data")
+
+
+def test_rows_are_asked_for_the_noise_that_others_had():
+    """Else it would be one, without a word."""
+    post = exact_posterior(X, Y, noise=SDS)
+    for act in (lambda: post.predict(X), lambda: post.update(X, Y)):
+        with pytest.raises(ValueError, match="^noise: expected the noise sd of each row"):
+            act()
+    np.testing.assert_array_equal(post.predict(X, noise=SDS).noise_sd, SDS)
+    weighted = post.predict(X, weights=SDS**-2)  # which say the same
+    np.testing.assert_allclose(weighted.noise_sd, SDS, rtol=1e-12)
+    with pytest.raises(ValueError, match="^noise: expected the noise sd of each row"):
+        post.update(X, Y, noise=SDS).predict(X)
+    for noise in (0.7, HALF):  # of which a noise of each row would be a factor
+        post = exact_posterior(X, Y, noise=noise)
+        with pytest.raises(ValueError, match="^noise: expected none where all rows"):
+            post.predict(X, noise=SDS)
+        with pytest.raises(ValueError, match="^noise: expected none where all rows"):
+            post.loo(X, Y, noise=SDS)
+    of_weights = exact_posterior(X, Y, noise=1.0, weights=SDS**-2)
+    np.testing.assert_array_equal(of_weights.predict(X, noise=SDS).noise_sd, SDS)
+
+
+def test_leave_one_out_asks_for_the_weights_of_the_rows():
+    post = exact_posterior(X, Y, noise=HALF, weights=SDS)
+    with pytest.raises(ValueError, match="^weights, noise: expected those of the rows"):
+        post.loo(X, Y)
+    parts = [slice(10), slice(10, None)]
+    blocks = [(X[part], Y[part]) for part in parts]
+    factors = [
+        factorize(*block, weights=SDS[part]) for block, part in zip(blocks, parts, strict=True)
+    ]
+    with pytest.raises(ValueError, match="^weights, noise: expected those of the rows"):
+        post.loo(*blocks[0], others=factors[1])
+    half = post.loo(*blocks[0], weights=SDS[:10], others=factors[1])
+    np.testing.assert_allclose(half.pointwise, post.loo().pointwise[:10], rtol=1e-9)
+    assert post.loo(X, Y, weights=SDS).total == pytest.approx(post.loo().total, rel=1e-12)
+
+
+def test_a_posterior_as_a_prior_is_of_the_same_columns():
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame(X, columns=["a", "b", "c"])
+    before = exact_posterior(table, Y, noise=0.7)
+    with pytest.raises(ValueError, match="^X: expected the columns .*'a', 'b', 'c'"):
+        exact_posterior(table[["b", "a", "c"]], Y, weight=before, noise=0.7)
+
+
+def test_the_noise_alone_may_be_in_units_of_the_data():
+    """Where the prior of the weights is flat, as `LinearRegression.of` has it."""
+    given = dict(weight=None, intercept=True, noise=dist.HalfNormal(1.0), scale="data")
+    post = exact_posterior(X, Y, **given)
+    noise = dist.HalfNormal(torch.as_tensor(Y.std()))
+    same(post, exact_posterior(X, Y, weight=None, intercept=True, noise=noise))
+    prior = LinearRegression.of(X, Y, **given).noise_prior
+    assert float(prior.scale) == pytest.approx(Y.std(), rel=1e-6)
+    with pytest.raises(ValueError, match="^scale: expected None or .data. with weight=None"):
+        exact_posterior(X, Y, weight=None, scale=2.0)
+
+
+def test_a_row_without_which_the_posterior_is_improper_is_told():
+    """A category of one row with a flat prior: what it adds is known from that row alone."""
+    one = np.column_stack([X, np.eye(ROWS)[0]])
+    post = exact_posterior(one, Y, weight=None, noise=HALF)
+    lost = "undefined (the posterior is improper without one of the rows)"
+    assert np.isnan(post.loo().pointwise[0]) and np.isfinite(post.loo().pointwise[1:]).all()
+    assert repr(post.loo()) == f"LeaveOneOut of {ROWS} rows: {lost}"
+    assert f"leave-one-out {lost}" in repr(post)
+    table = compare({"one": post, "none": exact_posterior(X, Y, weight=None, noise=HALF)})
+    assert table.index.tolist() == ["none", "one"] and np.isnan(table.loc["one", "elpd_loo"])
+    with pytest.raises(ValueError, match="^posteriors, counts: expected one whose rows count once"):
+        compare({"counts": exact_posterior(X, Y, counts=COUNTS)})
 
 
 SHAPES = [(5, 40), (12, 13), (20, 300)]
