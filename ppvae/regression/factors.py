@@ -6,6 +6,7 @@ posterior computes from them is that of all rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
