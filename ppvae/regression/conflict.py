@@ -26,7 +26,7 @@ def warn_of_conflict(problem: Problem, hyper: HyperPosterior, names: Sequence[st
     Weights are in conflict where one is several prior sds from its prior mean, or where wider
     priors, all by the same factor, have much more evidence at the noise that suits each best. The
     noise is in conflict where its prior density at the posterior mean is far below the highest, or
-    where it is known and other values are far more probable.
+    where it is known, or its prior has ends, and other values are far more probable.
     """
     words = [*_of_weights(problem, hyper, names), *_of_noise(problem, hyper)]
     if words:
@@ -107,7 +107,7 @@ def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
     if isinstance(noise, Unknown):
         if noise.distribution is None:
             return []
-        at = np.exp(hyper.shares @ hyper.log_numbers["noise"])
+        at = float(np.exp(hyper.shares @ hyper.log_numbers["noise"]))
         places = np.linspace(-60.0, 60.0, 2401)
         spread = noise.unit * np.exp(places)
         inside = spread[(spread > noise.lower) & (spread < noise.upper)]
@@ -117,17 +117,24 @@ def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
         below = min(_drop(logs), _drop(logs + np.log(numbers)))
         if below > _NATS:
             return [f"a noise near {at:.3g}, where its prior is {below:.3g} nats below its mode"]
-        return []
+        if noise.lower == 0.0 and noise.upper == np.inf:
+            return []
+    else:
+        at = noise
     # from a factor on, as of many data a known noise is always a little off
     grid = np.linspace(np.log(_TIMES), 20.0, 161)
     away = np.concatenate([[0.0], grid, -grid])
-    values = gaussian.log_evidence(np.log(noise) + away, np.full(len(away), log_scale))
-    best = int(np.argmax(values))
-    if values[best] - values[0] > _NATS:
-        return [f"a known noise of {noise:.3g}, where {noise * np.exp(away[best]):.3g} is likely"]
+    values = gaussian.log_evidence(np.log(at) + away, np.full(len(away), log_scale))
+    best, known = int(np.argmax(values)), values[0]
+    if isinstance(noise, Unknown):  # at the end of its prior that is nearest
+        numbers = at * np.exp(away)
+        known = values[(numbers > noise.lower) & (numbers < noise.upper)].max(initial=known)
+    if values[best] - known > _NATS:
+        kind = "noise near" if isinstance(noise, Unknown) else "known noise of"
+        return [f"a {kind} {at:.3g}, where {at * np.exp(away[best]):.3g} is likely"]
     return []
 
 
 def _drop(logs: Array) -> float:
     """How far the first is below the highest of the others."""
-    return float(logs[1:].max() - logs[0])
+    return float(logs[1:].max(initial=logs[0]) - logs[0])

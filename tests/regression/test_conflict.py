@@ -65,6 +65,15 @@ def test_each_conflict_is_named():
     assert "times as wide" in words_of(X, near, weight=tenth, noise=None)
 
 
+@pytest.mark.parametrize("ends", [(20.0, 21.0), (20.0, 20.01), (1e-3, 0.01)])
+def test_a_noise_outside_of_the_ends_of_its_prior_is_a_conflict(ends):
+    """Within them the prior is flat, so that its density says nothing."""
+    X, y = simulated(0)
+    assert "is likely" in words_of(X, y, weight=UNIT, noise=dist.Uniform(*ends))
+    for around in ((0.0, 100.0), (0.1, 20.0)):
+        assert words_of(X, y, weight=UNIT, noise=dist.Uniform(*around)) == ""
+
+
 def test_data_that_come_later_may_be_in_conflict_too():
     X, y = simulated(0)
     post = exact_posterior(X[:5], y[:5], weight=UNIT, noise=dist.HalfNormal(1.0))
