@@ -26,7 +26,7 @@ def warn_of_conflict(problem: Problem, hyper: HyperPosterior, names: Sequence[st
     Weights are in conflict where one is several prior sds from its prior mean, or where wider
     priors, all by the same factor, have much more evidence at the noise that suits each best. The
     noise is in conflict where its prior density at the posterior mean is far below the highest, or
-    where it is known, or its prior has ends, and other values are far more probable.
+    where it is known, or its prior has an upper end, and other values are far more probable.
     """
     words = [*_of_weights(problem, hyper, names), *_of_noise(problem, hyper)]
     if words:
@@ -117,7 +117,7 @@ def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
         below = min(_drop(logs), _drop(logs + np.log(numbers)))
         if below > _NATS:
             return [f"a noise near {at:.3g}, where its prior is {below:.3g} nats below its mode"]
-        if noise.lower == 0.0 and noise.upper == np.inf:
+        if noise.upper == np.inf:  # a lower end alone keeps away from zero on purpose
             return []
     else:
         at = noise
