@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -29,6 +29,7 @@ from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.generalized import GeneralizedLinear
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, ConjugateNormal
+from ppvae.regression.rows import is_vector
 from ppvae.regression.units import PRIORS, Units, rescaled_noise, rescaled_weight
 from ppvae.regression.weights import Horseshoe
 from ppvae.training import fit as train
@@ -136,13 +137,12 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             units = Units.of(np.column_stack([X, y]), counts, centered=intercept)
             weight = rescaled_weight(weight, units)
             noise = rescaled_noise(noise, float(units.spread[-1]))
-        rows = exact_posterior(
-            X, y, weight=weight, noise=noise, scale=scale, intercept=intercept, counts=counts
+        expect(not is_vector(noise), "noise", "one number, a prior, or None", "one for each row")
+        names = getattr(self, "feature_names_in_", None)
+        table = X if names is None else pd.DataFrame(X, columns=names)
+        self.posterior_: ExactPosterior = exact_posterior(
+            table, y, weight=weight, noise=noise, scale=scale, intercept=intercept, counts=counts
         )
-        if hasattr(self, "feature_names_in_"):
-            factor = rows.problem.factor._replace(names=tuple(self.feature_names_in_))
-            rows = replace(rows, problem=rows.problem._replace(factor=factor))
-        self.posterior_: ExactPosterior = rows
         mean, first = self.posterior_.mean, int(intercept)
         self.coef_ = mean[first : first + X.shape[1]]
         self.intercept_ = float(mean[0]) if intercept else 0.0

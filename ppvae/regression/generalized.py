@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 from torch.func import functional_call
 
 from ppvae import likelihoods
-from ppvae._checks import check_count, expect
+from ppvae._checks import as_doubles, check_count, expect
 from ppvae.likelihoods.categorical import Codes
 from ppvae.likelihoods.scale import Scaled
 from ppvae.regression.counted import check_counts, kept, observed
@@ -25,6 +25,7 @@ from ppvae.regression.predictor import (
     read_number,
 )
 from ppvae.regression.priors import ConjugateNormal
+from ppvae.regression.separation import separates, vanishes
 from ppvae.regression.weights import Horseshoe
 
 # kind of likelihood -> its site that is a latent here, and which of its tensors has the logarithm
@@ -137,13 +138,26 @@ class GeneralizedLinear(LinearPredictor):
                 expect(given is POSITIVE, name, f"none for {likelihood}", given)
 
     @classmethod
-    def of(cls, X: Any, y: Any, likelihood: likelihoods.Likelihood, **arguments: Any) -> Self:
+    def of(
+        cls,
+        X: Any,
+        y: Any,
+        likelihood: likelihoods.Likelihood,
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        counts: Any = None,
+        **arguments: Any,
+    ) -> Self:
         """A model for some data, whose priors may be in their units.
 
         Args:
             X: shape `(rows, columns)`.
             y: shape `(rows,)`.
             likelihood: as for the class.
+            weights: of the rows, as a call will have them.
+            offset: of the rows.
+            counts: of the rows.
             **arguments: those of the class. With `scale="data"` the prior of the weights is meant
                 for columns of standard deviation one: it is divided by sd(x_j). Where the
                 likelihood has a scale, y is meant to have standard deviation one, too, as for
@@ -155,7 +169,9 @@ class GeneralizedLinear(LinearPredictor):
         response = isinstance(likelihood, Scaled) and not isinstance(
             likelihood, likelihoods.LogNormal
         )
-        columns, arguments = in_units_of(X, y, arguments, response=response)
+        sides = {"weights": weights, "counts": counts}
+        sides["offset"] = offset if response else None  # else it is none of the units of y
+        columns, arguments = in_units_of(X, y, sides, arguments, response=response)
         return cls(columns, likelihood, **arguments)
 
     def __repr__(self) -> str:
@@ -177,9 +193,9 @@ class GeneralizedLinear(LinearPredictor):
         Raises:
             ValueError: of rows that count: the prior of the weights is flat and X has not the rank
                 of its columns, or the intercept's or theirs is, and y is always the same or a class
-                is missing; weights of rows are not positive; or counts are below zero, or all zero.
-                (Flat priors where classes can be told without an error
-                are improper too, and are found by the fit, which does not end.)
+                is missing; the prior is flat and classes, or bits, can be told apart without an
+                error, or zero counts from the others; weights of rows are not positive; or counts
+                are below zero, or all zero.
         """
         self.check_rows(X, None, weights, offset, counts)
         check_weights(weights)
@@ -192,6 +208,18 @@ class GeneralizedLinear(LinearPredictor):
         values = kept(y, counts).unique()
         got = f"{len(values)} and flat priors: the posterior is improper"
         expect(len(values) >= count, "y", f"{count} different values at least", got)
+        if self.weight_prior is None:
+            wanted = "a proper prior, as these data are told apart without an error"
+            got = "a flat one: the posterior is improper, and the likelihood has no maximum"
+            expect(not self._apart(kept(X, counts), kept(y, counts)), "weight", wanted, got)
+
+    def _apart(self, X: Tensor, y: Tensor) -> bool:
+        """Whether the likelihood has no maximum."""
+        ones = X.new_ones(len(X), 1 if self.intercept_prior is None else 0)
+        columns, values = as_doubles(torch.cat([ones, X], 1)), as_doubles(y)
+        if self.classes is None and not isinstance(self.likelihood, likelihoods.Bernoulli):
+            return vanishes(columns, values)
+        return separates(columns, values.astype(int), self.classes or 2)
 
     def forward(
         self,

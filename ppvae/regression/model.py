@@ -92,12 +92,24 @@ class LinearRegression(LinearPredictor):
         self.likelihood = likelihood
 
     @classmethod
-    def of(cls, X: Any, y: Any, **arguments: Any) -> Self:
+    def of(
+        cls,
+        X: Any,
+        y: Any,
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        counts: Any = None,
+        **arguments: Any,
+    ) -> Self:
         """A model for some data, whose priors may be in their units.
 
         Args:
             X: shape `(rows, columns)`.
             y: shape `(rows,)`.
+            weights: of the rows, as a call will have them.
+            offset: of the rows.
+            counts: of the rows.
             **arguments: those of the class. With `scale="data"` the priors of the weights and of an
                 unknown noise are meant for columns and y of standard deviation one: the weight's is
                 multiplied by sd(y) / sd(x_j), and that of the noise by sd(y); the deviations are
@@ -113,7 +125,8 @@ class LinearRegression(LinearPredictor):
             >>> model.weight_prior.scale.item(), model.noise_prior.scale.item()
             (100.0, 100.0)
         """
-        columns, arguments = in_units_of(X, y, arguments, response=True)
+        sides = {"weights": weights, "offset": offset, "counts": counts}
+        columns, arguments = in_units_of(X, y, sides, arguments, response=True)
         return cls(columns, **arguments)
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from ppvae._checks import check_array, check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
+from ppvae.regression.factors import factorize
 from ppvae.regression.priors import ConjugateNormal, read_positive
 from ppvae.regression.units import Units
 from ppvae.regression.weights import (
@@ -172,13 +173,14 @@ def number_of(name: str, prior: Any, like: Tensor) -> Tensor:
 
 
 def in_units_of(
-    X: Any, y: Any, arguments: dict[str, Any], *, response: bool
+    X: Any, y: Any, sides: dict[str, Any], arguments: dict[str, Any], *, response: bool
 ) -> tuple[int, dict[str, Any]]:
     """The number of columns, and the arguments of a model with the priors of `scale="data"`.
 
     Args:
         X: shape `(rows, columns)`.
         y: shape `(rows,)`.
+        sides: weights, offset and counts of the rows, or None.
         arguments: as a user gave them.
         response: whether y is in the units of the predictor, as that of a linear regression is.
     """
@@ -187,8 +189,8 @@ def in_units_of(
     scale = arguments.get("scale")
     if not (isinstance(scale, str) and scale == "data"):
         return X.shape[1], arguments
-    centered = arguments.get("intercept", False) is not False
-    units = Units.of(np.column_stack([X, y]), centered=centered)
+    ones = arguments.get("intercept", False) is not False
+    units = Units.of_factor(factorize(X, y, intercept=ones, **sides))
     sds, sd = units.spread[:-1], units.require_target() if response else 1.0
     weight = read_weight(arguments.get("weight", WEIGHT), X.shape[1])
     if weight is not None:

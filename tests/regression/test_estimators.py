@@ -352,3 +352,15 @@ def test_without_scikit_learn_the_library_is_whole_and_says_what_is_missing():
     assert "BayesianRegressor" in dir(ppvae.regression)
     with pytest.raises(AttributeError, match="no attribute 'Ridge'"):
         ppvae.regression.Ridge  # noqa: B018
+
+
+def test_the_words_of_a_conflict_have_the_names_of_the_table():
+    table = pd.DataFrame({"near": np.arange(30.0), "far": np.sin(np.arange(30.0))})
+    y = 1000 * table["far"]
+    regressor = BayesianRegressor(
+        weight=dist.Normal(0.0, 1.0), scale=None, noise=1.0, standardize=False
+    )
+    with pytest.warns(UserWarning, match=r"prior and data disagree: .*weight\[far\]"):
+        assert regressor.fit(table, y).posterior_.names[2] == "weight[far]"
+    with pytest.raises(ValueError, match="^noise: expected one number"):
+        BayesianRegressor(noise=np.ones(30)).fit(table, y)

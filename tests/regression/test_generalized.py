@@ -393,3 +393,30 @@ BAD = [
 def test_bad_input(call, message):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         call()
+
+
+def test_flat_priors_of_data_that_are_told_apart_are_refused():
+    """Complete and quasi-complete separation, and counts whose zeros can be told from the rest."""
+    one = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]])
+    bits, zero = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([[-1.0], [0.0], [0.0], [2.0]])
+    classes = torch.tensor([0.0, 1.0, 2.0, 1.0])
+    both = torch.cat([one, one**2], 1)
+    flat = dict(weight=None, intercept=True)
+    for X, y, likelihood, more in (
+        (one, bits, likelihoods.Bernoulli(), {}),
+        (zero, torch.tensor([0.0, 0.0, 1.0, 1.0]), likelihoods.Bernoulli(), {}),
+        (both, classes, likelihoods.Categorical(3), {"reference": 0}),
+        (one.clamp(max=1.0), torch.tensor([0.0, 0.0, 3.0, 2.0]), likelihoods.Poisson(), {}),
+    ):
+        model = GeneralizedLinear(X.shape[1], likelihood, **flat, **more)
+        with pytest.raises(ValueError, match="^weight: expected a proper prior, as these data"):
+            model.check_data(X, y)
+        GeneralizedLinear(X.shape[1], likelihood, intercept=True, **more).check_data(X, y)
+    model = GeneralizedLinear(1, likelihoods.Bernoulli(), **flat)
+    model.check_data(one, torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    # a row that tells them apart by an error, and does not count
+    mixed = torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="^weight: "):
+        model.check_data(one, mixed[0], counts=mixed[1])
+    model = GeneralizedLinear(1, likelihoods.Poisson(), **flat)
+    model.check_data(one, torch.tensor([1.0, 0.0, 0.0, 3.0]))

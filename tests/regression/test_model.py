@@ -574,3 +574,20 @@ def test_a_known_noise_in_any_form_and_the_former_name_of_the_likelihood():
     torch.set_default_dtype(torch.float64)
     with pytest.warns(DeprecationWarning, match="likelihood"):
         assert LinearRegression(3, errors=dist.Laplace).likelihood is dist.Laplace
+
+
+def test_units_of_the_data_are_those_of_rows_with_weights_and_offsets():
+    """The same priors as those of the exact posterior, to the last digits of the evidence."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 2, generator=generator) * torch.tensor([3.0, 0.1])
+    y = 5 + X.sum(1) + torch.randn(40, generator=generator)
+    sides = {"weights": torch.rand(40, generator=generator) + 0.5, "offset": torch.arange(40.0) / 9}
+    priors = dict(
+        weight=dist.Normal(0.0, 2.0), noise=1.0, scale="data", intercept=dist.Normal(5, 9)
+    )
+    model = LinearRegression.of(X, y, **sides, **priors)
+    guide = FamilyGuide(model, families.full_rank)
+    fit(model, guide, (X, y), kwargs=sides, progress=False)
+    exact = exact_posterior(X, y, **sides, **priors)
+    value = objective(model, guide, X, y, kwargs=sides)
+    assert value == pytest.approx(exact.log_evidence, rel=1e-8)
