@@ -82,7 +82,7 @@ class LinearPredictor(UniquelyNamed):
             ValueError: they do not fit each other, or the model.
         """
         named = {"X": X, "y": y, "weights": weights, "offset": offset, "counts": counts}
-        given = {name: value for name, value in named.items() if value is not None}
+        given = {name: each for name, each in named.items() if each is not None or name == "X"}
         for name, value in given.items():
             real = isinstance(value, Tensor) and value.dtype != torch.bool
             real = real and (value.is_floating_point() or name != "X" and not value.is_complex())

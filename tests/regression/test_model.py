@@ -576,6 +576,11 @@ def test_a_known_noise_in_any_form_and_the_former_name_of_the_likelihood():
         assert LinearRegression(3, errors=dist.Laplace).likelihood is dist.Laplace
 
 
+def test_a_call_without_columns_is_refused_by_name():
+    with pytest.raises(TypeError, match="^X: expected a tensor of real numbers, .* got NoneType"):
+        LinearRegression(2)(None)
+
+
 def test_units_of_the_data_are_those_of_rows_with_weights_and_offsets():
     """The same priors as those of the exact posterior, to the last digits of the evidence."""
     generator = torch.Generator().manual_seed(0)
