@@ -14,8 +14,7 @@ from ppvae import likelihoods
 from ppvae._checks import as_doubles, check_count, expect
 from ppvae.likelihoods.categorical import Codes
 from ppvae.likelihoods.scale import Scaled
-from ppvae.regression.counted import check_counts, kept, observed
-from ppvae.regression.model import check_weights
+from ppvae.regression.counted import kept, observed
 from ppvae.regression.predictor import (
     POSITIVE,
     WEIGHT,
@@ -197,10 +196,7 @@ class GeneralizedLinear(LinearPredictor):
                 error, or zero counts from the others; weights of rows are not positive; or counts
                 are below zero, or all zero.
         """
-        self.check_rows(X, None, weights, offset, counts)
-        check_weights(weights)
-        check_counts(counts)
-        self.check_proper(kept(X, counts))
+        super().check_data(X, y, weights, offset, counts)
         flat = self.intercept_prior is None or self.weight_prior is None
         if y is None or not flat or isinstance(self.likelihood, Scaled):
             return

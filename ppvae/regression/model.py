@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_array, expect
-from ppvae.regression.counted import check_counts, kept, observed
+from ppvae.regression.counted import observed
 from ppvae.regression.predictor import (
     POSITIVE,
     WEIGHT,
@@ -134,26 +134,6 @@ class LinearRegression(LinearPredictor):
         several = isinstance(noise, Tensor)
         return f"LinearRegression({self.words()}, noise={'one per row' if several else noise})"
 
-    def check_data(
-        self,
-        X: Tensor,
-        y: Tensor | None = None,
-        weights: Tensor | None = None,
-        offset: Tensor | None = None,
-        counts: Tensor | None = None,
-    ) -> None:
-        """Checks that all the data together, not just one batch, make the posterior proper.
-
-        Raises:
-            ValueError: the prior of the weights is flat and X, of rows that count, has not the rank
-                of its columns; weights of rows are not positive; or counts are below zero, or all
-                zero.
-        """
-        self.check_rows(X, None, weights, offset, counts)
-        check_weights(weights)
-        check_counts(counts)
-        self.check_proper(kept(X, counts))
-
     def forward(
         self,
         X: Tensor,
@@ -199,14 +179,6 @@ class LinearRegression(LinearPredictor):
         instead = "for minibatches: noise=1.0 and weights of the rows, 1 / sd^2"
         expect(len(X) == len(prior), "X", wanted, f"{len(X)} ({instead})")
         return prior.to(X)
-
-
-def check_weights(weights: Tensor | None) -> None:
-    """Raises a ValueError unless weights of rows are positive and finite."""
-    if weights is not None:
-        good = torch.isfinite(weights) & (weights > 0)
-        first = "" if good.all() else weights[~good][0].item()
-        expect(good.all(), "weights", "positive finite numbers", first)
 
 
 def _read_noise(noise: Any) -> Any:

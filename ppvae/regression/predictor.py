@@ -15,6 +15,7 @@ from ppvae._checks import check_array, check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
+from ppvae.regression.counted import check_counts, kept
 from ppvae.regression.factors import factorize
 from ppvae.regression.priors import ConjugateNormal, read_positive
 from ppvae.regression.units import Units
@@ -95,7 +96,27 @@ class LinearPredictor(UniquelyNamed):
                 shape, wanted = tuple(given[name].shape), f"shape ({len(X)},), one for each row"
                 expect(shape == (len(X),), name, f"{wanted} of X", shape)
 
-    def check_proper(self, X: Tensor) -> None:
+    def check_data(
+        self,
+        X: Tensor,
+        y: Tensor | None = None,
+        weights: Tensor | None = None,
+        offset: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        """Checks that all the data together, not just one batch, make the posterior proper.
+
+        Raises:
+            ValueError: the prior of the weights is flat and X, of rows that count, has not the rank
+                of its columns; weights of rows are not positive; or counts are below zero, or all
+                zero.
+        """
+        self.check_rows(X, None, weights, offset, counts)
+        _check_weights(weights)
+        check_counts(counts)
+        self._check_proper(kept(X, counts))
+
+    def _check_proper(self, X: Tensor) -> None:
         """Checks that all the data together, not just one batch, make the posterior proper.
 
         Raises:
@@ -146,6 +167,14 @@ class LinearPredictor(UniquelyNamed):
     def scale(self, X: Tensor) -> Tensor | None:
         """The factor of the prior scales of the weights, drawn if it is not known; None for one."""
         return None if self.scale_prior is None else number_of("scale", self.scale_prior, X)
+
+
+def _check_weights(weights: Tensor | None) -> None:
+    """Raises a ValueError unless weights of rows are positive and finite."""
+    if weights is not None:
+        good = torch.isfinite(weights) & (weights > 0)
+        first = "" if good.all() else weights[~good][0].item()
+        expect(good.all(), "weights", "positive finite numbers", first)
 
 
 def read_number(name: str, given: Any) -> Any:
