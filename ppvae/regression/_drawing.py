@@ -6,7 +6,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae._scopes import eval_mode, private_modules
+from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.guides import FamilyGuide
 from ppvae.regression.priors import Array
 
@@ -15,11 +15,10 @@ def draw_latents(
     guide: FamilyGuide, args: tuple[Tensor, ...], size: int, seed: int
 ) -> dict[str, Array]:
     """Draws of the latents, `(size, *event)`, that leave no trace in the streams of the caller."""
-    scopes = torch.random.fork_rng(devices=[]), torch.no_grad(), private_modules(), eval_mode(guide)
+    scopes = random_state(seed), torch.no_grad(), private_modules(), eval_mode(guide)
     with ExitStack() as stack:
         for scope in (*scopes, pyro.plate("draws", size, dim=-2)):
             stack.enter_context(scope)
-        torch.manual_seed(seed)
         values = guide(*args)
     shapes = {name: (size, *value.shape[1:]) for name, value in values.items()}
     return {

@@ -56,7 +56,7 @@ class Ridge(NamedTuple):
 
     def predict(self, X: Array, penalties: Array) -> Array:
         """Predictions in the units of y, shape `(k, rows)`."""
-        columns = Units(self.units.center[:-1], self.units.spread[:-1]).standardize(X)
+        columns = self.units.columns.standardize(X)
         standard = self.weights(penalties) @ columns.T
         return self.units.center[-1] + self.units.spread[-1] * standard
 
@@ -65,7 +65,7 @@ class Ridge(NamedTuple):
 
         Of a positive penalty; with the flat prior of the intercept, shape `(rows,)`.
         """
-        columns = Units(self.units.center[:-1], self.units.spread[:-1]).standardize(X)
+        columns = self.units.columns.standardize(X)
         seen = columns @ self.right
         unseen = np.maximum((columns**2).sum(1) - (seen**2).sum(1), 0.0)
         within = (seen**2 / (self.singular**2 + penalty)).sum(1)

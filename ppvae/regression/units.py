@@ -31,12 +31,12 @@ class Units(NamedTuple):
     Attributes:
         center: shape `(columns,)`; zeros where there is no intercept to take it.
         spread: sds about the center, shape `(columns,)`.
-        varies: whether each column does, shape `(columns,)`; None where that is not known.
+        varies: whether each column does, shape `(columns,)`.
     """
 
     center: Array
     spread: Array
-    varies: NDArray[np.bool_] | None = None
+    varies: NDArray[np.bool_]
 
     @staticmethod
     def of(values: Array, counts: Array | None = None, *, centered: bool = True) -> Units:
@@ -67,9 +67,13 @@ class Units(NamedTuple):
         Raises:
             ValueError: y does not vary.
         """
-        fine = self.varies is None or bool(self.varies[-1])
-        expect(fine, "y", 'values that vary, for scale="data"', "none that do")
+        expect(self.varies[-1], "y", 'values that vary, for scale="data"', "none that do")
         return float(self.spread[-1])
+
+    @property
+    def columns(self) -> Units:
+        """Those without the last one, y."""
+        return Units(self.center[:-1], self.spread[:-1], self.varies[:-1])
 
     def standardize(self, values: Array) -> Array:
         """The columns in units of their spread, about their centers."""

@@ -6,6 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.priors import Array, Integers
 from ppvae.regression.ridge import Ridge, squared_errors
 from ppvae.regression.rows import Values
-from ppvae.regression.units import PRIORS, Units
+from ppvae.regression.units import PRIORS
 from ppvae.training import NarrowFamily, NotConverged, fit
 
 FULL, BY_EVIDENCE = "full posterior", "posterior by evidence"
@@ -247,18 +248,18 @@ def worth_of_bayes(
     if test is None:
         parts = _parts(len(y), folds, generator)
         told, order = f"{folds} folds", np.concatenate(parts).argsort()
-        splits = [(*_without(X, y, part), X[part], y[part]) for part in parts]
+        splits = [Split(*_without(X, y, part), X[part], y[part]) for part in parts]
     else:
         pair = isinstance(test, (list, tuple)) and len(test) == 2
         expect(pair, "test", "a pair (X, y)", f"{test!r:.60}", TypeError)
         new = check_array("test", test[0], ("rows", X.shape[1]))
         expect(len(new), "test", "at least one row", "none")
-        splits = [(X, y, new, check_array("test", test[1], (len(new),)))]
+        splits = [Split(X, y, new, check_array("test", test[1], (len(new),)))]
         told, order = f"{len(new)} others held out", np.arange(len(new))
     found: dict[str, list[Method]] = {}
     shares, held_out = [], []
     for index, split in enumerate(splits):
-        inner = _parts(len(split[1]), folds, generator)
+        inner = _parts(len(split.y), folds, generator)
         methods = _points(split, inner, level)
         methods[FULL], share = _full(split, level)
         if guides:
@@ -282,7 +283,30 @@ def worth_of_bayes(
     )
 
 
-Split = tuple[Array, Array, Array, Array]
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Data to learn from, `(rows, columns)` and `(rows,)`, and others to predict."""
+
+    X: Array
+    y: Array
+    new: Array
+    target: Array
+
+    @cached_property
+    def ridge(self) -> Ridge:
+        """The ridge regressions of the first, in whose units all is standardised."""
+        return Ridge.of(self.X, self.y)
+
+    @property
+    def spread(self) -> float:
+        """The sd of y."""
+        return float(self.ridge.units.spread[-1])
+
+    def standardized(self) -> tuple[Array, Array, Array, Array]:
+        """All four in the units of the first two."""
+        pairs = (self.X, self.y), (self.new, self.target)
+        first, others = (self.ridge.units.standardize(np.column_stack(pair)) for pair in pairs)
+        return first[:, :-1].copy(), first[:, -1].copy(), others[:, :-1], others[:, -1]
 
 
 def _parts(rows: int, count: int, generator: np.random.Generator) -> list[Integers]:
@@ -321,12 +345,11 @@ def _chosen(
 
 
 def _points(split: Split, parts: list[Integers], level: float) -> dict[str, Method]:
-    X, y, new, target = split
-    ridge = Ridge.of(X, y)
+    ridge, new, target = split.ridge, split.new, split.target
     found = {}
-    for name, (penalty, noise) in _chosen(ridge, X, y, parts).items():
+    for name, (penalty, noise) in _chosen(ridge, split.X, split.y, parts).items():
         exact = "numbers that are no exact function of the columns of X"
-        expect(noise > 1e-9 * ridge.units.spread[-1], "y", exact, f"a noise of {noise:.1e}")
+        expect(noise > 1e-9 * split.spread, "y", exact, f"a noise of {noise:.1e}")
         mean = ridge.predict(new, np.array([penalty]))[0]
         found[name] = _normal(target, mean, noise, level)
         if name == "ridge by evidence":
@@ -337,12 +360,9 @@ def _points(split: Split, parts: list[Integers], level: float) -> dict[str, Meth
 
 def _full(split: Split, level: float) -> tuple[Method, Array]:
     """The scores of the full posterior, and the share of variances that is of the line."""
-    X, y, new, target = split
-    units = Units.of(np.column_stack([X, y]))
-    block = units.standardize(np.column_stack([X, y]))
-    posterior = exact_posterior(block[:, :-1], block[:, -1], intercept=True, **PRIORS)
-    others, spread = units.standardize(np.column_stack([new, target])), units.spread[-1]
-    prediction, hyper = posterior.predict(others[:, :-1]), posterior.hyper
+    X, y, new, target = split.standardized()
+    posterior = exact_posterior(X, y, intercept=True, **PRIORS)
+    prediction, hyper = posterior.predict(new), posterior.hyper
     # over every second point of the lattice sums are those over all but for 1e-12, and as their
     # error falls exponentially with the spacing, over every third within some 1e-5 nats
     kept = (hyper.indices % _EVERY == 0).all(1)
@@ -354,23 +374,20 @@ def _full(split: Split, level: float) -> tuple[Method, Array]:
         prediction.noise,
     )
     method = Method(
-        mixture.log_prob(others[:, -1])[0] - np.log(spread),
-        spread * (others[:, -1] - prediction.mean),
-        np.abs(mixture.cdf(others[:, -1]) - 0.5) <= level / 2,
+        mixture.log_prob(target)[0] - np.log(split.spread),
+        split.spread * (target - prediction.mean),
+        np.abs(mixture.cdf(target) - 0.5) <= level / 2,
     )
     return method, (prediction.epistemic_sd / prediction.sd) ** 2
 
 
 def _guided(split: Split, level: float, seed: int) -> dict[str, Method]:
     """The scores of guides of the regression of standardised data about their means."""
-    X, y, new, target = split
-    ridge, units = Ridge.of(X, y), Units.of(np.column_stack([X, y]))
-    block = units.standardize(np.column_stack([X, y]))
-    others = units.standardize(np.column_stack([new, target]))
-    grid = ridge.penalties
-    log_evidence, noises = ridge.evidence(grid)
+    X, y, new, target = split.standardized()
+    grid = split.ridge.penalties
+    log_evidence, noises = split.ridge.evidence(grid)
     best = log_evidence.argmax()
-    scale = noises[best] / units.spread[-1] / np.sqrt(grid[best])
+    scale = noises[best] / split.spread / np.sqrt(grid[best])
     priors: dict[str, Any] = {
         "mean field": dist.Normal(0.0, scale),
         "horseshoe, mean field": Horseshoe(),
@@ -379,18 +396,18 @@ def _guided(split: Split, level: float, seed: int) -> dict[str, Method]:
     for name, prior in priors.items():
         model = LinearRegression(X.shape[1], weight=prior, noise=PRIORS["noise"])
         guide = FamilyGuide(model, mean_scale)
-        data = tuple(map(torch.from_numpy, (block[:, :-1].copy(), block[:, -1].copy())))
+        data = torch.from_numpy(X), torch.from_numpy(y)
         with warnings.catch_warnings():  # the note says what they would
             warnings.simplefilter("ignore", NotConverged)
             warnings.simplefilter("ignore", NarrowFamily)
             note = fit(model, guide, data, seed=seed, progress=False).verdict
         drawn = draw_latents(guide, data, _DRAWS, seed)
-        means, noise = drawn["weight"] @ others[:, :-1].T, drawn["noise"][:, None]
-        z = (others[:, -1] - means) / noise
+        means, noise = drawn["weight"] @ new.T, drawn["noise"][:, None]
+        z = (target - means) / noise
         logs = special.logsumexp(-(z**2) / 2 - np.log(noise), 0) - np.log(2 * np.pi) / 2
         found[name] = Method(
-            logs - np.log(_DRAWS * units.spread[-1]),
-            units.spread[-1] * (others[:, -1] - means.mean(0)),
+            logs - np.log(_DRAWS * split.spread),
+            split.spread * (target - means.mean(0)),
             np.abs(special.ndtr(z).mean(0) - 0.5) <= level / 2,
             note,
         )
@@ -399,11 +416,10 @@ def _guided(split: Split, level: float, seed: int) -> dict[str, Method]:
 
 def _held_out(split: Split) -> Array:
     """Log densities of new data along the path, shape `(k, rows)`."""
-    X, y, new, target = split
-    ridge = Ridge.of(X, y)
+    ridge = split.ridge
     noise = np.sqrt((ridge.errors(ridge.penalties)[1] ** 2).mean(1, keepdims=True))
-    means = ridge.predict(new, ridge.penalties)
-    return -(((target - means) / noise) ** 2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
+    means = ridge.predict(split.new, ridge.penalties)
+    return -(((split.target - means) / noise) ** 2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
 
 
 def _path(X: Array, y: Array, held_out: Array, parts: list[Integers]) -> RidgePath:
