@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ppvae.regression.combinations import Combinations
 from ppvae.regression.hyper import HyperPosterior, Problem
 from ppvae.regression.priors import Array, Unknown
 
@@ -20,7 +19,9 @@ _WIDER = np.linspace(0.0, 15.0, 61)
 _SHOWN = 3
 
 
-def warn_of_conflict(problem: Problem, hyper: HyperPosterior, names: Sequence[str]) -> None:
+def warn_of_conflict(
+    problem: Problem, hyper: HyperPosterior, names: Sequence[str], mean: Array
+) -> None:
     """Warns where the data contradict the priors.
 
     Weights are in conflict where one is several prior sds from its prior mean, or where wider
@@ -28,21 +29,23 @@ def warn_of_conflict(problem: Problem, hyper: HyperPosterior, names: Sequence[st
     noise is in conflict where its prior density at the posterior mean is far below the highest, or
     where it is known, or its prior has an upper end, and other values are far more probable.
     """
-    words = [*_of_weights(problem, hyper, names), *_of_noise(problem, hyper)]
+    words = [*_of_weights(problem, hyper, names, mean), *_of_noise(problem, hyper)]
     if words:
         advice = 'standardise the data, add an intercept, or give scale="data" or a wider prior'
         told = f"prior and data disagree: {'; '.join(words)} ({advice})"
         warnings.warn(told, UserWarning, stacklevel=3)
 
 
-def _of_weights(problem: Problem, hyper: HyperPosterior, names: Sequence[str]) -> list[str]:
+def _of_weights(
+    problem: Problem, hyper: HyperPosterior, names: Sequence[str], mean: Array
+) -> list[str]:
     gaussian, numbers = problem.gaussian, problem.numbers
     if isinstance(numbers["scale"], Unknown) or not len(problem.weight.loc) or not gaussian.rows:
         return []
     first, words = gaussian.flat, []
     logs, shares = hyper.log_numbers, hyper.shares
     width = np.exp(shares @ gaussian.log_prior(logs["noise"], logs["scale"]))
-    middle = Combinations.of_weights(problem, hyper).mean[first:]
+    middle = mean[first : len(gaussian.loc)]
     away = (middle - problem.weight.loc) / (width * np.sqrt(problem.weight.variances))
     away = np.where(np.isfinite(away), away, 0.0)
     order = np.argsort(-np.abs(away))
@@ -86,8 +89,8 @@ def _here(problem: Problem, hyper: HyperPosterior, log_scale: float) -> float:
     """The highest log evidence over the noise, at one prior scale."""
     from scipy import optimize
 
-    center = float(hyper.shares @ hyper.log_numbers["noise"])
-    places = np.sort(np.append(hyper.log_numbers["noise"], center + np.linspace(-20.0, 20.0, 161)))
+    points = hyper.log_numbers["noise"]
+    places = np.sort(np.append(points, hyper.shares @ points + np.linspace(-20.0, 20.0, 161)))
 
     def log_evidence(log_noise: Array) -> Array:
         return problem.gaussian.log_evidence(log_noise, np.full(len(log_noise), log_scale))
@@ -101,20 +104,21 @@ def _here(problem: Problem, hyper: HyperPosterior, log_scale: float) -> float:
 
 def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
     noise, gaussian = problem.numbers["noise"], problem.gaussian
-    log_scale = hyper.shares @ hyper.log_numbers["scale"]
+    logs = hyper.log_numbers
+    log_scale = hyper.shares @ logs["scale"]
     if gaussian.rows <= gaussian.flat:
         return []
     if isinstance(noise, Unknown):
         if noise.distribution is None:
             return []
-        at = float(np.exp(hyper.shares @ hyper.log_numbers["noise"]))
+        at = float(np.exp(hyper.shares @ logs["noise"]))
         places = np.linspace(-60.0, 60.0, 2401)
         spread = noise.unit * np.exp(places)
         inside = spread[(spread > noise.lower) & (spread < noise.upper)]
         numbers = np.append(at, inside)
-        logs = noise.log_prob(numbers)
+        densities = noise.log_prob(numbers)
         # by the density of the number and by that of its log, as the first may grow towards zero
-        below = min(_drop(logs), _drop(logs + np.log(numbers)))
+        below = min(_drop(densities), _drop(densities + np.log(numbers)))
         if below > _NATS:
             return [f"a noise near {at:.3g}, where its prior is {below:.3g} nats below its mode"]
         if noise.upper == np.inf:  # a lower end alone keeps away from zero on purpose

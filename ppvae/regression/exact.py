@@ -125,7 +125,7 @@ def exact_posterior(
     one = noise if per_row is None else 1.0
     problem = problem_of(factor, given, one, scale, intercept=intercept)
     posterior = ExactPosterior(problem, problem.integrate(), rows, per_row is not None)
-    warn_of_conflict(problem, posterior.hyper, posterior.names)
+    warn_of_conflict(problem, posterior.hyper, posterior.names, posterior.mean)
     return posterior
 
 
@@ -394,7 +394,7 @@ class ExactPosterior:
         kept = None if rows is None or self.rows is None else self.rows.followed_by(rows)
         problem = make_problem(factor, self.problem.weight, self.problem.numbers)
         posterior = replace(self, problem=problem, hyper=problem.integrate(), rows=kept)
-        warn_of_conflict(problem, posterior.hyper, posterior.names)
+        warn_of_conflict(problem, posterior.hyper, posterior.names, posterior.mean)
         return posterior
 
     def _expect_noise(self, noise: Values | None, weights: Values | None) -> None:
