@@ -1,9 +1,9 @@
 """The same question where its answer is known exactly: regressions, and their posteriors.
 
-Exactly: `rows` are reduced to a factor (`factors`); with priors (`priors`, `units`, `arguments`) it
-gives coordinates that are independent in the posterior (`linear_algebra`), and a lattice over noise
-and scale (`hyper`). All answers are sums over it: `exact`, `combinations`, `prediction`, `loo`,
-`evidence`, `comparison`, `conflict`.
+Exactly: `rows` are reduced to a factor (`factors`); with priors (`priors`, `conjugate`, `units`,
+`arguments`) it gives coordinates that are independent in the posterior (`linear_algebra`), and
+a lattice over noise and scale (`hyper`). All answers are sums over it: `exact`, `combinations`,
+`prediction`, `loo`, `evidence`, `comparison`, `conflict`.
 
 As Pyro programs, for guides: `weights` and `predictor`, then `model` and `generalized`; `scores`.
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppvae.regression import plots
 from ppvae.regression.comparison import compare
+from ppvae.regression.conjugate import ConjugateNormal, g_prior
 from ppvae.regression.evidence import EvidenceMaximum, evidence_maximum, log_evidence_curve
 from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.factors import Factor, combine, factorize
@@ -25,7 +26,6 @@ from ppvae.regression.generalized import GeneralizedLinear
 from ppvae.regression.loo import LeaveOneOut
 from ppvae.regression.model import LinearRegression
 from ppvae.regression.prediction import Prediction
-from ppvae.regression.priors import ConjugateNormal, g_prior
 from ppvae.regression.scores import Nats, PredictiveScores, objective, predictive_scores
 from ppvae.regression.weights import Horseshoe
 from ppvae.regression.worth import Worth, worth_of_bayes

@@ -25,10 +25,11 @@ from ppvae.families import Family, full_rank
 from ppvae.guides import FamilyGuide
 from ppvae.likelihoods import Bernoulli, Categorical
 from ppvae.regression._drawing import draw_latents
+from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.generalized import GeneralizedLinear
 from ppvae.regression.prediction import Prediction
-from ppvae.regression.priors import Array, ConjugateNormal
+from ppvae.regression.priors import Array
 from ppvae.regression.rows import is_vector
 from ppvae.regression.units import PRIORS, Units, rescaled_noise, rescaled_weight
 from ppvae.regression.weights import Horseshoe

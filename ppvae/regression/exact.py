@@ -31,11 +31,12 @@ from ppvae._checks import (
 from ppvae.regression.arguments import problem_of
 from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
 from ppvae.regression.conflict import warn_of_conflict
+from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.loo import LeaveOneOut, log_predictive, words_of
 from ppvae.regression.prediction import Prediction
-from ppvae.regression.priors import Array, ConjugateNormal, NormalPrior, Seed
+from ppvae.regression.priors import Array, NormalPrior, Seed
 from ppvae.regression.rows import Rows, Values, is_vector
 
 if TYPE_CHECKING:

@@ -62,15 +62,16 @@ class Factor(NamedTuple):
         """How many rows there are, as often as they count."""
         return self.rows if self.counted is None else self.counted
 
-    def spreads(self, start: int) -> Array:
-        """Roots of the mean squares of X and of y, last, from a row of the triangle on.
+    @property
+    def spreads(self) -> Array:
+        """Sds of the columns of X and of y, last, shape `(columns + 1,)`.
 
-        From zero on they are about zero; from one on, where there is an intercept, about the means.
-        Shape `(columns + 1,)`.
+        About the means where there is an intercept, whose own is zero, else about zero.
         """
         largest = np.abs(self.triangle).max(0, initial=0.0)  # whose square may be no number
         largest = np.where(largest > 0, largest, 1.0)
-        sizes: Array = np.linalg.norm(self.triangle[start:] / largest, axis=0)
+        away = self.triangle[int(self.intercept) :] / largest
+        sizes: Array = np.linalg.norm(away, axis=0)
         return sizes / math.sqrt(self.total or 1.0) * largest
 
     def followed_by(self, row: Array, log_sd: float) -> Factor:

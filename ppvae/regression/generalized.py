@@ -14,6 +14,7 @@ from ppvae import likelihoods
 from ppvae._checks import as_doubles, check_count, expect
 from ppvae.likelihoods.categorical import Codes
 from ppvae.likelihoods.scale import Scaled
+from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.counted import kept, observed
 from ppvae.regression.predictor import (
     POSITIVE,
@@ -23,7 +24,6 @@ from ppvae.regression.predictor import (
     number_of,
     read_number,
 )
-from ppvae.regression.priors import ConjugateNormal
 from ppvae.regression.separation import separates, vanishes
 from ppvae.regression.weights import Horseshoe
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppvae._checks import check_array, expect
+from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.counted import observed
 from ppvae.regression.predictor import (
     POSITIVE,
@@ -22,7 +23,6 @@ from ppvae.regression.predictor import (
     number_of,
     read_number,
 )
-from ppvae.regression.priors import ConjugateNormal
 from ppvae.regression.weights import Horseshoe
 
 

@@ -15,9 +15,10 @@ from ppvae._checks import check_array, check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
+from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.counted import check_counts, kept
 from ppvae.regression.factors import factorize
-from ppvae.regression.priors import ConjugateNormal, read_positive
+from ppvae.regression.priors import read_positive
 from ppvae.regression.units import Units
 from ppvae.regression.weights import (
     check_scaled,

@@ -53,8 +53,7 @@ class Units(NamedTuple):
         center = np.zeros(columns.shape[1])
         if first and len(columns) and factor.triangle[0, 0] > 0:
             center = columns[0] / factor.triangle[0, 0]
-        spread = factor.spreads(first)[first:]
-        return Units._of_spread(center, spread)
+        return Units._of_spread(center, factor.spreads[first:])
 
     @staticmethod
     def _of_spread(center: Array, spread: Array) -> Units:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae._checks import check_number, expect
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
-from ppvae.regression.priors import ConjugateNormal
+from ppvae.regression.conjugate import ConjugateNormal
 
 # the distributions whose `scale` is one: a multiple of a draw is of the same kind
 _WITH_SCALE = (
