@@ -1,0 +1,67 @@
+"""How the site is built: `sphinx-build -W --keep-going -j 2 examples/gallery site`.
+
+Every page is run while it is built, in a process of its own, and an error on a page fails the
+build. What a page printed is kept in `site/.jupyter_cache` until its code changes.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each page: two are built side by side
+
+from extensions import inventories, mathml  # noqa: E402
+
+import ppvae  # noqa: E402
+
+project = "ppvae"
+author = "the founders of ppvae"
+copyright = "2026, the founders of ppvae, Apache-2.0"
+version = release = ppvae.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["**/.ipynb_checkpoints"]
+html_theme = "furo"
+html_title = "ppvae"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_math_renderer = "mathml"  # no script and no network
+
+# pages
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_timeout = 240
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_output_stderr = "remove"  # bars; `pages.py` has warnings printed
+
+# the reference
+autosummary_generate = True
+autosummary_imported_members = True
+autodoc_typehints = "none"  # the docstrings say what arguments are
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+default_role = "py:obj"  # a name in backticks leads to its page, if it has one
+intersphinx_mapping = inventories.mapping(HERE)
+
+
+def setup(app):
+    """Adds what Sphinx has not."""
+    mathml.setup(app)
