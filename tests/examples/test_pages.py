@@ -1,4 +1,7 @@
-"""The code on the first page and in the gallery runs, one block after the other, on few data."""
+"""The code on the first page and in the gallery runs, one block after the other, on few data.
+
+The pages of the site are run when it is built; here their links are followed.
+"""
 
 import re
 from pathlib import Path
@@ -13,6 +16,7 @@ from ppvae import NarrowFamily, NotConverged, data
 
 HOME = Path(__file__).parents[2]
 PAGES = [HOME / "README.md", HOME / "examples" / "README.md"]
+LINKED = [*PAGES, HOME / ".github" / "CONTRIBUTING.md", *(HOME / "examples/gallery").rglob("*.md")]
 
 
 def blocks(page):
@@ -37,25 +41,40 @@ def test_the_code_of_the_pages_runs(change, monkeypatch, tmp_path, capsys, plain
     checks = "validate_distributions_torch"  # which `torch.compile`, as a page calls it, turns off
     names: dict[str, object] = {}
     with pyro.settings.context(**{checks: pyro.settings.get(checks)}):
+        assert blocks(PAGES[0])
         for page in PAGES:
-            assert blocks(page)
             for block in blocks(page):
                 exec(compile(block, str(page), "exec"), names)
     assert "The ELBO is" in capsys.readouterr().out
 
 
-def test_the_first_page_can_be_read_in_ten_minutes_and_its_links_lead_somewhere():
+def test_the_first_page_can_be_read_in_ten_minutes():
     text = PAGES[0].read_text()
     assert len(text.splitlines()) <= 130 and len(text.split()) <= 1000
-    heads = {p: set(map(anchor, re.findall(r"^##+ (.*)$", p.read_text(), re.M))) for p in PAGES}
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)]*)\)", page.read_text()):
-            if target.startswith("http"):
-                continue
-            path, _, part = target.partition("#")
-            file = (page.parent / path).resolve() if path else page
-            assert file.exists(), target
-            assert not part or part in heads[file], target
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(HOME)))
+def test_links_lead_somewhere(page):
+    """To files, and to the headings of them."""
+    for target in re.findall(r"\]\(([^)]*)\)", prose(page)):
+        if target.startswith("http"):
+            continue
+        path, _, part = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        heads = re.findall(r"^##+ (.*)$", prose(file), re.M) if part else []
+        assert not part or part in map(anchor, heads), target
+
+
+def test_links_are_found():
+    """On a page without a link the test above would see nothing."""
+    found = [page for page in LINKED if re.search(r"\]\([^)]*\)", prose(page))]
+    assert {*PAGES, HOME / "examples/gallery/howto/tables.md"} <= set(found)
+
+
+def prose(page):
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
 
 
 def anchor(title):
@@ -73,7 +92,7 @@ def test_the_list_of_public_objects_is_that_of_the_code():
 #: sections of the gallery -> what the program printed that their numbers are from; "Fast" is not
 #: among them: its table is of another day, which it names
 PRINTED = {
-    "`ladder.py`": ["ladder", "ladder_linear"],
+    "`ladder.py`": ["ladder", "ladder_linear", "ladder_priors"],
     "`guide_for_your_model.py`": ["guide_for_your_model"],
     "`table.py`": ["table", "table_miwae"],
     "`counts.py`": ["counts"],
@@ -84,9 +103,7 @@ PRINTED = {
     "`mixture.py`": ["mixture"],
     "`sequences.py`": ["sequences"],
     "`worth_of_bayes.py`": ["worth_of_bayes"],
-    "Priors": ["ladder_priors", "ladder"],
     "`when_does_noise_help.py`": ["when_does_noise_help"],
-    "The same question in regression": ["regression"],
 }
 OTHERS = {"0.287"}  # what the code of the paper prints that `table.py` follows
 NUMBER = re.compile(r"\d+\.\d{2,}")
