@@ -49,8 +49,6 @@ nb_execution_show_tb = True
 nb_output_stderr = "remove"  # bars; `pages.py` has warnings printed
 
 # the reference
-autosummary_generate = True
-autosummary_imported_members = True
 autodoc_typehints = "none"  # the docstrings say what arguments are
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -58,6 +56,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes of a class are told once
 default_role = "py:obj"  # a name in backticks leads to its page, if it has one
 intersphinx_mapping = inventories.mapping(HERE)
 
@@ -65,3 +64,9 @@ intersphinx_mapping = inventories.mapping(HERE)
 def setup(app):
     """Adds what Sphinx has not."""
     mathml.setup(app)
+    app.connect("autodoc-skip-member", _of_others)
+
+
+def _of_others(app, what, name, thing, skip, options):
+    """Whether a member is one that scikit-learn adds to each of its estimators."""
+    return skip or name in ("set_fit_request", "set_score_request", "set_predict_request")

@@ -1,7 +1,8 @@
 """Links to the pages of PyTorch, Pyro and ArviZ, without asking them while the site is built.
 
-`links.txt` lists the names that our pages and docstrings use and where each is described; from it
-an inventory is written for each project, in the format that Sphinx reads.
+`links.txt` lists the names that our pages and docstrings use, as they are written there, and where
+each is described: its page, with the place on it where that is not its own name. From it an
+inventory is written for each project, in the format that Sphinx reads.
 """
 
 import zlib
@@ -23,7 +24,9 @@ def mapping(home: Path) -> dict[str, tuple[str, str]]:
 
 def _written(home: Path, project: str, rows: list[list[str]]) -> Path:
     """The inventory of one project, of lines `name role page`."""
-    text = "".join(f"{name} py:{role} 1 {page}#$ -\n" for name, role, page in rows)
+    text = ""
+    for name, role, page in rows:
+        text += f"{name} py:{role} 1 {page if '#' in page else page + '#$'} -\n"
     head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version:\n"
     head += "# The remainder of this file is compressed using zlib.\n"
     path = home / "_inventories" / f"{project}.inv"
