@@ -196,7 +196,7 @@ def foot(write, figure: Figure) -> None:
         ("nats per latent and datum: what a scale is", "worth beside the mean.")
     ):
         write(0.6, 2.42 - 0.19 * k, line, 9.5)
-    axes = panel(figure, 0.95, 0.98, 2.6, 1.05, bare=False)
+    axes = panel(figure, 0.95, 1.12, 2.6, 0.95, bare=False)
     axes.plot(grid, grid - 1 - np.log(grid), color=BLUE, lw=2.5)
     axes.plot(grid, grid**2 / 2 - 0.5 - np.log(grid), "--", color="#D55E00", lw=2)
     axes.set(xlim=(1, 4), ylim=(0, 3), xticks=range(1, 5), yticks=range(4))
@@ -214,7 +214,7 @@ def foot(write, figure: Figure) -> None:
         ("nats per latent: the most that a mean", "in (−1, 1) can say in noise of 1.")
     ):
         write(4.2, 2.42 - 0.19 * k, line, 9.5)
-    axes = panel(figure, 4.2, 0.98, 2.9, 1.05, bare=False)
+    axes = panel(figure, 4.2, 1.12, 2.9, 0.95, bare=False)
     wide = np.linspace(-4.5, 4.5, 300)
     for centre, color, line in [(-1, BLUE, "-"), (1, "#D55E00", "--")]:
         axes.plot(wide, np.exp(-((wide - centre) ** 2) / 2), line, color=color, lw=2.5)

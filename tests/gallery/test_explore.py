@@ -260,6 +260,7 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_in_letters_to_be_read(v
     for family in ("mean_only", "deterministic", "full_rank"):
         choose(page, family, 0)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate(FARTHEST) <= 360  # what is cut off would not scroll, either
         sizes = page.evaluate(
             """[...document.querySelectorAll(".explore *")].filter((n) => n.getClientRects().length
               && [...n.childNodes].some((c) => c.nodeType === 3 && c.textContent.trim()))
@@ -275,6 +276,9 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_in_letters_to_be_read(v
     assert all(a[1] < b[0] for a, b in zip(tops, tops[1:], strict=False))  # apart
     assert tops[0][0] >= 0 and tops[-1][1] <= 360
 
+
+FARTHEST = """Math.max(...[...document.querySelectorAll(".explore *")]
+  .filter((n) => !n.ownerSVGElement).map((n) => n.getBoundingClientRect().right))"""
 
 CONTRAST = """(theme) => {
   document.body.dataset.theme = theme;
