@@ -110,7 +110,7 @@
   const plane = $("plane");
   const fits = names.flatMap((name) => data.families[name]);
   const top = Math.ceil(Math.max(...fits.map((f) => f.distortion)) + 0.5);
-  const low = Math.floor(Math.min(...fits.map((f) => f.distortion)) - 0.5);
+  const low = Math.floor(Math.min(...fits.map((f) => f.distortion)) - 1);
   const most = Math.ceil(Math.max(...fits.map((f) => f.rate || 0)) + 0.5);
   const upTo = (from, to, step) => {
     const found = [];
