@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each page: two are built side by side
 
-from extensions import inventories, mathml  # noqa: E402
+from extensions import inventories, mathml, poster  # noqa: E402
 
 import ppvae  # noqa: E402
 
@@ -64,6 +64,7 @@ intersphinx_mapping = inventories.mapping(HERE)
 def setup(app):
     """Adds what Sphinx has not."""
     mathml.setup(app)
+    poster.setup(app)
     app.connect("autodoc-skip-member", _of_others)
 
 

@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW = {"num_samples": 4}
 LONGER = {
     "ladder": 220,
+    "poster": 290,
     "labels": 175,
     "table": 175,
     "counts": 160,
@@ -56,6 +57,46 @@ def test_ladder(run, load, tmp_path):
     pictures |= {"reconstructions", "samples"}
     assert {path.stem for path in tmp_path.glob("*.png")} == pictures
     assert load("ladder.py").parse([])[0].families == list(families.LADDER)
+
+
+def test_poster(run, load, tmp_path):
+    """A PDF of one sheet of A3 with fonts in it, and a picture."""
+    out = run("poster.py", "--epochs", 1, "--out", tmp_path, rows=300)
+    assert f"The poster is in {tmp_path}" in out
+    sheet = (tmp_path / "poster.pdf").read_bytes()
+    box = re.search(rb"/MediaBox \[ *0 0 ([\d.]+) ([\d.]+) *\]", sheet)
+    assert [round(float(side) / 72 * 25.4) for side in box.groups()] == [297, 420]
+    assert sheet.count(b"/MediaBox") == 1 and b"/FontFile2" in sheet
+    assert (tmp_path / "poster.png").stat().st_size > 50_000
+
+
+def test_the_poster_says_what_the_programs_printed(load, single):
+    """Its numbers are those of `output`, each beside its family; the bound is derived."""
+    module = load("poster.py")
+    assert list(module.RUNGS) == list(families.LADDER)
+    codes = dict.fromkeys(module.RUNGS, np.zeros((6, 3, 2)))
+    figure = module.poster(np.zeros((6, 64)), codes)
+    parts = [t.get_text() for t in figure.texts]
+    output = EXAMPLES / "output"
+    ladder, regression = ((output / f"{n}.txt").read_text() for n in ("ladder", "regression"))
+    known = set(re.findall(r"\d+\.\d\d", ladder)) | {
+        f"{float(gap):,.2f}" for gap in re.findall(r"\d+\.\d{4}", regression)
+    }
+    for part in parts:
+        assert set(re.findall(r"[\d,]+\.\d\d\b", part)) <= known, part
+    for name in families.LADDER:
+        row = re.search(rf"^{name} .*$", ladder, re.M)[0]
+        start = parts.index(name)
+        said = " ".join(parts[start : start + 8])
+        rate, distortion, _, *more = re.findall(r"-?(\d+\.\d\d \(\d\.\d\d\))", row)
+        assert distortion in said, name
+        if "*" not in row:
+            assert rate in said and more[0] in said, name
+    assert "0.3368" in parts
+    x, z = np.linspace(-12, 12, 200_001), 0.5 * np.log(2 * math.pi * math.e)
+    density = (np.exp(-((x - 1) ** 2) / 2) + np.exp(-((x + 1) ** 2) / 2)) / math.sqrt(8 * math.pi)
+    entropy = -np.trapezoid(density * np.log(density), x)  # of what two points come out as
+    assert abs(module.capacity() - (entropy - z)) < 1e-9
 
 
 def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):

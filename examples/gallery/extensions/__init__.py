@@ -1,1 +1,1 @@
-"""What the build of the site needs beside Sphinx: formulas without scripts, links to others."""
+"""What the build of the site needs beside Sphinx: formulas without scripts, links, the poster."""
