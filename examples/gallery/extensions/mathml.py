@@ -1,7 +1,18 @@
 """Formulas as MathML, which browsers draw by themselves: no script, no network, no picture."""
 
-from latex2mathml.converter import convert
+import re
+
+from latex2mathml import converter
 from sphinx.util.math import get_node_equation_number
+
+# `ln r` and not `lnr`: a name of a function before what has no bracket
+_NAME = re.compile(r"(<mi>(?:arg|cosh|exp|inf|ln|log|max|min|sinh|tanh)</mi>)(?=<m(?!o))")
+
+
+def convert(formula, display="inline"):
+    """A formula of LaTeX as MathML."""
+    space = r'\1<mspace width="0.17em"></mspace>'
+    return _NAME.sub(space, converter.convert(formula, display=display))
 
 
 def _inline(writer, node):
