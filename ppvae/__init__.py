@@ -29,7 +29,7 @@ from ppvae.training import (
 
 if TYPE_CHECKING:
     from ppvae import models, plots, regression
-    from ppvae.comparison import compare_families
+    from ppvae.comparison import account, compare_families
     from ppvae.evaluation import (
         annealed_importance,
         calibration,
@@ -67,6 +67,7 @@ __all__ = [
     "NarrowFamily",
     "NotConverged",
     "NotStageable",
+    "account",
     "annealed_importance",
     "calibration",
     "closed_form",
@@ -110,7 +111,7 @@ __all__ = [
 
 #: Where the names are that are imported when they are first used; some are modules.
 _AT_FIRST_USE = {
-    "comparison": ["compare_families"],
+    "comparison": ["account", "compare_families"],
     "evaluation": [
         "annealed_importance",
         "calibration",

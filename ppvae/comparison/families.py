@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_count, check_label, check_number, check_seed, expect
 from ppvae._process import apart, exclusive
 from ppvae._scopes import private_modules, random_state
+from ppvae.comparison.members import members_of
 from ppvae.data.adapters import as_tensors, items_of, schema_of
 from ppvae.evaluation.evaluation import evaluate
-from ppvae.guides.assignment import BySite
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.runs import opened
@@ -165,7 +165,7 @@ def compare_families(
         >>> found.dataset.verdict.sel(family="joint").item(), found.dataset.unit
         ('yes', 'nats of all the data')
     """
-    members = _members(families)
+    members = members_of(families)
     num_seeds = check_count("num_seeds", num_seeds, 2)
     num_samples = check_count("num_samples", num_samples, 2)
     min_gain = check_number("min_gain", min_gain)
@@ -375,27 +375,6 @@ def with_steps(results: xr.Dataset, min_gain: float, level: float) -> xr.Dataset
             means[name].attrs["unit"] = unit
     means.attrs = options
     return means
-
-
-def _members(families: Any) -> dict[str, Any]:
-    """The families by name, at least two of them."""
-    if isinstance(families, Mapping):
-        named = all(isinstance(name, str) and name for name in families)
-        expect(named, "families", "names of them", repr([*families]), TypeError)
-        expect(len(families) >= 2, "families", "at least two", repr(families))
-        return {name: family for name, family in families.items() if _name(family)}
-    several = isinstance(families, Sequence) and not isinstance(families, (str, bytes))
-    expect(several and len(families) >= 2, "families", "at least two", repr(families))
-    members = {_name(family): family for family in families}
-    expect(len(members) == len(families), "families", "different ones", repr(families))
-    return members
-
-
-def _name(family: Any) -> str:
-    """The name of what `FamilyGuide` takes as a family."""
-    by_site = BySite(family, "families")
-    (block, *_) = by_site.entries.values()
-    return block.name if by_site.one is not None else by_site.name
 
 
 def _test_data(name: str, test: Any) -> tuple[Any, ...]:
