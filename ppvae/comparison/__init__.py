@@ -1,9 +1,8 @@
 """Which family is worth it: families side by side, and where the nats of one fit go."""
 
 from ppvae.comparison.accounting import Account, account
-from ppvae.comparison.families import (
-    Comparison,
-    compare_families,
+from ppvae.comparison.families import Comparison, compare_families
+from ppvae.comparison.steps import (
     crossed_interval,
     interval_of_totals,
     still_to_come,
