@@ -1,6 +1,7 @@
-"""Which family is worth it: families side by side, and where the nats of one fit go."""
+"""Which family is worth it: side by side, on a walk up the ladder, and in the nats of one fit."""
 
 from ppvae.comparison.accounting import Account, account
+from ppvae.comparison.choice import Choice, choose_family
 from ppvae.comparison.families import Comparison, compare_families
 from ppvae.comparison.steps import (
     crossed_interval,
@@ -11,8 +12,10 @@ from ppvae.comparison.steps import (
 
 __all__ = [
     "Account",
+    "Choice",
     "Comparison",
     "account",
+    "choose_family",
     "compare_families",
     "crossed_interval",
     "interval_of_totals",

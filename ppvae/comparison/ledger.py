@@ -150,8 +150,7 @@ def notes_of(found: Measured) -> list[str]:
         )
     names = [*found.rungs]
     for below, name in zip(names, names[1:], strict=False):
-        held = below in _NESTED and name in _NESTED
-        if held and _NESTED.index(below) < _NESTED.index(name):
+        if holds(name, below):
             step = _row(found.rungs[name] - found.rungs[below])
             lower = step.nats < -_ERRORS * step.se - _VISIBLE
             if lower.any():
@@ -161,6 +160,12 @@ def notes_of(found: Measured) -> list[str]:
                     "steps (num_steps)"
                 )
     return notes
+
+
+def holds(family: str, below: str) -> bool:
+    """Whether a family of the ladder holds another one, by their names."""
+    known = family in _NESTED and below in _NESTED
+    return known and _NESTED.index(below) < _NESTED.index(family)
 
 
 def _of(some: int, count: int) -> str:
