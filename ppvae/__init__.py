@@ -29,7 +29,7 @@ from ppvae.training import (
 
 if TYPE_CHECKING:
     from ppvae import models, plots, regression
-    from ppvae.comparison import compare_families
+    from ppvae.comparison import account, choose_family, compare_families
     from ppvae.evaluation import (
         annealed_importance,
         calibration,
@@ -67,8 +67,10 @@ __all__ = [
     "NarrowFamily",
     "NotConverged",
     "NotStageable",
+    "account",
     "annealed_importance",
     "calibration",
+    "choose_family",
     "closed_form",
     "compare_families",
     "concat_chains",
@@ -110,7 +112,7 @@ __all__ = [
 
 #: Where the names are that are imported when they are first used; some are modules.
 _AT_FIRST_USE = {
-    "comparison": ["compare_families"],
+    "comparison": ["account", "choose_family", "compare_families"],
     "evaluation": [
         "annealed_importance",
         "calibration",

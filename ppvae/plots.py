@@ -27,6 +27,7 @@ from ppvae.evaluation.ranks import ecdf_band, ecdf_of
 from ppvae.training.result import Fit
 
 __all__ = [
+    "account",
     "calibration",
     "encodings",
     "images",
@@ -43,6 +44,64 @@ _IMAGES = {  # by the number of their dims
     3: ("count", "height", "width"),
     4: ("count", "channels", "height", "width"),
 }
+
+
+def account(found: Any) -> Figure:
+    """What `ppvae.account` found: a waterfall from the noise of the data to the guide's ELBO.
+
+    Each bar begins where the one above it ends; blue ones add nats, hatched ones take some away.
+    Grey lines mark log p(x) and, dashed, the ELBO of the guide. Below the dotted line, outside of
+    the sum, diamonds mark points, whose objective is no bound. Whiskers are standard errors of the
+    draws.
+
+    Args:
+        found: a result of `ppvae.account`, or its dataset.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    data = getattr(found, "dataset", found)
+    known = isinstance(data, xr.Dataset) and {"running", "summed", "mean_se_draws"} <= {*data}
+    expect(known, "found", "a result of ppvae.account", type(found).__name__)
+    names, inside = [str(name) for name in data.row.values], data.summed.values
+    figure = empty(7.8, 0.42 * len(names) + 1.6)
+    axes = figure.subplots()
+    ends, errors = data.running.values, data.mean_se_draws.values
+    before = np.concatenate([[0.0], ends[inside][:-1]])
+    for place, (name, step) in enumerate(zip(names, data["mean"].values, strict=True)):
+        whisker: dict[str, Any] = {"xerr": errors[place], "color": "black", "linewidth": 0.8}
+        if not inside[place]:
+            axes.plot(step, place, "D", color="black", markersize=7)
+            axes.errorbar(step, place, **whisker)
+            continue
+        lost: dict[str, Any] = {"color": color(1), "hatch": "///", "edgecolor": "white"}
+        style = {"color": color(0)} if step >= 0 else lost
+        axes.barh(place, step, left=before[place], height=0.7, **style)
+        axes.errorbar(ends[place], place, **whisker)
+        axes.annotate(
+            f"{round(float(step), 2) + 0.0:+.2f}",
+            (max(ends[place], before[place]), place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+        ended = {"beyond_": ("log p(x)", "-"), "ization_gap": ("ELBO of the guide", "--")}
+        for part, (label, kind) in ended.items():
+            if part in name:
+                told: dict[str, Any] = {"color": "0.5", "linewidth": 1.0, "zorder": 0}
+                label = f"{label}  {ends[place]:.2f}"
+                axes.axvline(ends[place], linestyle=kind, label=label, **told)
+    axes.axhline(inside.sum() - 0.5, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(
+        ylim=(len(names) - 0.4, -1.5), xlabel=f"sum of the rows so far  [{data.attrs['unit']}]"
+    )
+    axes.use_sticky_edges = False
+    axes.margins(x=0.1)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle("Where the nats go", fontsize=10)
+    return figure
 
 
 def calibration(found: xr.Dataset, *, level: float = 0.95) -> Figure:

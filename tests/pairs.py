@@ -201,3 +201,15 @@ def told(thing):
     if isinstance(thing, ExactPosterior):
         return thing.quantile(0.3).tolist(), thing.loo().total
     return (thing.name, hash(thing)) if isinstance(thing, GuideFamily) else repr(thing)
+
+
+def slowing(epochs, first, last):
+    """Adam with one step per epoch, whose rate falls from first to last: it comes to rest."""
+
+    class Slowing(torch.optim.Adam):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] *= (last / first) ** (1 / epochs)
+            return super().step(closure)
+
+    return {"num_epochs": epochs, "learning_rate": first, "optimizer": Slowing}

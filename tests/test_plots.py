@@ -6,7 +6,7 @@ import torch
 from linear import Linear
 from matplotlib.colors import to_rgb
 
-from ppvae import calibration, plots
+from ppvae import account, calibration, families, plots
 from ppvae._look import color, line, mark
 from ppvae.evaluation import ranks
 from ppvae.objectives import ELBO
@@ -37,6 +37,37 @@ def test_calibration():
     assert np.array_equal(right.get_lines()[1].get_ydata(), found.coverage[:, 0])
     many = found.isel(latent=[0] * 11).assign_coords(latent=range(11))
     assert left.get_legend() and not plots.calibration(many).axes[0].get_legend()
+
+
+def test_account():
+    """Each bar begins where the one above ends; points lie outside, in marks of their own."""
+    linear = Linear(size=4)
+    guide = linear.guide(families.mean_scale, error=0.1)
+    few = {"num_samples": 32, "num_steps": 9, "progress": False}
+    found = account(linear.model, guide, linear.x, **few)
+    (axes,) = plots.account(found).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == found.dataset.row.values.tolist() and "nats per datum" in axes.get_xlabel()
+    bars = [bar.get_bbox() for bar in axes.patches]
+    inside = found.dataset.summed.values
+    ends, steps = found.dataset.running.values[inside], found.dataset["mean"].values[inside]
+    starts = np.concatenate([[0.0], ends[:-1]])
+    assert len(bars) == inside.sum() == len(names) - 1
+    for bar, start, end in zip(bars, starts, ends, strict=True):
+        assert sorted([bar.x0, bar.x1]) == pytest.approx(sorted([start, end]))
+    hatched = [bool(bar.get_hatch()) for bar in axes.patches]
+    assert hatched == (steps < 0).tolist() and True in hatched and False in hatched
+    drawn = [line for line in axes.get_lines() if line.get_marker() == "D"]
+    assert drawn[0].get_xydata().tolist() == [[float(found.dataset["mean"][-1]), len(names) - 1]]
+    marks = {line.get_label(): line.get_xdata()[0] for line in axes.get_lines()}
+    ends = dict(zip(found.dataset.row.values[inside], ends, strict=True))
+    label = f"log p(x)  {ends['beyond_gaussian']:.2f}"
+    assert marks[label] == pytest.approx(float(found.dataset.log_likelihood.mean()))
+    label = f"ELBO of the guide  {ends['amortization_gap']:.2f}"
+    assert marks[label] == pytest.approx(float(found.dataset.elbo.mean()))
+    assert plots.account(found.dataset).axes
+    with pytest.raises(ValueError, match="found: expected a result of ppvae.account, got dict"):
+        plots.account({})
 
 
 def test_encodings():

@@ -1,7 +1,7 @@
 """Why the ELBO is below log p(x): what the family cannot represent, and what the encoder misses."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,13 @@ from tqdm.auto import tqdm
 
 from ppvae._checks import as_doubles, check_count, check_label, check_real, expect
 from ppvae._process import exclusive
-from ppvae.evaluation.search import ShiftedGuide, adam, quasi_newton, shifted_guide
+from ppvae.evaluation.search import ShiftedGuide, best_shifts, new_seed, shifted_guide
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import estimates
 from ppvae.programs.runs import Runs, opened
 
-_GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
-_DRAWS = 16  # in each step of the search
-_SINGLE_DRAWS = 8  # the same where they are made one by one
-_MOST = 64  # draws in a step, where a datum has many coordinates to match
-_CHOICE = 64  # draws that choose between two answers of the search
+GROUPS = 8  # of draws, moment-matched each: the error is read off their spread
 
 
 @exclusive
@@ -113,7 +109,7 @@ def gaps(  # noqa: D417
         for shifted, best in best_members(runs, guide, num_steps, bar):
             values = elbos(shifted, best, draws)
             if exact is None:  # from independent draws
-                values |= estimates(shifted.log_weight(best, draws, _new_seed()))
+                values |= estimates(shifted.log_weight(best, draws, new_seed()))
             measured.append(values)
     return _dataset(as_arrays(measured), exact, {"num_samples": draws, "num_steps": num_steps})
 
@@ -124,7 +120,7 @@ def in_groups(num_samples: Any) -> int:
     Raises:
         ValueError: they are too few for an error.
     """
-    return math.ceil(check_count("num_samples", num_samples, 2 * _GROUPS) / _GROUPS) * _GROUPS
+    return math.ceil(check_count("num_samples", num_samples, 2 * GROUPS) / GROUPS) * GROUPS
 
 
 def best_members(
@@ -141,7 +137,7 @@ def best_members(
     with bar:
         for number, batch in enumerate(runs.batches, 1):
             shifted = shifted_guide(runs, guide.heads, batch)
-            yield shifted, _search(shifted, num_steps, bar.update)
+            yield shifted, best_shifts(shifted, shifted.start, num_steps, bar.update)
             bar.update(number * num_steps - bar.n)
 
 
@@ -173,9 +169,14 @@ def _check_guide(guide: Any) -> None:
 
 def _check_terms(sites: Terms, guide: FamilyGuide) -> None:
     """Raises a ValueError unless each datum has a gap, along the plate of the encoder."""
-    sites.check_local()
+    check_along(sites, guide)
     point = f"{guide.family.name}: a point's objective is no bound on log p(x), so it has no gap"
     expect(sites.log_guide, "guide", "a family with a density", point)
+
+
+def check_along(sites: Terms, guide: FamilyGuide) -> None:
+    """Raises a ValueError unless each datum has its own latents, along the plate of the encoder."""
+    sites.check_local()
     encoded, here = guide._plates.data, sites.plate.name
     along = f"{encoded!r}, along which the batch of the encoder runs"
     expect(encoded in (None, here), "plate", along, repr(here))
@@ -191,53 +192,30 @@ def _as_array(log_likelihood: Any, size: int) -> np.ndarray:
     return values
 
 
-def _new_seed() -> int:
-    return int(torch.randint(2**62, ()))
-
-
-def _search(shifted: ShiftedGuide, steps: int, tick: Callable[[], Any]) -> Tensor:
-    """The shifts of the best member for each datum.
-
-    First Adam on fresh draws; then L-BFGS on a few fixed ones, which ends exactly where the draws
-    are exact, as on linear-Gaussian models. Elsewhere it may fit those draws, and then the answer
-    of Adam is kept; with more unknowns than random numbers it would, so it is left out.
-    """
-    start = shifted.start
-    if not start.shape[1]:
-        return start
-    draws = max(_DRAWS if shifted.runs.vectorized else _SINGLE_DRAWS, shifted.coordinates + 2)
-    draws = draws if draws <= _MOST else 2 * _DRAWS
-
-    def slope(shifts: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        tick()
-        return shifted.slope(shifts, draws, _new_seed() if seed is None else seed)
-
-    last_steps = steps // 3 if start.shape[1] <= draws * shifted.coordinates else 0
-    best = adam(slope, start, steps - last_steps, shifted.step_sizes)
-    best = _better(shifted, start, best)
-    if last_steps:
-        seed = _new_seed()
-        last = quasi_newton(lambda shifts: slope(shifts, seed), best, last_steps)
-        best = _better(shifted, best, last)
-    return best
-
-
-def _better(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
-    """For each datum the better of two shifts, on draws of their own."""
-    seed = _new_seed()
-    losses = [shifted.loss(shifts, _CHOICE, seed) for shifts in (one, other)]
-    return torch.where((losses[1] < losses[0])[:, None], other, one)
-
-
 def elbos(shifted: ShiftedGuide, best: Tensor, draws: int) -> dict[str, Tensor]:
     """The two ELBOs of each datum, from the same draws, with their errors."""
-    count, seeds = draws // _GROUPS, [_new_seed() for _ in range(_GROUPS)]
-    groups = {"elbo": -torch.stack([shifted.loss(shifted.start, count, seed) for seed in seeds])}
-    groups["best_elbo"] = -torch.stack([shifted.loss(best, count, seed) for seed in seeds])
+    seeds = seeds_of_groups()
+    groups = {"elbo": elbo_groups(shifted, shifted.start, draws, seeds)}
+    groups["best_elbo"] = elbo_groups(shifted, best, draws, seeds)
     groups["amortization"] = groups["best_elbo"] - groups["elbo"]
     values = {name: group.mean(0) for name, group in groups.items()}
-    errors = {f"{k}_se": group.std(0) / math.sqrt(_GROUPS) for k, group in groups.items()}
-    return values | errors
+    return values | {f"{name}_se": error_of(group) for name, group in groups.items()}
+
+
+def seeds_of_groups() -> list[int]:
+    """A seed for each group of draws of a measure; equal seeds pair the draws of two measures."""
+    return [new_seed() for _ in range(GROUPS)]
+
+
+def elbo_groups(shifted: ShiftedGuide, shifts: Tensor, draws: int, seeds: Sequence[int]) -> Tensor:
+    """The ELBO of each datum by each group of draws, shape `(groups, data)`."""
+    count = draws // len(seeds)
+    return -torch.stack([shifted.loss(shifts, count, seed) for seed in seeds])
+
+
+def error_of(groups: Tensor) -> Tensor:
+    """The standard error of the mean over groups of draws, from their spread."""
+    return groups.std(0) / math.sqrt(len(groups))
 
 
 def _dataset(arrays: dict[str, Any], exact: np.ndarray | None, attrs: dict[str, Any]) -> xr.Dataset:

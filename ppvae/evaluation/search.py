@@ -1,7 +1,8 @@
 """Finds the best member of a family for each datum, by shifts of the encoder's channels.
 
 A shift is added to what the encoder says of one datum: at a shift of zero the guide is as it was.
-The shifts of different data do not act on each other, so all are searched for side by side.
+The shifts of different data do not act on each other, so all are searched for side by side. An
+argument that all data share stays where it is, or is freed for each datum, as the caller asks.
 """
 
 import math
@@ -17,6 +18,7 @@ from ppvae._checks import expect
 from ppvae._scopes import random_state
 from ppvae.families.heads import Argument, Head
 from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import MatchedNormals
 from ppvae.programs.nodes import drawn_nodes
 from ppvae.programs.runs import Args, Runs
@@ -32,6 +34,11 @@ _LAST = 0.003  # the last step size, relative to the first
 _MEMORY = 10  # pairs of steps and changes of the slope
 _FIRST_STEP = 0.1  # length of the first step, before anything is known of the curvature
 _SHRINK = 0.4  # of a step that did not descend
+
+_DRAWS = 16  # in each step of the search
+_SINGLE_DRAWS = 8  # the same where they are made one by one
+_MOST = 64  # draws in a step, where a datum has many coordinates to match
+_CHOICE = 64  # draws that choose between two answers of the search
 
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -50,7 +57,11 @@ class ShiftedGuide:
         start: shifts of zero, where the guide is the encoder's.
         step_sizes: with what to begin a search, for each column.
         columns: channel -> number of its columns.
-        coordinates: number of coordinates of the latents of one datum.
+        shapes: channel -> shape of what a head says in one draw.
+        coordinates: number of coordinates of the latents of one datum; 0 for a point, which has no
+            random numbers.
+        said: channel -> what a head says at shifts of zero.
+        shared: whether arguments that all data share are freed for each datum, too.
     """
 
     runs: Runs
@@ -62,6 +73,8 @@ class ShiftedGuide:
     columns: dict[str, int]
     shapes: dict[str, torch.Size]
     coordinates: int
+    said: dict[str, Tensor]
+    shared: bool = False
 
     def pieces(self, shifts: Tensor) -> dict[str, Tensor]:
         """Shifts by channel, each of the shape of what a head says in one draw."""
@@ -69,29 +82,37 @@ class ShiftedGuide:
         return {key: piece.reshape(self.shapes[key]) for key, piece in pieces}
 
     def _runs(
-        self, shifts: Tensor, draws: int, seed: int, match: str | None
-    ) -> list[tuple[Terms, torch.Size]]:
-        """The terms of runs that together make so many draws, and the shape of each."""
+        self,
+        shifts: Tensor,
+        draws: int,
+        seed: int,
+        match: str | None,
+        read: Callable[[Terms, tuple[Any, Any], Any], Tensor],
+    ) -> list[Tensor]:
+        """What is read off the terms, the traces and the plate of runs that make so many draws."""
         pieces = self.pieces(shifts)
         numbers, first = MatchedNormals(draws, common=match == "common"), 0
         results = []
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
-            stack.enter_context(with_shifts(self.heads, lambda key, _: pieces[key]))
+            shift = with_shifts(self.heads, lambda key, _: pieces[key], shared=self.shared)
+            stack.enter_context(shift)
             if match is not None:
                 stack.enter_context(numbers)
                 stack.enter_context(numbers.places(self.runs.plate))
             for count, plate in self.runs.draws(self.args, draws, self.traces):
                 numbers.start_run(first, count, single=plate is None)
-                sites = terms(*self.runs.pair(self.args, plate), self.runs.plate.name)
-                results.append((sites, torch.Size([count, len(shifts)])))
+                pair = self.runs.pair(self.args, plate)
+                value = read(terms(*pair, self.runs.plate.name), pair, plate)
+                results.append(value.expand(count, len(shifts), *value.shape[2:]))
                 first += count
+                del pair
         return results
 
     def log_weight(self, shifts: Tensor, draws: int, seed: int) -> Tensor:
         """Log importance weights of independent draws, shape `(draws, data)`."""
-        runs = self._runs(shifts, draws, seed, None)
-        return torch.cat([sites.log_weight.expand(size) for sites, size in runs])
+        runs = self._runs(shifts, draws, seed, None, lambda sites, *_: _rows(sites.log_weight))
+        return torch.cat(runs)
 
     def loss(self, shifts: Tensor, draws: int, seed: int, match: str = "datum") -> Tensor:
         """The negative ELBO of each datum, averaged over matched draws; shape `(data,)`.
@@ -103,9 +124,38 @@ class ShiftedGuide:
             match: "datum" matches the moments of the numbers of each datum; "common" those of
                 numbers that all data share.
         """
-        runs = self._runs(shifts, draws, seed, match)
-        sums = [(sites.distortion + sites.rate).expand(size).sum(0) for sites, size in runs]
-        return torch.stack(sums).sum(0) / draws
+
+        def read(sites: Terms, *_: Any) -> Tensor:
+            return _rows(sites.distortion + sites.rate)
+
+        runs = self._runs(shifts, draws, seed, match, read)
+        return torch.stack([values.sum(0) for values in runs]).sum(0) / draws
+
+    def weighed(self, shifts: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Log weights of matched draws, and log p(x | z) at each, both of shape `(draws, data)`."""
+
+        def read(sites: Terms, *_: Any) -> Tensor:
+            both = torch.broadcast_tensors(_rows(sites.log_weight), _rows(-sites.distortion))
+            return torch.stack(both, -1)
+
+        both = torch.cat(self._runs(shifts, draws, seed, "datum", read))
+        return both[..., 0], both[..., 1]
+
+    def moments(self, shifts: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Mean and sd of each unconstrained coordinate of a datum, both `(data, coordinates)`.
+
+        The coordinates are those of `Layout`. Of Gaussians they are exact.
+
+        Raises:
+            ValueError: a latent is discrete, or no bijection from the reals reaches it.
+        """
+
+        def read(_: Terms, pair: tuple[Any, Any], plate: Any) -> Tensor:
+            layout = Layout.of(pair[0], self.runs.plate, plate)
+            return layout.free({name: pair[0].nodes[name]["value"] for name in layout.places})
+
+        free = torch.cat(self._runs(shifts, draws, seed, "datum", read))
+        return free.mean(0), free.std(0, correction=0)
 
     def slope(self, shifts: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
         """The loss and its slope; not finite where some matrix had no Cholesky factor."""
@@ -120,19 +170,33 @@ class ShiftedGuide:
         return loss.detach(), slope
 
 
-def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
+def _rows(value: Tensor) -> Tensor:
+    """A term of one draw or of many, with a dim of draws in front."""
+    return value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
+
+
+def shifted_guide(
+    runs: Runs, heads: nn.ModuleDict, args: Args, *, shared: bool = False
+) -> ShiftedGuide:
     """Runs a model and its `FamilyGuide` once, to see what can be shifted.
 
     Args:
         runs: a model and its `FamilyGuide`.
         heads: of the guide.
         args: a minibatch.
+        shared: free the arguments that all data share for each datum, too.
 
     Raises:
         ValueError: there is something to shift, but no gradient reaches it through a draw.
     """
     zeros: dict[str, Tensor] = {}
-    with with_shifts(heads, lambda key, value: zeros.setdefault(key, torch.zeros_like(value))):
+    said: dict[str, Tensor] = {}
+
+    def note(key: str, value: Tensor) -> Tensor:
+        said.setdefault(key, value.detach())
+        return zeros.setdefault(key, torch.zeros_like(value))
+
+    with with_shifts(heads, note, shared=shared):
         traces = runs.pair(args)
     drawn = drawn_nodes(traces[1])
     rough = {name: node["fn"] for name, node in drawn.items() if not node["fn"].has_rsample}
@@ -146,16 +210,21 @@ def shifted_guide(runs: Runs, heads: nn.ModuleDict, args: Args) -> ShiftedGuide:
         rates = torch.tensor([_RATE if "." in key else _FEATURE_RATE for key in columns])
         step_sizes = rates.repeat_interleave(torch.tensor(list(columns.values()))).to(start)
     shapes = {channel: zero.shape for channel, zero in zeros.items()}
-    return ShiftedGuide(runs, heads, args, traces, start, step_sizes, columns, shapes, coordinates)
+    found = runs, heads, args, traces, start, step_sizes, columns, shapes, coordinates, said
+    return ShiftedGuide(*found, shared)
 
 
 @contextmanager
-def with_shifts(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def with_shifts(
+    heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor], *, shared: bool = False
+) -> Iterator[None]:
     """Adds `shift(channel, value)` to what the heads see, by hooks that are gone afterwards.
 
     It is added to the output of every `Argument` that has a linear layer (`z.loc`), and so reaches
     all values of a channel. A head that is more than a distribution of its arguments (a flow, or
     one of the user's own) gets another shift on the features that go into the rest of it (`z`).
+    Where `shared` says so, an argument that all data share gets one for each datum, before its
+    transform.
     """
 
     def on_features(key: str, sign: int) -> Callable[..., Any]:
@@ -168,6 +237,17 @@ def with_shifts(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) ->
     def on_output(key: str) -> Callable[..., Any]:
         return lambda _, inputs, output: output + shift(key, output)
 
+    def on_shared(key: str, head: Head) -> Callable[..., Any]:
+        def hook(layer: Any, inputs: Any, _: Any) -> Any:
+            if inputs[0] is None:
+                return None
+            number = not layer.raw_shape and not head.family.joint
+            each = [1] * len(head.shape) if number else []  # beside arguments of the whole shape
+            raw = layer.raw.expand(*inputs[0].shape[:-1], *each, *layer.raw_shape)
+            return layer.inside(raw + shift(key, raw))
+
+        return hook
+
     handles = []
     try:
         for key, head in heads.items():
@@ -179,10 +259,60 @@ def with_shifts(heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor]) ->
                     if not plain:  # it has a shift of its own, and sees the true features
                         handles.append(layer.register_forward_pre_hook(on_features(key, -1)))
                     handles.append(layer.linear.register_forward_hook(on_output(f"{key}.{name}")))
+                elif isinstance(layer, Argument) and isinstance(head, Head) and plain and shared:
+                    handles.append(layer.register_forward_hook(on_shared(f"{key}.{name}", head)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def best_shifts(
+    shifted: ShiftedGuide, start: Tensor, steps: int, tick: Callable[[], Any]
+) -> Tensor:
+    """The shifts of the best member for each datum, by a search from some start.
+
+    First Adam on fresh draws; then L-BFGS on a few fixed ones, which ends exactly where the draws
+    are exact, as on linear-Gaussian models. Elsewhere it may fit those draws, and then the answer
+    of Adam is kept; with more unknowns than random numbers it would, so it is left out.
+
+    Args:
+        shifted: a guide.
+        start: shifts to begin with, shape `(data, size)`.
+        steps: number of evaluations.
+        tick: is called before each.
+    """
+    if not start.shape[1]:
+        return start
+    draws = max(_DRAWS if shifted.runs.vectorized else _SINGLE_DRAWS, shifted.coordinates + 2)
+    draws = draws if draws <= _MOST else 2 * _DRAWS
+    point = not shifted.coordinates
+    draws = 1 if point else draws
+
+    def slope(shifts: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        tick()
+        return shifted.slope(shifts, draws, new_seed() if seed is None else seed)
+
+    last_steps = steps // 3 if point or start.shape[1] <= draws * shifted.coordinates else 0
+    best = adam(slope, start, steps - last_steps, shifted.step_sizes)
+    best = better_of(shifted, start, best)
+    if last_steps:
+        seed = new_seed()
+        last = quasi_newton(lambda shifts: slope(shifts, seed), best, last_steps)
+        best = better_of(shifted, best, last)
+    return best
+
+
+def better_of(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
+    """For each datum the better of two shifts, on draws of their own."""
+    draws, seed = _CHOICE if shifted.coordinates else 1, new_seed()
+    losses = [shifted.loss(shifts, draws, seed) for shifts in (one, other)]
+    return torch.where((losses[1] < losses[0])[:, None], other, one)
+
+
+def new_seed() -> int:
+    """A seed from the stream of random numbers at hand."""
+    return int(torch.randint(2**62, ()))
 
 
 def adam(slope: Slope, x: Tensor, steps: int, learning_rate: Tensor | float) -> Tensor:

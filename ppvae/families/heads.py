@@ -80,7 +80,7 @@ class Argument(nn.Module):
             self.raw = nn.Parameter(0.01 * torch.randn(shift.shape) + shift)
 
     def raw_at(self, value: Tensor) -> Tensor:
-        """What stands before the transform where the argument has a value.
+        """What stands before the transform where the argument has a value, `(*, *shape)`.
 
         In an interval it stays a share of the length away from the ends, where it could not move.
         """
@@ -89,22 +89,25 @@ class Argument(nn.Module):
             low, high = self.constraint.lower_bound, self.constraint.upper_bound
             share = ((value - low) / (high - low)).clamp(_INSIDE, 1 - _INSIDE)
             value = low + share * (high - low)
-        raw: Tensor = transform.inv(value.reshape(self.shape))
-        return raw
+        raw: Tensor = transform.inv(value)
+        return raw.flatten(-2)[..., self.place] if self.triangular else raw
 
     def forward(self, features: Tensor | None = None) -> Tensor:
         """The argument inside its constraint: features `(*, features)` -> `(*, *shape)`."""
         if self.linear is None or features is None:
-            value: Any = self.raw
-        else:
-            value = self.linear(features)
-            value = value.reshape(value.shape[:-1] + self.raw_shape)
+            return self.inside(self.raw)
+        value = self.linear(features)
+        return self.inside(value.reshape(value.shape[:-1] + self.raw_shape))
+
+    def inside(self, raw: Any) -> Tensor:
+        """What stands before the transform, `(*, *raw_shape)`, taken inside the constraint."""
         if self.triangular:
-            batch = value.shape[:-1]
-            flat = value.new_zeros(batch + (self.shape.numel(),))
-            flat = flat.scatter(-1, self.place.expand(value.shape), value)
-            value = flat.reshape(batch + self.shape)
-        return self.transform(value)
+            batch = raw.shape[:-1]
+            flat = raw.new_zeros(batch + (self.shape.numel(),))
+            flat = flat.scatter(-1, self.place.expand(raw.shape), raw)
+            raw = flat.reshape(batch + self.shape)
+        value: Tensor = self.transform(raw)
+        return value
 
 
 class Head(nn.Module):

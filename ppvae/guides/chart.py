@@ -122,7 +122,7 @@ def pieces_of(guide: Any, mean: Tensor, factor: Tensor) -> list[Piece]:
             if located:
                 locations.append(_Location(_own(argument), at, seen, slope))
             elif name in ("loc", "v") and whole:
-                near = _moved(argument, argument.raw_at(mean[at]))
+                near = _moved(argument, argument.raw_at(mean[at].reshape(argument.shape)))
                 pieces.append(replace(near, scaled=False))
             elif name == "scale":
                 pieces.append(_scale(argument, sd[at]))

@@ -59,10 +59,10 @@ def start_at(head: nn.Module, block: Drawn, values: Mapping[str, Tensor]) -> Non
     if block.given or block.prior or not block.over_reals:
         return
     pieces = [_free(site, values[site.name], block).flatten() for site in block.sites]
-    value = torch.cat(pieces)
-    reached = bool(argument.constraint.check(value.reshape(argument.shape)).all())
+    value = torch.cat(pieces).reshape(argument.shape)
+    reached = bool(argument.constraint.check(value).all())
     wanted = f"values of {[*block.names]} that a location of {block.family.name} reaches"
-    expect(reached, "init_loc_fn", wanted, value.tolist())
+    expect(reached, "init_loc_fn", wanted, value.flatten().tolist())
     with torch.no_grad():
         argument.raw.copy_(argument.raw_at(value).to(argument.raw))
 

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from cases import world
 from linear import Linear
+from pairs import slowing
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -30,18 +31,6 @@ from ppvae.comparison import compare_families, crossed_interval, still_to_come, 
 from ppvae.training.course import last_fall
 
 QUICK = {"progress": False, "num_samples": 600, "num_seeds": 2}
-
-
-def slowing(epochs, first, last):
-    """Adam with one step per epoch, whose rate falls from first to last: it comes to rest."""
-
-    class Slowing(torch.optim.Adam):
-        def step(self, closure=None):
-            for group in self.param_groups:
-                group["lr"] *= (last / first) ** (1 / epochs)
-            return super().step(closure)
-
-    return {"num_epochs": epochs, "learning_rate": first, "optimizer": Slowing}
 
 
 def rotated(values, size):

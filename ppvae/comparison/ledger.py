@@ -1,0 +1,206 @@
+"""From the optimum of each family to rows of nats that sum to log p(x), and on to the fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.evaluation.amortization import error_of
+from ppvae.objectives.weights import TRUSTED
+
+#: Families of which each holds those before it, up to limits.
+_NESTED = ("mean_only_bounded", "mean_only", "shared_scale", "mean_scale", "low_rank", "full_rank")
+_VISIBLE = 1e-3  # nats of a datum by which a search may end lower without a word
+_ERRORS = 5.0  # standard errors, of which the same is said
+_CLEAR = 4.0  # errors by which draws from the prior must find more to be taken
+
+_STEPS = {
+    (None, "noise_only"): "prior_cost",
+    ("noise_only", "mean_only"): "mean_channel",
+    ("mean_only", "mean_scale"): "scale_channel",
+    ("mean_scale", "full_rank"): "correlations",
+}
+_WORDS = {
+    "noise": "E[log p(x|z)] over p(z|x): the noise of the data, which stays if z is known so well",
+    "prior_cost": "what it costs that nothing passes: z is drawn from its prior",
+    "mean_channel": "what a mean for each datum is worth, with noise of sd 1",
+    "scale_channel": "what a scale for each datum adds",
+    "correlations": "what correlations of the latents add",
+    "beyond_gaussian": "what no Gaussian says: the shape of the posterior",
+    "family_gap": "what the family of the guide cannot say",
+    "amortization_gap": "what the guide misses of the best of its family for each datum",
+    "optimization_gap": "what the fit is short of the best of its family",
+    "point": "max log p(x, z) over z, in the model's coordinates of z: no bound",
+    "guide_point": "log p(x, z) where the guide has its point: no bound",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of some data; tensors have shape `(groups, data)` or `(data,)`.
+
+    Attributes:
+        rungs: family -> the ELBO of its best member, by groups of draws.
+        noise: E[log p(x|z)] over the posterior, by the same groups, linearised.
+        log_likelihood: log p(x).
+        log_likelihood_se: its Monte Carlo error.
+        ess: effective draws behind it.
+        khat: of their weights.
+        point: max log p(x, z).
+        best: the ELBO of the best member of the guide's family, by groups; None of a point.
+        guide: the ELBO of the guide, or log p(x, z) at its point.
+        prior_found: by how many nats draws from the prior found more than the best member.
+    """
+
+    rungs: dict[str, Tensor]
+    noise: Tensor
+    log_likelihood: Tensor
+    log_likelihood_se: Tensor
+    ess: Tensor
+    khat: Tensor
+    point: Tensor
+    best: Tensor | None
+    guide: Tensor
+    prior_found: Tensor
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """What was measured of minibatches, of all data, in doubles on the CPU."""
+
+    def join(values: list[Any]) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], dict):
+            return {name: join([value[name] for value in values]) for name in values[0]}
+        return torch.cat([value.detach().double().cpu() for value in values], -1)
+
+    return Measured(**{name: join([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its nats of each datum, their Monte Carlo error, and whether it is in the sum."""
+
+    nats: np.ndarray
+    se: np.ndarray
+    summed: bool = True
+
+
+def rows_of(found: Measured, whole: bool) -> dict[str, Row]:  # noqa: FBT001
+    """The rows by name, in the order of the sum, and those outside of it behind.
+
+    Args:
+        found: what was measured.
+        whole: whether the one datum is all the data.
+    """
+    rows: dict[str, Row] = {"noise": _row(found.noise)}
+    below, last = None, found.noise
+    for name, groups in found.rungs.items():
+        rows[_free(_STEPS.get((below, name), name), rows)] = _row(groups - last)
+        below, last = name, groups
+    beyond = "beyond_gaussian" if below == "full_rank" else f"beyond_{below}"
+    log_p, error = found.log_likelihood, found.log_likelihood_se
+    rows[beyond] = _row(log_p - last, error)
+    if found.best is not None:
+        rows["family_gap"] = _row(found.best - log_p, error)
+        gap = "optimization_gap" if whole else "amortization_gap"
+        rows[gap] = _row(found.guide - found.best)
+    rows["point"] = _row(found.point[None], summed=False)
+    if found.best is None:
+        rows["guide_point"] = _row(found.guide, summed=False)
+    return rows
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """A name that no row has yet."""
+    return name if name not in taken else _free(f"{name}_", taken)
+
+
+def _row(groups: Tensor, error: Tensor | None = None, *, summed: bool = True) -> Row:
+    """The mean over groups of draws, and its error, with one that is independent of them."""
+    spread = error_of(groups) if len(groups) > 1 else torch.zeros_like(groups[0])
+    se = spread if error is None else torch.hypot(spread, error)
+    return Row(groups.mean(0).numpy(), se.numpy(), summed)
+
+
+def words_of(row: str, whole: bool) -> str:  # noqa: FBT001
+    """What a row is, in words."""
+    default = f"what {row.removeprefix('beyond_')} cannot say" if row.startswith("beyond_") else ""
+    words = _WORDS.get(row, default or f"what {row} adds")
+    return words.replace(" for each datum", "") if whole else words
+
+
+def notes_of(found: Measured) -> list[str]:
+    """What must be said of the numbers: which of them cannot be trusted, and why."""
+    notes, count = [], len(found.khat)
+    bad = int((found.khat > TRUSTED).sum())
+    if bad:
+        notes.append(
+            f"k-hat is above {TRUSTED} for {_of(bad, count)}: log p(x) and what lies beyond the "
+            "last family are understated there"
+        )
+    more = int((found.prior_found > 0).sum())
+    if more:
+        notes.append(
+            f"draws from the prior found up to {found.prior_found.max():.2g} nats that the best "
+            f"members miss, for {_of(more, count)} (another mode?): they are taken there"
+        )
+    names = [*found.rungs]
+    for below, name in zip(names, names[1:], strict=False):
+        if holds(name, below):
+            step = _row(found.rungs[name] - found.rungs[below])
+            lower = step.nats < -_ERRORS * step.se - _VISIBLE
+            if lower.any():
+                notes.append(
+                    f"the search ended below {below}, which {name} holds, by up to "
+                    f"{-step.nats.min():.2g} nats for {_of(int(lower.sum()), count)}: give it more "
+                    "steps (num_steps)"
+                )
+    return notes
+
+
+def holds(family: str, below: str) -> bool:
+    """Whether a family of the ladder holds another one, by their names."""
+    known = family in _NESTED and below in _NESTED
+    return known and _NESTED.index(below) < _NESTED.index(family)
+
+
+def _of(some: int, count: int) -> str:
+    return "all the data" if count == 1 else f"{some} of {count} data"
+
+
+def posterior_mean(log_weight: Tensor, values: Tensor) -> Tensor:
+    """A posterior mean by self-normalised weights, by groups of draws around it.
+
+    Args:
+        log_weight: shape `(groups, draws, data)`.
+        values: what is averaged, of the same shape.
+
+    Returns:
+        Shape `(groups, data)`: the mean over all draws, and around it what each group adds to its
+        error, to first order (the delta method).
+    """
+    groups = len(log_weight)
+    flat = log_weight.double().flatten(0, 1)
+    weight = torch.softmax(flat, 0).reshape(log_weight.shape)
+    values = values.double()
+    mean = (weight * values).sum((0, 1))
+    return mean + groups * (weight * (values - mean)).sum(1)
+
+
+def found_by_prior(found: Mapping[str, Tensor], prior: Mapping[str, Tensor]) -> Tensor:
+    """By how many nats draws from the prior find more of log p(x) than others, else zero.
+
+    A member that sits on one of several modes gives weights that look well and miss the others.
+
+    Args:
+        found: `estimates` of draws of the best members.
+        prior: the same of draws from the prior.
+    """
+    more = prior["log_likelihood"] - found["log_likelihood"]
+    error = torch.hypot(prior["log_likelihood_se"], found["log_likelihood_se"])
+    clear = (more > _CLEAR * error + 1e-9) & (prior["khat"] <= TRUSTED)
+    return torch.where(clear, more, 0.0)

@@ -1,0 +1,38 @@
+"""The families that a call names, by the names that results have for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ppvae._checks import expect
+from ppvae.guides.assignment import BySite
+
+
+def members_of(families: Any, least: int = 2) -> dict[str, Any]:
+    """The families by name, at least so many of them.
+
+    Args:
+        families: what `FamilyGuide` takes as such, in order; or a mapping to them from names.
+        least: how many there must be.
+
+    Raises:
+        TypeError: one is no family, or a name is no string.
+        ValueError: there are too few, or one is there twice.
+    """
+    wanted = "at least two" if least == 2 else f"at least {least}"
+    if isinstance(families, Mapping):
+        named = all(isinstance(name, str) and name for name in families)
+        expect(named, "families", "names of them", repr([*families]), TypeError)
+        expect(len(families) >= least, "families", wanted, repr(families))
+        return {name: family for name, family in families.items() if name_of(family)}
+    several = isinstance(families, Sequence) and not isinstance(families, (str, bytes))
+    expect(several and len(families) >= least, "families", wanted, repr(families))
+    members = {name_of(family): family for family in families}
+    expect(len(members) == len(families), "families", "different ones", repr(families))
+    return members
+
+
+def name_of(family: Any) -> str:
+    """The name of what `FamilyGuide` takes as a family."""
+    by_site = BySite(family, "families")
+    (block, *_) = by_site.entries.values()
+    return block.name if by_site.one is not None else by_site.name

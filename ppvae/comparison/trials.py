@@ -1,0 +1,103 @@
+"""One trial: a family is fitted from fresh networks with a seed, and measured."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ppvae._checks import expect
+from ppvae._process import apart
+from ppvae.comparison.steps import MEASURES, TOTALS, TRUST
+from ppvae.data.adapters import as_tensors, items_of, schema_of
+from ppvae.evaluation.evaluation import evaluate
+from ppvae.objectives.trace_terms import terms
+from ppvae.programs.runs import opened
+from ppvae.training.course import last_fall
+from ppvae.training.fitting import fit
+from ppvae.training.verdict import NarrowFamily
+
+
+def fresh(build: Any, start: list[Tensor] | None) -> tuple[Any, Any, list[Tensor]]:
+    """Model, encoder and a copy of their parameters, which must be those of the start."""
+    built = build()
+    pair = isinstance(built, tuple) and len(built) == 2
+    pair = pair and isinstance(built[1], (nn.Module, Mapping, type(None)))
+    wanted = "a model and an encoder module, or None for one"
+    expect(pair, "build", wanted, repr(built), TypeError)
+    model, encoder = built
+    encoders = encoder.values() if isinstance(encoder, Mapping) else [encoder]
+    now = [p.detach().clone() for p in parameters_of(model, *encoders)]
+    alike = start is None or (len(now) == len(start) and all(map(torch.equal, now, start)))
+    expect(alike, "build", "fresh networks that start alike for one seed", "others")
+    return model, encoder, now
+
+
+def parameters_of(*programs: Any) -> list[nn.Parameter]:
+    """The parameters of those programs that are modules."""
+    return [p for m in programs if isinstance(m, nn.Module) for p in m.parameters()]
+
+
+def check_test(model: Any, guide: Any, test: Any, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a guide is for the training data alone."""
+    told = {name: options[name] for name in ("plate", "kwargs") if name in options}
+    with opened(model, guide, test, seed=0, **told) as runs:
+        local = terms(*runs.traces, told.get("plate")).is_local
+        own = runs.plate is not None and runs.plate.name in guide.held
+    got = "others" if local else "others, of latents of all the data"
+    expect(local and not own, "test", "None: the posterior is one of the training data", got)
+
+
+def trial(
+    model: Any,
+    guide: Any,
+    train: Any,
+    test: Any,
+    seed: int,
+    num_samples: int,
+    options: Any,
+    name: str = "train",
+) -> xr.Dataset:
+    """Trains and measures one guide; `name` is what an error calls the training data."""
+    with apart(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NarrowFamily)  # the gain says by how much
+        fitted = fit(model, guide, train, seed=seed, progress=False, **options)
+    if fitted.interrupted:  # half a training is no ground for a comparison
+        raise KeyboardInterrupt
+    same = {name: options[name] for name in ("plate", "kwargs") if name in options}
+    same |= {"num_samples": num_samples, "seed": seed, "progress": False}
+    measured = evaluate(model, guide, *test, **same)
+    whole = "total_elbo" in measured
+    infinite = int(np.isinf(measured["total_elbo" if whole else "elbo"]).sum())
+    name = name if whole else "test"
+    expect(not infinite, name, "data of a finite ELBO", f"{infinite} of an infinite one")
+    told = options.get("num_epochs") if fitted.method == "stochastic gradient" else None
+    ended = len(fitted.losses) < told if told else fitted.converged is not False
+    losses = fitted.validation_losses or fitted.losses
+    fall, error = (0.0, 0.0) if ended else last_fall(losses)[:2]  # it ended by itself
+    used = guide if guide.family.channels else guide.heads  # with no channel the encoder is idle
+    size = sum(p.numel() for p in parameters_of(used) if p.requires_grad)
+    numbers = {"seconds": fitted.seconds, "parameters": size}
+    if whole:
+        count = measured.sizes.get("datum", len(test[0]))
+        numbers |= {"fall": count * fall, "fall_se": count * error, "num_data": count}
+        rate = {"global_rate": measured.global_rate.where(measured.total_elbo.notnull())}
+        return measured[[*TOTALS, *TRUST[1]]].assign(numbers | rate)
+    numbers |= {"fall": fall, "fall_se": error}
+    rate = {"rate": measured.rate.where(measured.elbo.notnull())}  # of a point it is a penalty
+    return measured[[*MEASURES, *TRUST[0]]].assign(numbers | rate)
+
+
+def held_data(name: str, test: Any) -> tuple[Any, ...]:
+    """The test data as tensors, with at least two data; tables stay, whose names a model knows."""
+    held = not isinstance(test, (Dataset, DataLoader))
+    expect(held, name, "a tensor, an array or a tuple", type(test).__name__, TypeError)
+    args = as_tensors(name, test, missing=True)
+    size = len(args[0]) if args[0].dim() else 1
+    expect(size >= 2, name, "at least 2 data", size)
+    pairs = zip(items_of(test), args, strict=True)
+    return tuple(arg if schema_of(item) is None else item for item, arg in pairs)

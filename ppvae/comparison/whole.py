@@ -1,0 +1,236 @@
+"""The optimum of each of several families for latents of all the data, by fits of their own.
+
+The model is held as it is: a fit moves the parameters of a guide that is made for it, and no other.
+What a guide is worth is averaged over draws whose moments are matched, by the map of one draw that
+`fit` itself uses, so that it is exact where the model is Gaussian.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppvae._checks import expect
+from ppvae._process import apart
+from ppvae._scopes import (
+    double_precision,
+    eval_mode,
+    kept_buffers,
+    param_store,
+    private_modules,
+    random_state,
+    unchecked,
+)
+from ppvae.comparison.ledger import Measured, found_by_prior, posterior_mean
+from ppvae.evaluation.amortization import GROUPS
+from ppvae.guides.assignment import BySite
+from ppvae.guides.family_guide import FamilyGuide
+from ppvae.objectives.trace_terms import terms
+from ppvae.objectives.weights import estimates
+from ppvae.programs.keywords import bare, with_keywords
+from ppvae.programs.matched_normals import matched
+from ppvae.programs.missing import nan_masked
+from ppvae.programs.runs import opened, trace_pair
+from ppvae.training.average import average_of, without_fallback_warnings
+from ppvae.training.fitting import fit
+from ppvae.training.optimum import affordable
+from ppvae.training.task import task_of, training_batches
+from ppvae.training.verdict import NarrowFamily, NotConverged
+
+_UNSEEN = 2_000_003  # seeds of draws that no fit with a small seed has held fixed
+_MATCHED = 1024  # the most latents for which draws are added until their moments can be matched
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model of all the data, and how it is called.
+
+    Attributes:
+        model: the model.
+        args: its arguments.
+        kwargs: its keyword arguments, or None.
+        plate: name of the data plate, or None.
+        num_samples: draws of each measure.
+        seed: chooses them.
+    """
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] | None
+    plate: str | None
+    num_samples: int
+    seed: int
+
+    def fitted(self, family: Any) -> tuple[FamilyGuide, str]:
+        """A guide of a family at its optimum, and a remark if it may not be there."""
+        guide = FamilyGuide(self.model, family)
+        if not guide.family.channels:
+            return guide, ""
+        with apart(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NarrowFamily)  # the rows say by how much
+            warnings.simplefilter("ignore", NotConverged)
+            told: dict[str, Any] = {"plate": self.plate, "kwargs": self.kwargs, "progress": False}
+            found = fit(self.model, guide, self.args, seed=self.seed, **told)
+        if found.interrupted:
+            raise KeyboardInterrupt
+        return guide, "" if found.converged else f"{guide.family.name}: {found.verdict}"
+
+    def parts(self, guide: Any) -> tuple[Tensor, Tensor]:
+        """What a guide is worth, in nats of all the data, by draws.
+
+        Returns:
+            Of matched draws in groups, `(3, groups, draws)`, and of independent ones, `(3, draws)`:
+            the ELBO with divergences in closed form, the log weight, and log p(x | z).
+        """
+        model, guide, extra = with_keywords(self.model, guide, (), self.kwargs)
+        names = tuple(self.kwargs or ())
+        pair = bare(model), bare(guide)
+        batches = training_batches(*pair, self.args, None, extra, names, whole=True)
+        if batches.missing:
+            model, guide = nan_masked(model), nan_masked(guide)
+        scopes = private_modules(), eval_mode(model, guide), unchecked(), random_state(self.seed)
+        with torch.no_grad(), scopes[0], scopes[1], scopes[2], scopes[3]:
+            task = task_of(model, guide, _parts, batches, self.plate)
+            device = next((p.device for p in task.program.parameters()), torch.device("cpu"))
+            with double_precision(device), without_fallback_warnings():
+                average = average_of(task)
+                values = [parameter.detach().double() for parameter in task.parameters]
+
+                def of(normals: Tensor, seed: int) -> Tensor:
+                    chunks = enumerate(average.chunks(normals), seed)
+                    pieces = [average.losses(values, chunk, own) for own, chunk in chunks]
+                    return torch.cat(pieces).T / average.size
+
+                least = 2 * (average.normals + 1)  # which can be matched
+                draws = self.num_samples // GROUPS
+                draws = max(draws, least) if average.normals <= _MATCHED else draws
+                draws = max(2, affordable(average, 2 * ((draws + 1) // 2)))
+                seeds = [self.seed + _UNSEEN * (number + 1) for number in range(GROUPS)]
+                groups = [of(matched(draws, average.normals, s), s) for s in seeds]
+                count = affordable(average, self.num_samples)
+                alone = torch.randn(count, average.normals)
+                return torch.stack(groups, 1), of(alone, self.seed + _UNSEEN)
+
+
+def _parts(
+    model: Any,
+    guide: Any,
+    *args: Any,
+    size: int | None = None,
+    step: Any = 0,
+    plate: str | None = None,
+) -> Tensor:
+    """Of one draw the ELBO, the log weight and log p(x | z), all unscaled."""
+    sites = terms(*trace_pair(model, guide, *args), plate)
+
+    def total(values: Mapping[str, Tensor]) -> Tensor:
+        return sum((value.sum() for value in values.values()), start=torch.zeros(()))
+
+    likelihood = total(sites.log_likelihood)
+    weight = likelihood + total(sites.log_prior) - total(sites.log_guide)
+    known = sites.kl
+    prior = total({k: v for k, v in sites.log_prior.items() if k not in known})
+    drawn = total({k: v for k, v in sites.log_guide.items() if k not in known})
+    return torch.stack([likelihood + prior - drawn - total(known), weight, likelihood])
+
+
+@contextmanager
+def frozen(whole: Whole, guide: Any) -> Iterator[None]:
+    """Inside, no parameter or buffer of the model or of a guide moves, whoever holds it."""
+    model, guide, extra = with_keywords(whole.model, guide, (), whole.kwargs)
+    names = tuple(whole.kwargs or ())
+    with param_store(copies=True):
+        pair = bare(model), bare(guide)
+        batches = training_batches(*pair, whole.args, None, extra, names, whole=True)
+        if batches.missing:
+            model, guide = nan_masked(model), nan_masked(guide)
+        with eval_mode(model, guide), random_state(whole.seed):
+            program = task_of(model, guide, None, batches, whole.plate).program
+        store = pyro.get_param_store()
+        held = [*program.parameters(), *store.get_state()["params"].values()]
+        dict(store.items())  # which get_state has taken the weak references off
+        moving = [parameter for parameter in held if parameter.requires_grad]
+        try:
+            for parameter in moving:
+                parameter.requires_grad = False
+            with kept_buffers(program):
+                yield
+        finally:
+            for parameter in moving:
+                parameter.requires_grad = True
+
+
+def measured_whole(
+    whole: Whole,
+    guide: FamilyGuide,
+    members: Mapping[str, Any],
+    own: str | None,
+    *,
+    dense: bool,
+    tick: Callable[[], Any],
+) -> tuple[Measured, list[str]]:
+    """Fits each family, and measures what its optimum is worth, with all else as it is.
+
+    Args:
+        whole: the model.
+        guide: the guide to account for.
+        members: family by name.
+        own: the name under which that of the guide is among them, or None.
+        dense: whether the guide has a density.
+        tick: is called after each fit.
+
+    Returns:
+        What was measured, of the one datum that all are; and remarks on fits.
+    """
+    notes: list[str] = []
+
+    def best_of(name: str, family: Any) -> tuple[Tensor, Tensor]:
+        fitted, note = whole.fitted(family)
+        if name != "point":
+            told: dict[str, Any] = {"seed": whole.seed, "plate": whole.plate}
+            told["kwargs"] = whole.kwargs
+            with opened(whole.model, fitted, whole.args, **told) as runs:
+                known = terms(*runs.traces, whole.plate).is_dense
+            got = f"{name}, whose members are points"
+            expect(known, "families", "families with a density", got)
+        notes.extend([note] if note else [])
+        tick()
+        return whole.parts(fitted)
+
+    with frozen(whole, guide):
+        mine = whole.parts(guide)
+        parts = {name: best_of(name, family) for name, family in members.items()}
+        if dense and own is None:
+            parts[""] = best_of(guide.family.name, _family_of(guide))
+        point = best_of("point", "deterministic")[0][1].mean()
+    if dense and mine[0][0].mean() > parts[own or ""][0][0].mean():
+        parts[own or ""] = mine
+    together, alone = max(parts.values(), key=lambda each: float(each[0][0].mean()))
+    found, more = estimates(alone[1][:, None]), torch.zeros(1)
+    if "noise_only" in parts:
+        prior = estimates(parts["noise_only"][1][1][:, None])
+        more = found_by_prior(found, prior).to(more)
+        if more.item() > 0:
+            found, together = prior, parts["noise_only"][0]
+    groups = {name: each[0][0].mean(1, keepdim=True) for name, each in parts.items()}
+    said = mine[0][0].mean(1, keepdim=True) if dense else mine[0][1].mean(1, keepdim=True)
+    measured = Measured(
+        rungs={name: groups[name] for name in members},
+        noise=posterior_mean(together[1][..., None], together[2][..., None]),
+        **found,
+        point=point.reshape(1),
+        best=groups[own or ""] if dense else None,
+        guide=said,
+        prior_found=more,
+    )
+    return measured, notes
+
+
+def _family_of(guide: FamilyGuide) -> Any:
+    """The family of a guide, or by site, as another guide takes it."""
+    return guide.family.entries if isinstance(guide.family, BySite) else guide.family
