@@ -410,7 +410,7 @@ CALLS: dict[str, Call] = {
             "num_steps": 2, "log_likelihood": None, "progress": False,
         },
         named=IN_ARGS,
-        infinite="/dataset/(running|khat)",  # outside of the sum; of a few draws
+        infinite="/dataset/(running|khat|mean_se_data)",  # outside of the sum; of a few draws
     ),
     "account, global": Call(
         lambda X, y, model, guide, **rest: account(model, guide, X, y, **rest),
