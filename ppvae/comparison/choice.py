@@ -23,13 +23,11 @@ from ppvae.comparison.steps import (
     table_of,
     with_steps,
 )
-from ppvae.comparison.trials import check_test, held_data, trial
+from ppvae.comparison.trials import check_test, held_data, task_on, trial
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.headed import check_encoder
 from ppvae.objectives.weights import TRUSTED
 from ppvae.programs.keywords import check_programs
-from ppvae.programs.runs import opened
-from ppvae.staging.program import program_of
 
 _LADDER = ("noise_only", "mean_only", "shared_scale", "mean_scale", "full_rank", "flow")
 _EQUAL = 0.75  # share of effective draws, above which no tail of the weights matters
@@ -164,7 +162,7 @@ def choose_family(  # noqa: D417
                     with pyro.get_param_store().scope(), random_state(number):
                         pair = _fresh(model, encoder, family)
                         if not pairs:
-                            _check_model(*pair, args, fit_options)
+                            _check_model(*pair, data, fit_options)
                         if test is not None and not pairs:
                             check_test(*copy.deepcopy(pair), args, fit_options)
                         told = _options_of(*pair, fit_options)
@@ -393,17 +391,12 @@ def _with_density(result: xr.Dataset, name: str) -> xr.Dataset:
     return result
 
 
-def _check_model(
-    model: Any, guide: FamilyGuide, args: tuple[Any, ...], options: Mapping[str, Any]
-) -> None:
+def _check_model(model: Any, guide: FamilyGuide, data: Any, options: Mapping[str, Any]) -> None:
     """Raises a ValueError if a model has parameters that a copy of it would share, or lack."""
-    told = {name: options[name] for name in ("plate", "kwargs") if name in options}
-    with opened(*copy.deepcopy((model, guide)), args, seed=0, **told) as runs:
-        plate = None if runs.plate is None else runs.plate.name
-        program = program_of(runs.model, runs.guide, None, runs.args, plate=plate)
-    shared = [
-        type(part).__name__ for part in program.called if {*part.parameters(), *part.buffers()}
-    ]
+    told = options.get("kwargs"), options.get("plate")
+    program = task_on(*copy.deepcopy((model, guide)), data, *told).program
+    own = [part for part in program.called if {*part.parameters(), *part.buffers()}]
+    shared = [type(part).__name__ for part in own]
     shared += [f"pyro.param({name!r})" for name in program.constraints]
     wanted = "a torch.nn.Module that holds its networks and parameters, so that it can be copied"
     expect(not shared, "model", wanted, f"one that uses {shared} from outside of itself")

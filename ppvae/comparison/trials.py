@@ -12,13 +12,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from ppvae._checks import expect
 from ppvae._process import apart
+from ppvae._scopes import eval_mode
 from ppvae.comparison.steps import MEASURES, TOTALS, TRUST
 from ppvae.data.adapters import as_tensors, items_of, schema_of
 from ppvae.evaluation.evaluation import evaluate
 from ppvae.objectives.trace_terms import terms
+from ppvae.programs.keywords import bare, with_keywords
+from ppvae.programs.missing import nan_masked
 from ppvae.programs.runs import opened
 from ppvae.training.course import last_fall
 from ppvae.training.fitting import fit
+from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import NarrowFamily
 
 
@@ -101,3 +105,24 @@ def held_data(name: str, test: Any) -> tuple[Any, ...]:
     expect(size >= 2, name, "at least 2 data", size)
     pairs = zip(items_of(test), args, strict=True)
     return tuple(arg if schema_of(item) is None else item for item, arg in pairs)
+
+
+def task_on(
+    model: Any,
+    guide: Any,
+    data: Any,
+    kwargs: Mapping[str, Any] | None,
+    plate: str | None,
+    objective: Any = None,
+) -> Task:
+    """The task of a pair on whole data, made as `fit` makes it, with the same words on bad data.
+
+    Its program holds all parameters, also those that plain functions bring along.
+    """
+    names = tuple(kwargs or ())
+    model, guide, extra = with_keywords(model, guide, (), kwargs)
+    batches = training_batches(bare(model), bare(guide), data, None, extra, names, whole=True)
+    if batches.missing:
+        model, guide = nan_masked(model), nan_masked(guide)
+    with eval_mode(model, guide):
+        return task_of(model, guide, objective, batches, plate)

@@ -27,19 +27,17 @@ from ppvae._scopes import (
     unchecked,
 )
 from ppvae.comparison.ledger import Measured, found_by_prior, posterior_mean
+from ppvae.comparison.trials import task_on
 from ppvae.evaluation.amortization import GROUPS
 from ppvae.guides.assignment import BySite
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import estimates
-from ppvae.programs.keywords import bare, with_keywords
 from ppvae.programs.matched_normals import matched
-from ppvae.programs.missing import nan_masked
 from ppvae.programs.runs import opened, trace_pair
 from ppvae.training.average import average_of, without_fallback_warnings
 from ppvae.training.fitting import fit
 from ppvae.training.optimum import affordable
-from ppvae.training.task import task_of, training_batches
 from ppvae.training.verdict import NarrowFamily, NotConverged
 
 _UNSEEN = 2_000_003  # seeds of draws that no fit with a small seed has held fixed
@@ -87,15 +85,9 @@ class Whole:
             Of matched draws in groups, `(3, groups, draws)`, and of independent ones, `(3, draws)`:
             the ELBO with divergences in closed form, the log weight, and log p(x | z).
         """
-        model, guide, extra = with_keywords(self.model, guide, (), self.kwargs)
-        names = tuple(self.kwargs or ())
-        pair = bare(model), bare(guide)
-        batches = training_batches(*pair, self.args, None, extra, names, whole=True)
-        if batches.missing:
-            model, guide = nan_masked(model), nan_masked(guide)
-        scopes = private_modules(), eval_mode(model, guide), unchecked(), random_state(self.seed)
-        with torch.no_grad(), scopes[0], scopes[1], scopes[2], scopes[3]:
-            task = task_of(model, guide, _parts, batches, self.plate)
+        scopes = private_modules(), eval_mode(self.model, guide), unchecked()
+        with torch.no_grad(), scopes[0], scopes[1], scopes[2], random_state(self.seed):
+            task = task_on(self.model, guide, self.args, self.kwargs, self.plate, _parts)
             device = next((p.device for p in task.program.parameters()), torch.device("cpu"))
             with double_precision(device), without_fallback_warnings():
                 average = average_of(task)
@@ -142,15 +134,10 @@ def _parts(
 @contextmanager
 def frozen(whole: Whole, guide: Any) -> Iterator[None]:
     """Inside, no parameter or buffer of the model or of a guide moves, whoever holds it."""
-    model, guide, extra = with_keywords(whole.model, guide, (), whole.kwargs)
-    names = tuple(whole.kwargs or ())
     with param_store(copies=True):
-        pair = bare(model), bare(guide)
-        batches = training_batches(*pair, whole.args, None, extra, names, whole=True)
-        if batches.missing:
-            model, guide = nan_masked(model), nan_masked(guide)
-        with eval_mode(model, guide), random_state(whole.seed):
-            program = task_of(model, guide, None, batches, whole.plate).program
+        with random_state(whole.seed):
+            task = task_on(whole.model, guide, whole.args, whole.kwargs, whole.plate)
+        program = task.program
         store = pyro.get_param_store()
         held = [*program.parameters(), *store.get_state()["params"].values()]
         dict(store.items())  # which get_state has taken the weak references off
