@@ -20,7 +20,7 @@ _LONG = 1000  # characters of what came, of which the middle is left out beyond
 
 
 #: Where it says what a warning means and what to do about it.
-TROUBLE = 'see examples/gallery/howto/when_it_goes_wrong.md'
+TROUBLE = "see examples/gallery/howto/when_it_goes_wrong.md"
 
 
 def expect(

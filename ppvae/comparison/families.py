@@ -90,8 +90,8 @@ def compare_families(
             there: `decoder.requires_grad_(False)`. The encoder may be None, or a mapping of
             several, as for `FamilyGuide`.
         families: what `FamilyGuide` takes, in the order of the comparison: names in the ladder,
-            guide families, blocks (`Block`), or mappings to such from the latent sites, each called by its
-            name. Or a mapping to such from names of your own.
+            guide families, blocks (`Block`), or mappings to such from the latent sites, each called
+            by its name. Or a mapping to such from names of your own.
         train: training data, as for `fit`.
         test: data to measure on, at least 2: a tensor, an array, or a tuple of them. By default the
             training data, on which a bigger family gains more than on others. None for latents of
