@@ -68,7 +68,7 @@ def account(found: Any) -> Figure:
     axes = figure.subplots()
     ends, errors = data.running.values, data.mean_se_draws.values
     before = np.concatenate([[0.0], ends[inside][:-1]])
-    for place, (name, step) in enumerate(zip(names, data["mean"].values, strict=True)):
+    for place, step in enumerate(data["mean"].values):
         whisker: dict[str, Any] = {"xerr": errors[place], "color": "black", "linewidth": 0.8}
         if not inside[place]:
             axes.plot(step, place, "D", color="black", markersize=7)
@@ -86,12 +86,11 @@ def account(found: Any) -> Figure:
             va="center",
             fontsize=8,
         )
-        ended = {"beyond_": ("log p(x)", "-"), "ization_gap": ("ELBO of the guide", "--")}
-        for part, (label, kind) in ended.items():
-            if part in name:
-                told: dict[str, Any] = {"color": "0.5", "linewidth": 1.0, "zorder": 0}
-                label = f"{label}  {ends[place]:.2f}"
-                axes.axvline(ends[place], linestyle=kind, label=label, **told)
+        end = str(data.end.values[place])
+        if end:
+            kind: dict[str, Any] = {"linestyle": "-" if end == "log p(x)" else "--"}
+            kind |= {"color": "0.5", "linewidth": 1.0, "label": f"{end}  {ends[place]:.2f}"}
+            axes.axvline(ends[place], zorder=0, **kind)
     axes.axhline(inside.sum() - 0.5, color="0.6", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), names)
     axes.set(

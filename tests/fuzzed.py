@@ -25,8 +25,10 @@ from ppvae import (
     Block,
     Family,
     FamilyGuide,
+    account,
     annealed_importance,
     calibration,
+    choose_family,
     closed_form,
     compare_families,
     concat_chains,
@@ -168,6 +170,12 @@ def load(path, model, guide):
 @cache
 def found():
     return evaluate(*linear(), data(4), num_samples=8, progress=False)
+
+
+@cache
+def accounted():
+    few = {"num_samples": 16, "num_steps": 2, "progress": False}
+    return account(*linear(), data(4), families=["noise_only"], **few)
 
 
 @cache
@@ -394,6 +402,41 @@ CALLS: dict[str, Call] = {
     ),
     "Poisson.of, exposure": Call(
         likelihoods.Poisson.of, lambda: {"data": X, "exposure": np.array([1.0, 2.0, 0.5, 1.0])}
+    ),
+    "account": Call(
+        on_data(account),
+        lambda: programs() | MEASURED | {
+            "data": data(4), "families": ["noise_only", "mean_scale"], "num_samples": 16,
+            "num_steps": 2, "log_likelihood": None, "progress": False,
+        },
+        named=IN_ARGS,
+        infinite="/dataset/(running|khat)",  # outside of the sum; of a few draws
+    ),
+    "account, global": Call(
+        lambda X, y, model, guide, **rest: account(model, guide, X, y, **rest),
+        lambda: programs(global_pair) | ROWS | {
+            "families": ["mean_only"], "num_samples": 16, "progress": False
+        },
+        named={"X": "args", "y": "args"},
+        infinite="/dataset/(running|khat|mean_se_data)",
+    ),
+    "choose_family": Call(
+        choose_family,
+        lambda: {
+            "model": linear()[0], "data": data(4), "test": data(3), "encoder": nn.Identity(),
+            "families": ["noise_only", "mean_only"], "num_seeds": 2, "seed": 0, "min_gain": 0.05,
+            "level": 0.9, "num_samples": 4, "progress": False, "num_epochs": 1,
+        },
+        infinite="/dataset/.*",  # of the first family, which is no step
+    ),
+    "choose_family, global": Call(
+        choose_family,
+        lambda: {
+            "model": one_weight, "data": (torch.tensor(X), torch.tensor(Y)), "encoder": None,
+            "families": {"a": "mean_only", "b": {"w": "mean_scale"}}, "num_seeds": 2,
+            "num_samples": 4, "progress": False, "num_epochs": 3,
+        },
+        infinite="/dataset/.*",
     ),
     "compare_families": Call(
         compare_families,
@@ -766,6 +809,7 @@ CALLS: dict[str, Call] = {
         },
     ),
     # plots and data
+    "plots.account": Call(plots.account, lambda: {"found": accounted()}),
     "plots.calibration": Call(plots.calibration, lambda: {"found": ranked(), "level": 0.9}),
     "plots.encodings": Call(
         lambda codes, **rest: plots.encodings({"a": codes}, **rest),
@@ -941,7 +985,9 @@ PROGRAMS: dict[str, tuple[Callable[[], Any], tuple[type[Exception], ...], str]] 
 
 #: what is no mistake: latents in no plate are global, a datum may have a density of zero, and a
 #: program is staged whatever its numbers are
-FINE = {("no plate", measure) for measure in ("fit", "evaluate", "from_pyro_svi", "stage")}
+FINE = {
+    ("no plate", measure) for measure in ("fit", "evaluate", "account", "from_pyro_svi", "stage")
+}
 FINE |= {("no plate", "annealed_importance")}
 FINE |= {("a decoder of NaN", "stage")} | {
     ("a decoder of infinity", measure)
@@ -949,7 +995,8 @@ FINE |= {("a decoder of NaN", "stage")} | {
 }
 
 #: calls with a model and its guide, and data that depend on latents of their own
-PAIRED = ("fit", "evaluate", "gaps", "annealed_importance", "calibration", "from_pyro_svi", "stage")
+PAIRED = ("fit", "evaluate", "gaps", "account", "annealed_importance", "calibration")
+PAIRED += ("from_pyro_svi", "stage")
 
 
 def frozen_guide(x):
@@ -957,8 +1004,8 @@ def frozen_guide(x):
 
 
 #: what takes too long
-TRAINS = "fit", "fit, global", "compare_families", "compare_families, global"
-LEFT_OUT = {(name, "num_epochs", "None") for name in TRAINS} | {
+TRAINS = "fit", "fit, global", "compare_families", "compare_families, global", "choose_family"
+LEFT_OUT = {(name, "num_epochs", "None") for name in (*TRAINS, "choose_family, global")} | {
     ("fit", "compile", "True"),
     ("fit_replicates", "compile", "True"),
 }

@@ -71,11 +71,17 @@ def x():
 
 
 CALLS = {
+    "account": lambda m, g, x, put: ppvae.account(
+        m, g, x, num_steps=3, num_samples=16, progress=False
+    ),
     "annealed_importance": lambda m, g, x, put: ppvae.annealed_importance(
         m, g, x, num_temperatures=3, num_chains=2, progress=False
     ),
     "calibration": lambda m, g, x, put: ppvae.calibration(
         m, g, x, num_simulations=4, num_samples=9, progress=False
+    ),
+    "choose_family": lambda m, g, x, put: ppvae.choose_family(
+        m, x, encoder=g.encoder, families=["mean_scale", "mean_only"], **COMPARED
     ),
     "compare_families": lambda m, g, x, put: ppvae.compare_families(
         lambda: (build(put)[0], put(mlp(4, 4))), ["mean_scale", "mean_only"], x, **COMPARED

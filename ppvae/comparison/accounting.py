@@ -15,6 +15,7 @@ from ppvae._checks import as_doubles, check_count, check_label, check_real, chec
 from ppvae._process import exclusive
 from ppvae.comparison.ledger import (
     Measured,
+    check_finite,
     found_by_prior,
     joined,
     notes_of,
@@ -53,27 +54,26 @@ class Account:
         dataset: the numbers. Dims `row` and `datum` (no `datum` for latents of all the data):
             `nats` and their Monte Carlo error `nats_se`. Dim `row`: `mean` over the data, with its
             errors `mean_se_draws` (of the draws) and `mean_se_data` (for other data; NaN for
-            latents of all the data), the `running` sum, NaN outside of it, `summed`, whether a row
-            is inside, and its `words`. Dims `family` and `datum`: `optimum`, the ELBO of the best
-            member of each family, with `optimum_se`. Dim `datum`: `log_likelihood` with
-            `log_likelihood_se`, `ess` and `khat`; `elbo` of the guide, NaN of a point, with
-            `elbo_se`. Each has its `unit`; the attribute `notes` says what cannot be trusted.
+            latents of all the data); the `running` sum, NaN outside of it, and its name `end`,
+            where it has one; `summed`, whether a row is inside; and `words`. Dims `family` and
+            `datum`: `optimum`, the ELBO of the best member of each family, with `optimum_se`. Dim
+            `datum`: `log_likelihood` with `log_likelihood_se`, `ess` and `khat`; `elbo` of the
+            guide, NaN of a point, with `elbo_se`. Each has its `unit`; the attribute `notes` says
+            what cannot be trusted.
     """
 
     dataset: xr.Dataset
 
     def __repr__(self) -> str:
         data = self.dataset
-        lines: list[tuple[str, ...]] = [("row", "nats", "of draws", "of data", "sum", "what it is")]
+        lines: list[tuple[str, ...]] = [("row", "nats", "+- draws", "+- data", "sum", "what it is")]
         for row in data.row.values:
             one = data.sel(row=row)
             words = one.words.item() if one.summed else f"(not in the sum) {one.words.item()}"
             numbers = [one["mean"], one.mean_se_draws, one.mean_se_data, one.running]
             lines.append((str(row), *map(_shown, numbers), words))
-            if str(row).startswith("beyond_"):
-                lines.append(("  log p(x)", *[""] * 3, _shown(one.running), ""))
-            elif str(row).endswith("ization_gap"):
-                lines.append(("  ELBO of the guide", *[""] * 3, _shown(one.running), ""))
+            if one.end:
+                lines.append((f"  {one.end.item()}", *[""] * 3, _shown(one.running), ""))
         kept = [0, 1, 2, 3, 4] if "datum" in data.dims else [0, 1, 2, 4]
         widths = [max(len(line[at]) for line in lines) for at in kept]
         text = []
@@ -90,7 +90,7 @@ class Account:
 def _shown(value: Any) -> str:
     """A number of the table; nothing where there is none."""
     number = float(value)
-    return f"{number + 0.0:.3f}" if math.isfinite(number) else ""
+    return f"{round(number, 3) + 0.0:.3f}" if math.isfinite(number) else ""
 
 
 @exclusive
@@ -168,7 +168,7 @@ def account(  # noqa: D417
     Raises:
         TypeError: a family is none, or the guide cannot be called.
         ValueError: the guide is no `FamilyGuide`; a family has no density, or cannot be searched;
-            the data are not finite; or an argument is out of its range.
+            the data are not finite, or have no finite ELBO; or an argument is out of its range.
 
     Cremer, Li, Duvenaud, Inference suboptimality in variational autoencoders, 2018 (the two gaps);
     Hoffman and Johnson, ELBO surgery, 2016.
@@ -212,6 +212,7 @@ def account(  # noqa: D417
         with tqdm(desc=label, total=count, disable=not shown, delay=3.0, unit="fit") as bar:
             own = _own_of(guide, members)
             found, notes = measured_whole(whole, guide, members, own, dense=dense, tick=bar.update)
+    check_finite(found)
     if log_likelihood is not None:
         exact = _exact(log_likelihood, len(found.khat), whole=not local)
         found, missed = _with_exact(found, exact)
@@ -388,6 +389,7 @@ def _dataset(found: Measured, notes: list[str], whole: bool, told: dict[str, Any
         "mean_se_data": ("row", spread, has),
         "running": ("row", running, has),
         "summed": ("row", summed),
+        "end": ("row", [row.end for row in rows.values()]),
         "words": ("row", [words_of(name, whole) for name in rows]),
         "optimum": (("family", *datum), of_data([value for value, _ in optima]), has),
         "optimum_se": (("family", *datum), of_data([error for _, error in optima]), has),

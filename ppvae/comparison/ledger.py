@@ -1,13 +1,14 @@
 """From the optimum of each family to rows of nats that sum to log p(x), and on to the fit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae._checks import expect
 from ppvae.evaluation.amortization import error_of
 from ppvae.objectives.weights import TRUSTED
 
@@ -82,11 +83,28 @@ def joined(parts: Sequence[Measured]) -> Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its nats of each datum, their Monte Carlo error, and whether it is in the sum."""
+    """One row: its nats of each datum, their Monte Carlo error, and its place in the sum.
+
+    Attributes:
+        nats: of each datum.
+        se: their Monte Carlo error.
+        summed: whether it is in the sum.
+        end: what the sum is behind it, if that has a name.
+    """
 
     nats: np.ndarray
     se: np.ndarray
     summed: bool = True
+    end: str = ""
+
+
+def check_finite(found: Measured) -> None:
+    """Raises a ValueError if an ELBO is infinite: of the guide, or of the best of a family."""
+    for name, groups in {"": found.guide, **found.rungs}.items():
+        bad = int((~groups.isfinite().all(0)).sum())
+        wanted = f"a finite ELBO of {name} for every datum, or `families` without it"
+        wanted = wanted if name else "a finite ELBO of every datum"
+        expect(not bad, "model" if name else "model or guide", wanted, f"{bad} that are not")
 
 
 def rows_of(found: Measured, whole: bool) -> dict[str, Row]:  # noqa: FBT001
@@ -103,11 +121,11 @@ def rows_of(found: Measured, whole: bool) -> dict[str, Row]:  # noqa: FBT001
         below, last = name, groups
     beyond = "beyond_gaussian" if below == "full_rank" else f"beyond_{below}"
     log_p, error = found.log_likelihood, found.log_likelihood_se
-    rows[beyond] = _row(log_p - last, error)
+    rows[_free(beyond, rows)] = replace(_row(log_p - last, error), end="log p(x)")
     if found.best is not None:
         rows["family_gap"] = _row(found.best - log_p, error)
         gap = "optimization_gap" if whole else "amortization_gap"
-        rows[gap] = _row(found.guide - found.best)
+        rows[gap] = replace(_row(found.guide - found.best), end="ELBO of the guide")
     rows["point"] = _row(found.point[None], summed=False)
     if found.best is None:
         rows["guide_point"] = _row(found.guide, summed=False)

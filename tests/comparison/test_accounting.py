@@ -45,9 +45,7 @@ def row(found, name):
 def sums(found, end, bound=1e-9):
     """Whether the rows sum to log p(x), and on to an end."""
     inside = found.where(found.summed, drop=True)
-    last = [str(name) for name in inside.row.values].index(
-        next(name for name in inside.row.values if name.startswith("beyond_"))
-    )
+    last = inside.end.values.tolist().index("log p(x)")
     half = inside.nats.isel(row=slice(last + 1)).sum("row")
     return close(half, found.log_likelihood, bound) and close(inside.nats.sum("row"), end, bound)
 
@@ -520,6 +518,10 @@ def test_bad_input(options, error, message):
 
 
 def test_guides_that_have_no_account():
+    model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(1e-200))
+    guide = FamilyGuide(model, families.mean_scale, nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="model or guide: expected a finite ELBO of every datum"):
+        measure(model, guide, torch.ones(4, 3), num_steps=1, num_samples=16)
     with pytest.raises(ValueError, match="guide: expected a FamilyGuide, got AutoNormal"):
         account(LINEAR.model, AutoNormal(LINEAR.model), LINEAR.x)
     reg = Regression(rows=6, columns=2)
