@@ -237,6 +237,15 @@ def test_a_table_of_mixed_columns():
     )
 
 
+def test_a_second_table_does_not_move_the_likelihood_of_the_first():
+    """The same parts may be told to start at two tables: each likelihood has its own."""
+    parts = {0: likelihoods.Normal(learned=True)}
+    first = likelihoods.Mixed.of(np.array([[49.0], [51.0]]), parts=parts)
+    likelihoods.Mixed.of(np.array([[-49.0], [-51.0]]), parts=parts)
+    assert first(torch.zeros(1, 1)).mean == 50.0
+    assert parts[0](torch.zeros(1, 1)).mean == 0.0  # nor are the parts that were given
+
+
 @pytest.mark.parametrize("kind", LIKELIHOODS)
 def test_every_likelihood_is_evaluated_exported_and_loaded(kind):
     torch.manual_seed(0)

@@ -162,7 +162,7 @@ def _of_all(found: xr.Dataset) -> list[str]:
     share = float((found.get("khat", xr.DataArray([0.0])) > TRUSTED).mean())
     if share > 0:
         lines.append(
-            f"k-hat of the local latents is above {TRUSTED} for {100 * share:.0f} % of the data: "
+            f"k-hat of the local latents is above {TRUSTED} for {_percent(share)} of the data: "
             "there the guide misses parts of their posterior, and log p(x) comes out too low, by "
             "more than its error says. A joint family, `refine` or more draws bring it nearer."
         )
@@ -252,6 +252,11 @@ def _bound(found: xr.Dataset) -> list[str]:
     return [*lines, _trust(found.khat.dropna("datum").values)]
 
 
+def _percent(share: float) -> str:
+    """A share that is not zero, in whole per cents."""
+    return f"{100 * share:.0f} %" if share >= 0.005 else "less than 1 %"
+
+
 def _trust(khats: np.ndarray) -> str:
     """Whether the importance weights can be trusted."""
     if not len(khats):
@@ -260,7 +265,7 @@ def _trust(khats: np.ndarray) -> str:
     if share == 0:
         return f"k-hat is below {TRUSTED} for all data: the importance weights are well behaved."
     return (
-        f"k-hat is above {TRUSTED} for {100 * share:.0f} % of the data: there the guide misses "
+        f"k-hat is above {TRUSTED} for {_percent(share)} of the data: there the guide misses "
         "parts of the posterior, and neither it nor log p(x) by importance sampling can be "
         "trusted; `annealed_importance` gives a better estimate, a wider family a better guide."
     )

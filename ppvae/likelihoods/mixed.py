@@ -1,5 +1,6 @@
 """The likelihood of a table with columns of several kinds."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -56,16 +57,17 @@ class Mixed(Likelihood):
         Args:
             data: of shape `(rows, columns)`.
             exposure: none, since not all columns are counts.
-            parts: as for the class; for a table of pandas the columns may be named. The likelihood
-                then knows the categories of a column by their names, whatever codes those of
-                another table have.
+            parts: as for the class, and copied, as they are to start at these data; for a table of
+                pandas the columns may be named. The likelihood then knows the categories of a
+                column by their names, whatever codes those of another table have.
 
         Raises:
             TypeError, ValueError: as for the class, or the data are none that it can take.
         """
         expect(exposure is None, "exposure", "none for a table of several kinds", "one")
         names = Labels(data).columns or []
-        given = {_named(key, names): part for key, part in check_mapping("parts", parts).items()}
+        named = {_named(key, names): part for key, part in check_mapping("parts", parts).items()}
+        given = {key: copy.deepcopy(part) for key, part in named.items()}
         told = [_columns(key) for key in given]
         left = [name for at, name in enumerate(names) if not any(at in each for each in told)]
         expect(not left, "parts", "a likelihood for each column", f"none for {left}")

@@ -126,6 +126,11 @@ def test_reading(changes, line, start):
     assert wrong == (changes != {"active": [True] * 3} and "channels" not in changes)
 
 
+def test_a_share_that_is_not_zero_is_not_called_so():
+    many = result(khat=[0.9, 0.1, 0.1, 0.1]).isel(datum=[0] + [1] * 999)
+    assert "k-hat is above 0.7 for less than 1 % of the data" in reading(many)
+
+
 def test_the_cause_of_a_collapse():
     for directions_, beta, words in (
         (2, 1, "variance of 0.09, only 2 of the principal directions of the data"),
