@@ -50,7 +50,7 @@ def say(**numbers: Any) -> None:
 
 def table(rows: Iterable[Mapping[str, Any]], digits: int = 2) -> Any:
     """A table of one row for each mapping; its numbers with so many digits."""
-    frame = pd.DataFrame(list(rows)).fillna("")
+    frame = pd.DataFrame(list(rows)).astype(object).fillna("")
     cells = {name: _cell(digits) for name in frame}
     return frame.style.format(cells).hide(axis="index")
 
