@@ -7,9 +7,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from myst_nb import glue
 from numpy.typing import ArrayLike
 
@@ -33,6 +35,8 @@ def _print(message: Any, category: Any, *_: Any, **__: Any) -> None:
 
 
 warnings.showwarning = _print  # on the page, where all see it
+if get_ipython() is not None:
+    set_matplotlib_formats("png")  # shows figures that are not of pyplot, as those of `ppvae.plots`
 warnings.filterwarnings("ignore", "IProgress not found")  # of bars, which a page has not
 
 
