@@ -65,8 +65,8 @@ class ELBO(Objective):
     The rate is KL(q(z|x) || p(z)), summed over latent sites; for a point guide it is the penalty
     -log p(z), so that `beta=0` with a deterministic guide is the plain autoencoder.
 
-    **With beta other than 1, or with free bits, the loss is no bound** on -log p(x): report the
-    plain ELBO beside it (`evaluate` does). With free bits a batch has a say: the mean over the
+    **With beta below 1 the loss is no bound** on -log p(x); above 1, or with free bits, it is a
+    looser one than at 1. Report the plain ELBO beside it (`evaluate` does). With free bits a batch has a say: the mean over the
     batch is inside the maximum, so that smaller batches have higher losses on average.
 
     Args:
