@@ -66,8 +66,9 @@ class ELBO(Objective):
     -log p(z), so that `beta=0` with a deterministic guide is the plain autoencoder.
 
     **With beta below 1 the loss is no bound** on -log p(x); above 1, or with free bits, it is a
-    looser one than at 1. Report the plain ELBO beside it (`evaluate` does). With free bits a batch has a say: the mean over the
-    batch is inside the maximum, so that smaller batches have higher losses on average.
+    looser one than at 1. Report the plain ELBO beside it (`evaluate` does). With free bits a batch
+    has a say: the mean over the batch is inside the maximum, so that smaller batches have higher
+    losses on average.
 
     Args:
         beta: weight of the rate, at least 0: a number, or a function from the number of optimizer
