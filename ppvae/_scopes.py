@@ -258,6 +258,6 @@ def stacklevel() -> int:
     """The `stacklevel` by which a warning points at the caller outside of this library."""
     frame, level = sys._getframe(1), 1
     inside = ("ppvae", "pyro", "torch", "contextlib")
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in inside:
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     return level

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from ppvae import closed_form, families, plots
 from ppvae._checks import check_array, check_real, check_share, check_size
+from ppvae._scopes import stacklevel
 from ppvae.regression import exact_posterior, log_evidence_curve, predictive_scores
 
 X = np.arange(12.0).reshape(4, 3) % 5
@@ -102,3 +103,11 @@ def test_tables_say_which_columns_are_no_numbers():
         check_real("X", table)
     with pytest.raises(TypeError, match=r"^X: .*got DataFrame of object, with missing entries$"):
         check_real("X", table[["a"]].assign(b=pd.array([1.0, pd.NA], dtype="Float64")))
+
+
+def test_a_warning_points_at_code_that_has_no_name():
+    """As that of `exec` with globals of its own: the level above one frame of the library."""
+    inside = eval("lambda: stacklevel()", {"__name__": "ppvae.inside", "stacklevel": stacklevel})
+    names = {"inside": inside}
+    exec("level = inside()", names)
+    assert names["level"] == 2 and "__name__" not in names

@@ -229,7 +229,7 @@ class Staged(nn.Module):
 
     @property
     def names_of_state(self) -> list[str]:
-        """The names of `state` in the program; those of constants are their numbers."""
+        """The names of `state` in the program, with dots; those of constants have none."""
         return [name for _, name in self._paths]
 
     def data(self, batch: tuple[Any, ...], settings: list[Tensor]) -> list[Tensor]:

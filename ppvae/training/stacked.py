@@ -136,11 +136,14 @@ class Stacked(Engine):
         super().set_random_numbers(states)
 
     def write_back(self) -> None:
-        """Gives each pair its values."""
+        """Gives each pair its values; constants of the graph are no one's."""
+        owned = ["." in name for name in self.staged.names_of_state]
         with torch.no_grad():
             for replicate, program in enumerate(self.programs):
-                for value, new in zip(self.staged.state(program), self.state, strict=True):
-                    value.copy_(new[replicate])
+                values = zip(owned, self.staged.state(program), self.state, strict=True)
+                for own, value, new in values:
+                    if own:
+                        value.copy_(new[replicate])
 
 
 def stacked(tasks: Sequence[Task], seeds: Sequence[int], how: str) -> Stacked:

@@ -515,6 +515,27 @@ def test_pairs_of_different_make_are_trained_in_groups(tmp_path):
         assert same(values(*pair), values(*own), 1e-9)
 
 
+def test_a_constant_whose_elements_share_memory_is_no_value_to_give_back():
+    """The scale of this prior is one number, expanded; validation runs the programs themselves."""
+    told = {"num_epochs": 2, "learning_rate": 0.01, "progress": False}
+
+    def pairs():
+        built = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            prior = dist.Normal(torch.zeros(2), 3.0).to_event(1)
+            model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(0.5), prior)
+            built.append((model, FamilyGuide(model, families.mean_scale, nn.Linear(3, 4))))
+        return built
+
+    results = fit_replicates(pairs(), data(), seeds=[0, 1], validation=data(5), **told)
+    for seed, (result, own) in enumerate(zip(results, pairs(), strict=True)):
+        alone = fit(*own, data(), seed=seed, validation=data(5), **told)
+        assert result.execution == "staged"
+        assert result.losses == pytest.approx(alone.losses, rel=1e-9)
+        assert result.validation_losses == pytest.approx(alone.validation_losses, rel=1e-9)
+
+
 @pytest.mark.parametrize("train", [fit, fit_replicates])
 @pytest.mark.parametrize(
     ("options", "message"),
