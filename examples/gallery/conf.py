@@ -1,9 +1,11 @@
 """How the site is built: `sphinx-build -W --keep-going -j 2 examples/gallery site`.
 
 Every page is run while it is built, in a process of its own, and an error on a page fails the
-build. What a page printed is kept in `site/.jupyter_cache` until its code changes.
+build. What a page printed is kept in `.jupyter_cache` until its code changes, or the library, or
+what it stands on.
 """
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -13,9 +15,18 @@ sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each page: two are built side by side
 
+import torch  # noqa: E402
 from extensions import inventories, mathml, poster  # noqa: E402
 
 import ppvae  # noqa: E402
+
+
+def _state() -> str:
+    """A name for what pages are run with: the library, what they share, and PyTorch."""
+    files = [HERE / "pages.py", *sorted(Path(ppvae.__file__).parent.rglob("*.py"))]
+    read = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(read + torch.__version__.encode()).hexdigest()[:12]
+
 
 project = "ppvae"
 author = "the founders of ppvae"
@@ -30,7 +41,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["**/.ipynb_checkpoints"]
+exclude_patterns = ["**/.ipynb_checkpoints", ".jupyter_cache"]
 html_theme = "furo"
 html_title = "ppvae"
 html_static_path = ["_static"]
@@ -43,6 +54,7 @@ html_math_renderer = "mathml"  # no script and no network
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / ".jupyter_cache" / _state())
 nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
