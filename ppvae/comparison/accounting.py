@@ -26,6 +26,7 @@ from ppvae.comparison.ledger import (
 from ppvae.comparison.members import members_of, name_of
 from ppvae.comparison.rungs import Rung, climb, moments_of, rung_of
 from ppvae.comparison.whole import Whole, measured_whole
+from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.amortization import (
     check_along,
     elbo_groups,
@@ -180,7 +181,7 @@ def account(  # noqa: D417
         >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(1.0))
         >>> guide = FamilyGuide(model, families.mean_scale, encoder=mlp(5, 16))
         >>> found = account(model, guide, torch.randn(20, 5), progress=False).dataset
-        >>> [*found.row.values[:4]]
+        >>> found.row.values[:4].tolist()
         ['noise', 'prior_cost', 'mean_channel', 'scale_channel']
         >>> bool(abs(found.nats.sel(row="beyond_gaussian")).max() < 1e-3)  # the posterior is one
         True
@@ -194,6 +195,8 @@ def account(  # noqa: D417
     wanted = "a FamilyGuide"
     expect(isinstance(guide, FamilyGuide), "guide", wanted, type(guide).__name__)
     shown, label = check_label("progress", progress, "account")
+    if args and guide.encoder is None and guide.family.channels:  # data of fits of their own
+        as_tensors("args", args, missing=True, sparse=True)
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
         sites = terms(*runs.traces, plate)
         dense, channels = sites.is_dense, guide.family.channels

@@ -132,7 +132,7 @@ def choose_family(  # noqa: D417
         >>> model = LinearRegression(2, noise=1.0)
         >>> names = ["noise_only", "mean_scale", "full_rank", "flow"]
         >>> chosen = choose_family(model, (X, y), families=names, progress=False)
-        >>> chosen.name, [*chosen.dataset.family.values]  # the posterior is Gaussian: no flow
+        >>> chosen.name, chosen.dataset.family.values.tolist()  # the posterior is Gaussian: no flow
         ('full_rank', ['noise_only', 'mean_scale', 'full_rank'])
         >>> chosen.reason.splitlines()[0][:18]
         'Take `full_rank`: '
