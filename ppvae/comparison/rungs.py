@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import expect
+from ppvae.comparison.members import summing_out
 from ppvae.data.adapters import has_missing
 from ppvae.evaluation.search import ShiftedGuide, best_shifts, better_of, new_seed, shifted_guide
 from ppvae.families.heads import Argument, Head
@@ -96,7 +97,7 @@ def rung_of(
     """
     frame, program = runs.plate, held(model, outer) if outer else model
     first = latent_nodes(runs.traces[1])[0]["value"]
-    guide = FamilyGuide(program, family, Silent(first), plate=frame.name)
+    guide = FamilyGuide(program, summing_out(family), Silent(first), plate=frame.name)
     guide.encoder.rows = frame.size
     guided: Any = WithKeywords(guide, names) if names else guide
     if has_missing(runs.args):
@@ -115,7 +116,7 @@ def moments_of(shifted: ShiftedGuide, shifts: Tensor) -> Moments | None:
     """Where members are, for a search to begin there; None of latents that are not continuous."""
     try:
         mean, sd = shifted.moments(shifts, _MOMENTS if shifted.coordinates else 1, new_seed())
-    except ValueError:
+    except (ValueError, NotImplementedError):
         return None
     return mean, sd.clamp_min(_NARROWEST) if shifted.coordinates else None
 
@@ -125,6 +126,8 @@ def shifts_at(shifted: ShiftedGuide, guide: FamilyGuide, moments: Moments) -> Te
 
     What a family has beside them is left as it is.
     """
+    if not shifted.columns:
+        return shifted.start  # of the only member
     mean, sd = moments
     slices = Layout.of(shifted.traces[0], shifted.runs.plate).slices
     pieces = shifted.pieces(shifted.start.clone())
