@@ -24,7 +24,7 @@ from ppvae.comparison.ledger import (
     words_of,
 )
 from ppvae.comparison.members import is_family_of, members_of, name_of
-from ppvae.comparison.rungs import Rung, climb, moments_of, rung_of
+from ppvae.comparison.rungs import Rung, climb, moments_of, rung_of, without_maximum
 from ppvae.comparison.whole import Whole, measured_whole
 from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.amortization import (
@@ -132,18 +132,20 @@ def account(  # noqa: D417
 
     Outside of the sum stands `point`, max log p(x, z) over z in the coordinates of the model, as of
     the family `deterministic` (no Jacobian where z is constrained): no bound on log p(x), and above
-    it where the posterior is narrow. A guide that is a point has `guide_point`, log p(x, z) at its
-    points, in the place of the two gaps.
+    it where the posterior is narrow. A remark says where the search for it found no maximum, as of
+    a density that is infinite at an end of its support. A guide that is a point has `guide_point`,
+    log p(x, z) at its points, in the place of the two gaps.
 
     **Searches** are those of `gaps`, one for each family; each begins where the better of the guide
     and of the family before is. Arguments that all data share are free for each datum. Families
     whose heads have networks of their own (a flow) can only be that of the guide, with its
     networks. Discrete latents of finitely many values are summed out for all of them, `noise_only`
-    included; those that the guide itself draws are charged in the last two rows. Draws are moment-matched in 8 groups, so that Gaussian families on linear-Gaussian
-    models come out to rounding, and all families see the same, so that the errors of rows are those
-    of differences. log p(x) is estimated from below by `num_samples` independent draws from the
-    best member of all (or from the prior, where those find clearly more), with `ess` and `khat` as
-    in `evaluate`; a mode that neither meets is not seen.
+    included; those that the guide itself draws are charged in the last two rows. Draws are
+    moment-matched in 8 groups, so that Gaussian families on linear-Gaussian models come out to
+    rounding, and all families see the same, so that the errors of rows are those of differences.
+    log p(x) is estimated from below by `num_samples` independent draws from the best member of all
+    (or from the prior, where those find clearly more), with `ess` and `khat` as in `evaluate`; a
+    mode that neither meets is not seen.
 
     **Global latents** (a guide without an encoder, as for a regression) belong to all the data: the
     rows are in nats of all the data. The best members are found by `fit`, on guides of their own,
@@ -301,6 +303,7 @@ class _Climber:
         shifted = point.on(own.args, rows)
         best = climb(shifted, point.guide, [where, below], self.steps, self.tick)
         top = -shifted.loss(best, 1, seeds[0])
+        endless = without_maximum(shifted, point.guide, best)
         said = elbo_groups(own, own.start, self.draws, seeds if dense else seeds[:1])
         kept = next((name for name, rung in every.items() if rung is mine), None)
         return Measured(
@@ -308,6 +311,7 @@ class _Climber:
             best=None if kept is None else groups[kept],
             guide=said,
             point=top,
+            endless=endless,
             **self._weighed(found, groups, seeds),
         )
 

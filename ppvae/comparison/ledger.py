@@ -54,6 +54,7 @@ class Measured:
         point: max log p(x, z).
         best: the ELBO of the best member of the guide's family, by groups; None of a point.
         guide: the ELBO of the guide, or log p(x, z) at its point.
+        endless: where the search for `point` found no maximum; None where that is not known.
         prior_found: by how many nats draws from the prior found more than the best member.
     """
 
@@ -67,6 +68,7 @@ class Measured:
     best: Tensor | None
     guide: Tensor
     prior_found: Tensor
+    endless: Tensor | None = None
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
@@ -121,13 +123,14 @@ def rows_of(
         kinds: name of a rung -> name of its family, which the caller may call otherwise.
     """
     rows: dict[str, Row] = {"noise": _row(found.noise)}
-    below, last = None, found.noise
+    below: str | None = None
+    last = found.noise
     for name, groups in found.rungs.items():
-        known = name == kinds[name] and (below is None or below == kinds[below])
+        known = name == kinds[name] and (below is None or kinds[below] == below)
         step = _STEPS.get((below, name), name) if known else name
         rows[_free(step, rows)] = _row(groups - last)
         below, last = name, groups
-    gaussian = below == "full_rank" == kinds[below]
+    gaussian = below == "full_rank" and kinds[below] == below
     beyond = "beyond_gaussian" if gaussian else f"beyond_{below}"
     log_p, error = found.log_likelihood, found.log_likelihood_se
     rows[_free(beyond, rows)] = replace(_row(log_p - last, error), end="log p(x)")
@@ -180,6 +183,11 @@ def notes_of(found: Measured, kinds: Mapping[str, str], *, exact: bool = False) 
         notes.append(
             f"draws from the prior found up to {found.prior_found.max():.2g} nats that the best "
             f"members miss, for {_of(more, count)} (another mode?): they are taken there"
+        )
+    if found.endless is not None and found.endless.any():
+        notes.append(
+            f"the search for `point` found no maximum for {_of(int(found.endless.sum()), count)}: "
+            "log p(x, z) may be infinite at an end of the range of z, or num_steps too few"
         )
     names = [*found.rungs]
     for below, name in combinations(names, 2):

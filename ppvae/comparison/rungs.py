@@ -22,10 +22,12 @@ from ppvae.objectives.trace_terms import terms
 from ppvae.programs.keywords import WithKeywords
 from ppvae.programs.layout import Layout
 from ppvae.programs.missing import nan_masked
-from ppvae.programs.nodes import latent_nodes
+from ppvae.programs.nodes import is_real, latent_nodes
 from ppvae.programs.runs import Args, Runs, held, trace_pair
 
 _MOMENTS = 64  # draws that tell where a member is
+_RISING = 0.05  # nats by unit of location, above which a point is at no maximum
+_FAR = 30.0  # in unconstrained space, where what is bounded is at its end by rounding
 _NARROWEST = 1e-6  # an sd that a search may begin with
 
 Moments = tuple[Tensor, Tensor | None]  # of the coordinates of each datum: mean and sd
@@ -146,6 +148,34 @@ def shifts_at(shifted: ShiftedGuide, guide: FamilyGuide, moments: Moments) -> Te
                     pieces[key] = (raw - shifted.said[key]).to(pieces[key])
     rows = [piece.reshape(len(mean), -1) for piece in pieces.values()]
     return torch.cat(rows, 1) if rows else shifted.start
+
+
+def without_maximum(shifted: ShiftedGuide, guide: FamilyGuide, best: Tensor) -> Tensor:
+    """Where a search for points found no maximum, as of a density that is infinite at an end.
+
+    There the density still rises with the location, or the value of the latent is at the end of its
+    range by rounding: the density is above that half way, and stays as it is further out.
+
+    Returns:
+        Booleans of shape `(data,)`; all False for latents that are real or not continuous.
+    """
+    moments = moments_of(shifted, best)
+    places = Layout.of(shifted.traces[0], shifted.runs.plate).places
+    if moments is None or all(is_real(place.support) for place in places.values()):
+        return torch.zeros(len(best), dtype=torch.bool)
+    loss, slope = shifted.slope(best, 1, new_seed())
+    far = moments[0].abs() > _FAR
+    for name, at in Layout.of(shifted.traces[0], shifted.runs.plate).slices.items():
+        if is_real(places[name].support):
+            far[:, at] = False
+
+    def lost(factor: float, step: float) -> Tensor:
+        mean = torch.where(far, moments[0] * factor + step * moments[0].sign(), moments[0])
+        return shifted.loss(shifts_at(shifted, guide, (mean, None)), 1, new_seed()) - loss
+
+    at_end = far.any(1) & (lost(0.5, 0.0) > 1) & (lost(1.0, 1.0) < 1e-3)
+    rises = ~(slope.abs().amax(1) < _RISING)
+    return (rises | at_end | ~loss.isfinite()).cpu()
 
 
 def _argument_at(name: str, argument: Argument, mean: Tensor, sd: Tensor | None) -> Tensor | None:

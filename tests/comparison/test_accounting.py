@@ -564,6 +564,50 @@ def test_discrete_latents_are_summed_out_by_all_rungs(name):
         assert (found.elbo < nothing.optimum - 2).all()
 
 
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0])
+def test_a_point_of_a_density_without_a_maximum_is_told_from_one_that_has_it(size):
+    """A Beta(0.5, 0.5) density is infinite at its ends, where three equal coins lead.
+
+    Of a Beta(a, a) with k of three heads the mode is (k + a - 1) / (3 + 2a - 2).
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Beta(torch.tensor(size), torch.tensor(size)))
+            pyro.sample("x", dist.Bernoulli(z[..., None]).to_event(1), obs=x)
+
+    model.vectorized = True
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    guide = FamilyGuide(model, families.mean_scale, nn.Linear(3, 4)).setup(x)
+    found = measure(model, guide, x, num_samples=64)
+    said = [note for note in found.attrs["notes"] if "found no maximum" in note]
+    heads = x.sum(-1)
+    mode = (heads + size - 1) / (1 + 2 * size)
+    known = dist.Beta(size, size, validate_args=False).log_prob(mode) + torch.xlogy(heads, mode)
+    known = known + torch.xlogy(3 - heads, 1 - mode)
+    assert close(row(found, "point")[1], known[1], 1e-6)
+    if size < 1:
+        assert len(said) == 1 and "for 2 of 3 data: log p(x, z) may be infinite" in said[0]
+    else:
+        assert not said and close(row(found, "point"), known, 1e-6)
+
+
+def test_a_maximum_far_out_is_one():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(50.0, 0.8))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+    model.vectorized = True
+    x = torch.tensor([49.0, 51.0])
+    guide = FamilyGuide(model, "deterministic", nn.Unflatten(0, (-1, 1))).setup(x)
+    with torch.no_grad():
+        guide.heads["z"].v.linear.weight.fill_(1.0)
+        guide.heads["z"].v.linear.bias.zero_()
+    found = measure(model, guide, x, num_samples=64)
+    assert not [note for note in found.attrs["notes"] if "maximum" in note]
+
+
 CLASSES = [(0.3, 0.0), (0.7, 3.0)]
 
 LINEAR = Linear(size=3)
