@@ -23,8 +23,8 @@ from ppvae.comparison.ledger import (
     rows_of,
     words_of,
 )
-from ppvae.comparison.members import members_of, name_of
-from ppvae.comparison.rungs import Rung, climb, moments_of, rung_of
+from ppvae.comparison.members import is_family_of, members_of, name_of
+from ppvae.comparison.rungs import Rung, climb, moments_of, rung_of, without_maximum
 from ppvae.comparison.whole import Whole, measured_whole
 from ppvae.data.adapters import as_tensors
 from ppvae.evaluation.amortization import (
@@ -39,7 +39,7 @@ from ppvae.families.ladder import LADDER
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import estimates
-from ppvae.programs.nodes import data_plate, values_outside
+from ppvae.programs.nodes import data_plate, is_finite_discrete, latent_nodes, values_outside
 from ppvae.programs.runs import Runs, opened
 
 _LADDER = ("noise_only", "mean_only", "mean_scale", "full_rank")
@@ -132,17 +132,20 @@ def account(  # noqa: D417
 
     Outside of the sum stands `point`, max log p(x, z) over z in the coordinates of the model, as of
     the family `deterministic` (no Jacobian where z is constrained): no bound on log p(x), and above
-    it where the posterior is narrow. A guide that is a point has `guide_point`, log p(x, z) at its
-    points, in the place of the two gaps.
+    it where the posterior is narrow. A remark says where the search for it found no maximum, as of
+    a density that is infinite at an end of its support. A guide that is a point has `guide_point`,
+    log p(x, z) at its points, in the place of the two gaps.
 
     **Searches** are those of `gaps`, one for each family; each begins where the better of the guide
     and of the family before is. Arguments that all data share are free for each datum. Families
     whose heads have networks of their own (a flow) can only be that of the guide, with its
-    networks. Draws are moment-matched in 8 groups, so that Gaussian families on linear-Gaussian
-    models come out to rounding, and all families see the same, so that the errors of rows are those
-    of differences. log p(x) is estimated from below by `num_samples` independent draws from the
-    best member of all (or from the prior, where those find clearly more), with `ess` and `khat` as
-    in `evaluate`; a mode that neither meets is not seen.
+    networks. Discrete latents of finitely many values are summed out for all of them, `noise_only`
+    included; those that the guide itself draws are charged in the last two rows. Draws are
+    moment-matched in 8 groups, so that Gaussian families on linear-Gaussian models come out to
+    rounding, and all families see the same, so that the errors of rows are those of differences.
+    log p(x) is estimated from below by `num_samples` independent draws from the best member of all
+    (or from the prior, where those find clearly more), with `ess` and `khat` as in `evaluate`; a
+    mode that neither meets is not seen.
 
     **Global latents** (a guide without an encoder, as for a regression) belong to all the data: the
     rows are in nats of all the data. The best members are found by `fit`, on guides of their own,
@@ -206,28 +209,32 @@ def account(  # noqa: D417
             bar = tqdm(desc=label, disable=not shown, delay=3.0)
             names = tuple(kwargs or ())
             found = _of_each(model, guide, runs, members, num_steps, draws, names, bar)
-        frame, args = runs.plate, runs.args
+        frame, args, traces = runs.plate, runs.args, runs.traces
         args = args[: len(args) - len(kwargs or ())]
     if not local:
         known = None if frame is None or plate is None else frame.name
         whole = Whole(model, args, kwargs, known, draws, seed)
         count = len(members) + 2
         with tqdm(desc=label, total=count, disable=not shown, delay=3.0, unit="fit") as bar:
-            own = _own_of(guide, members)
+            own = _own_of(guide, traces, members)
             found, notes = measured_whole(whole, guide, members, own, dense=dense, tick=bar.update)
     check_finite(found)
     if log_likelihood is not None:
         exact = _exact(log_likelihood, len(found.khat), whole=not local)
         found, missed = _with_exact(found, exact)
         notes = [*notes, *missed]
+    kinds = {name: name_of(family) for name, family in members.items()}
+    notes += notes_of(found, kinds, exact=log_likelihood is not None)
     told = {"num_samples": draws, "guide": guide.family.name}
     told |= {"num_steps": num_steps} if local else {}
-    return Account(_dataset(found, notes, not local, told))
+    return Account(_dataset(found, kinds, notes, not local, told))
 
 
-def _own_of(guide: FamilyGuide, members: Mapping[str, Any]) -> str | None:
+def _own_of(guide: FamilyGuide, traces: Any, members: Mapping[str, Any]) -> str | None:
     """The name under which the family of a guide is among some, or None."""
-    return next((n for n, family in members.items() if name_of(family) == guide.family.name), None)
+    if any(is_finite_discrete(node["fn"]) for node in latent_nodes(traces[1])):
+        return None  # the rungs sum out what it draws
+    return next((n for n, family in members.items() if is_family_of(guide, family)), None)
 
 
 def _of_each(
@@ -244,7 +251,8 @@ def _of_each(
     outer = values_outside(opened_pair.plate, *opened_pair.traces)
     runs = opened_pair.given_globals()
     check_along(terms(*runs.traces, None if runs.plate is None else runs.plate.name), guide)
-    mine, own = Rung(guide.family.name, guide, runs), _own_of(guide, members)
+    mine = Rung(guide.family.name, guide, runs)
+    own = _own_of(guide, runs.traces, members)
     known = model, runs, outer, names
     rungs = {n: mine if n == own else rung_of(n, f, *known) for n, f in members.items()}
     point = rung_of("point", LADDER["deterministic"], *known, dense=False)
@@ -295,6 +303,7 @@ class _Climber:
         shifted = point.on(own.args, rows)
         best = climb(shifted, point.guide, [where, below], self.steps, self.tick)
         top = -shifted.loss(best, 1, seeds[0])
+        endless = without_maximum(shifted, point.guide, best)
         said = elbo_groups(own, own.start, self.draws, seeds if dense else seeds[:1])
         kept = next((name for name, rung in every.items() if rung is mine), None)
         return Measured(
@@ -302,6 +311,7 @@ class _Climber:
             best=None if kept is None else groups[kept],
             guide=said,
             point=top,
+            endless=endless,
             **self._weighed(found, groups, seeds),
         )
 
@@ -363,9 +373,15 @@ def _with_exact(found: Measured, exact: Tensor) -> tuple[Measured, list[str]]:
     return known, [remark] if missed else []
 
 
-def _dataset(found: Measured, notes: list[str], whole: bool, told: dict[str, Any]) -> xr.Dataset:  # noqa: FBT001
+def _dataset(
+    found: Measured,
+    kinds: Mapping[str, str],
+    notes: list[str],
+    whole: bool,  # noqa: FBT001
+    told: dict[str, Any],
+) -> xr.Dataset:
     """The result, with its units and errors."""
-    rows = rows_of(found, whole)
+    rows = rows_of(found, whole, kinds)
     unit = "nats of all the data" if whole else "nats per datum"
     has = {"unit": unit}
     nats = np.stack([row.nats for row in rows.values()])
@@ -404,7 +420,7 @@ def _dataset(found: Measured, notes: list[str], whole: bool, told: dict[str, Any
         "elbo_se": (datum, of_data(elbo[1]), has),
     }
     coords = {"row": list(rows), "family": list(found.rungs)}
-    attrs = {"unit": unit, "notes": [*notes, *notes_of(found)], **told}
+    attrs = {"unit": unit, "notes": notes, **told}
     return xr.Dataset(variables, coords, attrs)
 
 

@@ -97,7 +97,8 @@ def choose_family(  # noqa: D417
       hold the one below, as `mean_only` does not hold the prior, says nothing of richer ones where
       it loses, and is not counted.
 
-    A step that is undecided is not taken, and the recommendation says so, and what would decide it.
+    A step that is undecided is not taken, and the recommendation says so, and what would decide it;
+    it says as well where so few epochs cannot tell whether a loss still fell.
     Points (`deterministic`, `zero`) have no ELBO, and are no rungs.
 
     **Global latents** (no encoder) belong to all the data; all is in nats of all the data, and so
@@ -109,7 +110,8 @@ def choose_family(  # noqa: D417
             decoder, freeze it: `decoder.requires_grad_(False)`.
         data: training data, as for `fit`.
         test: data to measure on, see `compare_families`; by default the training data.
-        encoder: as for `FamilyGuide`; None for latents of all the data.
+        encoder: as for `FamilyGuide`; None for latents of all the data (a latent of each datum
+            then has parameters of its own for each datum, as of a guide without an encoder).
         families: at least one, with a density, from the cheapest to the richest; see
             `compare_families`.
         num_seeds, seed, min_gain, level, num_samples, progress: as for `compare_families`.
@@ -288,6 +290,13 @@ class _Walk:
                     f"Whether `{name}` is worth it over `{step.below.item()}` is undecided, "
                     f"{_interval(step)}: {step.note.item()}."
                 )
+        trained = [name for name in self.names if self.learns or data.parameters.sel(family=name)]
+        short = [name for name in trained if data.fall.sel(family=name).isnull().any()]
+        if short:
+            lines.append(
+                f"Whether the loss of {', '.join(short)} still fell at the end cannot be told from "
+                "so few epochs, and neither can what they are worth: train longer."
+            )
         return "\n".join(line for line in lines if line)
 
     def _why(self, one: xr.Dataset, unit: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class Measured:
         point: max log p(x, z).
         best: the ELBO of the best member of the guide's family, by groups; None of a point.
         guide: the ELBO of the guide, or log p(x, z) at its point.
+        endless: where the search for `point` found no maximum; None where that is not known.
         prior_found: by how many nats draws from the prior found more than the best member.
     """
 
@@ -66,6 +68,7 @@ class Measured:
     best: Tensor | None
     guide: Tensor
     prior_found: Tensor
+    endless: Tensor | None = None
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
@@ -107,19 +110,28 @@ def check_finite(found: Measured) -> None:
         expect(not bad, "model" if name else "model or guide", wanted, f"{bad} that are not")
 
 
-def rows_of(found: Measured, whole: bool) -> dict[str, Row]:  # noqa: FBT001
+def rows_of(
+    found: Measured,
+    whole: bool,  # noqa: FBT001
+    kinds: Mapping[str, str],
+) -> dict[str, Row]:
     """The rows by name, in the order of the sum, and those outside of it behind.
 
     Args:
         found: what was measured.
         whole: whether the one datum is all the data.
+        kinds: name of a rung -> name of its family, which the caller may call otherwise.
     """
     rows: dict[str, Row] = {"noise": _row(found.noise)}
-    below, last = None, found.noise
+    below: str | None = None
+    last = found.noise
     for name, groups in found.rungs.items():
-        rows[_free(_STEPS.get((below, name), name), rows)] = _row(groups - last)
+        known = name == kinds[name] and (below is None or kinds[below] == below)
+        step = _STEPS.get((below, name), name) if known else name
+        rows[_free(step, rows)] = _row(groups - last)
         below, last = name, groups
-    beyond = "beyond_gaussian" if below == "full_rank" else f"beyond_{below}"
+    gaussian = below == "full_rank" and kinds[below] == below
+    beyond = "beyond_gaussian" if gaussian else f"beyond_{below}"
     log_p, error = found.log_likelihood, found.log_likelihood_se
     rows[_free(beyond, rows)] = replace(_row(log_p - last, error), end="log p(x)")
     if found.best is not None:
@@ -151,24 +163,35 @@ def words_of(row: str, whole: bool) -> str:  # noqa: FBT001
     return words.replace(" for each datum", "") if whole else words
 
 
-def notes_of(found: Measured) -> list[str]:
-    """What must be said of the numbers: which of them cannot be trusted, and why."""
+def notes_of(found: Measured, kinds: Mapping[str, str], *, exact: bool = False) -> list[str]:
+    """What must be said of the numbers: which of them cannot be trusted, and why.
+
+    Args:
+        found: what was measured.
+        kinds: name of a rung -> name of its family.
+        exact: whether log p(x) is given, and only the noise is by weights.
+    """
     notes, count = [], len(found.khat)
     bad = int((found.khat > TRUSTED).sum())
     if bad:
-        notes.append(
-            f"k-hat is above {TRUSTED} for {_of(bad, count)}: log p(x) and what lies beyond the "
-            "last family are understated there"
-        )
+        what = "`noise` may be off there"
+        if not exact:
+            what = "log p(x) and what lies beyond the last family may be understated there"
+        notes.append(f"k-hat is above {TRUSTED} for {_of(bad, count)}: {what}")
     more = int((found.prior_found > 0).sum())
     if more:
         notes.append(
             f"draws from the prior found up to {found.prior_found.max():.2g} nats that the best "
             f"members miss, for {_of(more, count)} (another mode?): they are taken there"
         )
+    if found.endless is not None and found.endless.any():
+        notes.append(
+            f"the search for `point` found no maximum for {_of(int(found.endless.sum()), count)}: "
+            "log p(x, z) may be infinite at an end of the range of z, or num_steps too few"
+        )
     names = [*found.rungs]
-    for below, name in zip(names, names[1:], strict=False):
-        if holds(name, below):
+    for below, name in combinations(names, 2):
+        if holds(kinds[name], kinds[below]):
             step = _row(found.rungs[name] - found.rungs[below])
             lower = step.nats < -_ERRORS * step.se - _VISIBLE
             if lower.any():

@@ -31,6 +31,24 @@ def members_of(families: Any, least: int = 2) -> dict[str, Any]:
     return members
 
 
+def is_family_of(guide: Any, family: Any) -> bool:
+    """Whether a guide is of a family, which another one may have the name of."""
+    given, own = guide.family, BySite(family, "families")
+    if isinstance(given, BySite):
+        return given.entries == own.entries
+    return own.one is not None and own.entries == BySite(given).entries
+
+
+def summing_out(family: Any) -> Any:
+    """A family as rungs have it: discrete latents are summed out by all of them or by none.
+
+    As the family of a guide, the prior draws them, and would be charged for that; by patterns it
+    leaves them to the objective, as every other family does.
+    """
+    by_site = BySite(family, "families")
+    return {"*": family} if by_site.one is not None and by_site.from_model else family
+
+
 def name_of(family: Any) -> str:
     """The name of what `FamilyGuide` takes as a family."""
     by_site = BySite(family, "families")

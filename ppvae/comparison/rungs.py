@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae._checks import expect
+from ppvae.comparison.members import summing_out
 from ppvae.data.adapters import has_missing
 from ppvae.evaluation.search import ShiftedGuide, best_shifts, better_of, new_seed, shifted_guide
 from ppvae.families.heads import Argument, Head
@@ -21,10 +22,12 @@ from ppvae.objectives.trace_terms import terms
 from ppvae.programs.keywords import WithKeywords
 from ppvae.programs.layout import Layout
 from ppvae.programs.missing import nan_masked
-from ppvae.programs.nodes import latent_nodes
+from ppvae.programs.nodes import is_real, latent_nodes
 from ppvae.programs.runs import Args, Runs, held, trace_pair
 
 _MOMENTS = 64  # draws that tell where a member is
+_RISING = 0.05  # nats by unit of location, above which a point is at no maximum
+_FAR = 30.0  # in unconstrained space, where what is bounded is at its end by rounding
 _NARROWEST = 1e-6  # an sd that a search may begin with
 
 Moments = tuple[Tensor, Tensor | None]  # of the coordinates of each datum: mean and sd
@@ -96,7 +99,7 @@ def rung_of(
     """
     frame, program = runs.plate, held(model, outer) if outer else model
     first = latent_nodes(runs.traces[1])[0]["value"]
-    guide = FamilyGuide(program, family, Silent(first), plate=frame.name)
+    guide = FamilyGuide(program, summing_out(family), Silent(first), plate=frame.name)
     guide.encoder.rows = frame.size
     guided: Any = WithKeywords(guide, names) if names else guide
     if has_missing(runs.args):
@@ -115,7 +118,7 @@ def moments_of(shifted: ShiftedGuide, shifts: Tensor) -> Moments | None:
     """Where members are, for a search to begin there; None of latents that are not continuous."""
     try:
         mean, sd = shifted.moments(shifts, _MOMENTS if shifted.coordinates else 1, new_seed())
-    except ValueError:
+    except (ValueError, NotImplementedError):
         return None
     return mean, sd.clamp_min(_NARROWEST) if shifted.coordinates else None
 
@@ -125,6 +128,8 @@ def shifts_at(shifted: ShiftedGuide, guide: FamilyGuide, moments: Moments) -> Te
 
     What a family has beside them is left as it is.
     """
+    if not shifted.columns:
+        return shifted.start  # of the only member
     mean, sd = moments
     slices = Layout.of(shifted.traces[0], shifted.runs.plate).slices
     pieces = shifted.pieces(shifted.start.clone())
@@ -143,6 +148,34 @@ def shifts_at(shifted: ShiftedGuide, guide: FamilyGuide, moments: Moments) -> Te
                     pieces[key] = (raw - shifted.said[key]).to(pieces[key])
     rows = [piece.reshape(len(mean), -1) for piece in pieces.values()]
     return torch.cat(rows, 1) if rows else shifted.start
+
+
+def without_maximum(shifted: ShiftedGuide, guide: FamilyGuide, best: Tensor) -> Tensor:
+    """Where a search for points found no maximum, as of a density that is infinite at an end.
+
+    There the density still rises with the location, or the value of the latent is at the end of its
+    range by rounding: the density is above that half way, and stays as it is further out.
+
+    Returns:
+        Booleans of shape `(data,)`; all False for latents that are real or not continuous.
+    """
+    moments = moments_of(shifted, best)
+    places = Layout.of(shifted.traces[0], shifted.runs.plate).places
+    if moments is None or all(is_real(place.support) for place in places.values()):
+        return torch.zeros(len(best), dtype=torch.bool)
+    loss, slope = shifted.slope(best, 1, new_seed())
+    far = moments[0].abs() > _FAR
+    for name, at in Layout.of(shifted.traces[0], shifted.runs.plate).slices.items():
+        if is_real(places[name].support):
+            far[:, at] = False
+
+    def lost(factor: float, step: float) -> Tensor:
+        mean = torch.where(far, moments[0] * factor + step * moments[0].sign(), moments[0])
+        return shifted.loss(shifts_at(shifted, guide, (mean, None)), 1, new_seed()) - loss
+
+    at_end = far.any(1) & (lost(0.5, 0.0) > 1) & (lost(1.0, 1.0) < 1e-3)
+    rises = ~(slope.abs().amax(1) < _RISING)
+    return (rises | at_end | ~loss.isfinite()).cpu()
 
 
 def _argument_at(name: str, argument: Argument, mean: Tensor, sd: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ from ppvae._scopes import (
     unchecked,
 )
 from ppvae.comparison.ledger import Measured, found_by_prior, posterior_mean
+from ppvae.comparison.members import summing_out
 from ppvae.comparison.trials import task_on
 from ppvae.evaluation.amortization import GROUPS
 from ppvae.guides.assignment import BySite
@@ -66,7 +67,7 @@ class Whole:
 
     def fitted(self, family: Any) -> tuple[FamilyGuide, str]:
         """A guide of a family at its optimum, and a remark if it may not be there."""
-        guide = FamilyGuide(self.model, family)
+        guide = FamilyGuide(self.model, summing_out(family))
         if not guide.family.channels:
             return guide, ""
         with apart(), warnings.catch_warnings():
@@ -193,7 +194,8 @@ def measured_whole(
         mine = whole.parts(guide)
         parts = {name: best_of(name, family) for name, family in members.items()}
         if dense and own is None:
-            parts[""] = best_of(guide.family.name, _family_of(guide))
+            one = not guide.family.channels  # the only member
+            parts[""] = mine if one else best_of(guide.family.name, _family_of(guide))
         point = best_of("point", "deterministic")[0][1].mean()
     if dense and mine[0][0].mean() > parts[own or ""][0][0].mean():
         parts[own or ""] = mine

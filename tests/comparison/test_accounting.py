@@ -470,7 +470,7 @@ def test_the_table_says_in_words_what_each_row_is():
         found.dataset = None
 
 
-def told(khat=0.1, prior=0.0, low=0.0):
+def told(khat=0.1, prior=0.0, low=0.0, kinds=("mean_scale", "full_rank"), exact=False):
     """What is said where one of three data has such numbers."""
     ones = torch.zeros(3)
     rungs = {"mean_scale": torch.zeros(8, 3), "full_rank": torch.zeros(8, 3)}
@@ -479,7 +479,7 @@ def told(khat=0.1, prior=0.0, low=0.0):
     more = torch.tensor([0.0, prior, 0.0])
     zero = torch.zeros(8, 3)
     found = Measured(rungs, zero, ones, ones, ones, shapes, ones, zero, zero, more)
-    return notes_of(found)
+    return notes_of(found, dict(zip(rungs, kinds, strict=True)), exact=exact)
 
 
 def test_what_cannot_be_trusted_is_said():
@@ -489,8 +489,126 @@ def test_what_cannot_be_trusted_is_said():
     assert "found up to 0.5 nats" in told(prior=0.5)[0]
     (note,) = told(low=0.2)
     assert "below mean_scale, which full_rank holds, by up to 0.2 nats for 1 of 3 data" in note
+    assert told(low=0.2, kinds=("full_rank", "mean_scale")) == []  # names of the caller's own
+    (note,) = told(khat=0.71, exact=True)  # a given log p(x) is not understated
+    assert note == "k-hat is above 0.7 for 1 of 3 data: `noise` may be off there"
     assert told(low=1e-4) == []  # no more than a search may end short
 
+
+def test_a_rung_is_held_against_all_that_it_holds_not_only_the_one_before():
+    rungs = {"wide": torch.zeros(8, 1), "other": -torch.ones(8, 1), "widest": -torch.ones(8, 1)}
+    zero, one = torch.zeros(8, 1), torch.zeros(1)
+    found = Measured(rungs, zero, one, one, one, one, one, zero, zero, one)
+    kinds = {"wide": "mean_scale", "other": "student_t", "widest": "full_rank"}
+    (note,) = notes_of(found, kinds)
+    assert "below wide, which widest holds, by up to 1 nats for all the data" in note
+
+
+def test_names_of_the_ladder_for_other_families_do_not_name_the_rows():
+    linear = Linear(size=3)
+    swapped = {"mean_scale": "full_rank", "full_rank": "mean_scale"}
+    guide = linear.guide(families.mean_scale, error=0.1)
+    found = measure(linear.model, guide, linear.x, families=swapped)
+    assert found.row.values[1:4].tolist() == ["mean_scale", "full_rank", "beyond_full_rank"]
+    assert close(row(found, "mean_scale") + row(found, "noise"), linear.log_p)
+    assert found.attrs["notes"] == []
+
+
+def test_a_family_of_the_same_name_as_that_of_the_guide_is_another_one():
+    """The sds of the two families are told apart by what their heads make, not by their names."""
+    linear = Linear(size=4)
+    narrow, wide = (Own(lambda loc, sd=sd: dist.Normal(loc, sd)) for sd in (0.5, 1.0))
+    assert narrow.name == wide.name
+    guide = FamilyGuide(linear.model, narrow, mlp(5, 4))
+    few = {"num_samples": 32, "num_steps": 20}
+    with pytest.raises(ValueError, match="families: expected families each member"):
+        measure(linear.model, guide, linear.x, families=["noise_only", wide], **few)
+    found = measure(linear.model, guide, linear.x, families=["noise_only", narrow], **few)
+    assert sums(found, found.elbo)
+
+
+@pytest.mark.parametrize("name", ["mean_scale", "noise_only"])
+def test_discrete_latents_are_summed_out_by_all_rungs(name):
+    """A guide that is the prior draws the class, and pays for that in its last two rows.
+
+    Against quadrature. Matched draws of a curved term have a bias of order 8 / num_samples of its
+    spread, some tenths of a nat with 64 draws.
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(z + 3 * k, 0.5), obs=x)
+
+    x = torch.tensor([0.0, 4.0])
+
+    def log_likelihood(z):
+        parts = [math.log(p) + dist.Normal(z + m, 0.5).log_prob(x[:, None]) for p, m in CLASSES]
+        return torch.logaddexp(*parts)
+
+    grid = Grid(lambda z: log_likelihood(z) + dist.Normal(0.0, 1.0).log_prob(z), log_likelihood)
+    prior = torch.softmax(dist.Normal(0.0, 1.0).log_prob(grid.z), -1)
+    summed = (prior * grid.likelihood).sum(-1)
+    drawn = [
+        sum(p * (prior * dist.Normal(grid.z + m, 0.5).log_prob(each)).sum() for p, m in CLASSES)
+        for each in x
+    ]
+    guide = FamilyGuide(model, name, nn.Unflatten(0, (-1, 1))).setup(x)
+    found = measure(model, guide, x, num_samples=64, num_steps=10)
+    nothing = found.sel(family="noise_only")
+    assert within(nothing.optimum, summed.numpy(), nothing.optimum_se + 0.1)
+    assert sums(found, found.elbo)
+    if name == "noise_only":
+        assert within(found.elbo, np.array(drawn), found.elbo_se + 0.5)
+        assert (found.elbo < nothing.optimum - 2).all()
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0])
+def test_a_point_of_a_density_without_a_maximum_is_told_from_one_that_has_it(size):
+    """A Beta(0.5, 0.5) density is infinite at its ends, where three equal coins lead.
+
+    Of a Beta(a, a) with k of three heads the mode is (k + a - 1) / (3 + 2a - 2).
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Beta(torch.tensor(size), torch.tensor(size)))
+            pyro.sample("x", dist.Bernoulli(z[..., None]).to_event(1), obs=x)
+
+    model.vectorized = True
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    guide = FamilyGuide(model, families.mean_scale, nn.Linear(3, 4)).setup(x)
+    found = measure(model, guide, x, num_samples=64)
+    said = [note for note in found.attrs["notes"] if "found no maximum" in note]
+    heads = x.sum(-1)
+    mode = (heads + size - 1) / (1 + 2 * size)
+    known = dist.Beta(size, size, validate_args=False).log_prob(mode) + torch.xlogy(heads, mode)
+    known = known + torch.xlogy(3 - heads, 1 - mode)
+    assert close(row(found, "point")[1], known[1], 1e-6)
+    if size < 1:
+        assert len(said) == 1 and "for 2 of 3 data: log p(x, z) may be infinite" in said[0]
+    else:
+        assert not said and close(row(found, "point"), known, 1e-6)
+
+
+def test_a_maximum_far_out_is_one():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(50.0, 0.8))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+    model.vectorized = True
+    x = torch.tensor([49.0, 51.0])
+    guide = FamilyGuide(model, "deterministic", nn.Unflatten(0, (-1, 1))).setup(x)
+    with torch.no_grad():
+        guide.heads["z"].v.linear.weight.fill_(1.0)
+        guide.heads["z"].v.linear.bias.zero_()
+    found = measure(model, guide, x, num_samples=64)
+    assert not [note for note in found.attrs["notes"] if "maximum" in note]
+
+
+CLASSES = [(0.3, 0.0), (0.7, 3.0)]
 
 LINEAR = Linear(size=3)
 POINT = "families: expected families with a density, got "

@@ -182,6 +182,18 @@ def test_an_undecided_step_is_not_taken_and_said():
     assert "more seeds, test data or draws would tell" in said
 
 
+def test_too_few_epochs_are_said():
+    """Of those families only that have something to train; enough epochs are passed over."""
+    x, encoder = torch.randn(20, 4), nn.Linear(4, 4)
+    model = VAE(nn.Linear(2, 4), 2, likelihoods.Normal(1.0)).requires_grad_(False)
+    told = {"families": ["noise_only", "mean_only"], "num_seeds": 2, "min_gain": 0.0, **QUIET}
+    found = choose_family(model, x, encoder=encoder, num_epochs=2, **told)
+    assert walked(found) == told["families"]
+    assert "Whether the loss of mean_only still fell at the end cannot be told" in found.reason
+    longer = choose_family(model, x, encoder=encoder, num_epochs=40, **told)
+    assert "cannot be told" not in longer.reason
+
+
 def test_another_mode_is_left_over():
     """The square of a weight is seen: a Gaussian sits on one of two modes, and half is missing.
 
