@@ -23,7 +23,7 @@ from ppvae.comparison.steps import (
     table_of,
     with_steps,
 )
-from ppvae.comparison.trials import check_test, held_data, task_on, trial
+from ppvae.comparison.trials import check_alike, check_test, held_data, task_on, trial
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.headed import check_encoder
 from ppvae.objectives.weights import TRUSTED
@@ -165,8 +165,8 @@ def choose_family(  # noqa: D417
                         pair = _fresh(model, encoder, family)
                         if not pairs:
                             _check_model(*pair, data, fit_options)
-                        if test is not None and not pairs:
-                            check_test(*copy.deepcopy(pair), args, fit_options)
+                            if test is not None:
+                                check_test(*copy.deepcopy(pair), args, fit_options)
                         told = _options_of(*pair, fit_options)
                         run = *pair, data, args, number, num_samples, told, "data"
                         results.append(_with_density(trial(*run), name))
@@ -179,9 +179,7 @@ def choose_family(  # noqa: D417
             if walk.ends_with(name, name_of(family), result):
                 break
     best = walk.best
-    dataset = walk.dataset()
-    reason = walk.reason([*members])
-    return Choice(members[best], best, *pairs[best], dataset, reason)
+    return Choice(members[best], best, *pairs[best], walk.dataset(), walk.reason([*members]))
 
 
 class _Walk:
@@ -214,9 +212,7 @@ class _Walk:
         self.kinds.append(kind)
         self.results.append(result)
         if len(self.names) > 1:
-            alike = ("elbo" in result) == ("elbo" in self.results[0])
-            wanted = "ones that all draw the latents of each datum by themselves, or none"
-            expect(alike, "families", wanted, "some of both")
+            check_alike(result, self.results[0])
             self.below.append(self.at)
             self._judge()
         if self._nothing_left():

@@ -22,7 +22,7 @@ from ppvae._process import exclusive
 from ppvae._scopes import private_modules, random_state
 from ppvae.comparison.members import members_of
 from ppvae.comparison.steps import table_of, with_steps
-from ppvae.comparison.trials import check_test, fresh, held_data, trial
+from ppvae.comparison.trials import check_alike, check_test, fresh, held_data, trial
 from ppvae.guides.family_guide import FamilyGuide
 
 
@@ -163,9 +163,7 @@ def compare_families(
                     if test is not None and number == seed:
                         check_test(*copy.deepcopy(pair), args, fit_options)
                     results.append(trial(*pair, train, args, number, num_samples, fit_options))
-                    alike = ("elbo" in results[-1]) == ("elbo" in results[0])
-                    wanted = "ones that all draw the latents of each datum by themselves, or none"
-                    expect(alike, "families", wanted, "some of both")
+                    check_alike(results[-1], results[0])
             except Exception as error:
                 error.add_note(f"compare_families: family {name}, seed {number}")
                 raise

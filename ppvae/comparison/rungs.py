@@ -160,12 +160,13 @@ def without_maximum(shifted: ShiftedGuide, guide: FamilyGuide, best: Tensor) -> 
         Booleans of shape `(data,)`; all False for latents that are real or not continuous.
     """
     moments = moments_of(shifted, best)
-    places = Layout.of(shifted.traces[0], shifted.runs.plate).places
+    layout = Layout.of(shifted.traces[0], shifted.runs.plate)
+    places = layout.places
     if moments is None or all(is_real(place.support) for place in places.values()):
         return torch.zeros(len(best), dtype=torch.bool)
     loss, slope = shifted.slope(best, 1, new_seed())
     far = moments[0].abs() > _FAR
-    for name, at in Layout.of(shifted.traces[0], shifted.runs.plate).slices.items():
+    for name, at in layout.slices.items():
         if is_real(places[name].support):
             far[:, at] = False
 

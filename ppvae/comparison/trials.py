@@ -41,6 +41,12 @@ def fresh(build: Any, start: list[Tensor] | None) -> tuple[Any, Any, list[Tensor
     return model, encoder, now
 
 
+def check_alike(result: xr.Dataset, first: xr.Dataset) -> None:
+    """Raises a ValueError if one result is of each datum and another of all the data."""
+    wanted = "ones that all draw the latents of each datum by themselves, or none"
+    expect(("elbo" in result) == ("elbo" in first), "families", wanted, "some of both")
+
+
 def parameters_of(*programs: Any) -> list[nn.Parameter]:
     """The parameters of those programs that are modules."""
     return [p for m in programs if isinstance(m, nn.Module) for p in m.parameters()]

@@ -2,6 +2,7 @@
 
 import re
 
+from docutils.nodes import SkipNode
 from latex2mathml import converter
 from sphinx.util.math import get_node_equation_number
 
@@ -17,7 +18,7 @@ def convert(formula, display="inline"):
 
 def _inline(writer, node):
     writer.body.append(convert(node.astext()))
-    raise _skip()
+    raise SkipNode
 
 
 def _block(writer, node):
@@ -27,13 +28,7 @@ def _block(writer, node):
         writer.body.append(f'<span class="eqno">({number})</span>')
     writer.body.append(convert(node.astext(), display="block"))
     writer.body.append("</div>\n")
-    raise _skip()
-
-
-def _skip():
-    from docutils.nodes import SkipNode
-
-    return SkipNode()
+    raise SkipNode
 
 
 def setup(app):
