@@ -1,7 +1,9 @@
 """From a Pyro model and its guide to ArviZ: draws, predictions and densities in one tree."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,37 +11,24 @@ import xarray as xr
 
 from ppvae._checks import check_choice, check_count, expect
 from ppvae._process import exclusive
-from ppvae.data.adapters import form_of, items_of, prepared
-from ppvae.export.constants import constants_of, observed_positions
+from ppvae.data.adapters import form_of
+from ppvae.export.constants import Constants, constants_of, observed_positions
+from ppvae.export.densities import at_the_top
+from ppvae.export.description import Description, described
 from ppvae.export.drawing import Drawing
-from ppvae.export.groups import (
-    at_the_top,
-    event_dims,
-    large_numbers,
-    observed_values,
-    predicted_once,
-    shown,
-    small_numbers,
-    whole_numbers,
-)
-from ppvae.export.names import (
-    Dims,
-    Groups,
-    by_number,
-    check_names,
-    chosen,
-    dims_of,
-    free_dims,
-    mapping,
-    stacked,
-    table_coords,
-)
-from ppvae.export.pieces import Memory, Piece
+from ppvae.export.names import Groups, chosen, dims_of, mapping, table_coords
+from ppvae.export.numbers import large_numbers, small_numbers, whole_numbers
+from ppvae.export.pieces import Memory
+from ppvae.export.predictions import New, rows_of_new
+from ppvae.export.sites import Sites
 from ppvae.export.stores import opened_tree, store_path, stored
-from ppvae.export.tree import dataset_of, prior_sbc, versions, words_of
+from ppvae.export.tree import prior_sbc, versions, words_of
 from ppvae.objectives.nested import can_integrate
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import Runs, opened, with_discrete
+from ppvae.programs.runs import opened, with_discrete
+
+#: from the weights of draws of global latents, or None, to what is said of a posterior
+_Words = Callable[[np.ndarray | None], dict[str, Any]]
 
 
 @exclusive
@@ -155,113 +144,100 @@ def from_pyro_svi(  # noqa: D417
     num_samples = check_count("num_samples", num_samples)
     num_inner = check_count("num_inner", num_inner)
     check_choice("pointwise", pointwise, ("datum", "element"))
+    by_element = pointwise == "element"
     wanted, target = chosen(groups), None if path is None else store_path(path)
     coords = mapping("coords", coords)
     renamed = {name: list(given) for name, given in mapping("dims", dims).items()}
+    measured = _measured(evaluation, calibration)
+    form, extra = form_of(model, guide), dict(kwargs or {})
+    with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
+        parts = terms(*runs.traces, plate)
+        whole, _ = with_discrete(runs.model, runs.traces, runs.args)
+        sites = Sites(whole, runs.plate, parts.is_local)
+        names = dims_of(sites)
+        inner = None if by_element or not can_integrate(runs, parts) else num_inner
+        new = None if predictions is None else New.of(predictions, runs, form, extra)
+        top = at_the_top(runs, parts)
+        drawing = Drawing(runs, sites, wanted, inner, top, by_element, new and new.args)
+        tables = table_coords(sites, names, renamed, args, form)
+        constants: dict[str, Constants] = {}
+        of_model = partial(constants_of, model, kwargs=extra, trace=whole)
+        seen = observed_positions(runs.args, runs.traces[0])
+        if new is not None:
+            rows = rows_of_new(runs, sites, new.args)
+            found = of_model(new.given, new.args, size=rows, observed=seen)
+            constants["predictions_constant_data"] = found
+        constants["constant_data"] = of_model(args, runs.args, size=sites.size, observed=seen)
+        how = described(
+            sites, names, constants, tables, coords, renamed, stack, by_element=by_element
+        )
+        alone = inner is None and (by_element or bool(parts.log_prior))
+        latents = "given" if alone else "integrated out"
+        how.attrs["log_likelihood"] = {"latents": latents, "pointwise": pointwise}
+        fixed: Groups = {}
+        if "observed_data" in wanted:
+            fixed["observed_data"] = drawing.observed_values()
+        if "constant_data" in wanted:
+            fixed["constant_data"] = constants["constant_data"].arrays
+        if new is not None:
+            key = "predictions_constant_data"
+            fixed[key] = constants[key].arrays
+        small_numbers(fixed, sites.nodes)
+        whole_numbers(fixed, sites.nodes)
+        undrawn = how.datasets(how.arranged(fixed)) | measured
+        words = partial(words_of, model, guide, seed)
+        if target is not None:
+            _write(target, drawing, num_samples, how, undrawn, words)
+            return opened_tree(target)
+        drawn = _drawn(drawing, num_samples, how, words)
+    tree = xr.DataTree.from_dict(drawn | undrawn)
+    tree.attrs = versions()
+    return tree
+
+
+def _measured(evaluation: Any, calibration: Any) -> dict[str, xr.Dataset]:
+    """The groups of what was measured before, if it is given."""
     known, got = evaluation is None or isinstance(evaluation, xr.Dataset), type(evaluation).__name__
     expect(known, "evaluation", "a result of evaluate", got, TypeError)
     known = calibration is None or {"rank", "latent"} <= {*getattr(calibration, "variables", ())}
     got = type(calibration).__name__
     expect(known, "calibration", "a result of calibration", got, TypeError)
-    form = form_of(model, guide)
-    with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
-        sites, extra = terms(*runs.traces, plate), dict(kwargs or {})
-        local = sites.is_local
-        whole, _ = with_discrete(runs.model, runs.traces, runs.args)
-        nodes = shown(whole)
-        events = {node["name"]: event_dims(node) for node in nodes}
-        names = dims_of(nodes, whole, runs.plate, events, local=local)
-        by_element = pointwise == "element"
-        inner = None if by_element or not can_integrate(runs, sites) else num_inner
-        new, beside = None, ()
-        if predictions is not None:
-            new, beside = _new_arguments(predictions, runs, form, extra)
-        top = at_the_top(runs, sites)
-        drawing = Drawing(runs, nodes, events, local, wanted, inner, top, by_element, new)
-        tables = table_coords(nodes, args, form, names, renamed)
-        seen = observed_positions(runs.args, runs.traces[0])
-        size = None if runs.plate is None else runs.plate.size
-        fixed: Groups = {}
-        if "observed_data" in wanted:
-            fixed["observed_data"] = observed_values(runs, drawing.batches, events)
-        constants = [constants_of(model, args, runs.args, extra, whole, size, seen)]
-        if "constant_data" in wanted:
-            fixed["constant_data"] = constants[0].arrays
-        if new is not None:
-            drawn = predicted_once(runs, whole, new, events)
-            rows = [v.shape[1] for name, v in drawn.items() if names[name][:1] == ["datum"]]
-            rows_of_new = next(iter(rows), None)
-            constants.append(constants_of(model, beside, new, extra, whole, rows_of_new, seen))
-            fixed["predictions_constant_data"] = constants[1].arrays
-
-        def laid_out(groups: Groups) -> tuple[Groups, Dims, dict[str, Any]]:
-            found, now, steps = stacked(groups, names, events, {} if stack is None else stack)
-            return (*by_number(found, now, nodes), steps) if by_element else (found, now, steps)
-
-        small_numbers(fixed, nodes)
-        whole_numbers(fixed, nodes)
-        fixed, now, steps = laid_out(fixed)
-        check_names({**constants[-1].dims, **constants[0].dims, **now}, coords, renamed)
-        own = {"constant_data": constants[0].dims, "predictions_constant_data": constants[-1].dims}
-        own["unconstrained_posterior"] = now | free_dims(whole, now, events)
-        for each in constants:
-            tables = each.coords | tables
-        coords = tables | steps | coords
-        alone = inner is None and (by_element or bool(sites.log_prior))
-        latents = "given" if alone else "integrated out"
-        attrs = {"log_likelihood": {"latents": latents, "pointwise": pointwise}}
-
-        def described(group: str, values: Mapping[str, np.ndarray]) -> xr.Dataset:
-            return dataset_of(group, values, {**own.get(group, now), **renamed}, coords, attrs)
-
-        weights: list[np.ndarray] = []
-
-        def drawn_pieces() -> Iterator[Piece]:
-            for piece in drawing.pieces(num_samples):
-                stats = {} if local else piece.groups.get("sample_stats", {})
-                weights.extend(value for name, value in stats.items() if name == "log_weight")
-                yield piece
-
-        def words() -> dict[str, Any]:
-            stats = {"log_weight": np.concatenate(weights)} if weights else None
-            return words_of(model, guide, seed, stats)
-
-        joined = {} if evaluation is None else {"evaluation": evaluation}
-        joined |= {} if calibration is None else {"prior_sbc": prior_sbc(calibration)}
-        joined = {key: described(key, values) for key, values in fixed.items() if values} | joined
-        if target is not None:
-            with stored(target, num_samples, size or 0, described) as store:
-                store.write(None, xr.Dataset(attrs=versions()))
-                for piece in drawn_pieces():
-                    large_numbers(piece.groups, nodes)
-                    store.put(piece._replace(groups=laid_out(piece.groups)[0]))
-                for key, group in joined.items():
-                    store.write(key, group)
-                if "posterior" in wanted:
-                    store.write("posterior", xr.Dataset(attrs=words()))
-            return opened_tree(target)
-        memory = Memory(num_samples, size or 0)
-        for piece in drawn_pieces():
-            memory.put(piece)
-        whole_numbers(memory.groups, nodes)
-        drawn_groups = laid_out(memory.groups)[0]
-        attrs["posterior"] = words()
-        data = {key: described(key, values) for key, values in drawn_groups.items() if values}
-    tree = xr.DataTree.from_dict(data | joined)
-    tree.attrs = versions()
-    return tree
+    groups = {} if evaluation is None else {"evaluation": evaluation}
+    return groups | ({} if calibration is None else {"prior_sbc": prior_sbc(calibration)})
 
 
-def _new_arguments(predictions: Any, runs: Runs, form: Any, extra: dict[str, Any]) -> Any:
-    """Arguments for new data, those by keyword last; and the positional ones as they came."""
-    words = dict(extra)
-    given: tuple[Any, ...] = ()
-    if isinstance(predictions, Mapping):
-        unknown = [name for name in predictions if name not in words]
-        expect(not unknown, "predictions", f"keyword arguments among {list(words)}", unknown)
-        words |= predictions
-    else:
-        given = items_of(predictions)
-        count = len(runs.args) - len(words)
-        expect(len(given) == count, "predictions", f"{count} arguments", len(given))
-    return (*prepared(given, form), *prepared(tuple(words.values()))), given
+def _drawn(
+    drawing: Drawing, num_samples: int, how: Description, words: _Words
+) -> dict[str, xr.Dataset]:
+    """The groups of the draws, in memory."""
+    sites = drawing.sites
+    memory = Memory(num_samples, sites.size or 0)
+    for piece in drawing.pieces(num_samples):
+        memory.put(piece)
+    whole_numbers(memory.groups, sites.nodes)
+    how.attrs["posterior"] = words(drawing.weight(memory.groups))
+    return how.datasets(how.arranged(memory.groups))
+
+
+def _write(
+    path: Path,
+    drawing: Drawing,
+    num_samples: int,
+    how: Description,
+    undrawn: Mapping[str, xr.Dataset],
+    words: _Words,
+) -> None:
+    """Writes all groups to a file, those of the draws while they are drawn."""
+    sites, weights = drawing.sites, list[np.ndarray]()
+    with stored(path, num_samples, sites.size or 0, how.dataset) as store:
+        store.write(None, xr.Dataset(attrs=versions()))
+        for piece in drawing.pieces(num_samples):
+            weight = drawing.weight(piece.groups)
+            weights += [] if weight is None else [weight]
+            large_numbers(piece.groups, sites.nodes)
+            store.put(piece._replace(groups=how.arranged(piece.groups)))
+        for key, group in undrawn.items():
+            store.write(key, group)
+        if "posterior" in drawing.wanted:
+            weight = np.concatenate(weights) if weights else None
+            store.write("posterior", xr.Dataset(attrs=words(weight)))

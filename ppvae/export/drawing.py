@@ -1,15 +1,26 @@
 """All draws of a tree, in pieces."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from pyro import poutine
 
-from ppvae.export.groups import integrated, pieces_of, predicted, small_numbers
+from ppvae._scopes import random_state
+from ppvae.export.densities import densities, integrated, of_elements
 from ppvae.export.names import Groups
-from ppvae.export.pieces import Piece, gathered
-from ppvae.programs.nodes import Node
-from ppvae.programs.runs import Args, Runs
+from ppvae.export.numbers import small_numbers
+from ppvae.export.pieces import Piece, gathered, side_by_side
+from ppvae.export.predictions import predicted
+from ppvae.export.sites import Sites
+from ppvae.programs.nodes import prototype
+from ppvae.programs.runs import Args, Runs, run_trace, with_discrete
+from ppvae.programs.simulation import Uncondition
+
+_OF_GUIDE = {"posterior", "unconstrained_posterior", "posterior_predictive"}
+_OF_PRIOR = {"prior", "prior_predictive"}
+_DENSITIES = {"log_likelihood", "log_prior", "sample_stats"}
 
 
 @dataclass(frozen=True)
@@ -18,20 +29,17 @@ class Drawing:
 
     Attributes:
         runs: the pair.
-        nodes: the sites that are variables.
-        events: number of event dims of each.
-        local: whether all latents are those of a datum.
-        wanted: names of groups.
-        num_inner: see `pieces_of`.
-        top: see `pieces_of`.
-        by_element: see `pieces_of`.
+        sites: the variables.
+        wanted: names of groups; what none of them asks for is not run.
+        num_inner: draws of the latents of each datum by which they are integrated out of its
+            likelihood; None if they are not.
+        top: the latents whose log prior is wanted.
+        by_element: whether the likelihood is that of each number, given the latents.
         new: arguments for predictions, or None.
     """
 
     runs: Runs
-    nodes: Sequence[Node]
-    events: Mapping[str, int]
-    local: bool
+    sites: Sites
     wanted: Collection[str]
     num_inner: int | None
     top: Sequence[str]
@@ -41,7 +49,17 @@ class Drawing:
     @property
     def batches(self) -> list[Args]:
         """The minibatches: all data together, where a latent belongs to all of them."""
-        return self.runs.batches if self.local else [self.runs.args]
+        return self.runs.batches if self.sites.local else [self.runs.args]
+
+    def weight(self, groups: Groups) -> np.ndarray | None:
+        """The log weights in some groups, if they are those of draws that belong to all data."""
+        return None if self.sites.local else groups.get("sample_stats", {}).get("log_weight")
+
+    def observed_values(self) -> dict[str, np.ndarray]:
+        """The data of the observed sites, with one draw in front."""
+        with random_state(None, keep=True):
+            seen = [prototype(self.runs.model, batch, {}) for batch in self.batches]
+        return side_by_side([self.sites.values(each, None, data=True) for each in seen])
 
     def pieces(self, num_samples: int) -> Iterator[Piece]:
         """The draws, of one minibatch after the other."""
@@ -52,9 +70,8 @@ class Drawing:
                 count = self._rows(batch)
                 rows, start = range(start, start + count), start + count
             yield from self._of_batch(batch, rows, num_samples)
-        if self.local and self.new is not None:
-            runs = predicted(self.runs, self.new, num_samples, self.events)
-            yield from self._cast(gathered(runs, None))
+        if self.sites.local and self.new is not None:
+            yield from self._cast(gathered(self._predicted(self.new, num_samples), None))
 
     def _rows(self, batch: Args) -> int:
         """How many data a minibatch has: it is cut from the arguments that have all of them."""
@@ -64,11 +81,9 @@ class Drawing:
 
     def _of_batch(self, batch: Args, rows: range | None, num_samples: int) -> Iterator[Piece]:
         """The draws for a minibatch; behind them the likelihood that they give together."""
-        runs = pieces_of(
-            self.runs, batch, num_samples, self.events, self.wanted,
-            num_inner=self.num_inner, top=self.top, by_element=self.by_element,
-            new=None if self.local else self.new,
-        )  # fmt: skip
+        first = prototype(self.runs.model, batch, {})
+        plates = self.runs.draws(batch, num_samples, [first])
+        runs = (self._of_run(batch, draws) for _, draws in plates)
         shown = {*self.wanted, "predictions"}
         weights: np.ndarray | None = None
         likelihood: dict[str, np.ndarray] = {}
@@ -85,7 +100,45 @@ class Drawing:
             groups = {"log_likelihood": integrated(likelihood, weights)}
             yield Piece(groups, 0, rows)
 
+    def _of_run(self, args: Args, draws: Any) -> Groups:
+        """The groups of the draws of one run, with the draws in front."""
+        groups: Groups = {}
+        runs, sites, wanted = self.runs, self.sites, {*self.wanted}
+        open_model = Uncondition()(runs.model)
+        new = None if sites.local else self.new
+        if wanted & (_OF_GUIDE | _DENSITIES) or new is not None:
+            traces = runs.pair(args, draws)
+            drawn, known = with_discrete(runs.model, traces, args, draws)
+        if "posterior" in wanted:
+            groups["posterior"] = sites.values(drawn, draws, data=False)
+        if "posterior_predictive" in wanted:
+            again = run_trace(poutine.replay(open_model, trace=known), args, draws)
+            groups["posterior_predictive"] = sites.values(again, draws, data=True)
+        if wanted & _OF_PRIOR:
+            try:
+                prior = run_trace(open_model, args, draws)
+            except NotImplementedError:  # an improper prior has nothing to draw from
+                prior = poutine.Trace()
+            groups["prior"] = sites.values(prior, draws, data=False)
+            groups["prior_predictive"] = sites.values(prior, draws, data=True)
+        if "unconstrained_posterior" in wanted:
+            groups["unconstrained_posterior"] = sites.on_the_reals(traces[0], draws)
+        if wanted & _DENSITIES:
+            groups |= densities(runs, traces, draws, self.num_inner, self.top)
+            if self.by_element:
+                groups["log_likelihood"] = of_elements(sites, traces[0], draws)
+        if new is not None:
+            groups["predictions"] = predicted(runs, sites, drawn, new, draws)
+        return groups
+
+    def _predicted(self, new: Args, num_samples: int) -> Iterator[Groups]:
+        """Predictions of a model without global latents, which are drawn from it."""
+        first = prototype(Uncondition()(self.runs.model), new, {})
+        for _, draws in self.runs.draws(self.runs.args, num_samples, [*self.runs.traces, first]):
+            nothing = poutine.Trace()
+            yield {"predictions": predicted(self.runs, self.sites, nothing, new, draws)}
+
     def _cast(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:
-            small_numbers(piece.groups, self.nodes)
+            small_numbers(piece.groups, self.sites.nodes)
             yield piece

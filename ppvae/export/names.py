@@ -1,17 +1,17 @@
 """Names of variables, dims and coordinates: those that are made, those of tables, those given."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppvae._checks import expect
 from ppvae.data.adapters import Form
 from ppvae.data.tables import labels_of
+from ppvae.export.sites import Sites
 from ppvae.programs.nodes import (
-    Node,
     from_reals,
     is_data,
     is_inside,
@@ -62,49 +62,42 @@ def chosen(groups: Any) -> frozenset[str]:
     return frozenset(groups)
 
 
-def dims_of(
-    nodes: Sequence[Node], trace: Any, plate: Any, events: Mapping[str, int], *, local: bool
-) -> Dims:
+def dims_of(sites: Sites) -> Dims:
     """Variable -> names of its dims behind `chain` and `draw`.
 
-    Args:
-        nodes: the sites that are variables.
-        trace: of the model.
-        plate: the data plate.
-        events: number of event dims of each site.
-        local: whether the densities are those of each datum.
+    Raises:
+        ValueError: a site or a plate has a name that is taken.
     """
-    latents = latent_nodes(trace)
-    dims: Dims = {name: ["datum"] * local for name in STATS}
+    nodes, plate = sites.nodes, sites.plate
+    latents = latent_nodes(sites.trace)
+    dims: Dims = {name: ["datum"] * sites.local for name in STATS}
     clash = [node["name"] for node in nodes if node["name"] in STATS]
     expect(not clash, "model", f"sites of other names than {STATS}", clash)
-    frames = {f.name for node in nodes for f in plates_of(node).values()} - {
-        getattr(plate, "name", None)
-    }
+    data = getattr(plate, "name", None)
+    frames = {frame.name for node in nodes for frame in plates_of(node).values()} - {data}
     clash = sorted(frames & {*DRAWN, "datum", "latent"})
     expect(not clash, "model", f"plates of other names than {[*DRAWN, 'datum', 'latent']}", clash)
     for node in nodes:
         name, plates = node["name"], sorted(plates_of(node).values(), key=lambda each: each.dim)
-        inside, data = is_inside(node, plate), getattr(plate, "name", None)
-        dims[name] = ["datum"] * inside + [p.name for p in plates if p.name != data]
-        if events[name] == 1 and len(latents) == 1 and node is latents[0]:
+        dims[name] = ["datum"] * is_inside(node, plate) + [p.name for p in plates if p.name != data]
+        if sites.events[name] == 1 and len(latents) == 1 and node is latents[0]:
             dims[name].append("latent")
         else:
-            dims[name] += [f"{name}_dim_{i}" for i in range(events[name])]
+            dims[name] += [f"{name}_dim_{i}" for i in range(sites.events[name])]
     return dims
 
 
-def free_dims(trace: Any, names: Dims, events: Mapping[str, int]) -> Dims:
+def free_dims(sites: Sites, names: Dims) -> Dims:
     """The dims of latents on the reals, which have names of their own where these are others."""
     dims = {}
-    for node in latent_nodes(trace):
+    for node in latent_nodes(sites.trace):
         name, fn = node["name"], node["fn"]
         if fn.support.is_discrete or name not in names:
             continue
         with suppress(NotImplementedError):
             space = space_of(from_reals(fn.support), fn.batch_shape, fn.event_shape)
             if space != fn.event_shape:
-                plates = names[name][: len(names[name]) - events[name]]
+                plates = names[name][: len(names[name]) - sites.events[name]]
                 dims[name] = [*plates, *(f"{name}_free_{i}" for i in range(len(space)))]
     return dims
 
@@ -129,11 +122,19 @@ def check_names(names: Dims, coords: Mapping[str, Any], dims: Dims) -> None:
 
 
 def table_coords(
-    nodes: Sequence[Node], args: Args, form: Form, names: Dims, renamed: Dims
+    sites: Sites, names: Dims, renamed: Dims, args: Args, form: Form
 ) -> dict[str, Any]:
-    """The names of the rows and columns of a table that is observed, by dim."""
+    """The names of the rows and columns of a table that is observed, by dim.
+
+    Args:
+        sites: the variables.
+        names: variable -> dims.
+        renamed: variable -> dims, as the user has them, who names their coordinates, too.
+        args: the data as they came.
+        form: of the data that the pair takes.
+    """
     found: dict[str, Any] = {}
-    for node in nodes:
+    for node in sites.nodes:
         name = node["name"]
         if is_data(node) and node["value"].dim() == 2 and name not in renamed:
             labels = labels_of(args, node["value"].shape, form)
@@ -143,26 +144,58 @@ def table_coords(
     return found
 
 
-def stacked(
-    groups: Groups, names: Dims, events: Mapping[str, int], stack: Any
-) -> tuple[Groups, Dims, dict[str, Any]]:
-    """Puts sites `z_0`, `z_1`, ... side by side, as one variable with a dim for the steps.
+class Stack(NamedTuple):
+    """Sites `z_0`, `z_1`, ... that are one variable, with a dim for the steps.
+
+    Attributes:
+        stem: the name of the variable.
+        sites: their names, in the order of the steps.
+        events: number of event dims of each, in front of which the steps go.
+    """
+
+    stem: str
+    sites: list[str]
+    events: int
+
+    def put(self, groups: Groups) -> None:
+        """Puts the arrays of the sites side by side, in each group that has any.
+
+        Raises:
+            ValueError: they are of several shapes.
+        """
+        for group, values in groups.items():
+            arrays = [values.pop(site) for site in self.sites if site in values]
+            if arrays:
+                shapes = {array.shape for array in arrays}
+                whole = len(arrays) == len(self.sites) and len(shapes) == 1
+                wanted = f"sites {self.sites} of one shape in {group!r}"
+                expect(whole, "stack", wanted, sorted(shapes))
+                values[self.stem] = np.stack(arrays, arrays[0].ndim - self.events)
+
+
+def stacks_of(
+    names: Dims, events: Mapping[str, int], stack: Any
+) -> tuple[list[Stack], Dims, dict[str, Any]]:
+    """The sites that are to be one variable.
 
     Args:
-        groups: arrays by group and variable, with the dims of `names` last.
         names: variable -> dims.
-        events: number of event dims of each site, in front of which the steps go.
-        stack: from the stem of the names to the name of the dim.
+        events: number of event dims of each site.
+        stack: from the stem of the names to the name of the dim, or None.
 
     Returns:
-        Groups and names in which the stems stand for the sites, and the steps as coordinates.
+        The stacks, the names with the stems in place of their sites, and the steps as coordinates.
+
+    Raises:
+        ValueError: there are no such sites, or they have not the same dims.
     """
+    stack = {} if stack is None else stack
     words = isinstance(stack, Mapping) and all(
         isinstance(word, str) for pair in stack.items() for word in pair
     )
     wanted = "a mapping from the stems of names of sites, as 'z' of z_0, to the names of dims"
     expect(words, "stack", wanted, repr(stack), TypeError)
-    names, coords = dict(names), dict[str, Any]()
+    names, coords, stacks = dict(names), dict[str, Any](), []
     for stem, dim in stack.items():
         found = {int(m[1]): m[0] for m in (re.fullmatch(rf"{stem}_(\d+)", n) for n in names) if m}
         steps = sorted(found)
@@ -175,27 +208,7 @@ def stacked(
         expect(alike, "stack", f"sites {sites} in the same plates, of one shape", dims)
         before = len(dims[0]) - events[sites[0]]
         names[stem] = [*dims[0][:before], dim, *dims[0][before:]]
-        for group, values in groups.items():
-            arrays = [values.pop(site) for site in sites if site in values]
-            if arrays:
-                shapes = {array.shape for array in arrays}
-                whole = len(arrays) == len(sites) and len(shapes) == 1
-                expect(whole, "stack", f"sites {sites} of one shape in {group!r}", sorted(shapes))
-                axis = arrays[0].ndim - events[sites[0]]
-                groups[group][stem] = np.stack(arrays, axis)
         known = coords.setdefault(dim, steps)
         expect(known == steps, "stack", f"as many sites {stem!r} as others along {dim!r}", steps)
-    return groups, names, coords
-
-
-def by_number(groups: Groups, names: Dims, nodes: Sequence[Node]) -> tuple[Groups, Dims]:
-    """Puts the numbers of data that are vectors, or stand in several plates, along one dim."""
-    names = dict(names)
-    for name in [node["name"] for node in nodes if is_data(node)]:
-        if len(names.get(name, [])) < 2:
-            continue
-        names[name] = [f"{name}_element"]
-        for group in groups.values():
-            if name in group:
-                group[name] = group[name].reshape(len(group[name]), -1)
-    return groups, names
+        stacks.append(Stack(stem, sites, events[sites[0]]))
+    return stacks, names, coords

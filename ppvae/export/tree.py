@@ -61,19 +61,22 @@ def dataset_of(
 
 
 def words_of(
-    model: Any, guide: Any, seed: int | None, stats: Mapping[str, np.ndarray] | None
+    model: Any, guide: Any, seed: int | None, log_weight: np.ndarray | None
 ) -> dict[str, Any]:
     """What drew a posterior, what a fit said of it, and what its draws are worth.
 
-    `stats` are those of draws that belong to all the data, or None.
+    Args:
+        model: the model.
+        guide: the guide.
+        seed: that of the draws.
+        log_weight: of the draws, where they belong to all the data; None else.
     """
     family = getattr(getattr(guide, "family", None), "name", None)
     words: dict[str, Any] = {"sampling": "independent draws of a guide"}
     words |= {"family": family} if family else {}
     words |= {} if seed is None else {"seed": seed}
-    weight = None if stats is None else stats.get("log_weight")
-    if weight is not None:
-        found = estimates(torch.as_tensor(weight)[:, None])
+    if log_weight is not None:
+        found = estimates(torch.as_tensor(log_weight)[:, None])
         names = {"khat": "khat", "ess": "ess", "log_evidence": "log_likelihood"}
         words |= {name: found[key].item() for name, key in names.items()}
     return words | said_of(model, guide)
