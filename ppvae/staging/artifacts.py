@@ -5,7 +5,9 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,13 +84,41 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     logged = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the caller gets an error
     try:
-        with without_warnings():
+        with without_warnings(), _side_by_side():
             return torch._inductor.aot_compile(graph, tuple(inputs), options=_OPTIONS)
     except Exception:
         _forget_instructions()
         raise
     finally:
         logging.disable(logged)
+
+
+@contextmanager
+def _side_by_side() -> Iterator[None]:
+    """Has the kernels compiled beside the code that calls them, where there is a second core.
+
+    PyTorch compiles one after the other; what links them waits for both.
+    """
+    from torch._inductor import codecache
+
+    builder: Any = codecache.CppBuilder
+    with ThreadPoolExecutor() as pool:
+        begun: list[Future[None]] = []
+
+        class Builder(builder):  # type: ignore[misc]
+            def build(self) -> None:
+                if self.get_target_file_path().endswith((".wrapper.o", ".kernel.o")):
+                    begun.append(pool.submit(super().build))
+                    return
+                for each in begun:
+                    each.result()
+                super().build()
+
+        codecache.CppBuilder = Builder  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            codecache.CppBuilder = builder  # type: ignore[misc]
 
 
 def _forget_instructions() -> None:
