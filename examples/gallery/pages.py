@@ -15,9 +15,12 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from myst_nb import glue
 from numpy.typing import ArrayLike
 
-#: Those of Okabe and Ito (2008): every eye can tell them apart.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
+from ppvae._look import color
+
+#: The colours of the library's own pictures, those of Okabe and Ito (2008): every eye can tell them
+#: apart.
+BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK = map(color, range(7))
+GREY = "#777777"  # for what stands behind
 
 matplotlib.rcParams |= {
     "figure.dpi": 110,
