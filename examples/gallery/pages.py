@@ -15,9 +15,12 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from myst_nb import glue
 from numpy.typing import ArrayLike
 
-#: Those of Okabe and Ito (2008): every eye can tell them apart.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
+from ppvae._look import color
+
+#: The colours of the library's own pictures, those of Okabe and Ito (2008): every eye can tell them
+#: apart.
+BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK = map(color, range(7))
+GREY = "#777777"  # for what stands behind
 
 matplotlib.rcParams |= {
     "figure.dpi": 110,
@@ -43,13 +46,13 @@ warnings.filterwarnings("ignore", "IProgress not found")  # of bars, which a pag
 def spread(values: ArrayLike, digits: int = 2) -> str:
     """A mean with, in brackets, the standard deviation over seeds: `3.61 (0.05)`."""
     numbers = np.asarray(values, dtype=float)
-    return f"{numbers.mean():.{digits}f} ({numbers.std(ddof=1):.{digits}f})"
+    return f"{numbers.mean():z.{digits}f} ({numbers.std(ddof=1):.{digits}f})"
 
 
 def say(**numbers: Any) -> None:
     """Makes numbers known to the text of a page, which writes them as {glue:text}`name`."""
     for name, value in numbers.items():
-        glue(name, value if isinstance(value, str) else f"{value:.2f}", display=False)
+        glue(name, value if isinstance(value, str) else f"{value:z.2f}", display=False)
 
 
 def table(rows: Iterable[Mapping[str, Any]], digits: int = 2) -> Any:
@@ -60,7 +63,7 @@ def table(rows: Iterable[Mapping[str, Any]], digits: int = 2) -> Any:
 
 
 def _cell(digits: int) -> Any:
-    return lambda value: f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return lambda value: f"{value:z.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def axes(xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
