@@ -71,6 +71,10 @@ def exact_posterior(
     much more evidence with wider priors, or a noise that its prior makes most improbable. Give
     `scale="data"`, standardise, or add an intercept.
 
+    Of tables and columns of pandas, and arrays of xarray, the rows have labels: those of y and of
+    all else that there is for each row must be those of X, in its order, here and wherever rows are
+    given. Arrays, lists and tensors have none, and go by position.
+
     Args:
         X: array of shape `(rows, columns)`, wide or tall, where zero rows give the prior; or,
             without y, an iterable of pairs of blocks, `(rows, columns)` and `(rows,)`, of which
@@ -98,8 +102,8 @@ def exact_posterior(
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: shapes do not fit, values are not finite, a noise, scale or weight is not
-            positive, or the posterior is improper.
+        ValueError: shapes or labels of rows do not fit, values are not finite, a noise, scale or
+            weight is not positive, or the posterior is improper.
 
     Reference:
         Gelman et al., *Bayesian Data Analysis*, 2013, chapter 14; of priors in the scale of the
@@ -334,8 +338,8 @@ class ExactPosterior:
             Means, sds, intervals, densities and draws of the new data.
 
         Raises:
-            TypeError, ValueError: X has not the columns of the data, or there are others than
-                finite numbers.
+            TypeError, ValueError: X has not the columns of the data, labels of rows do not fit, or
+                there are others than finite numbers.
 
         Example:
             >>> posterior = exact_posterior([[1.0], [2.0]], [1.0, 3.0], weight=None, noise=1.0)
@@ -351,7 +355,7 @@ class ExactPosterior:
         for name, values in (("X", rows.X), ("offset", start)):
             size = np.abs(values).max(initial=0.0)
             expect(size <= MOST, name, f"numbers of a size of {MOST} at most", size)
-        return Prediction(self.problem, self.hyper, rows.X, start, plain)
+        return Prediction(self.problem, self.hyper, rows.X, start, plain, rows.labels)
 
     def update(
         self,
@@ -517,7 +521,7 @@ class ExactPosterior:
         size = check_count("num_samples", num_samples)
         drawn = draw(self.problem, self.hyper, size, generator)
         count = factor.columns - first
-        features = factor.names if features is None else check_names("features", features, count)
+        names = factor.names if features is None else check_names("features", features, count)
         weight = drawn["weight"]
         posterior = {"weight": weight[:, first:]}
         posterior |= {"intercept": weight[:, 0]} if first else {}
@@ -538,7 +542,7 @@ class ExactPosterior:
         dims |= {name: ["datum"] for name in ("y", "noise_sd", "offset", "counts")}
         return arviz_base.from_dict(
             groups,
-            coords={} if features is None else {"feature": list(features)},
+            coords={} if names is None else {"feature": list(names)},
             dims=dims,
             attrs={"/": {"inference_library": "ppvae", "sampling": "independent, exact"}},
         )

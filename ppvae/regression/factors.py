@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ppvae._checks import check_flag, check_names, check_real, expect
+from ppvae.regression.labels import Names, check_columns
 from ppvae.regression.priors import Array
-from ppvae.regression.rows import Names, Rows, Values, read_rows
+from ppvae.regression.rows import Rows, Values, read_rows
 
 # an array of rows, or pairs (X, y) of blocks of rows
 Data = Values | Iterable[tuple[Values, Values]]
@@ -114,8 +115,9 @@ def factorize(
     Raises:
         TypeError: X is neither an array nor an iterable of pairs, or there are others than real
             numbers, or `intercept` is no bool.
-        ValueError: shapes do not fit, there are no rows or columns, a value is not finite, a weight
-            is not positive or a count negative, or there are such numbers beside blocks.
+        ValueError: shapes or labels of rows do not fit, there are no rows or columns, a value is
+            not finite, a weight is not positive or a count negative, or there are such numbers
+            beside blocks.
 
     Reference:
         Golub, Van Loan, *Matrix Computations*, 2013, section 5.2; Demmel et al., *Communication-
@@ -209,13 +211,8 @@ def check_factor(name: str, value: Any, like: Factor | None = None) -> Factor:
         count = like.columns - like.intercept
         fits = value.columns == like.columns
         expect(fits, name, f"{count} columns, as the others", value.columns - value.intercept)
-        _check_same(name, value.names, like.names)
+        check_columns(name, value.names, like.names)
     return value
-
-
-def _check_same(name: str, names: Names, others: Names) -> None:
-    same = names == others or names is None or others is None
-    expect(same, name, f"the columns {others}, in this order", names)
 
 
 def read(
@@ -251,7 +248,7 @@ def read(
     stack, kept = _Stack(), []
     names: Names = None
     for block in read_rows(X, y, intercept=intercept, **sides):
-        _check_same("X", block.names, names)
+        check_columns("X", block.names, names)
         names = names or block.names
         for start in range(0, len(block) or 1, _ROWS):
             stack.add(block.even(slice(start, start + _ROWS)))
@@ -288,7 +285,7 @@ def read_block(X: Values, y: Values | None, like: Factor, **sides: Values | None
     rows = next(read_rows(X, y, intercept=like.intercept, **sides))
     count, got = like.columns - like.intercept, rows.X.shape[1] - like.intercept
     expect(got == count, "X", f"{count} columns, as the factor has", got)
-    _check_same("X", rows.names, like.names)
+    check_columns("X", rows.names, like.names)
     _check_finite(rows.block)
     return rows
 

@@ -18,6 +18,7 @@ from ppvae.programs.nodes import base_of
 from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.counted import check_counts, kept
 from ppvae.regression.factors import factorize
+from ppvae.regression.labels import check_aligned
 from ppvae.regression.priors import read_positive
 from ppvae.regression.units import Units
 from ppvae.regression.weights import (
@@ -214,6 +215,7 @@ def in_units_of(
         arguments: as a user gave them.
         response: whether y is in the units of the predictor, as that of a linear regression is.
     """
+    check_aligned(X=X, y=y, **sides)
     X = check_array("X", X, ("rows", "columns"))
     y = check_array("y", y, (len(X),))
     scale = arguments.get("scale")

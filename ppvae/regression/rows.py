@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ppvae._checks import LEAST, MOST, as_doubles, check_array, check_real, expect
+from ppvae.regression.labels import Names, check_aligned, names_of
 from ppvae.regression.priors import Array
 
 Values = ArrayLike | Tensor
-Names = tuple[str, ...] | None
 # what a row has beside X and y
 SIDES = "sds", "offset", "counts"
 
@@ -30,6 +30,7 @@ class Rows:
         sds: the noise sd of each row relative to that of a row of weight one, or None.
         offset: of the linear predictor of each row, or None.
         counts: how many times each row counts, or None.
+        labels: of the rows, or None where they came without.
     """
 
     block: Array
@@ -37,6 +38,7 @@ class Rows:
     sds: Array | None = None
     offset: Array | None = None
     counts: Array | None = None
+    labels: Any = None
 
     def __len__(self) -> int:
         return len(self.block)
@@ -116,37 +118,33 @@ def read_rows(
         expect(not given, "X", "one array of rows and y", got)
     columns = 0
     for number, pair in enumerate(X if y is None else [(X, y)]):
-        name = f"X, y of block {number}" if y is None else "X, y"
+        of = f" of block {number}" if y is None else ""
         kind = type(pair).__name__
         arrays = tuple(pair) if isinstance(pair, Iterable) and kind != "Factor" else ()
         got = f"{kind} as block {number}{' (combine makes one)' * (kind == 'Factor')}"
         expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
-        named = zip(arrays, ("X", "y"), strict=True)
-        design, target = (as_doubles(check_real(each, values)) for values, each in named)
+        named = dict(zip(("X", "y"), arrays, strict=True))
+        labels = check_aligned(of, **named, **given)
+        design, target = (as_doubles(check_real(name, each)) for name, each in named.items())
         target = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
         fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
         shapes = f"{design.shape} and {target.shape}"
-        expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
+        expect(fits, f"X, y{of}", "shapes (rows, columns) and (rows,)", shapes)
         columns = columns if number else design.shape[1]
         expect(columns + intercept, "X", "at least one column", "none")
         expected = f"{columns} columns in every block, as in the first"
         expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
         block = np.column_stack([*[np.ones(len(target))] * intercept, design, target])
-        yield Rows(block, names_of(arrays[0]), **_sides(len(block), given))
+        sided = _sides(len(block), given)
+        yield Rows(block, names_of(arrays[0]), labels=labels, **sided)
 
 
 def is_vector(values: Any) -> bool:
     """Whether something is one number for each of several rows."""
     if isinstance(values, Tensor):
         return values.dim() == 1 and len(values) > 1
-    array = isinstance(values, list | tuple | np.ndarray) or hasattr(values, "iloc")
+    array = isinstance(values, list | tuple) or hasattr(values, "__array__")
     return array and np.ndim(values) == 1 and len(values) > 1
-
-
-def names_of(X: Any) -> Names:
-    """The names of the columns of a table, or None where there are none."""
-    names = list(getattr(X, "columns", ()))
-    return tuple(names) if names and all(isinstance(name, str) for name in names) else None
 
 
 def _sides(rows: int, given: dict[str, Any]) -> dict[str, Array]:

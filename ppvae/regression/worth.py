@@ -21,6 +21,7 @@ from ppvae.guides import FamilyGuide
 from ppvae.regression._drawing import draw_latents
 from ppvae.regression.combinations import Combinations
 from ppvae.regression.exact import exact_posterior
+from ppvae.regression.labels import check_aligned, check_columns, names_of
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.priors import Array, Integers
 from ppvae.regression.ridge import Ridge, squared_errors
@@ -223,8 +224,8 @@ def worth_of_bayes(
 
     Raises:
         TypeError: there are others than real numbers among the data.
-        ValueError: shapes do not fit, or a number is not finite; rows are too few for the folds; y
-            is an exact function of the columns.
+        ValueError: shapes, labels of rows or names of columns do not fit, or a number is not
+            finite; rows are too few for the folds; y is an exact function of the columns.
 
     Reference:
         MacKay, *Bayesian interpolation*, 1992; Gneiting, Raftery, *Strictly proper scoring rules,
@@ -236,7 +237,8 @@ def worth_of_bayes(
         >>> print(worth.verdict[:47])
         It makes no difference that these data show: 0.
     """
-    X = check_array("X", X, ("rows", "columns"))
+    check_aligned(X=X, y=y)
+    names, X = names_of(X), check_array("X", X, ("rows", "columns"))
     y = check_array("y", y, (len(X),))
     expect(X.shape[1], "X", "at least one column", "none")
     folds, seed = check_count("num_folds", num_folds, 2), check_count("seed", seed, 0)
@@ -252,7 +254,9 @@ def worth_of_bayes(
     else:
         pair = isinstance(test, (list, tuple)) and len(test) == 2
         expect(pair, "test", "a pair (X, y)", f"{test!r:.60}", TypeError)
+        check_aligned(" of test", X=test[0], y=test[1])
         new = check_array("test", test[0], ("rows", X.shape[1]))
+        check_columns("test", names_of(test[0]), names)
         expect(len(new), "test", "at least one row", "none")
         splits = [Split(X, y, new, check_array("test", test[1], (len(new),)))]
         told, order = f"{len(new)} others held out", np.arange(len(new))
