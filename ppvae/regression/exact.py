@@ -68,7 +68,8 @@ def exact_posterior(
     order of `columns min(rows, columns)^2`.
 
     A prior that the data contradict is warned of: a weight several prior sds from its prior mean,
-    much more evidence with wider priors, or a noise that its prior makes most improbable. Give
+    much more evidence with wider priors, or a noise or a scale that its prior makes most improbable
+    (of a scale with a prior the first two are asked where its posterior is). Give
     `scale="data"`, standardise, or add an intercept.
 
     Of tables and columns of pandas, and arrays of xarray, the rows have labels: those of y and of
