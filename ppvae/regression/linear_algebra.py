@@ -137,6 +137,11 @@ class GaussianPosterior(NamedTuple):
         shrink = np.logaddexp(0, 2 * (self.log_singular + log_ratio[:, None]))
         return shrink.sum(-1) / 2, np.exp(-shrink) @ self.target[self.flat :] ** 2
 
+    def prior_share(self, log_noise: Array, log_scale: Array) -> Array:
+        """What the prior has of the posterior precision of each that is seen, `(k, seen)`."""
+        v = self.log_ratio(log_noise, log_scale)[:, None]
+        return np.exp(-np.logaddexp(0, 2 * (self.log_singular + v)))
+
     def coordinates(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
         """Computes posterior means and variances of the coordinates, each `(k, rank)`."""
         u, v = log_noise[:, None], self.log_ratio(log_noise, log_scale)[:, None]
