@@ -111,9 +111,12 @@ class Combinations:
     def quantile(self, levels: Array) -> Array:
         """Quantiles at probabilities `(levels,)`, shape `(levels, k)`."""
         table = np.empty((len(levels), len(self.center)))
+        few = replace(self, hyper=self.hyper.thinned())
         for part in self._pieces(len(levels)):
-            means, sds = self.components(part)
-            table[:, part] = mixture_quantiles(self.hyper.shares, means, sds, levels)
+            near = mixture_quantiles(few.hyper.shares, *few.components(part), levels)
+            table[:, part] = mixture_quantiles(
+                self.hyper.shares, *self.components(part), levels, near
+            )
         return table
 
     def cdf(self, values: Array) -> Array:

@@ -129,6 +129,16 @@ class HyperPosterior(NamedTuple):
         """Logs of the noise and of the scale at the points, each of shape `(points,)`."""
         return _on_lines(self.numbers, self.indices * self.steps)[0]
 
+    def thinned(self) -> "HyperPosterior":
+        """Every third point of the lattice along each axis.
+
+        Sums over every second are those over all but for 1e-12, and as their error falls
+        exponentially with the spacing, those over every third are within some 1e-5 of them.
+        """
+        kept = (self.indices % 3 == 0).all(1)
+        shares = self.shares[kept] / self.shares[kept].sum()
+        return self._replace(indices=self.indices[kept], shares=shares)
+
     def checks(self) -> Array:
         """Weights of three sums over the points, shape `(points, 3)`.
 
@@ -344,7 +354,9 @@ def _inverse_cdf(densities: Array, levels: Array) -> Array:
     return (right - 1 + cubic) / _FINER
 
 
-def mixture_quantiles(weights: Array, means: Array, sds: Array, levels: Array) -> Array:
+def mixture_quantiles(
+    weights: Array, means: Array, sds: Array, levels: Array, start: Array | None = None
+) -> Array:
     """Computes quantiles of Gaussian mixtures, by Newton steps inside a bracket that is bisected.
 
     Args:
@@ -352,6 +364,7 @@ def mixture_quantiles(weights: Array, means: Array, sds: Array, levels: Array) -
         means: shape `(components, columns)`.
         sds: shape `(components, columns)`.
         levels: probabilities, shape `(levels,)`.
+        start: numbers near the quantiles, shape `(levels, columns)`, which spare steps.
 
     Returns:
         Shape `(levels, columns)`.
@@ -361,6 +374,8 @@ def mixture_quantiles(weights: Array, means: Array, sds: Array, levels: Array) -
     ends = (means + sds * special.ndtri(levels)[:, None, None] - center) / width
     low, high = np.arcsinh(ends.min(1)), np.arcsinh(ends.max(1))
     x = (low + high) / 2
+    if start is not None:
+        x = np.clip(np.arcsinh((start - center) / width), low, high)
     for _ in range(_MOST_ROUNDS):
         away = (center + width * np.sinh(x)[:, None] - means) / sds
         # in units of the level, so that small probabilities are as exact as others

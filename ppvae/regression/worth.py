@@ -32,8 +32,6 @@ from ppvae.training import NarrowFamily, NotConverged, fit
 FULL, BY_EVIDENCE = "full posterior", "posterior by evidence"
 # Draws of a guide that its predictions are averaged over.
 _DRAWS = 4000
-# Points of the lattice of noise and scale that densities are summed over, along each axis.
-_EVERY = 3
 #: Methods that predict a Normal with one sd.
 POINTS = (
     "least squares",
@@ -366,16 +364,9 @@ def _full(split: Split, level: float) -> tuple[Method, Array]:
     """The scores of the full posterior, and the share of variances that is of the line."""
     X, y, new, target = split.standardized()
     posterior = exact_posterior(X, y, intercept=True, **PRIORS)
-    prediction, hyper = posterior.predict(new), posterior.hyper
-    # over every second point of the lattice sums are those over all but for 1e-12, and as their
-    # error falls exponentially with the spacing, over every third within some 1e-5 nats
-    kept = (hyper.indices % _EVERY == 0).all(1)
-    shares = hyper.shares[kept] / hyper.shares[kept].sum()
+    prediction = posterior.predict(new)
     mixture = Combinations.of_rows(
-        posterior.problem,
-        hyper._replace(indices=hyper.indices[kept], shares=shares),
-        prediction.rows,
-        prediction.noise,
+        posterior.problem, posterior.hyper.thinned(), prediction.rows, prediction.noise
     )
     method = Method(
         mixture.log_prob(target)[0] - np.log(split.spread),
