@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ppvae._checks import check_flag, check_names, check_real, expect
+from ppvae._checks import MOST, check_array, check_flag, check_names, expect
 from ppvae.regression.labels import Names, check_columns
 from ppvae.regression.priors import Array
 from ppvae.regression.rows import Rows, Values, read_rows
@@ -279,14 +279,11 @@ def read_block(X: Values, y: Values | None, like: Factor, **sides: Values | None
         TypeError, ValueError: see `factorize`.
     """
     if y is None:
-        design = check_real("X", X)
-        expect(design.dim() == 2, "X", "shape (rows, columns)", tuple(design.shape))
-        y = np.zeros(len(design))
+        y = np.zeros(len(check_array("X", X, ("rows", "columns"))))
     rows = next(read_rows(X, y, intercept=like.intercept, **sides))
     count, got = like.columns - like.intercept, rows.X.shape[1] - like.intercept
     expect(got == count, "X", f"{count} columns, as the factor has", got)
     check_columns("X", rows.names, like.names)
-    _check_finite(rows.block)
     return rows
 
 
@@ -321,11 +318,7 @@ def triangle_of(*blocks: Array) -> Array:
 def _fold(waiting: list[Array]) -> Array:
     """Computes the triangular factor of all the rows that wait."""
     triangle = torch.linalg.qr(torch.from_numpy(np.vstack(waiting)), mode="r")[1].numpy()
-    _check_finite(triangle)  # a NaN or infinity in a row comes through
-    return triangle
-
-
-def _check_finite(block: Array) -> None:
-    finite: Any = np.isfinite(block).all(0)
+    finite: Any = np.isfinite(triangle).all(0)
     name = "y" if finite[:-1].all() else "X"
-    expect(finite.all(), name, "finite values", "NaN, infinity or an overflow")
+    expect(finite.all(), name, f"numbers of a size of {MOST} at most", "an overflow")
+    return triangle

@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ppvae._checks import LEAST, MOST, as_doubles, check_array, check_real, expect
+from ppvae._checks import LEAST, MOST, check_array, check_real, expect
 from ppvae.regression.labels import Names, check_aligned, names_of
 from ppvae.regression.priors import Array
 
 Values = ArrayLike | Tensor
 # what a row has beside X and y
 SIDES = "sds", "offset", "counts"
+# the least that each may be as it is given
+_LEAST = {"weights": LEAST, "noise": LEAST, "offset": -MOST, "counts": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,20 +125,17 @@ def read_rows(
         arrays = tuple(pair) if isinstance(pair, Iterable) and kind != "Factor" else ()
         got = f"{kind} as block {number}{' (combine makes one)' * (kind == 'Factor')}"
         expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
-        named = dict(zip(("X", "y"), arrays, strict=True))
-        labels = check_aligned(of, **named, **given)
-        design, target = (as_doubles(check_real(name, each)) for name, each in named.items())
-        target = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
-        fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
-        shapes = f"{design.shape} and {target.shape}"
-        expect(fits, f"X, y{of}", "shapes (rows, columns) and (rows,)", shapes)
+        labels = check_aligned(of, X=arrays[0], y=arrays[1], **given)
+        design = check_array(f"X{of}", arrays[0], ("rows", "columns"))
+        target = check_real(f"y{of}", arrays[1])
+        column = target.dim() == 2 and target.shape[1] == 1
+        target = check_array(f"y{of}", target[:, 0] if column else target, (len(design),))
         columns = columns if number else design.shape[1]
         expect(columns + intercept, "X", "at least one column", "none")
         expected = f"{columns} columns in every block, as in the first"
         expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
         block = np.column_stack([*[np.ones(len(target))] * intercept, design, target])
-        sided = _sides(len(block), given)
-        yield Rows(block, names_of(arrays[0]), labels=labels, **sided)
+        yield Rows(block, names_of(arrays[0]), labels=labels, **_sides(len(block), given))
 
 
 def is_vector(values: Any) -> bool:
@@ -151,15 +150,15 @@ def _sides(rows: int, given: dict[str, Any]) -> dict[str, Array]:
     """The relative sds, offsets and counts of rows.
 
     Raises:
-        TypeError, ValueError: they are not one number for each row; an sd or a weight is not
-            positive, or a count is negative.
+        TypeError, ValueError: they are not one number for each row, or one is out of its range.
     """
     sides = {name: check_array(name, values, (rows,)) for name, values in given.items()}
-    for name in ("weights", "noise"):
-        sizes = sides.get(name, np.ones(1))
-        bad = np.flatnonzero(~((sizes >= LEAST) & (sizes <= MOST)))
-        got = f"{sizes[bad[0]]:g} in row {bad[0]}" if len(bad) else ""
-        expect(not len(bad), name, f"a positive number from {LEAST} to {MOST} for each row", got)
+    for name, values in sides.items():
+        least = _LEAST[name]
+        bad = np.flatnonzero(~((values >= least) & (values <= MOST)))
+        wanted = f"a {'positive ' * (least > 0)}number from {least:g} to {MOST:g} for each row"
+        got = f"{values[bad[0]]:g} in row {bad[0]}" if len(bad) else ""
+        expect(not len(bad), name, wanted, got)
     expect(
         "weights" not in sides or "noise" not in sides,
         "weights",
@@ -170,9 +169,4 @@ def _sides(rows: int, given: dict[str, Any]) -> dict[str, Array]:
         sides["sds"] = sides.pop("weights") ** -0.5
     if "noise" in sides:
         sides["sds"] = sides.pop("noise")
-    if "counts" in sides:
-        counts = sides["counts"]
-        bad = np.flatnonzero(counts < 0)
-        got = f"{counts[bad[0]]:g} in row {bad[0]}" if len(bad) else ""
-        expect(not len(bad), "counts", "numbers of at least 0", got)
     return sides

@@ -445,11 +445,11 @@ BAD_KINDS = [
     (dict(weight=dist.Laplace(0.0, 1.0)), "^weight: .*Laplace"),
 ]
 BAD_VALUES = [
-    (dict(y=Y3[:5]), r"X, y: .*\(6, 3\) and \(5,\)"),
-    (dict(y=np.tile(Y3[:, None], 2)), r"X, y: .*\(6, 2\)"),
-    (dict(X=Y3), "X, y: "),
+    (dict(y=Y3[:5]), r"y: expected shape \(6\), got \(5,\)"),
+    (dict(y=np.tile(Y3[:, None], 2)), r"y: .*\(6, 2\)"),
+    (dict(X=Y3), r"X: expected shape \(rows, columns\), got \(6,\)"),
     (dict(X=NAN), "^X: .*NaN"),
-    (dict(y=np.append(Y3[:5], np.inf)), "^y: .*infinity"),
+    (dict(y=np.append(Y3[:5], np.inf)), "^y: .*infinite"),
     (dict(y=Y3 * 1e-150, weight=None, noise=None), "^y: .*size"),
     (dict(X=X3 * 1e200), "^X: .*size of 1e.100 at most"),
     (dict(X=X3 * 1e-200, **FLAT), "^X: .*size of 1e-100 at least"),

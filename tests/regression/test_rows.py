@@ -185,7 +185,9 @@ BAD = {
     "noise: expected a positive": dict(noise=np.zeros(ROWS)),
     "noise: expected shape": dict(noise=np.ones(4)),
     "offset: expected finite": dict(offset=np.full(ROWS, np.nan)),
-    "counts: .* -1 in row 0": dict(counts=np.full(ROWS, -1)),
+    "counts: expected a number from 0 .* -1 in row 0": dict(counts=np.full(ROWS, -1)),
+    "counts: expected a number .* 1e.101 in row 0": dict(counts=np.full(ROWS, 1e101)),
+    "offset: expected a number from -1e.100 to": dict(offset=np.full(ROWS, -1e101)),
     "scale: .*'data'": dict(scale="rows"),
     "weight: expected a Normal with one loc": dict(weight=correlated(np.eye(2), np.zeros(2))),
     "weight: .*unknown noise": dict(weight=exact_posterior(X, Y)),
@@ -206,3 +208,19 @@ def test_posteriors_with_weights_are_values():
     for other in (copy.deepcopy(post), pickle.loads(pickle.dumps(post))):
         np.testing.assert_array_equal(other.mean, post.mean)
         assert repr(other) == repr(post)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named_by_its_argument(number):
+    """Wherever it is: what a decomposition makes of it says little of where it was."""
+    for shape in ((1, 1), (2, 1), (3, 3), (4, 2)):
+        rows, target = np.ones(shape), np.ones(shape[0])
+        for place in np.ndindex(shape):
+            bad = rows.copy()
+            bad[place] = number
+            with pytest.raises(ValueError, match="^X: expected finite numbers, got 1 that"):
+                exact_posterior(bad, target, noise=1.0)
+        for place in range(shape[0]):
+            bad = np.where(np.arange(shape[0]) == place, number, target)
+            with pytest.raises(ValueError, match="^y of block 0: expected finite numbers"):
+                exact_posterior([(rows, bad)], noise=1.0)
