@@ -24,12 +24,11 @@ from ppvae._checks import (
     check_array,
     check_count,
     check_flag,
-    check_names,
     check_real,
     expect,
 )
 from ppvae.regression.arguments import problem_of
-from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
+from ppvae.regression.combinations import Combinations
 from ppvae.regression.conflict import warn_of_conflict
 from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
@@ -37,7 +36,10 @@ from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.loo import LeaveOneOut, log_predictive, words_of
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, NormalPrior, Seed
+from ppvae.regression.quantiles import check_levels
 from ppvae.regression.rows import Rows, Values, is_vector
+from ppvae.regression.sampling import draw, generator_of
+from ppvae.regression.tree import tree_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -514,35 +516,5 @@ class ExactPosterior:
         Raises:
             ValueError: there are fewer than one draw, or `features` are not one for each column.
         """
-        import arviz_base
-
-        factor, first = self.problem.factor, int(self.problem.factor.intercept)
-        generator = generator_of(seed)
-        size = check_count("num_samples", num_samples)
-        drawn = draw(self.problem, self.hyper, size, generator)
-        count = factor.columns - first
-        names = factor.names if features is None else check_names("features", features, count)
-        weight = drawn["weight"]
-        posterior = {"weight": weight[:, first:]}
-        posterior |= {"intercept": weight[:, 0]} if first else {}
-        posterior |= {name: drawn[name] for name in self.problem.unknown}
-        groups = {"posterior": {name: values[None] for name, values in posterior.items()}}
-        if self.rows is not None:
-            rows = self.rows
-            noise = drawn["noise"][:, None] * (1.0 if rows.sds is None else rows.sds)
-            line = weight @ rows.X.T + (0.0 if rows.offset is None else rows.offset)
-            logs = -(((rows.y - line) / noise) ** 2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
-            logs = logs if rows.counts is None else logs * rows.counts
-            new = line + noise * generator.standard_normal(line.shape)
-            constant = {"X": rows.X[:, first:], **rows.sides()}
-            groups |= {"posterior_predictive": {"y": new[None]}}
-            groups |= {"log_likelihood": {"y": logs[None]}, "observed_data": {"y": rows.y}}
-            groups |= {"constant_data": constant}
-        dims = {"weight": ["feature"], "X": ["datum", "feature"]}
-        dims |= {name: ["datum"] for name in ("y", "noise_sd", "offset", "counts")}
-        return arviz_base.from_dict(
-            groups,
-            coords={} if names is None else {"feature": list(names)},
-            dims=dims,
-            attrs={"/": {"inference_library": "ppvae", "sampling": "independent, exact"}},
-        )
+        given: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "features": features}
+        return tree_of(self.problem, self.hyper, self.rows, **given)

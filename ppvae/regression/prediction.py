@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ppvae._checks import check_array, check_count, check_flag, check_share
-from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
+from ppvae.regression.combinations import Combinations
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.labels import check_aligned
 from ppvae.regression.priors import Array, Seed
+from ppvae.regression.quantiles import check_levels
+from ppvae.regression.sampling import draw, generator_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

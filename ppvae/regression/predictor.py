@@ -116,16 +116,8 @@ class LinearPredictor(UniquelyNamed):
         self.check_rows(X, None, weights, offset, counts)
         _check_weights(weights)
         check_counts(counts)
-        self._check_proper(kept(X, counts))
-
-    def _check_proper(self, X: Tensor) -> None:
-        """Checks that all the data together, not just one batch, make the posterior proper.
-
-        Raises:
-            ValueError: the prior of the weights is flat and X has not the rank of its columns.
-        """
-        if self.weight_prior is None and X.dim() == 2:
-            flat = self.intercept_prior is None
+        if self.weight_prior is None:
+            X, flat = kept(X, counts), self.intercept_prior is None
             ones, tiny = X.new_ones(len(X), 1), torch.finfo(X.dtype).tiny
             unit = nn.functional.normalize(torch.cat([ones, X], 1) if flat else X, dim=0, eps=tiny)
             rank, full = int(torch.linalg.matrix_rank(unit)), unit.shape[1]
@@ -223,15 +215,15 @@ def in_units_of(
         return X.shape[1], arguments
     ones = arguments.get("intercept", False) is not False
     units = Units.of_factor(factorize(X, y, intercept=ones, **sides))
-    sds, sd = units.spread[:-1], units.require_target() if response else 1.0
     weight = read_weight(arguments.get("weight", WEIGHT), X.shape[1])
     if weight is not None:
         check_scaled(weight)
-        inner = 1.0 if isinstance(weight, ConjugateNormal) else sd  # which is in units of the noise
-        weight = rescaled(weight, torch.as_tensor(inner / sds), loc=torch.as_tensor(sd / sds))
+        relative = isinstance(weight, ConjugateNormal)
+        loc, sds = map(torch.from_numpy, units.of_weights(relative=relative, response=response))
+        weight = rescaled(weight, sds, loc=loc)
     found = arguments | {"weight": weight, "scale": None}
     if response:
-        noise = arguments.get("noise", POSITIVE)
+        sd, noise = units.require_target(), arguments.get("noise", POSITIVE)
         if isinstance(noise, Distribution):
             noise = positive_times(noise, torch.as_tensor(sd))
         found |= {"noise": noise}

@@ -90,11 +90,9 @@ class Rows:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None or theirs is not None:
                 plain = 0.0 if name == "offset" else 1.0
-                both = (np.full(len(rows), plain) for rows in (self, other))
-                pairs = zip((mine, theirs), both, strict=True)
-                sides[name] = np.concatenate(
-                    [side if given is None else given for given, side in pairs]
-                )
+                mine = np.full(len(self), plain) if mine is None else mine
+                theirs = np.full(len(other), plain) if theirs is None else theirs
+                sides[name] = np.concatenate([mine, theirs])
         block = np.vstack([self.block, other.block])
         return Rows(block, self.names or other.names, **sides)
 
@@ -127,9 +125,9 @@ def read_rows(
         expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
         labels = check_aligned(of, X=arrays[0], y=arrays[1], **given)
         design = check_array(f"X{of}", arrays[0], ("rows", "columns"))
-        target = check_real(f"y{of}", arrays[1])
-        column = target.dim() == 2 and target.shape[1] == 1
-        target = check_array(f"y{of}", target[:, 0] if column else target, (len(design),))
+        given_y = check_real(f"y{of}", arrays[1])
+        column = given_y.dim() == 2 and given_y.shape[1] == 1
+        target = check_array(f"y{of}", given_y[:, 0] if column else given_y, (len(design),))
         columns = columns if number else design.shape[1]
         expect(columns + intercept, "X", "at least one column", "none")
         expected = f"{columns} columns in every block, as in the first"
