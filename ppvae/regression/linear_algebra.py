@@ -241,7 +241,9 @@ def decompose(factor: Factor, prior: NormalPrior) -> GaussianPosterior:
     turned = prior.turned(right)
     along = left.T @ target[flat:]
     away = np.concatenate([target[flat:] - left @ along, spare])
-    residual, length = float(away @ away), float(target @ target + spare @ spare)
+    # nothing is left beside as many coordinates as rows, but rounding
+    residual = float(away @ away) if rows > flat + len(singular) else 0.0
+    length = float(target @ target + spare @ spare)
     free = factor.total - flat - len(singular)
     # of the order of the residuals, and not below what is rounding
     most = length / max(factor.total, 1)

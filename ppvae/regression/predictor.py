@@ -11,15 +11,15 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_count, expect
+from ppvae._checks import check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
 from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.counted import check_counts, kept
 from ppvae.regression.factors import factorize
-from ppvae.regression.labels import check_aligned
 from ppvae.regression.priors import read_positive
+from ppvae.regression.rows import read_rows
 from ppvae.regression.units import Units
 from ppvae.regression.weights import (
     check_scaled,
@@ -207,15 +207,14 @@ def in_units_of(
         arguments: as a user gave them.
         response: whether y is in the units of the predictor, as that of a linear regression is.
     """
-    check_aligned(X=X, y=y, **sides)
-    X = check_array("X", X, ("rows", "columns"))
-    y = check_array("y", y, (len(X),))
-    scale = arguments.get("scale")
+    expect(y is not None, "y", "the target of each row", None, TypeError)
+    (rows,) = read_rows(X, y, intercept=False, **sides)
+    columns, scale = rows.X.shape[1], arguments.get("scale")
     if not (isinstance(scale, str) and scale == "data"):
-        return X.shape[1], arguments
+        return columns, arguments
     ones = arguments.get("intercept", False) is not False
     units = Units.of_factor(factorize(X, y, intercept=ones, **sides))
-    weight = read_weight(arguments.get("weight", WEIGHT), X.shape[1])
+    weight = read_weight(arguments.get("weight", WEIGHT), columns)
     if weight is not None:
         check_scaled(weight)
         relative = isinstance(weight, ConjugateNormal)
@@ -227,7 +226,7 @@ def in_units_of(
         if isinstance(noise, Distribution):
             noise = positive_times(noise, torch.as_tensor(sd))
         found |= {"noise": noise}
-    return X.shape[1], found
+    return columns, found
 
 
 def _read_intercept(given: Any) -> Any:

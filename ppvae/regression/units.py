@@ -47,7 +47,12 @@ class Units(NamedTuple):
 
     @staticmethod
     def of_factor(factor: Factor) -> Units:
-        """The same of the columns of a factor and of y, last, without that of its intercept."""
+        """The same of the columns of a factor and of y, last, without that of its intercept.
+
+        Raises:
+            ValueError: no row counts.
+        """
+        expect(factor.counted != 0, "counts", "a row that counts", "zeros")
         first = int(factor.intercept)
         columns = factor.triangle[:, first:]
         center = np.zeros(columns.shape[1])

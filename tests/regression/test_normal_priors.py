@@ -133,5 +133,11 @@ def test_a_posterior_of_another_kind_is_refused_as_a_prior():
             ConjugateNormal(0.0, **given)
     with pytest.raises(ValueError, match="^covariance: expected a positive definite"):
         ConjugateNormal(covariance=-np.eye(2))
-    with pytest.raises(ValueError, match="^X: expected 2 independent columns, got 1"):
-        g_prior(np.ones((4, 2)))
+    for told, columns in {
+        "2 independent columns, got 1": np.ones((4, 2)),
+        "at least one column": np.ones((4, 0)),
+        "columns of a size from 1e-100 to 1e.100, got 1e.200": np.full((4, 2), 1e200),
+        "columns of a size from 1e-100 to 1e.100, got 1e-200": np.array([[1.0, 1e-200]]),
+    }.items():
+        with pytest.raises(ValueError, match=f"^X: expected {told}"):
+            g_prior(columns)

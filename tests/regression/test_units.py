@@ -77,3 +77,15 @@ def test_the_noise_alone_may_be_in_units_of_the_data():
     assert float(prior.scale) == pytest.approx(Y.std(), rel=1e-6)
     with pytest.raises(ValueError, match="^scale: expected None or .data. with weight=None"):
         exact_posterior(X, Y, weight=None, scale=2.0)
+
+
+def test_rows_are_read_as_those_of_a_posterior():
+    """Whether the priors are in their units or not, and where none counts."""
+    for told in ({}, {"scale": "data"}):
+        with pytest.raises(ValueError, match="^weights: expected a positive number"):
+            LinearRegression.of(X, Y, weights=np.zeros(ROWS), **told)
+        with pytest.raises(TypeError, match="^y: expected the target of each row, got None"):
+            LinearRegression.of(X, None, **told)
+    for make in (LinearRegression.of, exact_posterior):
+        with pytest.raises(ValueError, match="^counts: expected a row that counts, got zeros"):
+            make(X, Y, counts=np.zeros(ROWS), scale="data")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from regressions import HALF, UNIT, dense
 
-from ppvae.regression import exact_posterior
+from ppvae.regression import evidence_maximum, exact_posterior
 
 # what is said of priors that are far from the data is asked for in test_conflict.py
 pytestmark = pytest.mark.filterwarnings("ignore:prior and data disagree")
@@ -72,3 +72,27 @@ def test_wide_data_with_unknown_noise_and_scale_are_integrals_over_known_ones():
     assert lost < 0.9
     np.testing.assert_allclose(post.cdf(0.2)[:26], total, atol=lost)
     assert np.isfinite(post.predict(new).sd).all()
+
+
+def test_nothing_is_left_beside_as_many_coordinates_as_rows():
+    """What rounding left was taken for a noise of 1e-8, and that for the maximum of the evidence.
+
+    Of these data the evidence, with the noise that suits each ratio of scale and noise, grows up to
+    the end.
+    """
+    generator = np.random.default_rng(0)
+    wide, y = generator.normal(size=(2, 3)), generator.normal(size=2)
+    squares = np.linalg.eigh(wide @ wide.T)
+    ratios = np.logspace(-3, 6, 19)
+    along = (squares[1].T @ y) ** 2
+    profile = [
+        -np.log((along / (1 + squares[0] * ratio**2)).sum() / 2)
+        - np.log1p(squares[0] * ratio**2).sum() / 2
+        for ratio in ratios
+    ]
+    assert np.argmax(profile) == len(ratios) - 1
+    with pytest.raises(ValueError, match="^weight: expected evidence .* got growth without bound"):
+        evidence_maximum(wide, y, maximize_noise=True)
+    for intercept in (False, True):
+        post = exact_posterior(wide, y, noise=1.0, intercept=intercept)
+        assert post.problem.gaussian.residual == 0.0
