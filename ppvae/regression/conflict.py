@@ -65,11 +65,14 @@ def _of_weights(
 def _wider(problem: Problem, hyper: HyperPosterior, start: float) -> tuple[float, float]:
     """The best factor above one of the prior sds, and the evidence gained by it, in nats.
 
-    Both over the scale whose log is `start`, with the noise that is known, or that suits each best.
+    Both over the scale whose log is `start`, with the noise that is known, or that suits each best;
+    of an exact function of the columns with that of the posterior.
     """
     gaussian, noise = problem.gaussian, problem.numbers["noise"]
-    if not isinstance(noise, Unknown):
-        values = gaussian.log_evidence(np.full(len(_WIDER), np.log(noise)), start + _WIDER)
+    # of an exact function of the columns the noise that suits best is zero
+    if not isinstance(noise, Unknown) or gaussian.exact_fit > -np.inf:
+        log_noise = np.full(len(_WIDER), hyper.shares @ hyper.log_numbers["noise"])
+        values = gaussian.log_evidence(log_noise, start + _WIDER)
         best = int(np.argmax(values))
         return float(np.exp(_WIDER[best])), float(values[best] - values[0])
     if gaussian.rows <= gaussian.flat:
@@ -91,7 +94,7 @@ def _here(problem: Problem, hyper: HyperPosterior, log_scale: float) -> float:
     from scipy import optimize
 
     points = hyper.log_numbers["noise"]
-    places = np.sort(np.append(points, hyper.shares @ points + np.linspace(-20.0, 20.0, 161)))
+    places = np.sort(np.append(points, hyper.shares @ points + np.linspace(-35.0, 35.0, 281)))
 
     def log_evidence(log_noise: Array) -> Array:
         return problem.gaussian.log_evidence(log_noise, np.full(len(log_noise), log_scale))

@@ -102,6 +102,17 @@ def test_one_weight_apart_from_those_of_an_unknown_scale_is_named():
     assert "away from the prior's: weight[7] by 5." in words and "times" not in words
 
 
+def test_an_exact_function_of_the_columns_is_no_conflict():
+    """The noise is at the end of its prior, and none suits better than zero."""
+    X, _ = simulated(0)
+    floor = dist.TransformedDistribution(
+        dist.HalfNormal(1.0), [dist.transforms.AffineTransform(1e-6, 1.0)]
+    )
+    for scale in (None, 2.0, dist.HalfNormal(1.0), dist.HalfCauchy(1.0)):
+        for y in (X[:, 0], X @ [1.0, -1.0, 2.0, 0.5], 0 * X[:, 0]):
+            assert words_of(X, y, weight=UNIT, noise=floor, scale=scale, intercept=True) == ""
+
+
 def test_data_that_come_later_may_be_in_conflict_too():
     X, y = simulated(0)
     post = exact_posterior(X[:5], y[:5], weight=UNIT, noise=dist.HalfNormal(1.0))
