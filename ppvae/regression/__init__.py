@@ -1,9 +1,10 @@
 """The same question where its answer is known exactly: regressions, and their posteriors.
 
-Exactly: `rows` are reduced to a factor (`factors`); with priors (`priors`, `conjugate`, `units`,
-`arguments`) it gives coordinates that are independent in the posterior (`linear_algebra`), and
-a lattice over noise and scale (`hyper`). All answers are sums over it: `exact`, `combinations`,
-`prediction`, `loo`, `evidence`, `comparison`, `conflict`.
+Exactly: `rows` (whose `labels` agree) are reduced to a factor (`factors`); with priors (`priors`,
+`conjugate`, `units`, `arguments`) it gives coordinates that are independent in the posterior
+(`linear_algebra`), and a `lattice` over noise and scale (`hyper`). All answers are sums over it:
+`exact`, `combinations`, `quantiles`, `prediction`, `loo`, `evidence`, `comparison`, `conflict`; or
+draws of it: `sampling`, `tree`.
 
 As Pyro programs, for guides: `weights` and `predictor`, then `model` and `generalized`; `scores`.
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import special
 
-from ppvae._checks import check_array, check_real, expect
-from ppvae.regression.hyper import TOLERANCE, HyperPosterior, Problem, mixture_quantiles
+from ppvae.regression.hyper import TOLERANCE, HyperPosterior, Problem
 from ppvae.regression.linear_algebra import pieces
-from ppvae.regression.priors import Array, Seed
+from ppvae.regression.priors import Array
+from ppvae.regression.quantiles import mixture_quantiles
 
 _LOG_TWO_PI = float(np.log(2 * np.pi))
 
@@ -111,9 +111,12 @@ class Combinations:
     def quantile(self, levels: Array) -> Array:
         """Quantiles at probabilities `(levels,)`, shape `(levels, k)`."""
         table = np.empty((len(levels), len(self.center)))
+        few = replace(self, hyper=self.hyper.thinned())
         for part in self._pieces(len(levels)):
-            means, sds = self.components(part)
-            table[:, part] = mixture_quantiles(self.hyper.shares, means, sds, levels)
+            near = mixture_quantiles(few.hyper.shares, *few.components(part), levels)
+            table[:, part] = mixture_quantiles(
+                self.hyper.shares, *self.components(part), levels, near
+            )
         return table
 
     def cdf(self, values: Array) -> Array:
@@ -145,48 +148,3 @@ class Combinations:
 
     def _pieces(self, levels: int = 1) -> list[slice]:
         return list(pieces(len(self.center), len(self.hyper.shares) * levels))
-
-
-def draw(
-    problem: Problem, hyper: HyperPosterior, size: int, generator: np.random.Generator
-) -> dict[str, Array]:
-    """Independent draws by name: `weight` (with the intercept), `noise` and `scale`.
-
-    These two also where they are known. Shapes `(size, columns)` and `(size,)`.
-    """
-    gaussian, logs = problem.gaussian, hyper.sample(size, generator)
-    means, variances = gaussian.coordinates(logs["noise"], logs["scale"])
-    inner = means + np.sqrt(variances) * generator.standard_normal(means.shape)
-    weight = gaussian.loc + inner @ gaussian.basis.T
-    if not gaussian.whole:
-        normals = generator.standard_normal((size, len(gaussian.prior.loc)))
-        sds = np.exp(gaussian.log_prior(logs["noise"], logs["scale"]))
-        weight = weight + sds[:, None] * gaussian.unseen_draws(normals)
-    return {"weight": weight, **{name: np.exp(values) for name, values in logs.items()}}
-
-
-def check_levels(q: ArrayLike) -> tuple[Array, bool]:
-    """Probabilities, shape `(k,)`, and whether they are given as several.
-
-    Raises:
-        TypeError: there are others than numbers.
-        ValueError: one is not between 0 and 1.
-    """
-    given = check_real("q", q)
-    levels = check_array("q", given, ("k",)[: given.dim()]).reshape(-1)
-    inside = ((levels > 0) & (levels < 1)).all()
-    expect(inside, "q", "probabilities between 0 and 1", repr(q))
-    return levels, given.dim() > 0
-
-
-def generator_of(seed: Seed) -> np.random.Generator:
-    """A generator of random numbers, of a seed or as it is given.
-
-    Raises:
-        TypeError, ValueError: it is neither.
-    """
-    try:
-        return np.random.default_rng(seed)
-    except (TypeError, ValueError) as error:
-        wanted = "a whole number of at least 0, or a NumPy generator"
-        raise type(error)(f"seed: expected {wanted}, got {seed!r}") from error

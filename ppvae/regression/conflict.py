@@ -25,8 +25,9 @@ def warn_of_conflict(
     """Warns where the data contradict the priors.
 
     Weights are in conflict where one is several prior sds from its prior mean, or where wider
-    priors, all by the same factor, have much more evidence at the noise that suits each best. The
-    noise is in conflict where its prior density at the posterior mean is far below the highest, or
+    priors, all by the same factor, have much more evidence at the noise that suits each best. Where
+    the scale of the priors is unknown, both are asked at the mean of its log in the posterior; and
+    it is in conflict where its prior density there is far below the highest. So is the noise; or
     where it is known, or its prior has an upper end, and other values are far more probable.
     """
     words = [*_of_weights(problem, hyper, names, mean), *_of_noise(problem, hyper)]
@@ -39,11 +40,12 @@ def warn_of_conflict(
 def _of_weights(
     problem: Problem, hyper: HyperPosterior, names: Sequence[str], mean: Array
 ) -> list[str]:
-    gaussian, numbers = problem.gaussian, problem.numbers
-    if isinstance(numbers["scale"], Unknown) or not len(problem.weight.loc) or not gaussian.rows:
+    gaussian, scale = problem.gaussian, problem.numbers["scale"]
+    if not len(problem.weight.loc) or not gaussian.rows:
         return []
     first, words = gaussian.flat, []
     logs, shares = hyper.log_numbers, hyper.shares
+    log_scale = float(shares @ logs["scale"])
     width = np.exp(shares @ gaussian.log_prior(logs["noise"], logs["scale"]))
     middle = mean[first : len(gaussian.loc)]
     away = (middle - problem.weight.loc) / (width * np.sqrt(problem.weight.variances))
@@ -54,21 +56,23 @@ def _of_weights(
         told = ", ".join(f"{names[first + j]} by {abs(away[j]):.1f}" for j in far[:_SHOWN])
         more = f" and {len(far) - _SHOWN} more" if len(far) > _SHOWN else ""
         words.append(f"posterior means are prior sds away from the prior's: {told}{more}")
-    times, gain = _wider(problem, hyper, float(numbers["scale"]))
+    times, gain = _wider(problem, hyper, log_scale)
     if gain > _NATS:
         words.append(f"weights {times:.2g} times as wide have {gain:.3g} nats more evidence")
-    return words
+    return words + (_improbable("scale", scale, log_scale) if isinstance(scale, Unknown) else [])
 
 
-def _wider(problem: Problem, hyper: HyperPosterior, scale: float) -> tuple[float, float]:
+def _wider(problem: Problem, hyper: HyperPosterior, start: float) -> tuple[float, float]:
     """The best factor above one of the prior sds, and the evidence gained by it, in nats.
 
-    Both with the noise that is known, or that suits each best.
+    Both over the scale whose log is `start`, with the noise that is known, or that suits each best;
+    of an exact function of the columns with that of the posterior.
     """
     gaussian, noise = problem.gaussian, problem.numbers["noise"]
-    start = np.log(scale)
-    if not isinstance(noise, Unknown):
-        values = gaussian.log_evidence(np.full(len(_WIDER), np.log(noise)), start + _WIDER)
+    # of an exact function of the columns the noise that suits best is zero
+    if not isinstance(noise, Unknown) or gaussian.exact_fit > -np.inf:
+        log_noise = np.full(len(_WIDER), hyper.shares @ hyper.log_numbers["noise"])
+        values = gaussian.log_evidence(log_noise, start + _WIDER)
         best = int(np.argmax(values))
         return float(np.exp(_WIDER[best])), float(values[best] - values[0])
     if gaussian.rows <= gaussian.flat:
@@ -90,7 +94,7 @@ def _here(problem: Problem, hyper: HyperPosterior, log_scale: float) -> float:
     from scipy import optimize
 
     points = hyper.log_numbers["noise"]
-    places = np.sort(np.append(points, hyper.shares @ points + np.linspace(-20.0, 20.0, 161)))
+    places = np.sort(np.append(points, hyper.shares @ points + np.linspace(-35.0, 35.0, 281)))
 
     def log_evidence(log_noise: Array) -> Array:
         return problem.gaussian.log_evidence(log_noise, np.full(len(log_noise), log_scale))
@@ -109,20 +113,12 @@ def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
     if gaussian.rows <= gaussian.flat:
         return []
     if isinstance(noise, Unknown):
-        if noise.distribution is None:
-            return []
-        at = float(np.exp(hyper.shares @ logs["noise"]))
-        places = np.linspace(-60.0, 60.0, 2401)
-        spread = noise.unit * np.exp(places)
-        inside = spread[(spread > noise.lower) & (spread < noise.upper)]
-        numbers = np.append(at, inside)
-        densities = noise.log_prob(numbers)
-        # by the density of the number and by that of its log, as the first may grow towards zero
-        below = min(_drop(densities), _drop(densities + np.log(numbers)))
-        if below > _NATS:
-            return [f"a noise near {at:.3g}, where its prior is {below:.3g} nats below its mode"]
-        if noise.upper == np.inf:  # a lower end alone keeps away from zero on purpose
-            return []
+        log_noise = float(hyper.shares @ logs["noise"])
+        far = _improbable("noise", noise, log_noise)
+        # a lower end alone keeps away from zero on purpose
+        if far or noise.distribution is None or noise.upper == np.inf:
+            return far
+        at = float(np.exp(log_noise))
     else:
         at = noise
     # from a factor on, as of many data a known noise is always a little off
@@ -137,6 +133,19 @@ def _of_noise(problem: Problem, hyper: HyperPosterior) -> list[str]:
         kind = "noise near" if isinstance(noise, Unknown) else "known noise of"
         return [f"a {kind} {at:.3g}, where {at * np.exp(away[best]):.3g} is likely"]
     return []
+
+
+def _improbable(name: str, number: Unknown, log_number: float) -> list[str]:
+    """Words of a number at which its prior density is far below the highest."""
+    if number.distribution is None:
+        return []
+    at, spread = float(np.exp(log_number)), number.unit * np.exp(np.linspace(-60.0, 60.0, 2401))
+    numbers = np.append(at, spread[(spread > number.lower) & (spread < number.upper)])
+    densities = number.log_prob(numbers)
+    # by the density of the number and by that of its log, as the first may grow towards zero
+    below = min(_drop(densities), _drop(densities + np.log(numbers)))
+    far = f"a {name} near {at:.3g}, where its prior is {below:.3g} nats below its mode"
+    return [far] if below > _NATS else []
 
 
 def _drop(logs: Array) -> float:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from ppvae._checks import check_array, check_flag, check_real, check_size, expect
+from ppvae._checks import LEAST, MOST, check_array, check_flag, check_real, check_size, expect
 from ppvae.priors import moved
 
 
@@ -107,7 +107,8 @@ def g_prior(X: Any, g: float | None = None, *, intercept: bool = False) -> Conju
 
     Raises:
         TypeError: X is no array of real numbers, or `intercept` is no bool.
-        ValueError: g is not positive, or the columns are not independent.
+        ValueError: g is not positive, or there are no columns, or none that are independent and of
+            a size that has a square.
 
     Reference:
         Zellner, *On assessing prior distributions and Bayesian regression analysis with g-prior
@@ -117,6 +118,10 @@ def g_prior(X: Any, g: float | None = None, *, intercept: bool = False) -> Conju
     if check_flag("intercept", intercept):
         columns = columns - columns.mean(0)
     g = float(len(columns)) if g is None else check_size("g", g)
+    expect(columns.shape[1], "X", "at least one column", "none")
+    sizes = np.abs(columns).max(0, initial=0.0)
+    bad = sizes[((sizes > 0) & (sizes < LEAST)) | (sizes > MOST)]
+    expect(not len(bad), "X", f"columns of a size from {LEAST} to {MOST}", f"{bad[:1].sum():g}")
     # the root from the triangle of the columns, in turned order, as X'X would lose digits
     lengths = np.linalg.norm(columns, axis=0)
     unit = columns / np.where(lengths > 0, lengths, 1.0)

@@ -28,6 +28,7 @@ from ppvae.regression._drawing import draw_latents
 from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.generalized import GeneralizedLinear
+from ppvae.regression.labels import check_aligned
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array
 from ppvae.regression.rows import is_vector
@@ -121,9 +122,11 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: how often each row counts, shape `(rows,)`; need not be whole.
 
         Raises:
-            TypeError, ValueError: as `exact_posterior`, or as scikit-learn's checks of data.
+            TypeError, ValueError: as `exact_posterior`, also where rows have labels, or as scikit-
+                learn's checks of data.
         """
         intercept = check_flag("fit_intercept", self.fit_intercept)
+        check_aligned(X=X, y=y, sample_weight=sample_weight)
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
         y = np.asarray(y, dtype=np.float64)
         counts = _counts(sample_weight, X)
@@ -176,6 +179,7 @@ class BayesianRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def log_prob(self, X: Any, y: Any) -> Array:
         """Log predictive density of data, in nats, shape `(rows,)`; the mean scores a model."""
         check_is_fitted(self)
+        check_aligned(X=X, y=y)
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, reset=False)
         return self.posterior_.predict(X).log_prob(np.asarray(y, dtype=np.float64))
 
@@ -261,13 +265,15 @@ class BayesianClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             TypeError, ValueError: a prior is none that `GeneralizedLinear` takes; there is one
-                class only; or as scikit-learn's checks of data.
+                class only; rows of the arguments have different labels; or as scikit-learn's checks
+                of data.
 
         Warns:
             NotConverged, NarrowFamily: see `ppvae.fit`.
         """
         intercept = check_flag("fit_intercept", self.fit_intercept)
         draws = check_count("num_samples", self.num_samples)
+        check_aligned(X=X, y=y, sample_weight=sample_weight)
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         counts = _counts(sample_weight, X)

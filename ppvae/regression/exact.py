@@ -24,12 +24,11 @@ from ppvae._checks import (
     check_array,
     check_count,
     check_flag,
-    check_names,
     check_real,
     expect,
 )
 from ppvae.regression.arguments import problem_of
-from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
+from ppvae.regression.combinations import Combinations
 from ppvae.regression.conflict import warn_of_conflict
 from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.factors import Factor, Given, check_factor, combine, read, read_block
@@ -37,7 +36,10 @@ from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
 from ppvae.regression.loo import LeaveOneOut, log_predictive, words_of
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array, NormalPrior, Seed
+from ppvae.regression.quantiles import check_levels
 from ppvae.regression.rows import Rows, Values, is_vector
+from ppvae.regression.sampling import draw, generator_of
+from ppvae.regression.tree import tree_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -68,8 +70,13 @@ def exact_posterior(
     order of `columns min(rows, columns)^2`.
 
     A prior that the data contradict is warned of: a weight several prior sds from its prior mean,
-    much more evidence with wider priors, or a noise that its prior makes most improbable. Give
+    much more evidence with wider priors, or a noise or a scale that its prior makes most improbable
+    (of a scale with a prior the first two are asked where its posterior is). Give
     `scale="data"`, standardise, or add an intercept.
+
+    Of tables and columns of pandas, and arrays of xarray, the rows have labels: those of y and of
+    all else that there is for each row must be those of X, in its order, here and wherever rows are
+    given. Arrays, lists and tensors have none, and go by position.
 
     Args:
         X: array of shape `(rows, columns)`, wide or tall, where zero rows give the prior; or,
@@ -98,8 +105,8 @@ def exact_posterior(
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: shapes do not fit, values are not finite, a noise, scale or weight is not
-            positive, or the posterior is improper.
+        ValueError: shapes or labels of rows do not fit, values are not finite, a noise, scale or
+            weight is not positive, or the posterior is improper.
 
     Reference:
         Gelman et al., *Bayesian Data Analysis*, 2013, chapter 14; of priors in the scale of the
@@ -334,8 +341,8 @@ class ExactPosterior:
             Means, sds, intervals, densities and draws of the new data.
 
         Raises:
-            TypeError, ValueError: X has not the columns of the data, or there are others than
-                finite numbers.
+            TypeError, ValueError: X has not the columns of the data, labels of rows do not fit, or
+                there are others than finite numbers.
 
         Example:
             >>> posterior = exact_posterior([[1.0], [2.0]], [1.0, 3.0], weight=None, noise=1.0)
@@ -348,10 +355,9 @@ class ExactPosterior:
         rows = read_block(X, None, self.problem.factor, **sides)
         plain = np.ones(len(rows)) if rows.sds is None else rows.sds
         start = np.zeros(len(rows)) if rows.offset is None else rows.offset
-        for name, values in (("X", rows.X), ("offset", start)):
-            size = np.abs(values).max(initial=0.0)
-            expect(size <= MOST, name, f"numbers of a size of {MOST} at most", size)
-        return Prediction(self.problem, self.hyper, rows.X, start, plain)
+        size = np.abs(rows.X).max(initial=0.0)
+        expect(size <= MOST, "X", f"numbers of a size of {MOST} at most", size)
+        return Prediction(self.problem, self.hyper, rows.X, start, plain, rows.labels)
 
     def update(
         self,
@@ -510,35 +516,5 @@ class ExactPosterior:
         Raises:
             ValueError: there are fewer than one draw, or `features` are not one for each column.
         """
-        import arviz_base
-
-        factor, first = self.problem.factor, int(self.problem.factor.intercept)
-        generator = generator_of(seed)
-        size = check_count("num_samples", num_samples)
-        drawn = draw(self.problem, self.hyper, size, generator)
-        count = factor.columns - first
-        features = factor.names if features is None else check_names("features", features, count)
-        weight = drawn["weight"]
-        posterior = {"weight": weight[:, first:]}
-        posterior |= {"intercept": weight[:, 0]} if first else {}
-        posterior |= {name: drawn[name] for name in self.problem.unknown}
-        groups = {"posterior": {name: values[None] for name, values in posterior.items()}}
-        if self.rows is not None:
-            rows = self.rows
-            noise = drawn["noise"][:, None] * (1.0 if rows.sds is None else rows.sds)
-            line = weight @ rows.X.T + (0.0 if rows.offset is None else rows.offset)
-            logs = -(((rows.y - line) / noise) ** 2) / 2 - np.log(noise) - np.log(2 * np.pi) / 2
-            logs = logs if rows.counts is None else logs * rows.counts
-            new = line + noise * generator.standard_normal(line.shape)
-            constant = {"X": rows.X[:, first:], **rows.sides()}
-            groups |= {"posterior_predictive": {"y": new[None]}}
-            groups |= {"log_likelihood": {"y": logs[None]}, "observed_data": {"y": rows.y}}
-            groups |= {"constant_data": constant}
-        dims = {"weight": ["feature"], "X": ["datum", "feature"]}
-        dims |= {name: ["datum"] for name in ("y", "noise_sd", "offset", "counts")}
-        return arviz_base.from_dict(
-            groups,
-            coords={} if features is None else {"feature": list(features)},
-            dims=dims,
-            attrs={"/": {"inference_library": "ppvae", "sampling": "independent, exact"}},
-        )
+        given: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "features": features}
+        return tree_of(self.problem, self.hyper, self.rows, **given)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ppvae._checks import check_flag, check_names, check_real, expect
+from ppvae._checks import MOST, check_array, check_flag, check_names, expect
+from ppvae.regression.labels import Names, check_columns
 from ppvae.regression.priors import Array
-from ppvae.regression.rows import Names, Rows, Values, read_rows
+from ppvae.regression.rows import Rows, Values, read_rows
 
 # an array of rows, or pairs (X, y) of blocks of rows
 Data = Values | Iterable[tuple[Values, Values]]
@@ -114,8 +115,9 @@ def factorize(
     Raises:
         TypeError: X is neither an array nor an iterable of pairs, or there are others than real
             numbers, or `intercept` is no bool.
-        ValueError: shapes do not fit, there are no rows or columns, a value is not finite, a weight
-            is not positive or a count negative, or there are such numbers beside blocks.
+        ValueError: shapes or labels of rows do not fit, there are no rows or columns, a value is
+            not finite, a weight is not positive or a count negative, or there are such numbers
+            beside blocks.
 
     Reference:
         Golub, Van Loan, *Matrix Computations*, 2013, section 5.2; Demmel et al., *Communication-
@@ -209,13 +211,8 @@ def check_factor(name: str, value: Any, like: Factor | None = None) -> Factor:
         count = like.columns - like.intercept
         fits = value.columns == like.columns
         expect(fits, name, f"{count} columns, as the others", value.columns - value.intercept)
-        _check_same(name, value.names, like.names)
+        check_columns(name, value.names, like.names)
     return value
-
-
-def _check_same(name: str, names: Names, others: Names) -> None:
-    same = names == others or names is None or others is None
-    expect(same, name, f"the columns {others}, in this order", names)
 
 
 def read(
@@ -251,7 +248,7 @@ def read(
     stack, kept = _Stack(), []
     names: Names = None
     for block in read_rows(X, y, intercept=intercept, **sides):
-        _check_same("X", block.names, names)
+        check_columns("X", block.names, names)
         names = names or block.names
         for start in range(0, len(block) or 1, _ROWS):
             stack.add(block.even(slice(start, start + _ROWS)))
@@ -282,14 +279,11 @@ def read_block(X: Values, y: Values | None, like: Factor, **sides: Values | None
         TypeError, ValueError: see `factorize`.
     """
     if y is None:
-        design = check_real("X", X)
-        expect(design.dim() == 2, "X", "shape (rows, columns)", tuple(design.shape))
-        y = np.zeros(len(design))
+        y = np.zeros(len(check_array("X", X, ("rows", "columns"))))
     rows = next(read_rows(X, y, intercept=like.intercept, **sides))
     count, got = like.columns - like.intercept, rows.X.shape[1] - like.intercept
     expect(got == count, "X", f"{count} columns, as the factor has", got)
-    _check_same("X", rows.names, like.names)
-    _check_finite(rows.block)
+    check_columns("X", rows.names, like.names)
     return rows
 
 
@@ -324,11 +318,7 @@ def triangle_of(*blocks: Array) -> Array:
 def _fold(waiting: list[Array]) -> Array:
     """Computes the triangular factor of all the rows that wait."""
     triangle = torch.linalg.qr(torch.from_numpy(np.vstack(waiting)), mode="r")[1].numpy()
-    _check_finite(triangle)  # a NaN or infinity in a row comes through
-    return triangle
-
-
-def _check_finite(block: Array) -> None:
-    finite: Any = np.isfinite(block).all(0)
+    finite: Any = np.isfinite(triangle).all(0)
     name = "y" if finite[:-1].all() else "X"
-    expect(finite.all(), name, "finite values", "NaN, infinity or an overflow")
+    expect(finite.all(), name, f"numbers of a size of {MOST} at most", "an overflow")
+    return triangle

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from ppvae._checks import expect
 
+#: What formulaic calls its column of ones.
+_ONES = "Intercept"
+
 
 class Design(NamedTuple):
     """What a formula makes of a table. `design` makes it.
@@ -40,7 +43,7 @@ class Design(NamedTuple):
         Raises:
             ValueError: something is missing, or there is a level that was not there before.
         """
-        return _without_ones(_made(self.spec.get_model_matrix, data))
+        return _without_ones(_made(self.spec.get_model_matrix, data), intercept=self.intercept)
 
 
 def design(formula: str, data: Any) -> Design:
@@ -57,7 +60,8 @@ def design(formula: str, data: Any) -> Design:
     Raises:
         ImportError: formulaic is not installed.
         TypeError: the formula is no string.
-        ValueError: it has no target, or several; a column is not there, or an entry is missing.
+        ValueError: it has no target, or several; a column is not there, or is called as that of the
+            intercept beside it; or an entry is missing.
 
     Example:
         >>> import pandas as pd
@@ -84,9 +88,15 @@ def design(formula: str, data: Any) -> Design:
     parts = isinstance(target, tuple) or isinstance(made.rhs, tuple)
     expect(not parts, "formula", "one target and one right side, without |", repr(formula))
     expect(target.shape[1] == 1, "formula", "one numeric target", list(target.columns))
-    X = _without_ones(made.rhs)
+    spec = made.rhs.model_spec
+    columns = {f"{part.term}": part.columns for part in spec.structure}
+    intercept = columns.pop("1", None) == [_ONES]
+    clear = not intercept or not any(_ONES in names for names in columns.values())
+    told = f"another name of the column {_ONES!r}, which the formula has as its own (0 + for none)"
+    expect(clear, "data", told, f"a formula with both: {formula!r}")
+    X = _without_ones(made.rhs, intercept=intercept)
     expect(X.shape[1], "formula", "at least one column on the right", repr(formula))
-    return Design(X, target.iloc[:, 0], X.shape[1] < made.rhs.shape[1], made.rhs.model_spec)
+    return Design(X, target.iloc[:, 0], intercept, spec)
 
 
 def _made(make: Any, data: Any) -> Any:
@@ -101,7 +111,7 @@ def _made(make: Any, data: Any) -> Any:
         raise ValueError(f"data: expected {told}, got: {error}") from error
 
 
-def _without_ones(matrix: Any) -> Any:
+def _without_ones(matrix: Any, *, intercept: bool) -> Any:
     import pandas as pd
 
-    return pd.DataFrame(matrix).drop(columns="Intercept", errors="ignore").astype(float)
+    return pd.DataFrame(matrix).drop(columns=[_ONES] * intercept).astype(float)

@@ -137,6 +137,11 @@ class GaussianPosterior(NamedTuple):
         shrink = np.logaddexp(0, 2 * (self.log_singular + log_ratio[:, None]))
         return shrink.sum(-1) / 2, np.exp(-shrink) @ self.target[self.flat :] ** 2
 
+    def prior_share(self, log_noise: Array, log_scale: Array) -> Array:
+        """What the prior has of the posterior precision of each that is seen, `(k, seen)`."""
+        v = self.log_ratio(log_noise, log_scale)[:, None]
+        return np.exp(-np.logaddexp(0, 2 * (self.log_singular + v)))
+
     def coordinates(self, log_noise: Array, log_scale: Array) -> tuple[Array, Array]:
         """Computes posterior means and variances of the coordinates, each `(k, rank)`."""
         u, v = log_noise[:, None], self.log_ratio(log_noise, log_scale)[:, None]
@@ -236,7 +241,9 @@ def decompose(factor: Factor, prior: NormalPrior) -> GaussianPosterior:
     turned = prior.turned(right)
     along = left.T @ target[flat:]
     away = np.concatenate([target[flat:] - left @ along, spare])
-    residual, length = float(away @ away), float(target @ target + spare @ spare)
+    # nothing is left beside as many coordinates as rows, but rounding
+    residual = float(away @ away) if rows > flat + len(singular) else 0.0
+    length = float(target @ target + spare @ spare)
     free = factor.total - flat - len(singular)
     # of the order of the residuals, and not below what is rounding
     most = length / max(factor.total, 1)

@@ -16,6 +16,8 @@ from ppvae.regression.rows import Rows
 
 # Below this share of a datum's own variance its closed-form leave-one-out density loses digits.
 _LEAST_SHARE = 1e-6
+# How far from one a row of an orthogonal matrix may be long.
+_ROUNDING = 1e-10
 # A column of a block is at most so much longer than that of all rows, by rounding.
 _MOST = 1 + 1e-6
 
@@ -131,9 +133,9 @@ def log_predictive(
     pointwise, exact = np.empty(len(y)), np.empty(len(y), dtype=bool)
     for part in pieces(len(y), len(hyper.shares)):
         pointwise[part], exact[part] = _by_points(problem, hyper, rows[part], away[part])
-    if "noise" in problem.unknown and factor.rows - 1 <= gaussian.rank:
-        # without a datum the others can be fitted exactly, and the noise may go to zero, where the
-        # difference of densities is lost in their rounding
+    if "noise" in problem.unknown and factor.rows - 1 == gaussian.rank:
+        # without a datum the others can be fitted exactly, as all the data cannot, and the noise
+        # may go to zero, where the difference of densities is lost in their rounding
         exact[:] = False
     again = np.flatnonzero(~exact)
     told = "the factor of all rows but this block's, as data decide much by themselves"
@@ -153,20 +155,34 @@ def log_predictive(
 def _by_points(
     problem: Problem, hyper: HyperPosterior, rows: Array, away: Array
 ) -> tuple[Array, Array]:
-    """Log predictive densities of data, and whether these have kept their digits.
+    r"""Log predictive densities of data, and whether these have kept their digits.
+
+    With a datum's row u of the left singular vectors, and what is left of it beside them and the
+    flat weights, l, and of its y, r, both zero where these are as many as the data,
+
+    .. math:: 1 - h = l + \sum_j \frac{u_j^2}{1 + S_j^2 t^2 / s^2}, \qquad
+        e = r + \sum_j \frac{u_j c_j}{1 + S_j^2 t^2 / s^2}
 
     Args:
         problem: all data, and the priors.
         hyper: the posterior of noise and scale given all data.
-        rows: rows of X in the coordinates of the posterior, shape `(k, weights)`.
+        rows: rows of X in the coordinates of the posterior, shape `(k, rank)`.
         away: y less what the prior means predict, shape `(k,)`.
     """
     gaussian = problem.gaussian
     log_noise, log_scale = hyper.log_numbers.values()
-    means, variances = gaussian.coordinates(log_noise, log_scale)
-    residual = away[:, None] - rows @ means.T
-    share = 1 - rows**2 @ (variances * np.exp(-2 * log_noise)[:, None]).T
-    center = share @ hyper.shares
+    flat, seen = rows[:, : gaussian.flat], rows[:, gaussian.flat :] / np.exp(gaussian.log_singular)
+    squares = (seen**2).sum(1)
+    rest = 1 - (flat**2).sum(1) - squares
+    left = away - np.hstack([flat, seen]) @ gaussian.target
+    alone = problem.factor.rows == gaussian.rank
+    if alone:  # where what is left is rounding, and tells how good the vectors are
+        good = (np.abs(rest) < _ROUNDING) & (squares > _LEAST_SHARE)
+        rest, left = 0 * rest, 0 * left
+    of_prior = gaussian.prior_share(log_noise, log_scale).T
+    share = rest[:, None] + seen**2 @ of_prior
+    residual = left[:, None] + (seen * gaussian.target[gaussian.flat :]) @ of_prior
+    good = good if alone else share @ hyper.shares > _LEAST_SHARE
     share = np.maximum(share, 1e-300)
     with np.errstate(over="ignore", divide="ignore"):
         misfit = (residual * np.exp(-log_noise)) ** 2 / share
@@ -177,4 +193,4 @@ def _by_points(
     # points must give the same sum
     sums = np.exp(inverse - top[:, None]) @ hyper.checks()
     error = np.abs(sums[:, 1:]).max(1) / sums[:, 0]
-    return -top - np.log(sums[:, 0]), (error < TOLERANCE) & (center > _LEAST_SHARE)
+    return -top - np.log(sums[:, 0]), (error < TOLERANCE) & good

@@ -18,7 +18,7 @@ from ppvae._checks import (
     expect,
 )
 from ppvae._look import color, empty, line, mark
-from ppvae.regression.hyper import mixture_quantiles
+from ppvae.regression.quantiles import mixture_quantiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

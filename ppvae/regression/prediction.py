@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ppvae._checks import check_array, check_count, check_flag, check_share
-from ppvae.regression.combinations import Combinations, check_levels, draw, generator_of
+from ppvae.regression.combinations import Combinations
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
+from ppvae.regression.labels import check_aligned
 from ppvae.regression.priors import Array, Seed
+from ppvae.regression.quantiles import check_levels
+from ppvae.regression.sampling import draw, generator_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,6 +32,7 @@ class Prediction:
         rows: X with the column of ones, shape `(rows, columns)`.
         offset: of the linear predictor, shape `(rows,)`.
         noise: noise sds relative to that of a row of weight one, shape `(rows,)`.
+        labels: of the rows, or None where they came without.
     """
 
     problem: Problem
@@ -35,6 +40,7 @@ class Prediction:
     rows: Array
     offset: Array
     noise: Array
+    labels: Any = None
 
     def __repr__(self) -> str:
         count, shown = len(self.rows), slice(0, 10)
@@ -121,7 +127,8 @@ class Prediction:
             y: shape `(rows,)`.
 
         Raises:
-            TypeError, ValueError: they are no finite numbers, one for each row.
+            TypeError, ValueError: they are no finite numbers, one for each row, or have labels
+                that are not those of X.
         """
         return self._noisy.cdf(self._values(y))
 
@@ -132,7 +139,8 @@ class Prediction:
             y: shape `(rows,)`.
 
         Raises:
-            TypeError, ValueError: they are no finite numbers, one for each row.
+            TypeError, ValueError: they are no finite numbers, one for each row, or have labels
+                that are not those of X.
         """
         values = self._values(y)
         logs, exact = self._noisy.log_prob(values)
@@ -170,4 +178,5 @@ class Prediction:
         return lines + drawn["noise"][:, None] * self.noise * generator.standard_normal(lines.shape)
 
     def _values(self, y: ArrayLike) -> Array:
+        check_aligned(labels=self.labels, y=y)
         return check_array("y", y, (len(self.rows),))

@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ppvae._checks import check_array, check_count, expect
+from ppvae._checks import check_count, expect
 from ppvae._scopes import UniquelyNamed
 from ppvae.priors import moved
 from ppvae.programs.nodes import base_of
@@ -19,6 +19,7 @@ from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.counted import check_counts, kept
 from ppvae.regression.factors import factorize
 from ppvae.regression.priors import read_positive
+from ppvae.regression.rows import read_rows
 from ppvae.regression.units import Units
 from ppvae.regression.weights import (
     check_scaled,
@@ -115,16 +116,8 @@ class LinearPredictor(UniquelyNamed):
         self.check_rows(X, None, weights, offset, counts)
         _check_weights(weights)
         check_counts(counts)
-        self._check_proper(kept(X, counts))
-
-    def _check_proper(self, X: Tensor) -> None:
-        """Checks that all the data together, not just one batch, make the posterior proper.
-
-        Raises:
-            ValueError: the prior of the weights is flat and X has not the rank of its columns.
-        """
-        if self.weight_prior is None and X.dim() == 2:
-            flat = self.intercept_prior is None
+        if self.weight_prior is None:
+            X, flat = kept(X, counts), self.intercept_prior is None
             ones, tiny = X.new_ones(len(X), 1), torch.finfo(X.dtype).tiny
             unit = nn.functional.normalize(torch.cat([ones, X], 1) if flat else X, dim=0, eps=tiny)
             rank, full = int(torch.linalg.matrix_rank(unit)), unit.shape[1]
@@ -214,26 +207,26 @@ def in_units_of(
         arguments: as a user gave them.
         response: whether y is in the units of the predictor, as that of a linear regression is.
     """
-    X = check_array("X", X, ("rows", "columns"))
-    y = check_array("y", y, (len(X),))
-    scale = arguments.get("scale")
+    expect(y is not None, "y", "the target of each row", None, TypeError)
+    (rows,) = read_rows(X, y, intercept=False, **sides)
+    columns, scale = rows.X.shape[1], arguments.get("scale")
     if not (isinstance(scale, str) and scale == "data"):
-        return X.shape[1], arguments
+        return columns, arguments
     ones = arguments.get("intercept", False) is not False
     units = Units.of_factor(factorize(X, y, intercept=ones, **sides))
-    sds, sd = units.spread[:-1], units.require_target() if response else 1.0
-    weight = read_weight(arguments.get("weight", WEIGHT), X.shape[1])
+    weight = read_weight(arguments.get("weight", WEIGHT), columns)
     if weight is not None:
         check_scaled(weight)
-        inner = 1.0 if isinstance(weight, ConjugateNormal) else sd  # which is in units of the noise
-        weight = rescaled(weight, torch.as_tensor(inner / sds), loc=torch.as_tensor(sd / sds))
+        relative = isinstance(weight, ConjugateNormal)
+        loc, sds = map(torch.from_numpy, units.of_weights(relative=relative, response=response))
+        weight = rescaled(weight, sds, loc=loc)
     found = arguments | {"weight": weight, "scale": None}
     if response:
-        noise = arguments.get("noise", POSITIVE)
+        sd, noise = units.require_target(), arguments.get("noise", POSITIVE)
         if isinstance(noise, Distribution):
             noise = positive_times(noise, torch.as_tensor(sd))
         found |= {"noise": noise}
-    return X.shape[1], found
+    return columns, found
 
 
 def _read_intercept(given: Any) -> Any:

@@ -135,14 +135,12 @@ class NormalPrior(NamedTuple):
         """Bounds of the lengths of columns times D, from those of the columns."""
         return lengths * self.root if self.root.ndim == 1 else lengths @ np.abs(self.root)
 
-    def scaled(self, sds: Array, sd: float) -> "NormalPrior":
-        """The prior of weights of standardised data for columns of some sds, and y of another."""
+    def scaled(self, loc: Array, root: Array) -> "NormalPrior":
+        """The prior of weights whose mean and D are so many times as large, each `(weights,)`."""
         if not len(self.loc):  # flat
             return self
-        # what is in units of the noise has those of y from it; the mean has not
-        units = (1.0 if self.relative else sd) / sds
-        root = units * self.root if self.root.ndim == 1 else units[:, None] * self.root
-        return self._replace(loc=sd / sds * self.loc, root=root)
+        factors = root if self.root.ndim == 1 else root[:, None]
+        return self._replace(loc=loc * self.loc, root=factors * self.root)
 
     def after(self, loc: float, sd: float) -> "NormalPrior":
         """With one more weight, first and independent of the others."""

@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ppvae._checks import LEAST, MOST, as_doubles, check_array, check_real, expect
+from ppvae._checks import LEAST, MOST, check_array, check_real, expect
+from ppvae.regression.labels import Names, check_aligned, names_of
 from ppvae.regression.priors import Array
 
 Values = ArrayLike | Tensor
-Names = tuple[str, ...] | None
 # what a row has beside X and y
 SIDES = "sds", "offset", "counts"
+# the least that each may be as it is given
+_LEAST = {"weights": LEAST, "noise": LEAST, "offset": -MOST, "counts": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Rows:
         sds: the noise sd of each row relative to that of a row of weight one, or None.
         offset: of the linear predictor of each row, or None.
         counts: how many times each row counts, or None.
+        labels: of the rows, or None where they came without.
     """
 
     block: Array
@@ -37,6 +40,7 @@ class Rows:
     sds: Array | None = None
     offset: Array | None = None
     counts: Array | None = None
+    labels: Any = None
 
     def __len__(self) -> int:
         return len(self.block)
@@ -86,11 +90,9 @@ class Rows:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None or theirs is not None:
                 plain = 0.0 if name == "offset" else 1.0
-                both = (np.full(len(rows), plain) for rows in (self, other))
-                pairs = zip((mine, theirs), both, strict=True)
-                sides[name] = np.concatenate(
-                    [side if given is None else given for given, side in pairs]
-                )
+                mine = np.full(len(self), plain) if mine is None else mine
+                theirs = np.full(len(other), plain) if theirs is None else theirs
+                sides[name] = np.concatenate([mine, theirs])
         block = np.vstack([self.block, other.block])
         return Rows(block, self.names or other.names, **sides)
 
@@ -116,52 +118,45 @@ def read_rows(
         expect(not given, "X", "one array of rows and y", got)
     columns = 0
     for number, pair in enumerate(X if y is None else [(X, y)]):
-        name = f"X, y of block {number}" if y is None else "X, y"
+        of = f" of block {number}" if y is None else ""
         kind = type(pair).__name__
         arrays = tuple(pair) if isinstance(pair, Iterable) and kind != "Factor" else ()
         got = f"{kind} as block {number}{' (combine makes one)' * (kind == 'Factor')}"
         expect(len(arrays) == 2, "X", "pairs (X, y) of blocks", got, TypeError)
-        named = zip(arrays, ("X", "y"), strict=True)
-        design, target = (as_doubles(check_real(each, values)) for values, each in named)
-        target = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
-        fits = design.ndim == 2 and target.ndim == 1 and len(design) == len(target)
-        shapes = f"{design.shape} and {target.shape}"
-        expect(fits, name, "shapes (rows, columns) and (rows,)", shapes)
+        labels = check_aligned(of, X=arrays[0], y=arrays[1], **given)
+        design = check_array(f"X{of}", arrays[0], ("rows", "columns"))
+        given_y = check_real(f"y{of}", arrays[1])
+        column = given_y.dim() == 2 and given_y.shape[1] == 1
+        target = check_array(f"y{of}", given_y[:, 0] if column else given_y, (len(design),))
         columns = columns if number else design.shape[1]
         expect(columns + intercept, "X", "at least one column", "none")
         expected = f"{columns} columns in every block, as in the first"
         expect(design.shape[1] == columns, "X", expected, f"{design.shape[1]} in block {number}")
         block = np.column_stack([*[np.ones(len(target))] * intercept, design, target])
-        yield Rows(block, names_of(arrays[0]), **_sides(len(block), given))
+        yield Rows(block, names_of(arrays[0]), labels=labels, **_sides(len(block), given))
 
 
 def is_vector(values: Any) -> bool:
     """Whether something is one number for each of several rows."""
     if isinstance(values, Tensor):
         return values.dim() == 1 and len(values) > 1
-    array = isinstance(values, list | tuple | np.ndarray) or hasattr(values, "iloc")
+    array = isinstance(values, list | tuple) or hasattr(values, "__array__")
     return array and np.ndim(values) == 1 and len(values) > 1
-
-
-def names_of(X: Any) -> Names:
-    """The names of the columns of a table, or None where there are none."""
-    names = list(getattr(X, "columns", ()))
-    return tuple(names) if names and all(isinstance(name, str) for name in names) else None
 
 
 def _sides(rows: int, given: dict[str, Any]) -> dict[str, Array]:
     """The relative sds, offsets and counts of rows.
 
     Raises:
-        TypeError, ValueError: they are not one number for each row; an sd or a weight is not
-            positive, or a count is negative.
+        TypeError, ValueError: they are not one number for each row, or one is out of its range.
     """
     sides = {name: check_array(name, values, (rows,)) for name, values in given.items()}
-    for name in ("weights", "noise"):
-        sizes = sides.get(name, np.ones(1))
-        bad = np.flatnonzero(~((sizes >= LEAST) & (sizes <= MOST)))
-        got = f"{sizes[bad[0]]:g} in row {bad[0]}" if len(bad) else ""
-        expect(not len(bad), name, f"a positive number from {LEAST} to {MOST} for each row", got)
+    for name, values in sides.items():
+        least = _LEAST[name]
+        bad = np.flatnonzero(~((values >= least) & (values <= MOST)))
+        wanted = f"a {'positive ' * (least > 0)}number from {least:g} to {MOST:g} for each row"
+        got = f"{values[bad[0]]:g} in row {bad[0]}" if len(bad) else ""
+        expect(not len(bad), name, wanted, got)
     expect(
         "weights" not in sides or "noise" not in sides,
         "weights",
@@ -172,9 +167,4 @@ def _sides(rows: int, given: dict[str, Any]) -> dict[str, Array]:
         sides["sds"] = sides.pop("weights") ** -0.5
     if "noise" in sides:
         sides["sds"] = sides.pop("noise")
-    if "counts" in sides:
-        counts = sides["counts"]
-        bad = np.flatnonzero(counts < 0)
-        got = f"{counts[bad[0]]:g} in row {bad[0]}" if len(bad) else ""
-        expect(not len(bad), "counts", "numbers of at least 0", got)
     return sides

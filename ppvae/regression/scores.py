@@ -25,6 +25,7 @@ from ppvae.data.adapters import as_tensors, form_of
 from ppvae.data.batches import batches_of
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.matched_normals import matched
+from ppvae.regression.labels import check_aligned
 from ppvae.training.average import average_of, without_fallback_warnings
 from ppvae.training.optimum import affordable
 from ppvae.training.surface import spread_of
@@ -106,8 +107,8 @@ def objective(
 
     Raises:
         TypeError: model or guide cannot be called, or the data are no tensors or arrays.
-        ValueError: the data are not finite, do not fit, or have a density of zero; or there are no
-            draws.
+        ValueError: the data are not finite, do not fit, have other labels of their rows, or a
+            density of zero; or there are no draws.
 
     Example:
         >>> from ppvae import FamilyGuide, families, fit
@@ -121,6 +122,9 @@ def objective(
         (-5.056, True)
     """
     num_samples, seed = check_count("num_samples", num_samples, 4), check_seed(seed)
+    sides = kwargs if isinstance(kwargs, Mapping) else {}
+    given: dict[str, Any] = {name: sides.get(name) for name in ("weights", "offset", "counts")}
+    check_aligned(X=X, y=y, **given)
     data = as_tensors("X, y", (X, y), form_of(model, guide))
     model, guide, data = with_keywords(model, guide, data, kwargs)
     extra = data[2:]
@@ -157,9 +161,10 @@ def predictive_scores(
 
     Raises:
         TypeError: there are others than real numbers among the arguments.
-        ValueError: shapes do not fit, a number is not finite, a noise is not positive, there are no
-            data or no draws, or `level` is not in (0, 1).
+        ValueError: shapes or labels of rows do not fit, a number is not finite, a noise is not
+            positive, there are no data or no draws, or `level` is not in (0, 1).
     """
+    check_aligned(X=X, y=y)
     X = check_array("X", X, ("rows", "columns"))
     y, weight = check_array("y", y, (len(X),)), check_array("weight", weight, ("draws", X.shape[1]))
     expect(len(y), "y", "at least one datum", "none")

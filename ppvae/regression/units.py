@@ -47,7 +47,12 @@ class Units(NamedTuple):
 
     @staticmethod
     def of_factor(factor: Factor) -> Units:
-        """The same of the columns of a factor and of y, last, without that of its intercept."""
+        """The same of the columns of a factor and of y, last, without that of its intercept.
+
+        Raises:
+            ValueError: no row counts.
+        """
+        expect(factor.counted != 0, "counts", "a row that counts", "zeros")
         first = int(factor.intercept)
         columns = factor.triangle[:, first:]
         center = np.zeros(columns.shape[1])
@@ -69,6 +74,18 @@ class Units(NamedTuple):
         expect(self.varies[-1], "y", 'values that vary, for scale="data"', "none that do")
         return float(self.spread[-1])
 
+    def of_weights(self, *, relative: bool, response: bool = True) -> tuple[Array, Array]:
+        """What the mean and the sd of the prior of a standardised weight are multiplied by.
+
+        Both by `sd(y) / sd(x_j)`; but a prior in units of the noise has the unit of y from that.
+
+        Args:
+            relative: whether the prior is in units of the noise.
+            response: whether y is in the units of the predictor; else its sd is taken as one.
+        """
+        sd = self.spread[-1] if response else 1.0
+        return sd / self.spread[:-1], (1.0 if relative else sd) / self.spread[:-1]
+
     @property
     def columns(self) -> Units:
         """Those without the last one, y."""
@@ -85,7 +102,7 @@ def rescaled_weight(prior: Any, units: Units) -> Any:
         return None
     columns = len(units.spread) - 1
     read = prior if isinstance(prior, NormalPrior) else weight_prior(prior, columns)
-    return read.scaled(units.spread[:-1], units.spread[-1])
+    return read.scaled(*units.of_weights(relative=read.relative))
 
 
 def rescaled_noise(

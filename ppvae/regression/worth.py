@@ -21,6 +21,7 @@ from ppvae.guides import FamilyGuide
 from ppvae.regression._drawing import draw_latents
 from ppvae.regression.combinations import Combinations
 from ppvae.regression.exact import exact_posterior
+from ppvae.regression.labels import check_aligned, check_columns, names_of
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.priors import Array, Integers
 from ppvae.regression.ridge import Ridge, squared_errors
@@ -31,8 +32,6 @@ from ppvae.training import NarrowFamily, NotConverged, fit
 FULL, BY_EVIDENCE = "full posterior", "posterior by evidence"
 # Draws of a guide that its predictions are averaged over.
 _DRAWS = 4000
-# Points of the lattice of noise and scale that densities are summed over, along each axis.
-_EVERY = 3
 #: Methods that predict a Normal with one sd.
 POINTS = (
     "least squares",
@@ -223,8 +222,8 @@ def worth_of_bayes(
 
     Raises:
         TypeError: there are others than real numbers among the data.
-        ValueError: shapes do not fit, or a number is not finite; rows are too few for the folds; y
-            is an exact function of the columns.
+        ValueError: shapes, labels of rows or names of columns do not fit, or a number is not
+            finite; rows are too few for the folds; y is an exact function of the columns.
 
     Reference:
         MacKay, *Bayesian interpolation*, 1992; Gneiting, Raftery, *Strictly proper scoring rules,
@@ -236,7 +235,8 @@ def worth_of_bayes(
         >>> print(worth.verdict[:47])
         It makes no difference that these data show: 0.
     """
-    X = check_array("X", X, ("rows", "columns"))
+    check_aligned(X=X, y=y)
+    names, X = names_of(X), check_array("X", X, ("rows", "columns"))
     y = check_array("y", y, (len(X),))
     expect(X.shape[1], "X", "at least one column", "none")
     folds, seed = check_count("num_folds", num_folds, 2), check_count("seed", seed, 0)
@@ -252,7 +252,9 @@ def worth_of_bayes(
     else:
         pair = isinstance(test, (list, tuple)) and len(test) == 2
         expect(pair, "test", "a pair (X, y)", f"{test!r:.60}", TypeError)
+        check_aligned(" of test", X=test[0], y=test[1])
         new = check_array("test", test[0], ("rows", X.shape[1]))
+        check_columns("test", names_of(test[0]), names)
         expect(len(new), "test", "at least one row", "none")
         splits = [Split(X, y, new, check_array("test", test[1], (len(new),)))]
         told, order = f"{len(new)} others held out", np.arange(len(new))
@@ -362,16 +364,9 @@ def _full(split: Split, level: float) -> tuple[Method, Array]:
     """The scores of the full posterior, and the share of variances that is of the line."""
     X, y, new, target = split.standardized()
     posterior = exact_posterior(X, y, intercept=True, **PRIORS)
-    prediction, hyper = posterior.predict(new), posterior.hyper
-    # over every second point of the lattice sums are those over all but for 1e-12, and as their
-    # error falls exponentially with the spacing, over every third within some 1e-5 nats
-    kept = (hyper.indices % _EVERY == 0).all(1)
-    shares = hyper.shares[kept] / hyper.shares[kept].sum()
+    prediction = posterior.predict(new)
     mixture = Combinations.of_rows(
-        posterior.problem,
-        hyper._replace(indices=hyper.indices[kept], shares=shares),
-        prediction.rows,
-        prediction.noise,
+        posterior.problem, posterior.hyper.thinned(), prediction.rows, prediction.noise
     )
     method = Method(
         mixture.log_prob(target)[0] - np.log(split.spread),

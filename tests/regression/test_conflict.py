@@ -13,13 +13,12 @@ UNIT = dist.Normal(0.0, 1.0)
 DIABETES = load_diabetes(return_X_y=True)
 
 
-def simulated(seed, rows=60, columns=4):
-    """Data of the prior that `PROPER` states."""
+def simulated(seed, rows=60, columns=4, scale=1.0):
+    """Data of weights that are Normal, with a half-normal noise."""
     generator = np.random.default_rng(seed)
     X = generator.normal(size=(rows, columns))
-    return X, X @ generator.normal(size=columns) + abs(generator.normal()) * generator.normal(
-        size=rows
-    )
+    line = X @ (scale * generator.normal(size=columns))
+    return X, line + abs(generator.normal()) * generator.normal(size=rows)
 
 
 def words_of(*data, **priors):
@@ -48,6 +47,9 @@ def test_data_of_the_prior_are_no_conflict(seed):
     for priors in (dict(noise=dist.HalfNormal(1.0)), dict(noise=dist.HalfCauchy(1.0))):
         assert words_of(X, y, weight=UNIT, **priors) == ""
     assert words_of(X, y, weight=None, noise=None, intercept=True) == ""
+    half = dist.HalfNormal(1.0)
+    scaled = simulated(seed, scale=abs(np.random.default_rng(100 + seed).normal()))
+    assert words_of(*scaled, weight=UNIT, noise=half, scale=half) == ""
     assert words_of(X[:0], y[:0], weight=UNIT, noise=dist.HalfNormal(1.0)) == ""
 
 
@@ -72,6 +74,43 @@ def test_a_noise_outside_of_the_ends_of_its_prior_is_a_conflict(ends):
     assert "is likely" in words_of(X, y, weight=UNIT, noise=dist.Uniform(*ends))
     for around in ((0.0, 100.0), (0.1, 20.0)):
         assert words_of(X, y, weight=UNIT, noise=dist.Uniform(*around)) == ""
+
+
+@pytest.mark.parametrize("noise", [1.0, None, dist.HalfNormal(1.0)])
+@pytest.mark.parametrize("kind", [dist.Normal, ConjugateNormal])
+def test_an_unknown_scale_is_judged_where_its_posterior_is(noise, kind):
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(60, 4))
+    near = X @ np.array([90.0, -110.0, 95.0, 105.0]) + generator.normal(size=60)
+    weight = kind(0.0, 1.0)
+    words = words_of(X, near, weight=weight, noise=noise, scale=dist.HalfNormal(1.0))
+    assert "weight[1] by" in words and "times as wide have" in words and "a scale near" in words
+    # whose density says nothing within the ends of its prior
+    words = words_of(X, near, weight=weight, noise=noise, scale=dist.Uniform(0.0, 5.0))
+    assert "times as wide have" in words and "a scale near" not in words
+    # and one that is far larger than the weights are is as a known one is
+    for wide in (dist.HalfCauchy(10.0), dist.Uniform(0.0, 1e3), dist.LogNormal(9.0, 0.1)):
+        assert words_of(X, near, weight=weight, noise=noise, scale=wide) == ""
+
+
+def test_one_weight_apart_from_those_of_an_unknown_scale_is_named():
+    """The scale is that of all of them, about `10 / sqrt(30)`, and that one 5 times as large."""
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(200, 30))
+    y = 10 * X[:, 7] + generator.normal(size=200)
+    words = words_of(X, y, weight=UNIT, noise=1.0, scale=dist.HalfNormal(10.0))
+    assert "away from the prior's: weight[7] by 5." in words and "times" not in words
+
+
+def test_an_exact_function_of_the_columns_is_no_conflict():
+    """The noise is at the end of its prior, and none suits better than zero."""
+    X, _ = simulated(0)
+    floor = dist.TransformedDistribution(
+        dist.HalfNormal(1.0), [dist.transforms.AffineTransform(1e-6, 1.0)]
+    )
+    for scale in (None, 2.0, dist.HalfNormal(1.0), dist.HalfCauchy(1.0)):
+        for y in (X[:, 0], X @ [1.0, -1.0, 2.0, 0.5], 0 * X[:, 0]):
+            assert words_of(X, y, weight=UNIT, noise=floor, scale=scale, intercept=True) == ""
 
 
 def test_data_that_come_later_may_be_in_conflict_too():

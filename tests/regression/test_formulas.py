@@ -46,6 +46,19 @@ def test_without_an_intercept_every_level_has_a_column(table):
     assert repr(made) == "Design of 442 rows: C(sex)[f], C(sex)[m]"
 
 
+def test_a_column_that_is_called_intercept_is_kept_or_refused(table):
+    """Beside its own, formulaic makes one column of the two."""
+    own = table.assign(Intercept=table.bmi)
+    made = design("target ~ 0 + age + Intercept", own)
+    assert not made.intercept and list(made.X.columns) == ["age", "Intercept"]
+    np.testing.assert_array_equal(made.X["Intercept"], table.bmi)
+    np.testing.assert_array_equal(made.of(own[:4])["Intercept"], table.bmi[:4])
+    assert list(design("target ~ age", own).X.columns) == ["age"]  # which does not ask for it
+    for formula in ("target ~ age + Intercept", "target ~ Intercept"):
+        with pytest.raises(ValueError, match="^data: expected another name of .*'Intercept'"):
+            design(formula, own)
+
+
 def test_bad_formulas_and_tables_are_named(table):
     for formula, told in {
         "bmi + age": "^formula: expected a target",
