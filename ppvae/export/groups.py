@@ -16,6 +16,7 @@ from ppvae._checks import expect
 from ppvae._scopes import random_state
 from ppvae.export.names import JOINT, Groups
 from ppvae.export.pieces import side_by_side
+from ppvae.families.rules import support_of
 from ppvae.objectives.nested import inner_run
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
@@ -283,12 +284,12 @@ def _front(
 def _unconstrained(trace: Any, plate: Any, draws: Any) -> dict[str, np.ndarray]:
     """The latents where the model has them on the reals; none if they all are there already."""
     nodes = [node for node in latent_nodes(trace) if not node["fn"].support.is_discrete]
-    if all(is_real(node["fn"].support) for node in nodes):
+    if all(is_real(support_of(node["fn"])) for node in nodes):
         return {}
     free = {}
     for node in nodes:
         try:
-            transform = from_reals(node["fn"].support)
+            transform = from_reals(support_of(node["fn"]))
         except NotImplementedError:
             continue
         value = transform.inv(node["value"])

@@ -10,6 +10,7 @@ import numpy as np
 from ppvae._checks import expect
 from ppvae.data.adapters import Form
 from ppvae.data.tables import labels_of
+from ppvae.families.rules import support_of
 from ppvae.programs.nodes import (
     Node,
     from_reals,
@@ -102,7 +103,7 @@ def free_dims(trace: Any, names: Dims, events: Mapping[str, int]) -> Dims:
         if fn.support.is_discrete or name not in names:
             continue
         with suppress(NotImplementedError):
-            space = space_of(from_reals(fn.support), fn.batch_shape, fn.event_shape)
+            space = space_of(from_reals(support_of(fn)), fn.batch_shape, fn.event_shape)
             if space != fn.event_shape:
                 plates = names[name][: len(names[name]) - events[name]]
                 dims[name] = [*plates, *(f"{name}_free_{i}" for i in range(len(space)))]

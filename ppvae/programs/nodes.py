@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ppvae._checks import check_choice, expect
-from ppvae.families.rules import without_shift
+from ppvae.families.rules import support_of, without_shift
 
 Node = dict[str, Any]
 
@@ -105,7 +105,7 @@ def prototype(
         try:
             return fn.sample().detach()
         except NotImplementedError:
-            transform = from_reals(fn.support)
+            transform = from_reals(support_of(fn))
             zeros = torch.zeros(transform.inverse_shape(fn.shape()), dtype=dtype_of(*args))
             return transform(zeros)
 
