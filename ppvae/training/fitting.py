@@ -28,7 +28,7 @@ from ppvae.training.result import Fit
 from ppvae.training.share import Share
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
-from ppvae.training.verdict import Verdict
+from ppvae.training.verdict import Verdict, judge_steps
 
 Pair = tuple[Any, Any]  # a model and its guide
 
@@ -258,7 +258,11 @@ def fit(
                     validate = partial(engine.held_out_losses, held_out, share=part)
                 (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
                 if ending is not None and not result.interrupted:
-                    Verdict(result.verdict, result.converged, result.losses[-1]).warn()
+                    verdict = Verdict(result.verdict, result.converged, result.losses[-1])
+                    if result.converged and is_free(guide):
+                        verdict = judge_steps(task, verdict.words, seed or 0) or verdict
+                    result = result._replace(verdict=verdict.words, converged=verdict.converged)
+                    verdict.warn()
             came = answer_interrupt()
             if others is not None:  # who waits here until the first one has written its file
                 came = any(others.all_of(came))
