@@ -23,6 +23,7 @@ from ppvae.programs.nodes import (
     DRAWS,
     check_densities,
     check_observed,
+    check_shapes,
     counts,
     data_plate,
     drawn_nodes,
@@ -449,6 +450,7 @@ def opened(
             traces = trace_pair(model, guide, *args)
             check_observed(traces[0])
             check_densities(traces[0])
+            check_shapes(prototype(model, args, {}))
             check_masked(model, traces[0], args)
             for node in latent_nodes(traces[1]):
                 bad = int((~node["value"].isfinite()).sum())

@@ -174,8 +174,10 @@ def fit(
     Warns:
         UserWarning: the checkpoint has other values of what is not trained, and they are taken.
         NotConverged: global latents are not at the optimum of their objective, or the loss was not
-            flat after `max_epochs`.
-        NarrowFamily: global latents are, and the family is too narrow for the posterior.
+            flat after `max_epochs`; or global latents that were fitted in steps are not those of
+            the posterior given all the data, by 1,000 fresh draws (`converged` is then None).
+        NarrowFamily: global latents are, and the family is too narrow for the posterior, or leaves
+            out a mode that would change a mean or an sd by a quarter.
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an

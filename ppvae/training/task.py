@@ -18,7 +18,7 @@ from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import bare
 from ppvae.programs.missing import takes_missing
-from ppvae.programs.nodes import check_densities, check_observed
+from ppvae.programs.nodes import check_densities, check_observed, check_shapes, prototype
 from ppvae.programs.runs import check_masked
 from ppvae.staging.program import Program, program_of
 from ppvae.training.processes import Processes
@@ -98,6 +98,9 @@ class Task:
         Of data that a loader gives, the first minibatch is looked at now, and the others in the
         first pass.
         """
+        program = self.program
+        with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
+            check_shapes(prototype(program.model, self.example, {}))
         if data.loader is not None:
             data.check = partial(self._check_batch, data.name)
             self._check_batch(data.name, data.example())

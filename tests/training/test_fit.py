@@ -624,6 +624,59 @@ def test_a_masked_latent_that_counts_elsewhere_is_refused():
             evaluate(guide.model, guide, x, mask, num_samples=4, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("means", "events", "column", "fits"),
+    [
+        ("(n,)", 0, False, True),
+        ("(n, 1)", 0, False, False),  # all data against all means
+        ("(n,)", 0, True, False),
+        ("(n, 1)", 1, False, False),  # one datum for all of them
+        ("(n, 1)", 1, True, True),
+        ("(n,)", 1, False, False),  # all data in each member of the plate
+    ],
+)
+def test_data_and_means_that_are_broadcast_are_refused(means, events, column, fits):
+    X = torch.randn(12, 2)
+    y = X.sum(1)
+
+    def lines(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = X @ w
+        mean = mean if means == "(n,)" else mean[:, None]
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(events), obs=y)
+
+    args = X, y[:, None] if column else y
+    guide = FamilyGuide(lines, "full_rank").setup(*args)
+    for call in (quiet, evaluate):
+        told = {"data": args} if call is quiet else {"num_samples": 4}
+        given = () if call is quiet else args
+        match = r"^model: expected data and distribution at 'y' of one shape, got data of shape"
+        with nullcontext() if fits else pytest.raises(ValueError, match=match):
+            call(lines, guide, *given, **told, progress=False)
+    if fits:
+        exact = dist.MultivariateNormal(torch.zeros(12), torch.eye(12) + X @ X.T).log_prob(y)
+        found = evaluate(lines, guide, *args, progress=False)
+        assert float(found.total_elbo) == pytest.approx(exact.item())
+
+
+def test_one_datum_for_all_and_no_plate_at_all_are_no_fault():
+    """As in survival: what is censored is observed to be 1."""
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(torch.full((len(x),), 0.5)), obs=torch.tensor(1.0))
+
+    x = torch.randn(6)
+    guide = FamilyGuide(model, "full_rank")
+    quiet(model, guide, x)
+    exact = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 1).log_prob(x)
+    found = evaluate(model, guide, x, progress=False)
+    assert float(found.total_elbo) == pytest.approx(exact.item() - 6 * math.log(2))
+
+
 def test_the_model_and_the_data_agree_on_their_number():
     """Of latents of all data; those of each datum do not depend on it."""
 
