@@ -17,7 +17,7 @@ def as_path(name: str, value: Any, *, folder: bool = False) -> Path:
 
     Raises:
         TypeError: it is neither.
-        ValueError: there is a folder, where a file is wanted.
+        ValueError: there is a folder, where a file is wanted, or what is neither, as a device.
         FileNotFoundError: the folder in which it would be is not there.
     """
     fits = isinstance(value, (str, os.PathLike))
@@ -25,6 +25,8 @@ def as_path(name: str, value: Any, *, folder: bool = False) -> Path:
     expect(fits, name, wanted, repr(value), TypeError)
     path = Path(value)
     expect(folder or not path.is_dir(), name, wanted, f"that of a folder, {str(path)!r}")
+    other = path.exists() and not (path.is_file() or path.is_dir())
+    expect(not other, name, wanted, f"that of a device or pipe, {str(path)!r}")
     parent = path.resolve().parent
     expect(parent.is_dir(), name, "a folder that exists", str(parent), FileNotFoundError)
     return path

@@ -186,6 +186,8 @@ def real_numbers(
         values = as_dense(name, values)
     elif _is_frame(values):
         keys = {str(key): key for key in values.columns}
+        names = [*map(str, values.columns)]
+        expect(len(keys) == len(names), name, "columns of names that differ", names)
         if schema is not None and schema.columns is not None:
             wanted = f"the columns {list(schema.columns)}, as in training"
             same = len(keys) == len(values.columns) and {*keys} == {*schema.columns}

@@ -21,6 +21,7 @@ from ppvae._checks import check_choice, check_count, check_label, check_real, ex
 from ppvae._process import exclusive
 from ppvae.evaluation.hmc import Schedule, anneal, tune
 from ppvae.evaluation.path import Densities, densities
+from ppvae.families.rules import support_of
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import effective_sample_size, log_mean_weight
@@ -164,7 +165,7 @@ def _states(
     expect(set(latents) == set(nodes), "latents", f"values of {list(nodes)}", list(latents))
     values = {k: check_real("latents", latents[k]).to(node["value"]) for k, node in nodes.items()}
     for name, value in values.items():
-        shape, support = tuple(nodes[name]["value"].shape), nodes[name]["fn"].support
+        shape, support = tuple(nodes[name]["value"].shape), support_of(nodes[name]["fn"])
         expect(value.shape == shape, "latents", f"shape {shape} at {name!r}", tuple(value.shape))
         inside = support.check(value).all() and value.isfinite().all()
         expect(inside, "latents", f"values in {support} at {name!r}", "others")

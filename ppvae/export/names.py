@@ -11,6 +11,7 @@ from ppvae._checks import expect
 from ppvae.data.adapters import Form
 from ppvae.data.tables import labels_of
 from ppvae.export.sites import Sites
+from ppvae.families.rules import support_of
 from ppvae.programs.nodes import (
     from_reals,
     is_data,
@@ -95,7 +96,7 @@ def free_dims(sites: Sites, names: Dims) -> Dims:
         if fn.support.is_discrete or name not in names:
             continue
         with suppress(NotImplementedError):
-            space = space_of(from_reals(fn.support), fn.batch_shape, fn.event_shape)
+            space = space_of(from_reals(support_of(fn)), fn.batch_shape, fn.event_shape)
             if space != fn.event_shape:
                 plates = names[name][: len(names[name]) - sites.events[name]]
                 dims[name] = [*plates, *(f"{name}_free_{i}" for i in range(len(space)))]

@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppvae.families.rules import support_of
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import (
     Node,
@@ -78,12 +79,12 @@ class Sites:
             draws: the plate of draws, or None.
         """
         nodes = [node for node in latent_nodes(trace) if not node["fn"].support.is_discrete]
-        if all(is_real(node["fn"].support) for node in nodes):
+        if all(is_real(support_of(node["fn"])) for node in nodes):
             return {}
         free = {}
         for node in nodes:
             try:
-                transform = from_reals(node["fn"].support)
+                transform = from_reals(support_of(node["fn"]))
             except NotImplementedError:
                 continue
             value = transform.inv(node["value"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppvae._checks import expect
 from ppvae.families.base import GuideFamily, check_head
 from ppvae.families.heads import Head
-from ppvae.families.rules import Channel, comparable, constraints_of, rules_of, shared
+from ppvae.families.rules import Channel, comparable, constraints_of, rules_of, shared, support_of
 
 
 class Family(GuideFamily):
@@ -63,7 +63,7 @@ class Family(GuideFamily):
         self.channels = tuple(n for n, rule in self.rules.items() if isinstance(rule, Channel))
         own = constraints_of(distribution)
         self.joint = any(own[name].event_dim > 0 for name in self.rules)
-        support = constraints.real if distribution is dist.Delta else distribution.support
+        support = constraints.real if distribution is dist.Delta else support_of(distribution)
         self.support = None if isinstance(support, property) else support
         if not any(isinstance(rule, Tensor) for rule in self.rules.values()):
             _check_draws(self)  # a tensor may fit only some latents, which a guide will see

@@ -1,10 +1,12 @@
 """Rules: where each argument of a family's distribution gets its value from."""
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
@@ -143,6 +145,32 @@ def fixed(value: Any, event_dim: int, shape: torch.Size) -> Tensor:
     if tensor.dim() or event_dim == 0:
         return tensor
     return tensor.expand(shape) if event_dim == 1 else tensor * torch.eye(*shape[-2:])
+
+
+#: One turn, from which angles are drawn.
+TURN = constraints.interval(-math.pi, math.pi)
+
+
+_WRAPS = torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution
+
+
+def support_of(fn: Any) -> Any:
+    """The set that a distribution, or a class of such, draws from.
+
+    It is the support that it names, but for angles: the density of a von Mises distribution is
+    periodic and named on all of the reals, where it has no integral, and no ELBO is a bound. It is
+    drawn from one turn.
+    """
+    kind = torch.distributions.VonMises
+    if isinstance(fn, type):
+        return TURN if issubclass(fn, kind) else getattr(fn, "support", None)
+    bare: Any = fn
+    while isinstance(bare, (*_WRAPS, torch.distributions.MixtureSameFamily)):
+        bare = bare.base_dist if isinstance(bare, _WRAPS) else bare.component_distribution
+    if not isinstance(bare, kind):
+        return fn.support
+    events = len(fn.event_shape)
+    return constraints.independent(TURN, events) if events else TURN
 
 
 def without_shift(transform: Any) -> Any:

@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
+from ppvae.families.rules import support_of
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.plates import Plates
 from ppvae.programs.nodes import common_mask, is_real
@@ -66,7 +67,7 @@ def on_support(fn: Any, block: Drawn) -> Any:
     if isinstance(fn, dist.Delta):
         value = fn.v if site.transform is None else site.transform(fn.v)
         return dist.Delta(value, event_dim=len(site.event_shape))
-    through = site.transform is not None and is_real(fn.support)
+    through = site.transform is not None and is_real(support_of(fn))
     if not block.family.joint:
         fn = fn.to_event(len(site.space if through else site.event_shape))
     return dist.TransformedDistribution(fn, [site.transform]) if through else fn

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
 from ppvae._checks import expect
+from ppvae.families.rules import support_of
 from ppvae.guides.sites import Site
 from ppvae.programs.nodes import (
     bare_distribution,
@@ -132,7 +133,7 @@ def around(prior: Any, site: Site) -> Around:
     if isinstance(fn, torch.distributions.TransformedDistribution):
         inner = base_of(fn.base_dist)
         base = inner if _maps(fn.transforms) == _maps([site.transform]) else fn
-    if is_real(base.support) and hasattr(base, "loc"):
+    if is_real(support_of(base)) and hasattr(base, "loc"):
         scale = getattr(base, "scale", None)
         scale = (
             base.variance.sqrt() if scale is None and hasattr(base, "covariance_matrix") else scale

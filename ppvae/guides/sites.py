@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import expect
+from ppvae.families.rules import support_of
 from ppvae.programs.nodes import (
     Node,
     choose_plate,
@@ -81,17 +82,17 @@ def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
         f"a vectorized plate around the site {name!r}",
         "a sequential one",
     )
-    transform, space = None, torch.Size(fn.event_shape)
+    transform, space, support = None, torch.Size(fn.event_shape), support_of(fn)
     try:
-        if drawn and not (fn.support.is_discrete or is_real(fn.support)):
-            transform = from_reals(fn.support)
+        if drawn and not (support.is_discrete or is_real(support)):
+            transform = from_reals(support)
             space = space_of(transform, fn.batch_shape, fn.event_shape)
             wanted = f"a support of {name!r} that all members of {plate and plate.name!r} share"
             shared = plate is None or len(transform.inverse_shape(fn.event_shape)) == len(space)
-            expect(shared, "model", wanted, fn.support)
+            expect(shared, "model", wanted, support)
     except NotImplementedError:
         expected = f"a bijection from the reals to the support of the latent site {name!r}"
-        raise ValueError(f"model: expected {expected}, got {fn.support}") from None
+        raise ValueError(f"model: expected {expected}, got {support}") from None
     batch, depth = list(fn.batch_shape), len(fn.batch_shape)
     left, right = torch.Size(), torch.Size(batch)
     thinned: tuple[tuple[int, str], ...] = ()
@@ -104,7 +105,7 @@ def read_site(node: Node, plate: Any | None, *, drawn: bool = True) -> Site:
             batch[frame.dim] = frame.full_size
         right, thinned = torch.Size(batch), tuple((depth + f.dim, f.name) for f in some)
     shapes = fn.event_shape, left, right, depth, thinned
-    return Site(name, fn.support, frames, *shapes, transform, space)
+    return Site(name, support, frames, *shapes, transform, space)
 
 
 def encoder_plate(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ppvae._checks import expect
 from ppvae._scopes import random_state
 from ppvae.families.heads import Argument
+from ppvae.families.rules import support_of
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
 from ppvae.programs.nodes import latent_nodes, prototype
@@ -25,7 +26,7 @@ def starting_values(init: Init, model: Any, args: Any, kwargs: Any) -> dict[str,
     """
 
     def checked(site: dict[str, Any]) -> Tensor:
-        value, name, support = init(site), site["name"], site["fn"].support
+        value, name, support = init(site), site["name"], support_of(site["fn"])
         wanted = f"a tensor for {name!r}"
         expect(isinstance(value, Tensor), "init_loc_fn", wanted, repr(value), TypeError)
         shape = site["fn"].shape()

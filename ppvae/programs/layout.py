@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import expect
+from ppvae.families.rules import support_of
 from ppvae.programs.nodes import (
     Node,
     from_reals,
@@ -73,7 +74,8 @@ class Place(NamedTuple):
         others = {dim for dim in range(1, len(batch)) if batch[dim] > 1} | set(sizes)
         plates = sorted(others - {datum})
         event = shape[len(shape) - events :]
-        return cls(node["name"], fn.support, batch, datum, tuple(plates), event, draws is not None)
+        told = batch, datum, tuple(plates), event, draws is not None
+        return cls(node["name"], support_of(fn), *told)
 
     @property
     def space(self) -> torch.Size:

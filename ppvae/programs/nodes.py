@@ -1,5 +1,6 @@
 """Reads the nodes of a trace: which are latent or observed, in which plates, on which support."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
 from typing import Any
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ppvae._checks import check_choice, expect
-from ppvae.families.rules import without_shift
+from ppvae.families.rules import support_of, without_shift
 
 Node = dict[str, Any]
 
@@ -105,7 +107,7 @@ def prototype(
         try:
             return fn.sample().detach()
         except NotImplementedError:
-            transform = from_reals(fn.support)
+            transform = from_reals(support_of(fn))
             zeros = torch.zeros(transform.inverse_shape(fn.shape()), dtype=dtype_of(*args))
             return transform(zeros)
 
@@ -308,6 +310,43 @@ def numbers_observed(trace: Any, name: str = "data") -> list[Node]:
         came = getattr(value, "dtype", type(value).__name__)
         expect(real, name, f"real numbers in a tensor at {node['name']!r}", came, TypeError)
     return observed
+
+
+#: Factors, points, and chains that know their length by the data alone.
+_OWN_SHAPES = dist.Unit, dist.Delta, HiddenMarkovModel
+
+
+def check_shapes(trace: Any) -> None:
+    """Raises a ValueError if data and the distribution that they are observed at do not fit.
+
+    Each would be broadcast to the other, and every datum be held against all: PyTorch computes
+    numbers of `(n, 1)` and data of `(n,)` to a density of `(n, n)`. One number for all is no fault,
+    nor is a dimension that is no plate, if data and distribution both have it.
+
+    Args:
+        trace: a plain trace of the model, in which no discrete latent is summed out.
+    """
+    for node in observed_nodes(trace):
+        fn, value, name = node["fn"], node["value"], node["name"]
+        if not isinstance(value, Tensor) or isinstance(bare_distribution(fn), _OWN_SHAPES):
+            continue
+        events = len(fn.event_shape)
+        cut = max(value.dim() - events, 0)
+        shapes = f"data of shape {tuple(value.shape)} at {name!r}, and distributions of shape "
+        shapes += f"{tuple(fn.batch_shape)} of events of shape {tuple(fn.event_shape)}"
+        wanted = f"data and distribution at {name!r} of one shape"
+        expect(value.shape[cut:] == fn.event_shape, "model", wanted, shapes)
+        plates = {frame.dim: frame.size for frame in plates_of(node).values()}
+        depth = max(cut, len(fn.batch_shape))
+        both = value.shape[:cut], fn.batch_shape
+        one, other = ([1] * (depth - len(shape)) + [*shape] for shape in both)
+        outside = [dim for dim in range(depth) if dim - depth not in plates]
+        repeated = any(one[dim] == 1 < other[dim] for dim in outside) and math.prod(one) > 1
+        crossed = any(other[dim] == 1 < one[dim] for dim in outside)
+        crossed = crossed and any(one[dim] == 1 < other[dim] for dim in range(depth))
+        whole = events and math.prod(one) == 1 and fn.event_shape[0] in plates.values()
+        whole = whole and fn.event_shape[0] > 1
+        expect(not (repeated or crossed or whole), "model", wanted, shapes)
 
 
 def check_densities(trace: Any) -> None:

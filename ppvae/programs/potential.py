@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae._scopes import as_they_are, private_modules, unchecked
+from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import counts, latent_nodes, log_prob, prototype, summed_nodes
 from ppvae.programs.runs import Args, kept_nodes, run_model
@@ -57,6 +57,27 @@ class Potential:
         except torch.linalg.LinAlgError:  # a step too far
             return torch.full_like(state, math.nan), state.new_tensor(math.inf)
         return torch.autograd.grad(value, state)[0], value.detach()
+
+    def value(self, state: Tensor) -> float:
+        """The potential as a number; infinite where it is none."""
+        try:
+            value = self(state).item()
+        except torch.linalg.LinAlgError:
+            return math.inf
+        return math.inf if math.isnan(value) else value
+
+    def prior_draws(self, count: int, seed: int) -> list[Tensor]:
+        """States drawn from the prior, each of shape `(size,)`.
+
+        What nothing can be drawn from, an improper prior, is at zero in unconstrained space.
+        """
+        states = []
+        with random_state(seed), private_modules(), as_they_are(), unchecked():
+            for _ in range(count):
+                trace = prototype(self.model, self.args, {})
+                values = {name: trace.nodes[name]["value"] for name in self.layout.places}
+                states.append(self.layout.free(values).flatten())
+        return [state for state in states if state.isfinite().all()]
 
     def hessian(self, state: Tensor) -> Tensor:
         """The second derivatives, by differences where a program cannot be differentiated twice.

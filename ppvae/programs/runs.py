@@ -23,12 +23,16 @@ from ppvae.programs.nodes import (
     DRAWS,
     check_densities,
     check_observed,
+    check_shapes,
+    counts,
     data_plate,
     drawn_nodes,
     draws_its_rows,
     is_data,
     is_inside,
     latent_nodes,
+    log_prob,
+    mask_of,
     observed_nodes,
     prototype,
     summed_nodes,
@@ -214,6 +218,43 @@ def given(program: Program, trace: Any, values: Mapping[str, Tensor]) -> Program
             follows from the values follows from the new ones.
     """
     return poutine.replay(program, trace=kept_nodes(trace, values))
+
+
+def check_masked(model: Program, trace: Any, args: Args) -> None:
+    """Raises a ValueError if latents that a model masks change what it does not mask.
+
+    What is masked counts nothing, in the model and in the guide: it is not there. A latent that is
+    there, and whose prior alone is masked, would have no entropy and shrink to a point.
+
+    Args:
+        model: a Pyro model.
+        trace: of the model, at draws of its guide.
+        args: the arguments of the model.
+    """
+    nodes = latent_nodes(trace)
+    values = {node["name"]: node["value"].detach() for node in nodes}
+    hidden: dict[str, Tensor] = {}
+    for node in nodes:
+        mask = mask_of(node)
+        if mask is not None and values[node["name"]].is_floating_point():
+            gone = ~torch.as_tensor(mask, device=node["value"].device)
+            if gone.any():
+                hidden[node["name"]] = gone.reshape(gone.shape + (1,) * len(node["fn"].event_shape))
+    if not hidden:
+        return
+    with torch.enable_grad():
+        moved = {name: values[name].requires_grad_() for name in hidden}
+        again = run_model(model, kept_nodes(trace, values), args)
+        parts = [node for node in again.nodes.values() if node["type"] == "sample" and counts(node)]
+        total = torch.stack([log_prob(node).sum() for node in parts]).sum()
+        if not total.requires_grad:
+            return
+        slopes = torch.autograd.grad(total, list(moved.values()), allow_unused=True)
+    for (name, gone), slope in zip(hidden.items(), slopes, strict=True):
+        free = slope is None or not (gone & (slope.nan_to_num() != 0)).any()
+        wanted = "latents that a mask leaves out to change nothing else (a flat prior is an "
+        wanted += "ImproperUniform)"
+        expect(free, "model", wanted, f"{name!r}, on which other densities depend")
 
 
 def kept_nodes(trace: Any, values: Mapping[str, Tensor]) -> Any:
@@ -409,6 +450,8 @@ def opened(
             traces = trace_pair(model, guide, *args)
             check_observed(traces[0])
             check_densities(traces[0])
+            check_shapes(prototype(model, args, {}))
+            check_masked(model, traces[0], args)
             for node in latent_nodes(traces[1]):
                 bad = int((~node["value"].isfinite()).sum())
                 wanted = f"finite draws at {node['name']!r}"

@@ -28,7 +28,7 @@ from ppvae.training.result import Fit
 from ppvae.training.share import Share
 from ppvae.training.single import COMPILE, how_to_run, single
 from ppvae.training.task import Task, task_of, training_batches
-from ppvae.training.verdict import Verdict
+from ppvae.training.verdict import Verdict, judge_steps
 
 Pair = tuple[Any, Any]  # a model and its guide
 
@@ -174,8 +174,10 @@ def fit(
     Warns:
         UserWarning: the checkpoint has other values of what is not trained, and they are taken.
         NotConverged: global latents are not at the optimum of their objective, or the loss was not
-            flat after `max_epochs`.
-        NarrowFamily: global latents are, and the family is too narrow for the posterior.
+            flat after `max_epochs`; or global latents that were fitted in steps are not those of
+            the posterior given all the data, by 1,000 fresh draws (`converged` is then None).
+        NarrowFamily: global latents are, and the family is too narrow for the posterior, or leaves
+            out a mode that would change a mean or an sd by a quarter.
 
     Raises:
         ValueError: the data are empty, not finite, or outside the support; lengths differ; an
@@ -258,7 +260,11 @@ def fit(
                     validate = partial(engine.held_out_losses, held_out, share=part)
                 (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
                 if ending is not None and not result.interrupted:
-                    Verdict(result.verdict, result.converged, result.losses[-1]).warn()
+                    verdict = Verdict(result.verdict, result.converged, result.losses[-1])
+                    if result.converged and is_free(guide):
+                        verdict = judge_steps(task, verdict.words, seed or 0) or verdict
+                    result = result._replace(verdict=verdict.words, converged=verdict.converged)
+                    verdict.warn()
             came = answer_interrupt()
             if others is not None:  # who waits here until the first one has written its file
                 came = any(others.all_of(came))

@@ -11,10 +11,28 @@ from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import Potential
 from ppvae.training.descent import FAR, lbfgs
 
+_DRAWS = 24  # of the prior, of which the best that is far from the mode is one more start
 _CANDIDATES = 20  # points on the way, of which the best is taken where there is no mode
 _APART = 3.0  # sds between two modes that are not the same
 _WIDE = 0.3  # sd of the latents, in unconstrained space, where nothing is known of them
 _STEPS = 100  # of natural gradients, at most
+
+
+class Mode(NamedTuple):
+    """A mode beside the one that was taken, in unconstrained space.
+
+    Attributes:
+        above: by how many nats the potential there is above that of the one that was taken.
+        weight: the mass around it over that of the one that was taken, as far as the curvatures
+            at both tell.
+        mean: where it is, of shape `(size,)`.
+        sds: of each coordinate, by the curvature, of shape `(size,)`.
+    """
+
+    above: float
+    weight: float
+    mean: Tensor
+    sds: Tensor
 
 
 class Gaussian(NamedTuple):
@@ -23,19 +41,20 @@ class Gaussian(NamedTuple):
     Attributes:
         mean: shape `(size,)`.
         factor: lower Cholesky factor of the covariance.
-        others: by how many nats other modes, that were met, are above the one that was taken
-            (below it, if negative).
+        others: other modes that were met.
     """
 
     mean: Tensor
     factor: Tensor
-    others: list[float]
+    others: list[Mode]
 
 
 def gaussian_near(potential: Potential, seed: int, start: Tensor | None = None) -> Gaussian:
-    """The Laplace approximation at the best mode that is met from several starts.
+    """The Laplace approximation at the mode with the most mass, of those met from several starts.
 
-    Where a start is given, it is the mode that is met from there, whether or not it is the best.
+    The starts are the middle of the unconstrained space, a point on either side of it, and a draw
+    of the prior far from the mode that is met from there. Where a start is given, it is the mode
+    that is met from there, whether or not it is the best.
 
     An interrupt ends the search where it stands.
 
@@ -46,16 +65,8 @@ def gaussian_near(potential: Potential, seed: int, start: Tensor | None = None) 
     generator = torch.Generator().manual_seed(seed)
     away = torch.randn(potential.size, generator=generator, device="cpu")
     away = away.to(torch.get_default_device())
-    ends = []
-    for begin in (0 * away if start is None else start, away, -away):
-        way: list[Tensor] = [begin]
-
-        def after(place: Tensor, _: float, way: list[Tensor] = way) -> bool:
-            way.append(place)
-            return interrupted()
-
-        end = lbfgs(potential.slope_and_value, begin, steps=500, tolerance=1e-8, after=after)
-        ends.append((potential.slope_and_value(end)[1].item(), end, way))
+    starts = (0 * away if start is None else start, away, -away)
+    ends = [_descent(potential, begin) for begin in starts]
     first = min(ends, key=lambda each: each[0] if math.isfinite(each[0]) else FAR)
     lowest, end, way = first if start is None or not math.isfinite(ends[0][0]) else ends[0]
     mode, factor, found = _newton(potential, end)
@@ -67,12 +78,63 @@ def gaussian_near(potential: Potential, seed: int, start: Tensor | None = None) 
         wide = way[0], _WIDE * torch.eye(potential.size)
         improved = [natural_gradients(potential, *each, seed) for each in (best, wide)]
         return Gaussian(*max([best, *improved], key=lambda each: _elbo(potential, *each)), [])
-    others = []
-    for value, place, _ in ends:
-        away = torch.linalg.solve_triangular(factor, (place - mode)[:, None], upper=False).norm()
-        if math.isfinite(value) and away > _APART and _is_bowl(potential.hessian(place)):
-            others.append(value - lowest)
-    return Gaussian(mode, factor, others)
+    modes = [_Found(potential.slope_and_value(mode)[1].item(), mode, factor)]
+    far = None if interrupted() else _far_draw(potential, modes[0], seed)
+    for value, place, _ in ends if far is None else [*ends, _descent(potential, far)]:
+        if interrupted():
+            break
+        if not (math.isfinite(value) and all(each.is_far(place) for each in modes)):
+            continue
+        place, factor, found = _newton(potential, place)
+        if found and all(each.is_far(place) for each in modes):
+            modes.append(_Found(potential.slope_and_value(place)[1].item(), place, factor))
+    taken = modes[0] if start is not None else max(modes, key=_Found.log_mass)
+    others = [each.beside(taken) for each in modes if each is not taken]
+    return Gaussian(taken.mean, taken.factor, others)
+
+
+class _Found(NamedTuple):
+    """A mode: the potential there, its place, and the Cholesky factor of the covariance."""
+
+    value: float
+    mean: Tensor
+    factor: Tensor
+
+    def is_far(self, place: Tensor) -> bool:
+        """Whether a place is so many sds away that it is not this mode."""
+        away = (place - self.mean)[:, None]
+        return bool(torch.linalg.solve_triangular(self.factor, away, upper=False).norm() > _APART)
+
+    def log_mass(self) -> float:
+        """The log of the mass around it by the curvature, up to a constant."""
+        return self.factor.diagonal().log().sum().item() - self.value
+
+    def beside(self, taken: "_Found") -> Mode:
+        """What is told of it, where another one is taken."""
+        weight = math.exp(min(self.log_mass() - taken.log_mass(), 700.0))
+        sds = self.factor.square().sum(1).sqrt()
+        return Mode(self.value - taken.value, weight, self.mean, sds)
+
+
+def _descent(potential: Potential, begin: Tensor) -> tuple[float, Tensor, list[Tensor]]:
+    """The potential where L-BFGS ends, the place, and the way there."""
+    way: list[Tensor] = [begin]
+
+    def after(place: Tensor, _: float) -> bool:
+        way.append(place)
+        return interrupted()
+
+    end = lbfgs(potential.slope_and_value, begin, steps=500, tolerance=1e-8, after=after)
+    return potential.slope_and_value(end)[1].item(), end, way
+
+
+def _far_draw(potential: Potential, mode: _Found, seed: int) -> Tensor | None:
+    """The most likely of some draws of the prior that are far from a mode; None, if none is."""
+    far = [state for state in potential.prior_draws(_DRAWS, seed) if mode.is_far(state)]
+    with torch.no_grad():
+        values = [potential.value(state) for state in far]
+    best = min(range(len(far)), key=values.__getitem__, default=None)
+    return None if best is None or not math.isfinite(values[best]) else far[best]
 
 
 def natural_gradients(

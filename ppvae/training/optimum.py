@@ -30,7 +30,7 @@ from ppvae.programs.potential import Potential, potential_of
 from ppvae.training.average import Average, average_of, without_fallback_warnings
 from ppvae.training.blame import first_culprit
 from ppvae.training.descent import descend_over_kinks, lbfgs
-from ppvae.training.mode import gaussian_near
+from ppvae.training.mode import Mode, gaussian_near
 from ppvae.training.snapshots import Diverged
 from ppvae.training.surface import EXCESS, Curvature, Surface, spread_of, units_of
 from ppvae.training.task import Task
@@ -90,9 +90,9 @@ class Optimum:
         error: the largest Monte Carlo error of a mean, in posterior sds.
         excess: the nats by which the objective is short of its optimum since the draws are few;
             NaN where that is not known.
-        others: by how many nats other modes, that were met, are above the one it started from
-            (below it, if negative).
+        others: modes that were met beside the one it started from.
         layout: of the latents.
+        chosen: whether the mode is the one near a start that was asked for.
     """
 
     values: list[Tensor]
@@ -102,8 +102,9 @@ class Optimum:
     site: str
     error: float
     excess: float
-    others: list[float]
+    others: list[Mode]
     layout: Layout
+    chosen: bool = False
 
 
 class Way:
@@ -152,7 +153,8 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         if potential.size > _LATENTS:
             return None
         potential = replace(potential, args=average.batch)
-        near = gaussian_near(potential, seed, _start(task, potential))
+        start = _start(task, potential)
+        near = gaussian_near(potential, seed, start)
         value = potential.slope_and_value(near.mean)[1].item()
         if not math.isfinite(value):
             why = f"minus the log density of the model is {value} wherever it was tried"
@@ -167,7 +169,9 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         )
         few = (~chart.known()).sum() <= _PARAMETERS
         method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
-        return method(average, chart, way, steps, seed, potential.layout, near.others)
+        told = potential.layout, near.others
+        found = method(average, chart, way, steps, seed, *told)
+        return replace(found, chosen=start is not None)
 
 
 def _start(task: Task, potential: Potential) -> Tensor | None:
@@ -186,7 +190,7 @@ def _with_fixed_draws(
     steps: int,
     seed: int,
     layout: Layout,
-    others: list[float],
+    others: list[Mode],
 ) -> Optimum:
     """Minimises the mean loss of draws that are held fixed, with more, until they are enough."""
     place, free = torch.zeros(chart.size), torch.ones(chart.size)
@@ -262,7 +266,7 @@ def _with_fresh_draws(
     steps: int,
     seed: int,
     layout: Layout,
-    others: list[float],
+    others: list[Mode],
 ) -> Optimum:
     """Stochastic gradients, with fresh draws in each step and steps that become small.
 

@@ -18,7 +18,8 @@ from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import bare
 from ppvae.programs.missing import takes_missing
-from ppvae.programs.nodes import check_densities, check_observed
+from ppvae.programs.nodes import check_densities, check_observed, check_shapes, prototype
+from ppvae.programs.runs import check_masked
 from ppvae.staging.program import Program, program_of
 from ppvae.training.processes import Processes
 from ppvae.training.share import Share, share_of
@@ -97,6 +98,9 @@ class Task:
         Of data that a loader gives, the first minibatch is looked at now, and the others in the
         first pass.
         """
+        program = self.program
+        with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
+            check_shapes(prototype(program.model, self.example, {}))
         if data.loader is not None:
             data.check = partial(self._check_batch, data.name)
             self._check_batch(data.name, data.example())
@@ -111,6 +115,7 @@ class Task:
         with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
             trace = program.traces(batch)[0]
             check_observed(trace, name, start)
+            check_masked(program.model, trace, batch)
             if has_missing(batch):  # which may be in more than the observations
                 check_densities(trace)
 
@@ -135,6 +140,8 @@ def training_batches(
     if batches.tensors and not extra:
         _check_number(model, len(batches.tensors))
     whole = batches.tensors and all(isinstance(each, Tensor) for each in batches.tensors)
+    if whole and has_missing(batches.tensors):
+        _check_seen(batches.tensors)
     if whole and hasattr(model, "check_data"):
         takes = inspect.signature(model.check_data).parameters
         pairs = zip(names, extra, strict=True)
@@ -154,6 +161,19 @@ def _check_number(model: Any, data: int) -> None:
     except TypeError as error:
         wanted = f"tensors for the arguments {signature} of the model"
         raise TypeError(f"data: expected {wanted}, got {data} ({error})") from None
+
+
+def _check_seen(tensors: tuple[Any, ...]) -> None:
+    """Raises a ValueError if nothing is observed; warns of columns of which nothing is."""
+    some = not all(bool(tensor.isnan().all()) for tensor in tensors)
+    expect(some, "data", "observed values", "nothing but missing ones")
+    for tensor in tensors:
+        gone = tensor.isnan().all(0)
+        if tensor.dim() > 1 and gone.any() and not gone.all():
+            first = ", ".join(map(str, gone.nonzero()[0].tolist()))
+            told = f"{int(gone.sum())} of {gone.numel()} columns, first {first}, have"
+            told += " no observed value, so that nothing is learned of them"
+            warnings.warn(f"data: {told}", stacklevel=stacklevel())
 
 
 def _has_data(model: Any, guide: Any) -> bool:
@@ -235,4 +255,20 @@ def task_of(
         expect(rows in sizes, "data", wanted, rows)
         if not batches.whole and program.plate.full_size in (None, sizes[0]):
             _check_parameters(bare(guide), program.plate)
+        task = Task(program, batches, batch)
+        if program.plate.full_size not in (None, sizes[0], batches.size):
+            _check_size(task, program.plate)
+        return task
     return Task(program, batches, batch)
+
+
+def _check_size(task: Task, plate: Any) -> None:
+    """Raises a ValueError if latents of all data are told two numbers of data.
+
+    For the latents of each datum their number makes no difference.
+    """
+    with torch.no_grad(), kept_buffers(task.program), random_state(None, keep=True), unchecked():
+        terms = task.terms(task.example)
+    wanted = f"a plate {plate.name!r} of {task.batches.size} members, as there are data"
+    came = f"one of {plate.full_size}, beside latents of all of them"
+    expect(terms.is_local, "model", wanted, came)

@@ -9,13 +9,23 @@ import torch
 from torch import Tensor
 
 from ppvae._checks import TROUBLE
-from ppvae._scopes import double_precision, private_modules, stacklevel, unchecked
+from ppvae._scopes import (
+    double_precision,
+    private_modules,
+    random_state,
+    stacklevel,
+    unchecked,
+)
 from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import matched
+from ppvae.programs.nodes import draws_its_rows
+from ppvae.programs.potential import potential_of
+from ppvae.programs.runs import largest_tensor
 from ppvae.staging.program import program_of
 from ppvae.training.average import average_of, without_fallback_warnings
+from ppvae.training.mode import Mode
 from ppvae.training.optimum import FRESH, Optimum, affordable, allowed_gap
 from ppvae.training.surface import ERROR
 from ppvae.training.task import Task
@@ -24,6 +34,9 @@ _STEP = 0.01  # posterior sds: a Newton step that is as good as none
 _EQUAL = 0.75  # share of effective draws, above which the weights are as good as equal
 _FEW = 50  # effective draws, below which reweighted moments say nothing
 _NEAR = 5.0  # nats: a mode that is no further above is worth a word
+_ALL_AT_ONCE = 1_000  # draws on all the data
+_LARGEST = 10_000_000  # numbers in the data, beyond which these would take minutes
+_REACH = 3.0  # sds of the draws: a mode that is further away is not among them
 _NARROW = 0.25  # posterior sds, or the share of one, by which a family may be off
 
 
@@ -52,7 +65,7 @@ class Verdict(NamedTuple):
 
     def warn(self) -> None:
         """Warns once, if there is a reason to."""
-        kind = NotConverged if self.converged is False else NarrowFamily
+        kind = NarrowFamily if self.converged else NotConverged
         if self.converged is False or self.narrow:
             warnings.warn(f"fit: {self.words} ({TROUBLE})", kind, stacklevel=stacklevel())
 
@@ -66,7 +79,7 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
         seed: chooses fresh draws.
     """
     step = f"the Newton step is {optimum.step:.2g} posterior sds, at {optimum.site}"
-    near = [other for other in optimum.others if other < _NEAR]
+    near = [other.above for other in optimum.others if other.above < _NEAR]
     beyond = "above" if min(near, default=0.0) >= 0 else "below"
     modes = f"; there is another mode, {abs(min(near)):.2g} nats {beyond} this one" if near else ""
     loss, labels = optimum.losses[-1], optimum.layout.free_labels
@@ -77,6 +90,9 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
         se = losses.std().item() / math.sqrt(len(losses))
         loss, allowed = losses.mean().item() / task.batches.size, allowed_gap(len(labels)) + 3 * se
         words, narrow = _narrowness(losses, states, labels)
+        left_out = "" if optimum.chosen else _left_out(optimum.others, states, labels)
+        if left_out:
+            modes, narrow = f"; {left_out}{modes}", True
     if optimum.draws > 1:
         cost = f" cost some {optimum.excess:.1g} nats" if math.isfinite(optimum.excess) else ""
         draws = f"; {optimum.draws} draws held fixed{cost}"
@@ -96,7 +112,45 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
     return Verdict("; ".join(parts) + modes, converged=True, loss=loss)
 
 
-def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
+def judge_steps(task: Task, told: str, seed: int) -> Verdict | None:
+    """Holds global latents that were fitted in steps against the posterior given all the data.
+
+    Noise of minibatches, and steps that stay long, hide what counts for latents of all data: a loss
+    that is flat to a hundredth of a nat per datum is not known to a nat in all.
+
+    Args:
+        task: one whose guide has free parameters only, and whose loss was seen to be flat.
+        told: the verdict so far.
+        seed: chooses fresh draws.
+
+    Returns:
+        A verdict that says what is off; None if nothing is, or that cannot be told: each run draws
+        rows of its own, a loader has the data, or there are so many that it would take minutes.
+    """
+    batches = task.batches
+    if task.program.objective != ELBO() or not batches.tensors:
+        return None
+    whole = replace(task, batches=replace(batches, batch_size=batches.size, shuffle=False))
+    (batch,) = whole.batches
+    if largest_tensor(batch) > _LARGEST:
+        return None
+    scopes = private_modules(), unchecked(), random_state(None, keep=True), torch.no_grad()
+    with scopes[0], scopes[1], scopes[2], scopes[3]:
+        trace = task.program.traces(batch)[0]
+        sites = [node for node in trace.nodes.values() if node["type"] == "sample"]
+        if any(map(draws_its_rows, sites)):
+            return None
+        layout = potential_of(task.program.model, batch).layout
+    losses, states = _fresh(whole, layout, seed, _ALL_AT_ONCE)
+    words, narrow = _narrowness(losses, states, layout.free_labels)
+    if not narrow:
+        return None
+    but = "but the steps ended away from the posterior, or the family is too narrow for it"
+    loss = losses.mean().item() / batches.size
+    return Verdict(f"{told}; {but}: {words}", converged=None, loss=loss, narrow=True)
+
+
+def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Tensor, Tensor]:
     """Minus log weights of fresh draws of the guide as it is stored, and the latents."""
     (batch,) = task.batches
     was, sampled = task.program, ELBO(kl="sampled")
@@ -107,7 +161,7 @@ def _fresh(task: Task, layout: Layout, seed: int) -> tuple[Tensor, Tensor]:
     with double_precision(device), scopes[0], scopes[1], scopes[2], scopes[3]:
         average = average_of(replace(task, program=program))
         values = [parameter.detach().double() for parameter in average.task.parameters]
-        normals = matched(affordable(average, FRESH), average.normals, seed + 1)
+        normals = matched(affordable(average, most), average.normals, seed + 1)
         chunks = enumerate(average.chunks(normals), seed + 1)
         pieces = [average.draws(values, chunk, layout, own) for own, chunk in chunks]
     losses, states = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -132,6 +186,26 @@ def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str,
         return words, False
     gain = (torch.logsumexp(-losses, 0) - math.log(len(losses)) + losses.mean()).item()
     return "; ".join([*off, f"a wider one may gain {gain:.2g} nats or more"]), True
+
+
+def _left_out(others: list[Mode], states: Tensor, labels: list[str]) -> str:
+    """What a mode that the draws do not reach would change most, if that is too much.
+
+    With it the posterior is a mixture of two, whose moments follow from its weight.
+    """
+    mean, sd, told = states.mean(0), states.std(0), dict[float, str]()
+    for other in others:
+        away, share = other.mean - mean, other.weight / (1 + other.weight)
+        if not (away.abs() > _REACH * sd).any():
+            continue
+        both = ((1 - share) * sd**2 + share * other.sds**2 + share * (1 - share) * away**2).sqrt()
+        moved, wider = share * away.abs() / both, (both / sd).log()
+        at, widest = int(moved.argmax()), int(wider.argmax())
+        if moved[at] > _NARROW or wider[widest] > math.log(1 + _NARROW):
+            much = f"its sd is {(both / sd)[widest]:.2g} times as large with it"
+            told[share] = f"it leaves out a mode with some {share:.0%} of the mass, where "
+            told[share] += f"{labels[widest]} is {other.mean[widest]:.3g} on the reals; {much}"
+    return told[max(told)] if told else ""
 
 
 def _off(weights: Tensor, states: Tensor, labels: list[str]) -> list[str]:

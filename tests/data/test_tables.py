@@ -111,6 +111,8 @@ def test_columns_may_come_in_another_order_but_not_others():
         assert values[0].identical(values[1])
         named = impute(one, other, turned, num_samples=40)
         assert [*named.coords["x_dim_0"].values] == [*table.columns]
+        with pytest.raises(ValueError, match=r"^args: expected columns of names that differ, got"):
+            log_prob(one, other, table.rename(columns={"visits": "age"}))
         with pytest.raises(ValueError, match=r"^args: expected the columns \['age', .*'zzz'"):
             log_prob(one, other, table.rename(columns={"visits": "zzz"}))
     with pytest.raises(

@@ -310,6 +310,7 @@ def test_what_is_not_trained_comes_from_the_file_with_a_warning_where_it_differs
     [
         (3, TypeError, "checkpoint: expected the path of a file, got 3"),
         ("nowhere/run.pt", FileNotFoundError, "checkpoint: expected a folder that exists"),
+        ("pipe.pt", ValueError, "checkpoint: expected the path of a file, got that of a device or"),
         ("text.pt", ValueError, "checkpoint: expected a file that was written here"),
         ("dict.pt", ValueError, "checkpoint: expected a file that was written here"),
     ],
@@ -317,6 +318,7 @@ def test_what_is_not_trained_comes_from_the_file_with_a_warning_where_it_differs
 def test_files_of_other_kinds_are_refused(path, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("hello")
+    os.mkfifo("pipe.pt")
     torch.save({"weights": torch.ones(2)}, "dict.pt")
     pair = build()
     with traceless(*pair, moved=False), pytest.raises(error, match=message):

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 from cases import FAMILIES
 from linear import local
 from pairs import NanSlope, Normed, build, data, function, made, same, traceless, values
+from pyro import poutine
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
-from ppvae import VAE, FamilyGuide, families, fit, fit_replicates, likelihoods
+from ppvae import VAE, FamilyGuide, evaluate, families, fit, fit_replicates, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.data.batches import batches_of
 from ppvae.nn import mlp
@@ -568,6 +571,132 @@ def test_a_model_that_observes_nothing_is_refused(swapped):
     for train in (fit, fit_replicates):
         with pytest.raises(ValueError, match="model: expected observed sites, got none"):
             run(train, [pair, pair], data(6), num_epochs=1)
+
+
+def test_what_is_never_observed_is_told():
+    """Nothing is learned of a column without a value, and nothing at all without any."""
+    x = torch.randn(12, 3)
+    pair = build()
+    with pytest.raises(ValueError, match="data: expected observed values, got nothing but missing"):
+        quiet(*pair, torch.full_like(x, math.nan), num_epochs=1)
+    x[:, 1], x[0, 2] = math.nan, math.nan
+    words = "data: 1 of 3 columns, first 1, have no observed value, so that nothing is learned"
+    with pytest.warns(UserWarning, match=words) as caught:
+        quiet(*pair, x, num_epochs=1)
+    assert caught[0].filename == quiet.__code__.co_filename
+
+
+def chain(x, seen, keep):
+    """Steps of which some are masked; what comes after sees them, unless it is kept from it."""
+    z = torch.zeros(len(x))
+    with pyro.plate("data", len(x)):
+        for step in range(3):
+            with poutine.mask(mask=seen[:, step]):
+                new = pyro.sample(f"z_{step}", dist.Normal(z, 1.0))
+                pyro.sample(f"x_{step}", dist.Normal(new, 0.5), obs=x[:, step])
+            z = torch.where(seen[:, step], new, z) if keep else new
+
+
+def test_a_masked_latent_that_counts_elsewhere_is_refused():
+    """Its entropy is masked, too: it would shrink to the point where the data are most likely."""
+    words = r"^model: expected latents that a mask leaves out .*, got 'w', on which other densities"
+
+    def flat(x):
+        with poutine.mask(mask=False):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    x = torch.randn(6)
+    guide = FamilyGuide(flat, "mean_scale").setup(x)
+    for call in (quiet, evaluate):
+        with pytest.raises(ValueError, match=words):
+            call(flat, guide, x)
+
+    x, seen = torch.randn(5, 3), torch.ones(5, 3, dtype=torch.bool)
+    ended = seen.clone()
+    ended[2:, 2] = False  # nothing comes behind
+    gap = seen.clone()
+    gap[2:, 1] = False
+    for mask, keep, refused in [(ended, False, False), (gap, True, False), (gap, False, True)]:
+        guide = FamilyGuide(partial(chain, keep=keep), "mean_scale").setup(x, mask)
+        with pytest.raises(ValueError, match="got 'z_1'") if refused else nullcontext():
+            evaluate(guide.model, guide, x, mask, num_samples=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("means", "events", "column", "fits"),
+    [
+        ("(n,)", 0, False, True),
+        ("(n, 1)", 0, False, False),  # all data against all means
+        ("(n,)", 0, True, False),
+        ("(n, 1)", 1, False, False),  # one datum for all of them
+        ("(n, 1)", 1, True, True),
+        ("(n,)", 1, False, False),  # all data in each member of the plate
+    ],
+)
+def test_data_and_means_that_are_broadcast_are_refused(means, events, column, fits):
+    X = torch.randn(12, 2)
+    y = X.sum(1)
+
+    def lines(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = X @ w
+        mean = mean if means == "(n,)" else mean[:, None]
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(events), obs=y)
+
+    args = X, y[:, None] if column else y
+    guide = FamilyGuide(lines, "full_rank").setup(*args)
+    for call in (quiet, evaluate):
+        told = {"data": args} if call is quiet else {"num_samples": 4}
+        given = () if call is quiet else args
+        match = r"^model: expected data and distribution at 'y' of one shape, got data of shape"
+        with nullcontext() if fits else pytest.raises(ValueError, match=match):
+            call(lines, guide, *given, **told, progress=False)
+    if fits:
+        exact = dist.MultivariateNormal(torch.zeros(12), torch.eye(12) + X @ X.T).log_prob(y)
+        found = evaluate(lines, guide, *args, progress=False)
+        assert float(found.total_elbo) == pytest.approx(exact.item())
+
+
+def test_one_datum_for_all_and_no_plate_at_all_are_no_fault():
+    """As in survival: what is censored is observed to be 1."""
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(torch.full((len(x),), 0.5)), obs=torch.tensor(1.0))
+
+    x = torch.randn(6)
+    guide = FamilyGuide(model, "full_rank")
+    quiet(model, guide, x)
+    exact = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 1).log_prob(x)
+    found = evaluate(model, guide, x, progress=False)
+    assert float(found.total_elbo) == pytest.approx(exact.item() - 6 * math.log(2))
+
+
+def test_the_model_and_the_data_agree_on_their_number():
+    """Of latents of all data; those of each datum do not depend on it."""
+
+    def mean(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 1000, subsample=torch.arange(len(x))):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def each(x):
+        with pyro.plate("data", 1000, subsample=torch.arange(len(x))):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x[:, 0])
+
+    words = "model: expected a plate 'data' of 200 members, as there are data, got one of 1000"
+    for told in ({}, {"batch_size": 50}):
+        with pytest.raises(ValueError, match=words):
+            quiet(mean, FamilyGuide(mean, "mean_scale"), torch.randn(200), num_epochs=1, **told)
+    quiet(mean, FamilyGuide(mean, "mean_scale"), torch.randn(1000), num_epochs=1, batch_size=50)
+    guide = FamilyGuide(each, "mean_scale", nn.Linear(1, 4))
+    quiet(each, guide, torch.randn(200, 1), num_epochs=1)
 
 
 def test_nothing_can_be_trained_in_inference_mode():

@@ -29,8 +29,46 @@ def test_a_gaussian_posterior_is_its_own_neighbour():
 
 def test_another_mode_that_is_met_is_told():
     near = gaussian_near(potential_of(two_modes, (4 + noise(9),)), seed=0)
-    assert abs(min(near.others)) < 1e-9
+    (other,) = near.others
+    assert abs(other.above) < 1e-9 and other.weight == pytest.approx(1.0)
+    assert other.mean.item() == pytest.approx(-near.mean.item())
+    assert other.sds.item() == pytest.approx(near.factor.item())
     assert abs(near.mean.item()) == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_mode_that_only_the_prior_knows_is_met():
+    """A mixture of two far Gaussians, which the curvature at each gives exactly."""
+    weights, at, sds = torch.tensor([0.7, 0.3]), torch.tensor([-10.0, 14.0]), (1.0, 0.5)
+
+    def model(x):
+        parts = dist.Normal(at, torch.tensor(sds))
+        a = pyro.sample("a", dist.MixtureSameFamily(dist.Categorical(weights), parts))
+        pyro.sample("x", dist.Normal(0 * a, 1.0), obs=x)
+
+    near = gaussian_near(potential_of(model, (torch.tensor(0.3),)), seed=0)
+    (other,) = near.others
+    assert near.mean.item() == pytest.approx(-10) and near.factor.item() == pytest.approx(1.0)
+    assert other.mean.item() == pytest.approx(14) and other.sds.item() == pytest.approx(0.5)
+    assert other.weight == pytest.approx(3 / 7) and other.above == pytest.approx(
+        math.log(7 / 3 / 2)
+    )
+
+
+def test_the_mode_with_the_most_mass_is_taken_and_not_the_highest():
+    """At -1 a peak that is twice as high, and has a tenth of the mass."""
+
+    def model(x):
+        weights, parts = (
+            torch.tensor([0.1, 1.0]),
+            dist.Normal(torch.tensor([-1.0, 3.0]), torch.tensor([0.01, 0.2])),
+        )
+        pyro.sample("a", dist.MixtureSameFamily(dist.Categorical(weights), parts))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    near = gaussian_near(potential_of(model, (torch.tensor(0.3),)), seed=0)
+    assert near.mean.item() == pytest.approx(3.0) and near.factor.item() == pytest.approx(0.2)
+    (other,) = near.others
+    assert other.above == pytest.approx(-math.log(2)) and other.weight == pytest.approx(0.1)
 
 
 def test_a_funnel_has_a_usable_neighbour_though_it_has_no_mode():
@@ -53,7 +91,7 @@ def test_a_saddle_is_no_other_mode_and_units_make_no_difference():
             pyro.sample("x", dist.Normal(w * w, 1.0), obs=x)
 
     near = gaussian_near(potential_of(squared, (torch.full((4,), 1.5),)), seed=0)
-    assert near.others == pytest.approx([0.0], abs=1e-8)
+    assert [other.above for other in near.others] == pytest.approx([0.0], abs=1e-8)
 
     X = torch.cat([torch.full((30, 1), 0.01), 1e6 * noise(30, 1)], 1)
 
@@ -77,6 +115,9 @@ class LogCosh:
 
     def hessian(self, state):
         return torch.diag((state - 3).cosh() ** -2)
+
+    def prior_draws(self, count, seed):
+        return []
 
 
 def test_newton_steps_are_damped(monkeypatch):

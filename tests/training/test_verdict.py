@@ -3,6 +3,7 @@
 import math
 import re
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,13 +17,17 @@ from global_latents import (
     two_modes,
 )
 from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_value
 
-from ppvae import FamilyGuide, NarrowFamily, NotConverged, families
+from ppvae import FamilyGuide, NarrowFamily, NotConverged, families, fit
 from ppvae._checks import TROUBLE
+from ppvae._scopes import private_modules
 from ppvae.objectives.weights import khat
 from ppvae.programs.layout import Layout
 from ppvae.training import verdict
+from ppvae.training.mode import Mode
 from ppvae.training.optimum import Optimum, allowed_gap
+from ppvae.training.task import task_of, training_batches
 
 narrow = pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
 
@@ -40,11 +45,48 @@ def test_few_steps_are_told_with_their_number():
     assert second == f"loss {result.losses[-1]:.6g} nats per datum" and third == result.verdict
 
 
-@narrow
-def test_another_mode_nearby_is_told():
-    result = quiet(two_modes, FamilyGuide(two_modes, families.full_rank), 4 + noise(9))
+def test_another_mode_that_matters_is_a_reason_to_warn():
+    """The posterior of `w` is the same for `-w`: a half of the mass is left out."""
+    guide = FamilyGuide(two_modes, families.full_rank)
+    with pytest.warns(NarrowFamily, match="it leaves out a mode with some 50% of the mass"):
+        result = quiet(two_modes, guide, 4 + noise(9))
     assert result.converged and "there is another mode, " in result.verdict
     assert result.verdict.endswith(" nats above this one")
+    with private_modules(), torch.no_grad():
+        draws = torch.stack([guide(4 + noise(9))["w"] for _ in range(2000)])
+    times = float((draws.square().mean() / draws.var()).sqrt())  # the sd of both signs
+    told = float(re.search(r"its sd is (\S+) times", result.verdict)[1])
+    assert told == pytest.approx(times, rel=0.1)  # two digits, and 2,000 draws
+    assert "where w is " in result.verdict
+
+
+def test_modes_that_hardly_matter_are_no_reason_to_warn():
+    """Their moments with the mode are those of a mixture of two Gaussians, written out here."""
+    states = noise(20_000, 2)
+
+    def told(weight, at, sd):
+        mode = Mode(1.0, weight, torch.tensor([0.0, at]), torch.tensor([1.0, sd]))
+        return verdict._left_out([mode], states, ["a", "b"])
+
+    assert told(0.1, 2.5, 1.0) == ""  # among the draws
+    share = 1 / 101
+    both = (1 - share + share * 0.25 + share * (1 - share) * 64) ** 0.5
+    words = told(0.01, 8.0, 0.5)
+    assert words.startswith("it leaves out a mode with some 1% of the mass, where b is 8 ")
+    assert float(re.search(r"its sd is (\S+) times", words)[1]) == pytest.approx(both, rel=0.05)
+    assert told(0.005, 8.0, 0.5) == "" and told(0.01, 6.0, 0.5) == ""
+    (far, near) = (Mode(0.0, w, torch.tensor([9.0, 0.0]), torch.ones(2)) for w in (0.2, 1.0))
+    assert "some 50%" in verdict._left_out([far, near], states, ["a", "b"])
+
+
+def test_a_mode_that_was_asked_for_is_no_reason_to_warn():
+    """Where the user says from where to start, other modes are told and no more."""
+    start = init_to_value(values={"w": torch.tensor(-1.5)})
+    guide = FamilyGuide(two_modes, families.full_rank, init_loc_fn=start)
+    result = quiet(two_modes, guide, 4 + noise(9))
+    assert result.converged and "there is another mode, " in result.verdict
+    with private_modules():
+        assert guide.median(4 + noise(9))["w"] < -1.5
 
 
 def test_a_family_that_cannot_move_is_too_narrow():
@@ -84,6 +126,10 @@ def test_moments_that_are_off_name_their_site():
             assert re.match(words, said), said
 
 
+def mode(above):
+    return Mode(above, 1.0, torch.tensor([9.0]), torch.ones(1))
+
+
 def optimum(**changes):
     layout = Layout.of(poutine.trace(location).get_trace(noise(3)), None)
     told = {"values": [], "losses": [1.0], "draws": 1, "step": 0.001, "site": "w"}
@@ -98,8 +144,12 @@ def optimum(**changes):
         ({"step": 0.01}, False, "stopped before the optimum: the Newton step is 0.01 "),
         ({"step": math.nan}, False, "stopped before .* nan"),
         ({"step": 0.0099}, True, "at the optimum"),
-        ({"others": [7.0, 4.9]}, True, "; there is another mode, 4.9 nats above this one$"),
-        ({"others": [5.0]}, True, "at w$"),
+        (
+            {"others": [mode(7.0), mode(4.9)]},
+            True,
+            "; there is another mode, 4.9 nats above this one$",
+        ),
+        ({"others": [mode(5.0)]}, True, "at w$"),
         (
             {"draws": 64, "error": 0.1},
             False,
@@ -123,3 +173,58 @@ def test_draws_that_were_overfitted_are_told():
     assert said.converged is False
     assert re.match("the ELBO of fresh draws is 1[56]. nats below", said.words)
     assert allowed_gap(1) == 0.1 and allowed_gap(100) == 2.5
+
+
+def test_steps_that_end_away_from_the_posterior_are_told():
+    """A loss that is flat to a tenth of a nat per datum says little of latents of 400 data."""
+    X = noise(400, 3)
+    y = X @ torch.tensor([1.0, -1.0, 0.5]) + noise(400)
+    precision = X.T @ X + torch.eye(3)
+    mean, sd = torch.linalg.solve(precision, X.T @ y), precision.inverse().diagonal().sqrt()
+
+    def lines(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal((X * w).sum(-1), 1.0), obs=y)
+
+    guide = FamilyGuide(lines, families.mean_scale)
+    words = "ended away from the posterior, or the family is too narrow for it: .* reweighted one"
+    with pytest.warns(NotConverged, match=words) as caught:
+        result = fit(lines, guide, (X, y), batch_size=50, seed=0, progress=False)
+    with private_modules():
+        middle, low = guide.quantiles([0.5, 0.1587], X, y)["w"].detach()
+    assert ((middle - mean).abs() / sd).max() > 0.25 or ((middle - low) / sd).max() > 1.25
+    assert result.converged is None and result.verdict.startswith("flat after")
+    assert sum(each.category is NotConverged for each in caught) == 1
+
+
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_steps_are_held_against_the_posterior_given_all_the_data(off):
+    """The exact posterior, and one whose second mean is moved by one of its sds."""
+    X = torch.linalg.qr(noise(40, 2))[0] * 5  # so that the weights are independent
+    y = X @ torch.tensor([1.0, -1.0]) + noise(40)
+    mean, sd = X.T @ y / 26, torch.tensor(26.0).rsqrt()
+
+    def lines(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal((X * w).sum(-1), 1.0), obs=y)
+
+    guide = FamilyGuide(lines, families.mean_scale).setup(X, y)
+    head = guide.heads["w"]
+    with torch.no_grad():
+        head.loc.raw.copy_(mean + off * sd * torch.tensor([0.0, 1.0]))
+        head.scale.raw.copy_(head.scale.raw + (sd / head(None).scale).log())  # exp is its map
+    torch.testing.assert_close(head(None).scale, sd.expand(2))
+    with private_modules():
+        task = task_of(lines, guide, None, training_batches(lines, guide, (X, y), 10, ()))
+        found = verdict.judge_steps(task, "flat", seed=0)
+    if not off:
+        assert found is None
+        return
+    assert found.converged is None and found.narrow and found.words.startswith("flat; but the ")
+    # 1,000 draws, of which exp(-1) count as much: an error of 0.05 or so
+    told = float(re.search(r"the mean of w\[1\] is (\S+) sd from", found.words)[1])
+    assert told == pytest.approx(1.0, abs=0.25)
+    evidence = dist.MultivariateNormal(torch.zeros(40), torch.eye(40) + X @ X.T).log_prob(y)
+    assert -found.loss * 40 == pytest.approx(evidence.item() - 0.5, abs=0.15)  # KL of one sd
