@@ -3,7 +3,7 @@
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -150,7 +150,13 @@ def program_of(
     for module in [*called, *used]:
         if module not in set(program.modules()):
             program.called.append(module)
-    _own_the_rest(program, leaves, [*args, *values.values()])
+
+    def again() -> Tensor:
+        scopes = random_state(None, keep=True), torch.enable_grad(), unchecked(), private_modules()
+        with scopes[0], scopes[1], scopes[2], scopes[3], called_modules():
+            return objective(model, guide, *args, **program.options, step=0)
+
+    _own_the_rest(program, leaves, [*args, *values.values()], again)
     owned = {id(parameter) for parameter in program.parameters()}
     for name, value in values.items():
         if id(value) not in owned:
@@ -184,13 +190,16 @@ def _leaves(loss: Tensor) -> dict[int, Tensor]:
     return leaves
 
 
-def _own_the_rest(program: Program, leaves: dict[int, Tensor], known: list[Any]) -> None:
+def _own_the_rest(
+    program: Program, leaves: dict[int, Tensor], known: list[Any], again: Callable[[], Tensor]
+) -> None:
     """Holds those parameters that a loss depends on and no module is known to have.
 
     Args:
         program: what holds them.
         leaves: what the loss depends on.
         known: tensors that are inputs.
+        again: gives the loss of another run: what is not in this is made by a run, and no one's.
 
     Warns:
         UserWarning: there are tensors among them that are no parameters.
@@ -198,11 +207,13 @@ def _own_the_rest(program: Program, leaves: dict[int, Tensor], known: list[Any])
     numbers = {*map(id, [*program.parameters(), *known])}
     rest = [value for number, value in leaves.items() if number not in numbers]
     program.loose.extend(value for value in rest if isinstance(value, nn.Parameter))
-    others = [tuple(value.shape) for value in rest if not isinstance(value, nn.Parameter)]
-    if others:
+    others = [value for value in rest if not isinstance(value, nn.Parameter)]
+    lasting = _leaves(again()) if others else {}
+    shapes = [tuple(value.shape) for value in others if id(value) in lasting]
+    if shapes:
         so = "model, guide: the loss depends on tensors that want a gradient and are no parameters"
         todo = "they are not trained; make them an `nn.Parameter`, or a `pyro.param`"
-        warnings.warn(f"{so}, of shapes {others}: {todo} ({TROUBLE})", stacklevel=stacklevel())
+        warnings.warn(f"{so}, of shapes {shapes}: {todo} ({TROUBLE})", stacklevel=stacklevel())
 
 
 @contextmanager
