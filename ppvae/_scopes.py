@@ -4,7 +4,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Self
 
 import pyro
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ppvae._checks import check_seed
+from ppvae._reach import reached, watched
 
 _numbers = itertools.count()
 
@@ -135,8 +136,40 @@ def set_random_numbers(states: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _mode(*programs: Any, training: bool) -> Iterator[None]:
+def eval_mode(*programs: Any) -> Iterator[None]:
+    """Evaluation mode for the modules of programs; at the end modes and buffers are as they were.
+
+    These are the programs themselves, where they are modules, what they reach, and whatever else is
+    called inside, as a network that a plain function closes over.
+    """
+    with ExitStack() as scopes, warnings.catch_warnings():
+        # a module that PyTorch compiles is in evaluation mode then, which is all that is wanted
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global")
+        seen: set[nn.Module] = set()
+
+        def quiet(module: nn.Module) -> None:
+            if module not in seen:
+                parts = [part for part in module.modules() if part not in seen]
+                seen.update(parts)
+                scopes.enter_context(_mode(parts, training=False))
+                scopes.enter_context(_kept_buffers(parts))
+
+        for module in reached(*programs):
+            quiet(module)
+        with watched(quiet):
+            yield
+
+
+@contextmanager
+def train_mode(*programs: Any) -> Iterator[None]:
+    """Training mode for those programs that are modules; their modes come back at the end."""
     modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    with _mode(modules, training=True):
+        yield
+
+
+@contextmanager
+def _mode(modules: list[nn.Module], *, training: bool) -> Iterator[None]:
     before = [m.training for m in modules]
     try:
         for module in modules:
@@ -147,20 +180,13 @@ def _mode(*programs: Any, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def eval_mode(*programs: Any) -> AbstractContextManager[Any]:
-    """Evaluation mode for those programs that are modules; their modes come back at the end."""
-    return _mode(*programs, training=False)
-
-
-def train_mode(*programs: Any) -> AbstractContextManager[Any]:
-    """Training mode for those programs that are modules; their modes come back at the end."""
-    return _mode(*programs, training=True)
+def kept_buffers(*programs: Any) -> AbstractContextManager[None]:
+    """Puts back the buffers of those programs that are modules: a call may move or replace them."""
+    return _kept_buffers([m for p in programs if isinstance(p, nn.Module) for m in p.modules()])
 
 
 @contextmanager
-def kept_buffers(*programs: Any) -> Iterator[None]:
-    """Puts back the buffers of those programs that are modules: a call may move or replace them."""
-    modules = [part for each in programs if isinstance(each, nn.Module) for part in each.modules()]
+def _kept_buffers(modules: list[nn.Module]) -> Iterator[None]:
     homes = [(part._buffers, name, b) for part in modules for name, b in part._buffers.items()]
     before = [None if buffer is None else buffer.clone() for *_, buffer in homes]
     try:

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ppvae"
 FLOORS = [
-    ["_checks"],
+    ["_checks", "_reach"],
     ["_files", "_look", "_process", "_scopes"],
     ["data", "families"],
     ["closed_form", "likelihoods", "models", "nn", "priors"],

@@ -183,7 +183,7 @@ def test_a_fit_to_a_raw_table_is_the_fit_to_the_standardised_one(way, monkeypatc
     Thirty steps of Adam multiply a difference in the last place by far less than 1e6. What would
     be compiled is what is staged.
     """
-    monkeypatch.setattr("ppvae.training.single.STAGE", 1 if way == "staged" else 1000)
+    monkeypatch.setattr("ppvae.training.execution.STAGE", 1 if way == "staged" else 1000)
     x = table()
     layer = Standardize.of(x)
     shift = layer.scale.log().sum().item()

@@ -17,7 +17,7 @@ from pairs import KINDS, Normed, build, data, linear, values
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-import ppvae.training.single as engine
+import ppvae.training.execution as running
 from ppvae import FamilyGuide, compare_families, families, fit
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO, IWAE, negative_elbo, trace_pair, warm_up
@@ -194,13 +194,13 @@ def train(name, **more):
     """What comes of a training: its course, and where it led."""
     torch.manual_seed(6)
     model, guide, x, told = WAYS[name]()
-    engine.STAGE, before = 2, engine.STAGE
+    running.STAGE, before = 2, running.STAGE
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = fit(model, guide, x, **{**TOLD, **told, **more})
     finally:
-        engine.STAGE = before
+        running.STAGE = before
     said = [str(each.message) for each in caught]
     told = result._replace(seconds=0.0, objective=None, optimizer=None)._asdict()
     return told, values(model, guide), said

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.networks import BATCH, RATE
 from ppvae._scopes import matmul_precision, private_modules
 from ppvae.data.batches import batches_of
+from ppvae.training.execution import Execution
 from ppvae.training.options import Options
 from ppvae.training.single import single
 from ppvae.training.stacked import stacked
@@ -56,6 +57,12 @@ def own_loop(module: nn.Module, x: Tensor, loss: Any = None, **options: Any) -> 
     return timed(step, x)
 
 
+def check(ran: Execution, how: str) -> None:
+    """Raises unless it is run as was asked: a ratio of something else would be measured."""
+    if ran.reason or ran.how != how:
+        raise RuntimeError(f"asked to run {how}, it ran {ran.how}: {ran.reason}")
+
+
 def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
     """The step of `fit`, put together as `fit` does it."""
 
@@ -66,7 +73,7 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
 
     with inside():
         task = task_of(*pair, None, batches_of("data", x, BATCH, training=True))
-        engine = single(task, how)
+        engine = single(task, Execution(how))
         steps = Steps(engine, Options(learning_rate=RATE))
 
     def run(order: Tensor) -> float:
@@ -74,8 +81,7 @@ def ours(pair: Any, x: Tensor, how: str, precision: str | None = None) -> Run:
             start = now()
             minibatches = iter(order) if how == "looped" else ((x[rows],) for rows in order)
             for _ in steps.through(minibatches):
-                if engine.execution != how:
-                    raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
+                check(engine.execution, how)
             return now() - start
 
     return run
@@ -87,15 +93,14 @@ def replicates(count: int, pair: Any, x: Tensor) -> Run:
     with private_modules():
         batches = batches_of("data", x, BATCH, training=True)
         tasks = [task_of(*copy.deepcopy(pair), None, batches) for _ in range(count)]
-        engine = stacked(tasks, range(count), how)
+        engine = stacked(tasks, range(count), Execution(how))
         steps = Steps(engine, Options(learning_rate=RATE))
 
     def run(order: Tensor) -> float:
         rows = torch.stack([order.roll(k, 0) for k in range(count)], 1)
         start = now()
         for _ in steps.through(rows):
-            if engine.execution != how:
-                raise RuntimeError(f"asked to run {how}, it ran {engine.execution}")
+            check(engine.execution, how)
         return now() - start
 
     return run

@@ -13,7 +13,7 @@ from ppvae._checks import check_count, check_label
 from ppvae._process import exclusive
 from ppvae.evaluation.coordinates import coordinates
 from ppvae.evaluation.directions import directions, moments_of
-from ppvae.evaluation.hierarchy import by_parts
+from ppvae.evaluation.hierarchy import by_parts, why_unknown
 from ppvae.evaluation.information import draws_needed, draws_of, information
 from ppvae.evaluation.measures import PER_DATUM, PER_LATENT, Sample
 from ppvae.evaluation.responsibilities import Responsibilities
@@ -65,7 +65,9 @@ def evaluate(
 
     **Global latents** belong to all the data. Then the result has totals, in nats of all data:
     `total_elbo` with its Monte Carlo error `total_elbo_se`; `log_evidence` log p(x) by importance
-    sampling, with `log_evidence_se`, `evidence_ess` and `evidence_khat` of the globals; and
+    sampling, with `evidence_ess` and `evidence_khat` of the globals; `log_evidence_se`, its error
+    with what the local latents may lower it by, NaN where their weights do not tell, which its
+    attribute `reason` says; and
     `global_rate`, what the globals cost. Numbers per datum are given the globals, averaged over 32
     draws of them, each with an eighth of `num_samples` draws of the local latents of every datum;
     of a guide that draws no local latents by themselves (or a model in which something outside of
@@ -173,6 +175,8 @@ def _of_all(runs: Runs, num_samples: int) -> xr.Dataset:
     for name, value in totals.items():
         unit = {"evidence_ess": "draws", "evidence_khat": ""}.get(name, "nats")
         variables[name] = ((), value, {"unit": unit})
+    if math.isnan(totals["log_evidence_se"]) and not math.isnan(totals["log_evidence"]):
+        variables["log_evidence_se"][2]["reason"] = why_unknown(arrays["khat"])
     summed, coords = shares.variables(shares.arrays())
     return xr.Dataset(variables | summed, coords)
 

@@ -4,6 +4,11 @@ A global latent belongs to all the data, so the bound and log p(x) are numbers o
 with `g` the globals, `log p(x) = log E_q(g) [p(g) / q(g) prod_n p(x_n | g)]`. For each draw of `g`
 the local latents of every datum are drawn anew, many times, so that `p(x_n | g)` is an average of
 weights of its own, and no weight is a product over the data of single draws.
+
+The log of such an average is too low by half the square of its relative error, and the sum of the
+logs over the data by many nats, which draws of the globals need not show. So the error of log p(x)
+holds half of the sum of these squares; and it is NaN where the weights of some datum have a tail
+from which no error follows.
 """
 
 import math
@@ -18,7 +23,14 @@ from torch import Tensor
 from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.objectives.nested import draws_locals, inner_run
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.objectives.weights import effective_sample_size, estimates, khat, log_mean_weight
+from ppvae.objectives.weights import (
+    TRUSTED,
+    effective_sample_size,
+    estimates,
+    khat,
+    log_mean_weight,
+    log_mean_weight_se,
+)
 from ppvae.programs.layout import Layout, Place
 from ppvae.programs.nodes import drawn_nodes, is_inside, latent_nodes
 from ppvae.programs.runs import Runs
@@ -62,13 +74,17 @@ def by_parts(
             bounds.append(weight + log_inner.mean(0).sum())
             inner.append(log_inner)
     log_weight = torch.cat(outer)
-    numbers = sums.per_datum()
+    numbers, evidence = sums.per_datum(), _evidence(log_weight)
     if inner:
         judged = inner[:_JUDGED]
         numbers["log_likelihood"] = torch.stack([log_mean_weight(w) for w in inner]).mean(0)
         numbers["ess"] = torch.stack([effective_sample_size(w) for w in judged]).mean(0)
         numbers["khat"] = torch.stack([khat(w).to(w) for w in judged]).mean(0)
-    totals, unknown = sums.totals() | _evidence(log_weight), torch.full((size,), math.nan)
+        known = (numbers["khat"] <= TRUSTED).all()  # NaN, of few draws, is not known either
+        low = torch.stack([log_mean_weight_se(w).square().sum() for w in inner]).mean() / 2
+        error = torch.hypot(evidence["log_evidence_se"], low) if known else math.nan
+        evidence["log_evidence_se"] = error
+    totals, unknown = sums.totals() | evidence, torch.full((size,), math.nan)
     if whole.is_dense:
         bound = torch.cat(bounds)  # whose error vanishes where the guide is the posterior
         spread = bound.std() / math.sqrt(len(bound)) if len(bound) > 1 else math.nan
@@ -76,7 +92,7 @@ def by_parts(
         totals |= {"total_elbo_se": spread}
     else:
         numbers |= dict.fromkeys(("elbo", "log_likelihood", "ess", "khat"), unknown)
-        unsaid = "total_elbo", "total_elbo_se", *_evidence(log_weight)
+        unsaid = "total_elbo", "total_elbo_se", *evidence
         totals |= dict.fromkeys(unsaid, math.nan)
     if not splits(runs):
         numbers |= dict.fromkeys(("rate", "objective", "elbo", "log_likelihood"), unknown)
@@ -166,6 +182,19 @@ class _Means:
         outer = self.outer_likelihood - self.outer_rate
         whole = ((self.likelihood - self.rate).sum() + outer) / self.count
         return {"total_objective": whole, "global_rate": self.outer_rate / self.count}
+
+
+def why_unknown(khats: np.ndarray) -> str:
+    """Why the error of log p(x) is NaN, from k-hat of the local weights; empty if it is not."""
+    few, many = np.isnan(khats).any(), (khats > TRUSTED).mean()
+    if few or not many:
+        return "k-hat of the local latents cannot be told from so few draws" if few else ""
+    return f"k-hat of the local latents is above {TRUSTED} for {percent(many)} of the data"
+
+
+def percent(share: float) -> str:
+    """A share that is not zero, in whole per cents."""
+    return f"{100 * share:.0f} %" if share >= 0.005 else "less than 1 %"
 
 
 def _evidence(log_weight: Tensor) -> dict[str, Any]:

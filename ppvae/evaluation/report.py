@@ -9,6 +9,7 @@ from scipy import special
 
 from ppvae._checks import TROUBLE, check_number, expect
 from ppvae.evaluation.directions import WORTH
+from ppvae.evaluation.hierarchy import percent
 from ppvae.evaluation.measures import ACTIVE
 from ppvae.objectives.weights import TRUSTED
 
@@ -137,11 +138,15 @@ def _of_all(found: xr.Dataset) -> list[str]:
             "log-likelihood: some latent is a point, so it is no bound on log p(x)."
         ]
     (elbo, error), (log_p, log_p_se) = _total(found, "total_elbo"), _total(found, "log_evidence")
-    khat = float(found.evidence_khat)
+    khat, unknown = float(found.evidence_khat), found.log_evidence_se.attrs.get("reason", "")
+    told = f"{log_p:.2f} or more" if unknown else f"{log_p:.2f} +- {log_p_se:.2f}"
+    about = "at least" if unknown else "about"
     lines = [
-        f"The ELBO of all the data is {elbo:.2f} +- {error:.2f} nats; log p(x) is {log_p:.2f} +- "
-        f"{log_p_se:.2f} by importance sampling, so the gap is about {log_p - elbo:.2f}.",
+        f"The ELBO of all the data is {elbo:.2f} +- {error:.2f} nats; log p(x) is {told} by "
+        f"importance sampling, so the gap is {about} {log_p - elbo:.2f}.",
     ]
+    if unknown:
+        lines.append(f"How far log p(x) is off is not known: {unknown}.")
     if found.global_rate.isnull():
         lines.append("The guide draws globals and locals together, so their rates are not told.")
     else:
@@ -162,9 +167,9 @@ def _of_all(found: xr.Dataset) -> list[str]:
     share = float((found.get("khat", xr.DataArray([0.0])) > TRUSTED).mean())
     if share > 0:
         lines.append(
-            f"k-hat of the local latents is above {TRUSTED} for {_percent(share)} of the data: "
-            "there the guide misses parts of their posterior, and log p(x) comes out too low, by "
-            "more than its error says. A joint family, `refine` or more draws bring it nearer."
+            f"k-hat of the local latents is above {TRUSTED} for {percent(share)} of the data: "
+            "there the guide misses parts of their posterior, and log p(x) comes out too low. "
+            "A joint family, `refine` or more draws bring it nearer."
         )
     return lines
 
@@ -252,11 +257,6 @@ def _bound(found: xr.Dataset) -> list[str]:
     return [*lines, _trust(found.khat.dropna("datum").values)]
 
 
-def _percent(share: float) -> str:
-    """A share that is not zero, in whole per cents."""
-    return f"{100 * share:.0f} %" if share >= 0.005 else "less than 1 %"
-
-
 def _trust(khats: np.ndarray) -> str:
     """Whether the importance weights can be trusted."""
     if not len(khats):
@@ -265,7 +265,7 @@ def _trust(khats: np.ndarray) -> str:
     if share == 0:
         return f"k-hat is below {TRUSTED} for all data: the importance weights are well behaved."
     return (
-        f"k-hat is above {TRUSTED} for {_percent(share)} of the data: there the guide misses "
+        f"k-hat is above {TRUSTED} for {percent(share)} of the data: there the guide misses "
         "parts of the posterior, and neither it nor log p(x) by importance sampling can be "
         "trusted; `annealed_importance` gives a better estimate, a wider family a better guide."
     )

@@ -6,9 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal, StudentT, kl_divergence
+from torch.distributions import (
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    kl_divergence,
+)
 
 from ppvae.programs.nodes import base_of, is_point
+
+_CORRELATED = (MultivariateNormal, LowRankMultivariateNormal)
 
 
 def by_coordinate(guide: Any, prior: Any) -> tuple[Any, Any] | None:
@@ -27,9 +35,14 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     """
     if is_point(guide):
         return None
+    base, normal = base_of(guide), base_of(prior)
+    if isinstance(normal, MultivariateNormal) and isinstance(base, _CORRELATED):
+        inner = len(guide.event_shape) - 1  # dims of the batch that are of one event
+        if len(prior.event_shape) - 1 == inner:
+            kl = _kl_of_gaussians(base, normal)
+            return kl.sum(list(range(-inner, 0))) if inner else kl
     with suppress(NotImplementedError):
         return kl_divergence(guide, prior)
-    normal = base_of(prior)
     if not isinstance(normal, Normal):
         return None
     try:
@@ -41,6 +54,26 @@ def closed_kl(guide: Any, prior: Any) -> Tensor | None:
     cross = second + normal.scale.log() + 0.5 * math.log(2 * math.pi)
     depth = len(prior.event_shape)
     return cross.sum(list(range(-depth, 0))) - entropy if depth else cross - entropy
+
+
+def _kl_of_gaussians(guide: Any, prior: Any) -> Tensor:
+    """The divergence from a Gaussian with correlations, which is a graph for batches of any size.
+
+    PyTorch's own asks for sizes as numbers. The trace of a product of matrices is the square of
+    what is left of a root of the guide's covariance when that of the prior's is taken off it.
+    """
+    size, tril = prior.event_shape[0], prior.scale_tril
+    wide = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if isinstance(guide, MultivariateNormal):
+        roots = [guide.scale_tril]
+        narrow = guide.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    else:
+        roots = [guide.cov_factor, guide.cov_diag.sqrt().diag_embed()]
+        narrow = guide.entropy() - size * (1 + math.log(2 * math.pi)) / 2
+    columns = [*roots, (guide.loc - prior.loc)[..., None]]
+    left = (torch.linalg.solve_triangular(tril, each, upper=False) for each in columns)
+    squares = [each.square().sum((-2, -1)) for each in left]
+    return wide - narrow + (sum(squares[1:], squares[0]) - size) / 2
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:

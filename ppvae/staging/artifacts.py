@@ -4,10 +4,12 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ppvae._checks import expect
 from ppvae._files import replacing
 from ppvae._scopes import without_warnings
+
+_MEGABYTES, _DAY = 256, 24 * 3600
+_NAME = re.compile(r"[0-9a-f]{32}\.pt2")  # as `_digest` makes them
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
@@ -39,6 +45,9 @@ def folder() -> Path:
 
     Each file is for one machine and one version of PyTorch, which are part of its name; a file that
     is not there is made again. Files may be copied from one such folder to another.
+
+    All of them take 256 MB at most, some 140 loops, or as many megabytes as `$PPVAE_CACHE_MB` says:
+    where a new one goes beyond that, those that were not used for longest are removed.
     """
     given = os.environ.get("PPVAE_CACHE")
     if given:
@@ -60,10 +69,13 @@ def compiled(what: list[str], graph: Callable[[], tuple[fx.GraphModule, list[Ten
         Exception: whatever a compiler may raise.
     """
     name = f"{_digest(*what, *_here(), f'threads {torch.get_num_threads()}')}.pt2"
-    path = folder() / name
+    path, most = folder() / name, _bound()
     try:
         if path.is_file():
-            return _loaded(path)
+            run = _loaded(path)
+            with suppress(OSError):  # of a folder that may only be read
+                os.utime(path)  # the time of the last use
+            return run
     except Exception:  # a file that is cut short, or that may not be read, is made again
         pass
     files = _compile(*graph())
@@ -71,10 +83,46 @@ def compiled(what: list[str], graph: Callable[[], tuple[fx.GraphModule, list[Ten
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replacing(path) as beside:
             _pack(files, beside)
+        _prune(path.parent, most, kept=path)
         return _loaded(path)
-    except OSError:  # there is no place where it could be kept
+    except (OSError, RuntimeError):  # it cannot be kept, or another process has removed it
         with tempfile.TemporaryDirectory() as place:
             return _loaded(_pack(files, Path(place) / name))
+
+
+def _prune(place: Path, most: int, kept: Path) -> None:
+    """Removes the files of a folder that were not used for longest, down to the bound on all.
+
+    Another process may do so at the same time, or have a file loaded that is removed here: what is
+    loaded stays (it was unpacked elsewhere), and what is gone is made again.
+
+    Args:
+        place: the folder, of which other files are left alone.
+        most: bytes that they may take.
+        kept: a file that stays.
+    """
+    for path in place.glob(".*.pt2.*.part"):  # what a killed process was writing
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _DAY:
+                path.unlink()
+    found = []
+    for path in filter(lambda path: _NAME.fullmatch(path.name), place.iterdir()):
+        with suppress(OSError):  # another process has removed it
+            told = path.stat()
+            found.append((path != kept, -told.st_mtime, told.st_size, path))
+    for is_other, _, size, path in sorted(found):
+        most -= size
+        if most < 0 and is_other:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _bound() -> int:
+    """The bytes that all files may take."""
+    told = os.environ.get("PPVAE_CACHE_MB") or f"{_MEGABYTES}"
+    wanted = "a number of megabytes, 0 or more"
+    expect(told.isdecimal(), "PPVAE_CACHE_MB", wanted, repr(told))
+    return int(told) * 10**6
 
 
 def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:

@@ -1,14 +1,12 @@
 """The loss and its gradients as one graph, which can be compiled and vectorized."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ppvae._checks import TROUBLE
-from ppvae._scopes import random_state, stacklevel, unchecked, without_warnings
-from ppvae.staging.staged import NotStageable, Staged, alike, one_line
+from ppvae._scopes import random_state, unchecked, without_warnings
+from ppvae.staging.staged import NotStageable, Staged, alike
 from ppvae.staging.vectorized import Slopes, traced, vectorized
 
 _MOST = 2  # graphs for single sizes of minibatches: the full one, and the last one of a pass
@@ -23,18 +21,22 @@ class Gradients:
 
     Args:
         staged: the loss.
-        compiled: compile it; if that fails, run it as it is and say why.
+        compiled: compile it; if that fails, run it as it is, and `why_not` says why.
         replicated: every value has a first dimension, of replicates that have nothing to do with
             each other; random numbers that are left in the graph differ between them.
 
     Attributes:
         trained: which values of the state have gradients.
         execution: "compiled" or "staged".
+        why_not: what the compiler said, where it was to be compiled and is not.
+        is_full: whether a third size of minibatches came, for which there is no graph.
     """
 
     def __init__(self, staged: Staged, *, compiled: bool, replicated: bool = False) -> None:
         self.staged, self.trained, self.replicated = staged, staged.trained(), replicated
         self.execution = "compiled" if compiled else "staged"
+        self.why_not: Exception | None = None
+        self.is_full = False
         self._plain: Slopes = value_and_slopes(staged, self.trained)
         if replicated:
             self._plain = torch.vmap(self._plain, randomness="different")
@@ -55,6 +57,7 @@ class Gradients:
                 function = self.make(state, data)
             if function is not None:
                 return function(leaves, state, data)
+            self.is_full = True
             with without_warnings():  # of `torch.vmap`, that an operation goes one by one
                 return self._plain(leaves, state, data)
 
@@ -76,10 +79,8 @@ class Gradients:
             try:
                 with torch.no_grad():
                     function = self._compiled(graph, leaves, state, data, dynamic=shapes is None)
-            except Exception as error:  # whatever a compiler may raise, which is passed on
-                words = f"fit: staged, not compiled; {one_line(error)} ({TROUBLE})"
-                warnings.warn(words, stacklevel=stacklevel())
-                self.execution = "staged"
+            except Exception as error:  # whatever a compiler may raise
+                self.execution, self.why_not = "staged", error
         self._functions[shapes] = function
         return function
 
@@ -96,7 +97,8 @@ class Gradients:
         """
         graph = self._functions.get(None)
         if not isinstance(graph, fx.GraphModule):
-            raise NotStageable("the graph is for batches of one size only")
+            words = "the graph is for minibatches of one size only"
+            raise NotStageable(words, "let the objective ask for no size")
         if count < len(state[0]):
             some = [[value[:count] for value in values] for values in (state, data)]
             leaves = [some[0][at] for at in self.trained]

@@ -1,8 +1,9 @@
 """A Pyro model, its guide and an objective as one module: what a graph is recorded from."""
 
 import inspect
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,17 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import transform_to
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ppvae._checks import expect
-from ppvae._scopes import as_they_are, kept_buffers, private_modules, random_state, unchecked
+from ppvae._checks import TROUBLE, expect
+from ppvae._reach import reached, watched
+from ppvae._scopes import (
+    as_they_are,
+    kept_buffers,
+    private_modules,
+    random_state,
+    stacklevel,
+    unchecked,
+)
 from ppvae.objectives.base import at_step, moving_fields, takes_plate
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.nodes import data_plate, numbers_observed, plates_of
@@ -29,9 +37,9 @@ class DataDependent(Exception):
 class Program(nn.Module):
     """The loss of a model and its guide as a module that holds all that they are made of.
 
-    Besides the two, where they are modules, it holds the modules that plain functions call and the
-    values of their `pyro.param` statements, which share their memory with Pyro's param store.
-    Made by `program_of`.
+    Besides the two, where they are modules, it holds the modules that plain functions call, or
+    whose parameters they take, and the values of their `pyro.param` statements, which share their
+    memory with Pyro's param store. Made by `program_of`.
 
     Attributes:
         model: a Pyro model.
@@ -42,6 +50,8 @@ class Program(nn.Module):
         plate_name: its name, where that was given or another minibatch could have another plate.
         moving: the fields of the objective that are inputs of a call; see `moving_fields`.
         dtype: that of the loss, and of such inputs.
+        called: the modules that the two call or take parameters of, where these are not theirs.
+        loose: parameters that the loss depends on, and of which nobody knows the module.
         params: values of `pyro.param` statements that belong to no module.
         constraints: name of such a statement -> the constraint on its value, as `params` are.
     """
@@ -52,7 +62,8 @@ class Program(nn.Module):
         self.options: dict[str, Any] = {"size": size}
         self.plate, self.plate_name, self.moving = None, None, moving_fields([objective])
         self.dtype = torch.get_default_dtype()
-        self.called, self.params = nn.ModuleList(), nn.ParameterList()
+        self.called, self.loose = nn.ModuleList(), nn.ParameterList()
+        self.params = nn.ParameterList()
         self.constraints: dict[str, Any] = {}
 
     def forward(self, *args: Any) -> Tensor:
@@ -109,6 +120,10 @@ def program_of(
         size: number of data in all.
         plate: name of the data plate; by default the one that `data_plate` finds.
 
+    Warns:
+        UserWarning: the loss depends on a tensor that wants a gradient and is no parameter, so that
+            nothing will move it.
+
     Raises:
         TypeError: the objective is no function, or what is observed is no tensor of real numbers.
         ValueError: model and guide do not fit, or nothing is observed.
@@ -129,9 +144,19 @@ def program_of(
         nodes: Any = capture.trace.nodes
         # inside, where Pyro's store still has the values that the statements refer to
         values = {name: node["value"].unconstrained() for name, node in nodes.items()}
-    for module in called:
+    leaves = _leaves(loss)
+    taken = (part for module in reached(model, guide) for part in module.modules())
+    used = [part for part in taken if {*map(id, part.parameters(recurse=False))} & leaves.keys()]
+    for module in [*called, *used]:
         if module not in set(program.modules()):
             program.called.append(module)
+
+    def again() -> Tensor:
+        scopes = random_state(None, keep=True), torch.enable_grad(), unchecked(), private_modules()
+        with scopes[0], scopes[1], scopes[2], scopes[3], called_modules():
+            return objective(model, guide, *args, **program.options, step=0)
+
+    _own_the_rest(program, leaves, [*args, *values.values()], again)
     owned = {id(parameter) for parameter in program.parameters()}
     for name, value in values.items():
         if id(value) not in owned:
@@ -151,18 +176,58 @@ def _find_plate(program: Program, trace: Any, plate: str | None) -> None:
             program.options["plate"] = frame.name
 
 
+def _leaves(loss: Tensor) -> dict[int, Tensor]:
+    """The tensors that a loss depends on and that want a gradient, by their numbers."""
+    leaves: dict[int, Tensor] = {}
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [each for each, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves[id(node.variable)] = node.variable
+    return leaves
+
+
+def _own_the_rest(
+    program: Program, leaves: dict[int, Tensor], known: list[Any], again: Callable[[], Tensor]
+) -> None:
+    """Holds those parameters that a loss depends on and no module is known to have.
+
+    Args:
+        program: what holds them.
+        leaves: what the loss depends on.
+        known: tensors that are inputs.
+        again: gives the loss of another run: what is not in this is made by a run, and no one's.
+
+    Warns:
+        UserWarning: there are tensors among them that are no parameters.
+    """
+    numbers = {*map(id, [*program.parameters(), *known])}
+    rest = [value for number, value in leaves.items() if number not in numbers]
+    program.loose.extend(value for value in rest if isinstance(value, nn.Parameter))
+    others = [value for value in rest if not isinstance(value, nn.Parameter)]
+    lasting = _leaves(again()) if others else {}
+    shapes = [tuple(value.shape) for value in others if id(value) in lasting]
+    if shapes:
+        so = "model, guide: the loss depends on tensors that want a gradient and are no parameters"
+        todo = "they are not trained; make them an `nn.Parameter`, or a `pyro.param`"
+        warnings.warn(f"{so}, of shapes {shapes}: {todo} ({TROUBLE})", stacklevel=stacklevel())
+
+
 @contextmanager
 def called_modules() -> Iterator[list[nn.Module]]:
     """Lists the modules that are called inside, and puts their buffers back at the end."""
     called: list[nn.Module] = []
     with ExitStack() as scopes:
 
-        def see(module: nn.Module, _: Any) -> None:
+        def see(module: nn.Module) -> None:
             if module not in called:
                 called.append(module)
                 scopes.enter_context(kept_buffers(module))
 
-        scopes.callback(register_module_forward_pre_hook(see).remove)
+        scopes.enter_context(watched(see))
         yield called
 
 

@@ -31,7 +31,16 @@ from ppvae.staging.program import Program, program_of
 
 
 class NotStageable(ValueError):
-    """A model or guide does what a graph cannot hold; the message says what, in one line."""
+    """A model or guide does what a graph cannot hold; the message says what, in one line.
+
+    Attributes:
+        way_out: what the user may do about it; empty where nobody knows, and None where there is
+            nothing to be done.
+    """
+
+    def __init__(self, message: str, way_out: str | None = "") -> None:
+        super().__init__(message)
+        self.way_out = way_out
 
 
 @exclusive

@@ -33,6 +33,8 @@ from ppvae.staging.vectorized import Slopes, of_sizes
 PICKED, STACKED, SAME = "picked", "stacked", "same"
 
 _FIRST = torch.tensor([0])  # the number of a step
+_ONE_SIZE = "the loss is for minibatches of one size only"
+_ANY_SIZE = "let model, guide and objective ask for the size, as by `len(x)`, where they need it"
 
 
 class Replicas(NamedTuple):
@@ -143,13 +145,15 @@ class Stride:
         state = self.state()
         leaves = [state[at] for at in self.trained]
         if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1:
-            raise NotStageable("the parameters are of several kinds, or there are none")
+            words = "the parameters are of several dtypes or devices, or there are none"
+            raise NotStageable(words, "make them alike, as by `model.double()`")
         if leaves[0].dtype not in (torch.float32, torch.float64):  # Adam's rates would be rounded
-            raise NotStageable("the parameters are not of single or double precision")
+            words = "the parameters are not of single or double precision"
+            raise NotStageable(words, "make them so, as by `model.float()`")
         if leaves[0].device.type != "cpu":
-            raise NotStageable("a loop on this device waits for it in every step")
+            raise NotStageable("a loop on this device waits for it in every step", None)
         if any(map(is_random, staged.rest.graph.nodes)):
-            raise NotStageable("the loss draws random numbers that depend on others")
+            raise NotStageable("the loss draws random numbers that depend on others", None)
         self.shapes = [leaf.shape for leaf in leaves]
         self.sizes = [shape[len(self.lead) :].numel() for shape in self.shapes]
         alone = value_and_slopes(staged, self.trained)
@@ -158,7 +162,8 @@ class Stride:
         moved = {*self.trained, *self.buffers}
         places = Counter(value.untyped_storage().data_ptr() for value in state if value.numel())
         if any(places[state[at].untyped_storage().data_ptr()] > 1 for at in moved):
-            raise NotStageable("what a step moves is in memory that something else has, too")
+            words = "what a step moves is in memory that something else has, too"
+            raise NotStageable(words, "give each tensor its own, as by `clone()`")
         self.fixed = [at for at in range(len(state)) if at not in moved]
         self._run = self._made(example)
 
@@ -321,7 +326,8 @@ class Stride:
         except NotStageable:
             raise
         except Exception as error:  # whatever a compiler may raise
-            raise NotStageable(f"the loop is not compiled: {one_line(error)}") from error
+            words = f"the loop is not compiled: {one_line(error)}"
+            raise NotStageable(words, "it takes a C++ compiler") from error
         if not right:
             raise NotStageable("the compiled loop gives other numbers")
         return run
@@ -353,7 +359,7 @@ class Stride:
         resize = of_sizes if self.lead else Staged.resized
         resized = resize(self.staged, self._at(_FIRST, example), sizes)
         if resized is None:
-            raise NotStageable("the loss is for minibatches of one size only")
+            raise NotStageable(_ONE_SIZE, _ANY_SIZE)
         data = []
         for value, whole, kind in zip(resized, example.data, self.kinds, strict=True):
             if kind == PICKED:
@@ -379,7 +385,7 @@ class Stride:
             for size, known in zip(value.shape, place.meta["val"].shape, strict=True):
                 fixed_to = known if isinstance(known, int) else known.node.maybe_as_int()
                 if size in (count, batch, rows, *others) and fixed_to is not None:
-                    raise NotStageable("the loss is for minibatches of one size only")
+                    raise NotStageable(_ONE_SIZE, _ANY_SIZE)
         return graph, inputs
 
     def _sizes_of_minibatch(self) -> set[Any]:

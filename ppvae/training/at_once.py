@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ppvae._process import interrupted
 from ppvae.training.blame import blame
 from ppvae.training.checkpoints import Checkpoint
+from ppvae.training.execution import Execution
 from ppvae.training.optimum import Optimum, Way, optimise
 from ppvae.training.options import Options
 from ppvae.training.result import Fit
@@ -17,9 +19,17 @@ from ppvae.training.snapshots import Diverged, undone_by_errors
 from ppvae.training.task import Task
 from ppvae.training.verdict import Verdict, judge
 
+_IN_STEPS = "an optimizer of your own takes steps, which are compiled"
+
 
 def fit_at_once(
-    task: Task, options: Options, steps: int, seed: int, bar: Any, file: Checkpoint | None
+    task: Task,
+    options: Options,
+    execution: Execution,
+    steps: int,
+    seed: int,
+    bar: Any,
+    file: Checkpoint | None,
 ) -> Fit | None:
     """Fits global latents to the optimum; None if they have to be fitted in steps.
 
@@ -29,6 +39,7 @@ def fit_at_once(
     Args:
         task: one that `is_global`.
         options: of the descent, of which only the callback counts.
+        execution: how losses are to run, where they are: here they are not.
         steps: at most so many in each round.
         seed: chooses starts and draws.
         bar: a progress bar.
@@ -66,7 +77,10 @@ def fit_at_once(
         seconds, objective = time.perf_counter() - start, task.program.objective
         method = "L-BFGS" if optimum.draws else "stochastic gradient"
         end = seconds, number, number - 1, method, objective, "eager"
+        execution = replace(execution, how="staged", why="", apart=[])
+        execution.instead("eager", "the optimum is found at once, in few steps", _IN_STEPS)
         result = Fit(losses, [], *end, verdict.converged, verdict.words)
+        result = result._replace(execution_reason=execution.reason)
         if file is not None:
             kept = {k: v for k, v in result._asdict().items() if k != "objective"}
             file.write(
@@ -79,6 +93,7 @@ def fit_at_once(
                     "steps": 0 if interrupted() else steps,
                 }
             )
+    execution.warn()
     verdict.warn()
     return result
 

@@ -5,7 +5,7 @@ is a dictionary of
 
 - `format`: the number of this layout;
 - `run`: what the training is of, in words: the parts of model and guide, data and options;
-- `execution`: how the loss runs, "eager", "staged", "compiled" or "looped";
+- `execution`: how the loss runs, "eager", "staged", "compiled" or "looped", and `not_faster`, why;
 - `loss`: the losses of the first minibatch with the values in the file, by the same random numbers;
 - `state`: `values`, name -> tensor, of all that the loss depends on; `constants`, the names of
   those that do not move, about which a warning tells if they are others where it goes on; `best`,
@@ -30,6 +30,7 @@ from torch import nn
 
 from ppvae._checks import expect
 from ppvae._files import as_path, replacing
+from ppvae.training.execution import Execution
 from ppvae.training.identity import check_same, parts_of
 
 _FORMAT = 3
@@ -68,19 +69,24 @@ class Checkpoint:
         """Where the training stood; None if it has not begun."""
         return self.saved.get("state")
 
-    def execution(self, how: str, epochs: int) -> str:
+    def execution(self, told: Execution, epochs: int) -> Execution:
         """How the loss is to run: as it did, so that the same numbers come; or as told, anew.
 
         Args:
-            how: as it would run without this file.
+            told: as it would run without this file.
             epochs: how many there are to be, at least those that have been.
         """
         if self.state is not None:
             done = self.state["numbers"]["epoch"]
             expect(epochs >= done, "num_epochs", f"at least {done}, as in {self.path}", epochs)
             if self.is_done(epochs):  # nothing is to be run
-                return "eager"
-        return self.saved.get("execution", how)
+                return Execution("eager", caller=told.caller)
+        return self.ran(told) if self.saved else told
+
+    def ran(self, told: Execution) -> Execution:
+        """How the loss ran, for a user who tells so much of it."""
+        state = self.saved.get("not_faster", {"why": "", "apart": []})
+        return told.as_before(self.saved["execution"], state)
 
     def is_done(self, epochs: int) -> bool:
         """Whether the training has had so many epochs, or a reason to stop before."""

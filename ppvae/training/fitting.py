@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from ppvae.programs.verdicts import remember
 from ppvae.training.at_once import fit_at_once
 from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending
+from ppvae.training.execution import COMPILE, how_to_run
 from ppvae.training.identity import batch_in_words, data_in_words, in_words, parts_of
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
@@ -26,7 +28,7 @@ from ppvae.training.options import Options
 from ppvae.training.processes import Processes, processes, together
 from ppvae.training.result import Fit
 from ppvae.training.share import Share
-from ppvae.training.single import COMPILE, how_to_run, single
+from ppvae.training.single import single
 from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import Verdict, judge_steps
 
@@ -67,7 +69,8 @@ def fit(
 ) -> Fit:
     """Trains the parameters of a model and its guide on the negative ELBO, or another objective.
 
-    Works on any Pyro model and guide whose draws are reparametrized. The modules are trained in
+    Works on any Pyro model and guide whose draws are reparametrized. The modules, and those that
+    plain functions call or take parameters of, are trained in
     training mode and left in the mode they had. Pyro's own checks run on the first step only. Fits
     and evaluations in several threads wait for each other: Pyro's handlers belong to the process.
 
@@ -156,8 +159,9 @@ def fit(
             the compiler, and stages from 1,000 on. On a CPU and with Adam as it comes, many whole
             steps are taken by one call of a compiled loop, which is kept in a file for later
             processes (in `~/.cache/ppvae`, or `$PPVAE_CACHE`); all else compiles the loss and its
-            gradients as one graph (see `stage`). `Fit.execution` says which it was. The result is
-            the same up to rounding. What cannot be staged runs eagerly, and a warning says why.
+            gradients as one graph (see `stage`). What cannot be staged runs eagerly. The result is
+            the same up to rounding. `Fit.execution` says which it was, and `execution_reason` why
+            it was none that is faster; `True` warns of that, where there is a remedy.
         precision: the precision of products of float32 matrices, "highest", "high" or "medium", as
             in `torch.set_float32_matmul_precision`; None leaves it as it is.
         progress: show a progress bar; a string is its label.
@@ -219,12 +223,16 @@ def fit(
         most = check_count("num_epochs", num_epochs)
         steps = most * batches.count
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
-    how = how_to_run(compile, steps, batches.batch_size or 1)
+    rows = batches.batch_size or 2  # of a loader that does not say
+    execution = how_to_run(compile, steps, rows if batches.given else 0)
     bar = progress_bar(most, progress if others is None or others.is_first else False)
     draws = random_state(seed if others is None else others.same_seed(seed))
-    scopes = private_modules(), draws, train_mode(model, guide)
-    with scopes[0], scopes[1], scopes[2], matmul_precision(precision):
+    with ExitStack() as scopes:
+        for scope in (private_modules(), draws, train_mode(model, guide)):
+            scopes.enter_context(scope)
+        scopes.enter_context(matmul_precision(precision))
         task = task_of(model, guide, objective, batches, plate)
+        scopes.enter_context(train_mode(task.program.called))
         for checked in (batches, held_out) if check_flag("check_support", check_support) else ():
             if checked is not None:
                 checked.to(batches.device)
@@ -247,14 +255,14 @@ def fit(
             file = None
             if checkpoint is not None:
                 file = checkpoint_of(checkpoint, run, others)
-                how = file.execution(how, most)
+                execution = file.execution(execution, most)
             result = None
             if optimizer is None and held_out is None and is_global(task):
                 bounded = num_epochs is not None or max_epochs is not None
                 rounds = most if bounded else _ROUND
-                result = fit_at_once(task, options, rounds, seed or 0, bar, file)
+                result = fit_at_once(task, options, execution, rounds, seed or 0, bar, file)
             if result is None:
-                engine = single(task, how, None if others is None else task.share(others))
+                engine = single(task, execution, None if others is None else task.share(others))
                 validate = None
                 if held_out is not None:
                     validate = partial(engine.held_out_losses, held_out, share=part)

@@ -130,6 +130,7 @@ class Training:
         bar.update(numbers.epoch - bar.n)
         while numbers.epoch < bar.total and not numbers.stopped:
             self._go_through_epoch()
+            self.steps.engine.execution.warn()
             if self.steps.engine.interrupted:
                 self.steps.check()
                 break
@@ -271,7 +272,8 @@ class Training:
         engine = self.steps.engine
         file.write(
             lambda: {
-                "execution": engine.execution,
+                "execution": engine.execution.how,
+                "not_faster": engine.execution.state_dict(),
                 "loss": engine.first_losses(),
                 "state": self.state_dict(),
             }
@@ -362,10 +364,11 @@ class Training:
             own = [losses[number] for losses in columns[:most]]
             held_out = [losses[number] for losses in numbers.validation[:most]]
             best_epoch = len(own) - 1 if self.best is None else numbers.best_epoch[number]
-            how = seconds, taken, best_epoch, "stochastic gradient", goal, steps.engine.execution
+            ran = steps.engine.execution
+            how = seconds, taken, best_epoch, "stochastic gradient", goal, ran.how
             early = interrupted and not ended
             said = self._verdict(own, number, interrupted=early)
-            results.append(Fit(own, held_out, *how, *said, early, steps.optimizer))
+            results.append(Fit(own, held_out, *how, *said, early, steps.optimizer, ran.reason))
         return results
 
     def _verdict(
@@ -419,6 +422,7 @@ def train(
         The course of the training of each replicate, and its share of the time.
     """
     steps = Steps(engine, options)
+    engine.execution.warn()
     training = Training(steps, ending=ending, validate=validate)
     try:
         if file is not None and file.state is not None:
@@ -426,8 +430,8 @@ def train(
             file.check_losses(engine.first_losses())
             if file.is_done(bar.total):
                 bar.close()
-                how = file.saved["execution"]
-                return [fit._replace(execution=how) for fit in training.results()]
+                engine.execution = file.ran(engine.execution)
+                return training.results()
         training.go_on(bar, file)
         if file is not None:
             training.save(file)

@@ -9,6 +9,7 @@ The parameters of replicates are stacked and one step moves them all.
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.staging.staged import NotStageable
+from ppvae.training.execution import how_to_run
 from ppvae.training.fitting import (
     Pair,
     check_call,
@@ -47,7 +49,6 @@ from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
 from ppvae.training.result import Fit
-from ppvae.training.single import how_to_run
 from ppvae.training.stacked import stacked
 from ppvae.training.task import Task, task_of, training_batches
 
@@ -163,14 +164,19 @@ def fit_replicates(
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
     if batches.missing or (held_out is not None and held_out.missing):
         named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]
-    how = how_to_run(compile, num_epochs * batches.count, 2)
+    steps = num_epochs * batches.count
+    execution = how_to_run(compile, steps, 2, caller="fit_replicates", graph=True)
+    in_turn = ""  # why replicates of one make are trained one after the other
     programs = [program for pair in named for program in pair[:2]]
-    with private_modules(), train_mode(*programs), matmul_precision(precision):
+    with ExitStack() as scopes:
+        for scope in (private_modules(), train_mode(*programs), matmul_precision(precision)):
+            scopes.enter_context(scope)
         tasks = []
         for (model, guide, _), own, seed in zip(named, objectives, seeds, strict=True):
             # parameters are made as `fit` would, and those of equal names stay apart
             with private_modules(), random_state(seed):
                 tasks.append(task_of(model, guide, own, batches, plate))
+            scopes.enter_context(train_mode(tasks[-1].program.called))
         _check_own([list(task.program.parameters()) for task in tasks])
         groups = _of_equal_make(tasks)
         together = len(groups) == 1 and len(pairs) > 1 and bool(tasks[0].parameters)
@@ -189,11 +195,12 @@ def fit_replicates(
                 run["objectives"] = in_words(objectives)
                 run["validation"] = "none" if held_out is None else data_in_words(held_out)
                 file = checkpoint_of(checkpoint, in_all_words(tasks[0], options, run))
-                how = file.execution(how, num_epochs)
+                execution = file.execution(execution, num_epochs)
             try:
-                engine = stacked(tasks, seeds, "staged" if how == "eager" else how)
+                engine = stacked(tasks, seeds, execution)
             except NotStageable as error:
-                words = f"fit_replicates: one after the other; {error} ({TROUBLE})"
+                in_turn = str(error)
+                words = f"fit_replicates: one after the other; {in_turn} ({TROUBLE})"
                 warnings.warn(words, stacklevel=stacklevel())
             else:
                 bar = progress_bar(num_epochs, progress)
@@ -210,7 +217,13 @@ def fit_replicates(
     told |= {"num_epochs": num_epochs, "batch_size": batch_size, "compile": compile}
     told |= {"precision": precision, "progress": progress, "plate": plate, "kwargs": kwargs}
     told["validation"] = validation
-    return _in_turn(groups, pairs, data, objectives, seeds, checkpoint, told)
+    results = _in_turn(groups, pairs, data, objectives, seeds, checkpoint, told)
+    if in_turn:
+        so = f"one after the other: {in_turn}"
+        reasons = ("; ".join(filter(None, [so, each.execution_reason])) for each in results)
+        pairs_of = zip(results, reasons, strict=True)
+        return [each._replace(execution_reason=reason) for each, reason in pairs_of]
+    return results
 
 
 def _in_turn(

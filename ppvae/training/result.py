@@ -29,6 +29,8 @@ class Fit(NamedTuple):
         verdict: the same in one sentence, with numbers.
         interrupted: whether Ctrl-C ended it.
         optimizer: the optimizer at the end; None where there was none.
+        execution_reason: why `execution` is not a faster one, in words; empty where it is "looped"
+            and nothing is run otherwise.
     """
 
     losses: list[float]
@@ -43,12 +45,14 @@ class Fit(NamedTuple):
     verdict: str = ""
     interrupted: bool = False
     optimizer: Any = None
+    execution_reason: str = ""
 
     def __repr__(self) -> str:
         how = f"{self.method} ({self.execution})"
         course = f"Fit by {how}: {self.num_steps} steps, {self.seconds:.3g} s"
         loss = f"loss {self.losses[-1]:.6g} nats per datum" if self.losses else "no loss"
-        return "\n".join([course, loss, self.verdict or "not judged"])
+        lines = [course, loss, self.verdict or "not judged"]
+        return "\n".join([*lines, *filter(None, [self.execution_reason])])
 
     @property
     def history(self) -> dict[str, list[Any]]:

@@ -20,9 +20,9 @@ from ppvae._checks import TROUBLE
 from ppvae._scopes import kept_buffers, random_state, stacklevel, unchecked
 from ppvae.data.batches import Batches
 from ppvae.staging.program import Program
+from ppvae.staging.shared_draws import Draw, Part, SharedDraws, draws_of
 from ppvae.staging.staged import one_line
 from ppvae.training.processes import Processes
-from ppvae.training.shared_draws import Draw, Part, SharedDraws, draws_of
 
 _LATE = 1_000_003  # steps, by which an objective that warms up is what it is to be
 

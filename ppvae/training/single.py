@@ -6,41 +6,25 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ppvae._checks import TROUBLE, expect
+from ppvae._checks import TROUBLE
+from ppvae._reach import watched
 from ppvae._scopes import random_state, stacklevel, unchecked
 from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, Staged, record
+from ppvae.training.execution import LEAVE_TWO, Execution
 from ppvae.training.share import Share
 from ppvae.training.steps import Engine
 from ppvae.training.strides import Strides
 from ppvae.training.task import Task
 
-# Steps after which it has paid to stage a loss, and to compile it: held to eager steps of a small
-# network, staging takes 0.7 s and saves 1.0 ms of each, a loop takes 14 s, or 1.6 s where its file
-# is, and saves 2.0 ms (`examples/benchmark.py` measures all of these).
-STAGE, COMPILE = 1_000, 10_000
-
-
-def how_to_run(compile: Any, steps: int, rows: int) -> str:
-    """How to run the loss: "eager", "staged" or "compiled"; see `compile` of `fit`.
-
-    Args:
-        compile: as `fit` takes it.
-        steps: how many steps there will be.
-        rows: number of data in a minibatch; a minibatch of one datum always runs eagerly.
-
-    Raises:
-        ValueError: `compile` is none of its values.
-    """
-    known = isinstance(compile, bool) or isinstance(compile, str) and compile == "auto"
-    expect(known, "compile", '"auto", True or False', repr(compile))
-    if compile is False or rows < 2:
-        return "eager"
-    if compile is True or steps >= COMPILE:
-        return "looped"
-    return "staged" if steps >= STAGE else "eager"
+#: What is said of a minibatch that the graph does not cover, if it is of one datum, and if not.
+_UNCOVERED = {
+    True: ("minibatches of one datum run eagerly", LEAVE_TWO),
+    False: ("minibatches that are unlike the first one run eagerly", "make them alike"),
+}
+_SHARED = "processes exchange gradients in each step"  # and so a step is all that can be compiled
 
 
 class Single(Engine):
@@ -56,18 +40,20 @@ class Single(Engine):
     def __init__(
         self,
         task: Task,
+        execution: Execution,
         share: Share | None = None,
         staged: Staged | None = None,
-        how: str = "eager",
     ) -> None:
-        self.task, self.share, self.staged = task, share, staged
+        self.task, self.share, self.staged, self.execution = task, share, staged, execution
         self.gradients: Gradients | None = None
         # then numbers are drawn that depend on others, which are those of all processes
         self._draws = share is not None and staged is not None and staged.draws_late
-        self.execution = "staged" if self._draws else how
+        if self._draws and execution.how in ("compiled", "looped"):
+            execution.instead("staged", "processes share draws that depend on numbers", None)
         self._strides: Strides | None = None
         self.tasks, self.objectives, self.modules = [task], [task.program.objective], [task.program]
         self.parameters = task.parameters
+        self._owned, self._warned = {*map(id, self.parameters)}, False
 
     def values(self) -> dict[str, Tensor]:
         """Parameters and buffers by their names in the program."""
@@ -76,14 +62,14 @@ class Single(Engine):
 
     def strides(self, optimizer: Any, clip: float | None) -> Strides | None:
         """What takes many steps at a call, where the loss is to run so and can."""
-        if self.staged is None or self.execution != "looped":
-            return None
-        if self.share is not None:  # there are words between processes in each step
-            self.compile()
+        if self.staged is None or self.execution.how != "looped":
             return None
         try:
+            if self.share is not None:
+                raise NotStageable(_SHARED, None)
             self._strides = Strides(self.task, self.staged, optimizer, clip)
-        except NotStageable:  # `execution` tells
+        except NotStageable as error:
+            self.execution.instead("compiled", error)
             self.compile()
         return self._strides
 
@@ -98,7 +84,7 @@ class Single(Engine):
             with random_state(None, keep=True):
                 data = staged.data(example, task.program.settings(0))
             self.gradients.make(staged.state(), data)
-        self.execution = self.gradients.execution
+        self.execution.of(self.gradients)
 
     def minibatches(self) -> Iterable[Any]:
         """Goes once through the data."""
@@ -128,21 +114,36 @@ class Single(Engine):
             if staged and not self._draws and staged.covers(*batch):
                 inputs = staged.data(batch, staged.program.settings(step))
             else:
-                with unchecked():
+                if staged and not self._draws:
+                    self.execution.but(*_UNCOVERED[self.task.batches.rows(batch) < 2])
+                with unchecked(), nullcontext() if staged else watched(self._look_at):
                     program = self.task.program
                     loss = staged(*batch, step=step) if staged else program.loss(batch, step)
         if staged and inputs is not None:  # nothing is drawn any more
             state = staged.state()
-            if gradients and self.execution == "compiled":
+            if gradients and self.execution.how == "compiled":
                 loss, slopes = gradients(state, inputs)
                 for at, slope in zip(gradients.trained, slopes, strict=True):
                     state[at].grad = slope
-                self.execution = gradients.execution  # the compiler runs, or fails, in the 1st call
+                self.execution.of(gradients)  # the compiler runs, or fails, in the first call
                 return loss
             loss = staged.rest(*state, *inputs)[0]
         if loss.requires_grad:
             loss.backward()
         return loss
+
+    def _look_at(self, module: nn.Module) -> None:
+        """Warns, once, of a module that the first run of the programs did not call."""
+        own = (value for value in module._parameters.values() if value is not None)
+        late = any(
+            parameter.requires_grad and id(parameter) not in self._owned for parameter in own
+        )
+        if late and not self._warned:
+            self._warned = True
+            so = "a module is called that was not in the first run, and is not trained"
+            todo = "call it in every run, or let the model have it as its own"
+            words = f"fit: {so}: {module!r:.80}; {todo} ({TROUBLE})"
+            warnings.warn(words, stacklevel=stacklevel())
 
     def _part(self, data: tuple[Any, ...]) -> AbstractContextManager[tuple[Any, ...]]:
         """This process's share of a minibatch; inside, its draws are those of the whole."""
@@ -165,22 +166,22 @@ class Single(Engine):
         return self.task, data
 
 
-def single(task: Task, how: str, share: Share | None = None) -> Single:
-    """Makes an engine for a task; where there is no graph it runs eagerly, and a warning says why.
+def single(task: Task, execution: Execution, share: Share | None = None) -> Single:
+    """Makes an engine for a task; where there is no graph it runs eagerly, and says why.
 
     Args:
         task: what is trained.
-        how: "eager", "staged", "compiled" or "looped".
+        execution: how it is to run.
         share: what this process computes of each minibatch, where there are others.
     """
-    if how == "eager":
-        return Single(task, share)
+    if execution.how == "eager":
+        return Single(task, execution, share)
     try:
         staged = record(task.program, task.example)
     except NotStageable as error:
-        warnings.warn(f"fit: runs eagerly; {error} ({TROUBLE})", stacklevel=stacklevel())
-        return Single(task, share)
-    engine = Single(task, share, staged, how)
-    if engine.execution == "compiled":
+        execution.instead("eager", error)
+        return Single(task, execution, share)
+    engine = Single(task, execution, share, staged)
+    if engine.execution.how == "compiled":
         engine.compile()
     return engine

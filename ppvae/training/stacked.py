@@ -12,6 +12,7 @@ from ppvae.staging.gradients import Gradients
 from ppvae.staging.program import Program
 from ppvae.staging.staged import NotStageable, Staged, one_line, record
 from ppvae.staging.stride import Replicas
+from ppvae.training.execution import Execution
 from ppvae.training.stacked_strides import StackedStrides
 from ppvae.training.steps import Engine
 from ppvae.training.streams import Stream
@@ -39,12 +40,12 @@ class Stacked(Engine):
         seeds: Sequence[int],
         gradients: Gradients,
         state: list[Tensor],
-        how: str,
+        execution: Execution,
     ) -> None:
         self.tasks, self.programs = tasks, [task.program for task in tasks]
         self.gradients, self.state = gradients, state
         self.staged, self.batches = gradients.staged, tasks[0].batches
-        self.streams, self.execution = [Stream(seed) for seed in seeds], how
+        self.streams, self.execution = [Stream(seed) for seed in seeds], execution
         self._strides: StackedStrides | None = None
         self.objectives = [program.objective for program in self.programs]
         self.parameters = [state[at] for at in gradients.trained]
@@ -60,7 +61,7 @@ class Stacked(Engine):
 
     def strides(self, optimizer: Any, clip: float | None) -> Strides | None:
         """What takes many steps at a call, where the losses are to run so and can."""
-        if self.execution != "looped":
+        if self.execution.how != "looped":
             return None
         together = _together(len(self.tasks), self.parameters)
         try:
@@ -75,7 +76,8 @@ class Stacked(Engine):
                 streams=self.streams,
                 passes=self._passes,
             )
-        except NotStageable:  # `execution` tells
+        except NotStageable as error:
+            self.execution.instead("compiled", error)
             self.compile()
         return self._strides
 
@@ -83,7 +85,7 @@ class Stacked(Engine):
         """Compiles losses and gradients, which leaves the steps to PyTorch's optimizer."""
         self.gradients = Gradients(self.staged, compiled=True, replicated=True)
         _try(self)
-        self.execution = self.gradients.execution
+        self.execution.of(self.gradients)
 
     def minibatches(self) -> Iterable[Any]:
         """Yields, once for each step, the minibatches of all, or the numbers of their data."""
@@ -114,8 +116,7 @@ class Stacked(Engine):
         losses, slopes = self.gradients(self.state, data)
         for parameter, slope in zip(self.parameters, slopes, strict=True):
             parameter.grad = slope
-        if self._strides is None:
-            self.execution = self.gradients.execution  # a compiler may fail in the last minibatch
+        self.execution.of(self.gradients)  # a compiler may fail in the last minibatch
         return losses
 
     def replicate(self, number: int, data: list[Tensor]) -> tuple[Task, tuple[Any, ...]]:
@@ -146,13 +147,13 @@ class Stacked(Engine):
                         value.copy_(new[replicate])
 
 
-def stacked(tasks: Sequence[Task], seeds: Sequence[int], how: str) -> Stacked:
+def stacked(tasks: Sequence[Task], seeds: Sequence[int], execution: Execution) -> Stacked:
     """Makes an engine for replicates.
 
     Args:
         tasks: models and guides, alike but for their values, with the same data.
         seeds: the seed of each.
-        how: "staged", "compiled" or "looped".
+        execution: how they are to run: not eagerly.
 
     Raises:
         NotStageable: the loss is no graph, or not the same for all.
@@ -174,16 +175,17 @@ def stacked(tasks: Sequence[Task], seeds: Sequence[int], how: str) -> Stacked:
     states = [staged.state(program) for program in programs]
     for number, program in enumerate(programs):
         _check(number, staged, program, example)
-    gradients = Gradients(staged, compiled=how == "compiled", replicated=True)
+    compiled = execution.how == "compiled"
+    gradients = Gradients(staged, compiled=compiled, replicated=True)
     if not gradients.trained:
         raise NotStageable("pairs: the loss depends on no parameter")
     state = [torch.stack(values).detach() for values in zip(*states, strict=True)]
     for at in gradients.trained:
         state[at] = nn.Parameter(state[at])
-    engine = Stacked(tasks, seeds, gradients, state, how)
+    engine = Stacked(tasks, seeds, gradients, state, execution)
     _try(engine)
-    if how == "compiled":
-        engine.execution = engine.gradients.execution
+    if compiled:
+        execution.of(gradients)
     return engine
 
 

@@ -13,6 +13,7 @@ from ppvae._scopes import random_numbers, set_random_numbers
 from ppvae.data.batches import Batches
 from ppvae.objectives.base import at_step
 from ppvae.training.blame import blame
+from ppvae.training.execution import Execution
 from ppvae.training.options import Named, Options, clip_gradients
 from ppvae.training.share import Share
 from ppvae.training.snapshots import Diverged, Snapshot
@@ -20,6 +21,7 @@ from ppvae.training.strides import Strides
 from ppvae.training.task import Task
 
 _EVERY = 10  # steps between two snapshots: to take one in every step would cost a tenth of it
+_CHANGED = "change no more than its rate, as by a `scheduler`"
 
 
 class Engine(ABC):
@@ -31,14 +33,14 @@ class Engine(ABC):
         parameters: what the optimizer moves; the first dimension is that of replicates, if there
             are several.
         modules: what holds the buffers that a call moves.
-        execution: how it runs, "eager", "staged", "compiled" or "looped".
+        execution: how it runs, and why not faster.
     """
 
     tasks: Sequence[Task]
     objectives: list[Any]
     parameters: list[Tensor]
     modules: list[nn.Module]
-    execution: str
+    execution: Execution
 
     @abstractmethod
     def values(self) -> dict[str, Tensor]:
@@ -133,6 +135,8 @@ class Steps:
         self.strides: Strides | None = None
         if self.optimizer is not None:
             self.strides = engine.strides(self.optimizer, options.clip)
+        elif engine.execution.how in ("compiled", "looped"):
+            engine.execution.instead("staged", "there is nothing to train", None)
 
     def through(self, minibatches: Iterable[Any]) -> Iterator[tuple[list[list[float]], list[int]]]:
         """Takes a step for each minibatch, one by one or in strides.
@@ -144,6 +148,8 @@ class Steps:
             Diverged: as `take` does.
         """
         strides = self.strides
+        if strides and not strides.is_as_made:
+            self.engine.execution.but("Adam was changed on the way, or what it moves", _CHANGED)
         losses: list[list[float]] = []
         rows: list[int] = []
         for minibatch in minibatches:

@@ -16,6 +16,7 @@ from ppvae.training.task import Task
 
 _MEANS = "exp_avg", "exp_avg_sq"  # as PyTorch calls them
 _SECONDS, _MOST = 0.1, 64  # a stride takes no longer than that, and no more steps
+_PLAIN = "torch.optim.Adam without weight decay, groups or hooks is, with `scheduler` and `clip`"
 
 
 class Walked(NamedTuple):
@@ -40,6 +41,7 @@ class Strides:
 
     Attributes:
         walked: the last two strides.
+        is_as_made: whether the steps are still those of its Adam, as a pass through the data finds.
 
     Args:
         task: what is trained.
@@ -56,12 +58,12 @@ class Strides:
     def __init__(self, task: Task, staged: Staged, optimizer: Any, clip: float | None) -> None:
         self.task, self.staged, self.optimizer = task, staged, optimizer
         if not _is_plain(optimizer):
-            raise NotStageable("the optimizer is not plain Adam")
+            raise NotStageable("the optimizer is not plain Adam", _PLAIN)
         self.walked: deque[Walked] = deque(maxlen=2)
         self._begun: list[Any] = []  # minibatches of the stride that was begun
         self._drawn: list[list[Tensor]] = []  # their noise, where it is not drawn at once
         self._most = 1  # of the steps in a stride, until it is known how long they take
-        self._is_as_made = True  # the optimizer and the state, as a pass through the data finds
+        self.is_as_made = True
         self._known: dict[int, tuple[bool, Any]] = {}
         self._settings = task.program.settings(0)
         held = (*task.batches.tensors, *task.batches.extra)
@@ -86,7 +88,7 @@ class Strides:
         """Goes once through the data."""
         # schedulers and callbacks change settings, between two passes
         same = self.stride.trained == self.staged.trained()
-        self._is_as_made = same and _is_plain(self.optimizer)
+        self.is_as_made = same and _is_plain(self.optimizer)
         return self._pass()
 
     def batch(self, minibatch: Any) -> tuple[Any, ...]:
@@ -104,7 +106,7 @@ class Strides:
 
     def fits(self, minibatch: Any) -> bool:
         """Whether the graph covers a minibatch, and the steps are still those of its Adam."""
-        return self._is_as_made and bool(self._of(minibatch)[0])
+        return self.is_as_made and bool(self._of(minibatch)[0])
 
     def continues(self, minibatch: Any) -> bool:
         """Whether a minibatch can be taken in the stride that was begun."""

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
+from torch.distributions import kl_divergence
 from torch.overrides import TorchFunctionMode
 
 from ppvae import VAE, FamilyGuide, families, fit, likelihoods
@@ -105,6 +106,28 @@ def test_terms_sum_to_the_elbo_of_pyro(family, case):
             factor = scale if name in parts.local else 1.0
             total += sign * factor * float(value.sum())
     assert total == pytest.approx(expected, rel=1e-9)
+
+
+def correlated(*batch):
+    root = torch.randn(*batch, 3, 3)
+    covariance = root @ root.mT + torch.eye(3)
+    return dist.MultivariateNormal(torch.randn(*batch, 3), covariance_matrix=covariance)
+
+
+def of_low_rank(*batch):
+    root, rest = torch.randn(*batch, 3, 2), torch.rand(*batch, 3) + 0.1
+    return dist.LowRankMultivariateNormal(torch.randn(*batch, 3), root, rest)
+
+
+@pytest.mark.parametrize("guide", [correlated, of_low_rank])
+def test_the_divergence_from_a_correlated_prior_is_that_of_pytorch(guide):
+    """Which asks for sizes as numbers, so that no graph is for batches of any size."""
+    for own, other in product([(), (5,), (4, 5)], [(), (5,), (4, 1)]):
+        q, p = guide(*own), correlated(*other)
+        torch.testing.assert_close(closed_kl(q, p), kl_divergence(q, p), rtol=1e-12, atol=1e-12)
+    q, p = (fn(4, 5).to_event(1) for fn in (guide, correlated))
+    torch.testing.assert_close(closed_kl(q, p), kl_divergence(q, p), rtol=1e-12, atol=0)
+    assert closed_kl(p, p).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(

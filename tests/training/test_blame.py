@@ -72,7 +72,7 @@ STEPS += [(way, size) for way in ("compiled", "replicates") for size in ((10, 5)
 @pytest.mark.parametrize(("way", "size"), STEPS)
 def test_the_datum_that_overflows_is_named_with_its_row_in_the_data(way, size, monkeypatch):
     """In minibatches it may come in the second step, and stands elsewhere in its minibatch."""
-    monkeypatch.setattr("ppvae.training.single.STAGE", 1 if way == "staged" else 1000)
+    monkeypatch.setattr("ppvae.training.execution.STAGE", 1 if way == "staged" else 1000)
     x = with_one(1e200)
     if way == "replicates":
         pairs = made(bounded, 2)

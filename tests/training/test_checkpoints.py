@@ -129,7 +129,7 @@ def test_stopped_and_resumed_is_never_stopped(name, stop_at, tmp_path, monkeypat
     make, x, told = WAYS[name]
     told = {**TOLD, **told}
     if name == "staged":
-        monkeypatch.setattr("ppvae.training.single.STAGE", 1)
+        monkeypatch.setattr("ppvae.training.execution.STAGE", 1)
 
     def run(seed, **more):
         torch.manual_seed(seed)  # another start, which the checkpoint replaces

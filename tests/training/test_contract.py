@@ -1,6 +1,7 @@
 """Every objective and model trains alike by the program, by its graph, and beside others."""
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,14 +30,14 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppvae import VAE, FamilyGuide, families, fit, fit_replicates, stage
+from ppvae import VAE, FamilyGuide, families, fit, fit_replicates, priors, stage
 from ppvae import likelihoods as kinds
 from ppvae._scopes import private_modules, unchecked
 from ppvae.objectives import ELBO, IWAE, negative_elbo, warm_up
 from ppvae.objectives.base import moving_fields
 from ppvae.regression import LinearRegression
 from ppvae.training import Diverged
-from ppvae.training.single import COMPILE, STAGE, how_to_run
+from ppvae.training.execution import COMPILE, STAGE, how_to_run
 
 #: torch, on itself, while it compiles; an error would be taken for one of the compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
@@ -70,7 +71,8 @@ def side_by_side(make, x, goals, courses, ends, execution="staged", bound=1e-9, 
         held_out = pytest.approx(alone.validation_losses, rel=bound, abs=0)
         assert result.validation_losses == held_out
         assert same(values(*parts), end, bound)
-        blank = {"losses": [], "seconds": 0.0, "execution": "", "optimizer": None}
+        blank = {"losses": [], "seconds": 0.0, "optimizer": None}
+        blank |= {"execution": "", "execution_reason": ""}
         blank["validation_losses"] = []
         assert result._replace(**blank) == alone._replace(**blank)
 
@@ -111,6 +113,15 @@ def squared(model, guide, *args, size=None, step=0):
     return negative_elbo(model, guide, *args, size=size) * (1.0 + 0.5 ** len(args[0]))
 
 
+def under(prior, family):
+    """A guide and a prior with correlations."""
+    return build(family, prior=prior())
+
+
+def given():
+    return dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.5, 2.0]]))
+
+
 def convolved():
     """A convolution on either side."""
     decoder = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(-1, (2, 2)), nn.ConvTranspose1d(2, 1, 2))
@@ -137,6 +148,12 @@ WAYS: dict[str, Any] = {
     "schedule": autoencoder("mean_scale", learned, **ALL, num_epochs=9, optimizer=falling),
     "full_rank": autoencoder("full_rank", kinds.Poisson, optimizer=sgd),
     "low_rank": autoencoder("low_rank", learned),
+    "learned prior": (
+        lambda: under(partial(priors.Learned, 2, "full_rank"), "full_rank"),
+        data,
+        {},
+    ),
+    "given prior": (lambda: under(given, "low_rank"), data, {}),
     "flow": autoencoder("flow", objective=[ELBO(free_bits=0.3)] * 2),
     "positive": site("positive"),
     "left of pixels": site("left of pixels", "mean_only"),
@@ -166,7 +183,7 @@ def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
     told = {key: value for key, value in told.items() if key != "objective"}
     courses, ends = one_by_one(make, x, goals, **told)
     assert courses[0].execution == "eager" and goals[0] in (None, courses[0].objective)
-    monkeypatch.setattr("ppvae.training.single.STAGE", 1)  # so many steps, and a loss is staged
+    monkeypatch.setattr("ppvae.training.execution.STAGE", 1)  # so many steps, and a loss is staged
     several = [*zip(made(make, len(goals)), goals, SEEDS, courses, ends, strict=False)]
     alone = [] if name in STAGED else several[:1] if goals[0] == goals[-1] else several
     for parts, goal, seed, course, end in alone:
@@ -206,6 +223,7 @@ LATER = ["in turn", "low_rank", "flow", "IWAE", "patience", "each size", "told r
 LATER += ["loader", "all data"]
 
 
+@pytest.mark.filterwarnings("ignore:fit(_replicates)?. compiled, not looped")
 @pytest.mark.parametrize("name", [name for name in COMPILED if LONG or name not in LATER])
 def test_compiled_replicates_are_trained_as_by_eager_steps(name, monkeypatch):
     """The compiler may reorder sums; six steps multiply a difference in the last place by less
@@ -273,13 +291,14 @@ def test_what_no_graph_holds_is_trained_eagerly_and_one_after_the_other(name, mo
     courses, ends = one_by_one(make, data(), goals, **told)
     with one_warning(f"fit_replicates: one after the other; {message}"):
         side_by_side(make, data(), goals, courses, ends, "eager", 0.0, **told)
-    monkeypatch.setattr("ppvae.training.single.STAGE", 1)
+    monkeypatch.setattr("ppvae.training.execution.STAGE", 1)
     for compile in ("auto",) if one_is_staged else (True, "auto"):
         (pair,) = made(make)
-        silent = one_is_staged and nullcontext()
-        with traceless(*pair), silent or one_warning(f"fit: runs eagerly; {message}"):
+        said = one_warning(f"fit: runs eagerly; {message}") if compile is True else nullcontext()
+        with traceless(*pair), said:
             alone = fit(*pair, data(), seed=11, objective=goals[0], compile=compile, **told)
         assert alone.execution == ("staged" if one_is_staged else "eager")
+        assert one_is_staged or alone.execution_reason.startswith(f"not staged: {message}")
         assert alone.losses == courses[0].losses and same(values(*pair), ends[0])
     assert capfd.readouterr() == ("", "")
 
@@ -302,7 +321,7 @@ def quiet(*args, **kwargs):
 @pytest.fixture
 def early(monkeypatch):
     """Stages from the first step on."""
-    monkeypatch.setattr("ppvae.training.single.STAGE", 1)
+    monkeypatch.setattr("ppvae.training.execution.STAGE", 1)
 
 
 def stored(x):
@@ -375,13 +394,17 @@ def test_a_compiler_that_fails_leaves_the_training_staged(monkeypatch):
 
 
 def test_when_to_stage_and_when_to_compile():
-    assert how_to_run("auto", STAGE - 1, 4) == "eager"
-    assert how_to_run("auto", STAGE, 4) == "staged"
-    assert how_to_run("auto", COMPILE - 1, 4) == "staged"
-    assert how_to_run("auto", COMPILE, 4) == "looped"
-    assert how_to_run(False, COMPILE, 4) == "eager"
-    assert how_to_run(True, 1, 2) == "looped"
-    assert how_to_run(True, COMPILE, 1) == "eager"  # nothing to tell the batch by
+    def how(*told, **more):
+        return how_to_run(*told, **more).how
+
+    assert how("auto", STAGE - 1, 4) == "eager"
+    assert how("auto", STAGE, 4) == "staged"
+    assert how("auto", COMPILE - 1, 4) == "staged"
+    assert how("auto", COMPILE, 4) == "looped"
+    assert how(False, COMPILE, 4) == "eager"
+    assert how(True, 1, 2) == "looped"
+    assert how(True, COMPILE, 1) == "eager"  # nothing to tell the batch by
+    assert how("auto", 1, 2, graph=True) == how(False, 1, 2, graph=True) == "staged"
     assert quiet(*build(), data(8), num_epochs=1).execution == "eager"
 
 

@@ -192,7 +192,7 @@ def test_early_stopping_goes_back_to_the_best_epoch_with_its_buffers():
 
 @pytest.mark.parametrize("steps", [1, 1000])
 def test_divergence_names_step_and_term_and_keeps_finite_numbers(steps, monkeypatch):
-    monkeypatch.setattr("ppvae.training.single.STAGE", steps)
+    monkeypatch.setattr("ppvae.training.execution.STAGE", steps)
     norm = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     ((model, guide),) = made(lambda: build(likelihood=likelihoods.Poisson()))
     model.decoder = norm
@@ -362,7 +362,7 @@ def guide_of(model, *args, value=0.1):
 @pytest.mark.parametrize("steps", [1, 1000])
 def test_keyword_arguments_are_cut_with_the_data_or_passed(steps, monkeypatch):
     """The same as a second tensor of data; a number and a tensor of another length stay whole."""
-    monkeypatch.setattr("ppvae.training.single.STAGE", steps)
+    monkeypatch.setattr("ppvae.training.execution.STAGE", steps)
     x, weight, shift = data(), data()[:, 1].exp(), torch.tensor(0.5)
     told = {"batch_size": 4, "num_epochs": 2, "learning_rate": 0.01}
 

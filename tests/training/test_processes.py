@@ -25,7 +25,8 @@ def agree(one, other, bound=1e-9):
     losses = {"losses", "validation_losses"}
     for name in losses:
         assert other_told[name] == pytest.approx(told[name], rel=bound)
-    for name in told.keys() - losses - {"execution", "verdict"}:  # which tells rounded numbers
+    others = {"execution", "execution_reason", "verdict"}  # which tells rounded numbers
+    for name in told.keys() - losses - others:
         assert told[name] == other_told[name], name
     assert same(ends, other_ends, bound)
 
@@ -39,6 +40,8 @@ def test_processes_train_as_one_does(count, names, tmp_path):
             assert not isinstance(each[name], str), (name, each[name])
             agree(alone, each[name])
             assert each[name][0]["execution"] == alone[0]["execution"].replace("looped", "compiled")
+            shared = each[name][0]["execution_reason"].startswith("not looped: processes exchange")
+            assert shared == (alone[0]["execution"] == "looped")
             assert same(each[name][1], found[0][name][1])  # bit for bit
             so = [line for line in each[name][2] if line.startswith("fit: each of")]
             whole = name in WHOLE or (count, name) == (4, "one or two rows")  # of four processes

@@ -40,7 +40,12 @@ def test_few_steps_are_told_with_their_number():
     (warning,) = [each for each in caught if each.category is NotConverged]
     assert result.converged is False and warning.filename == quiet.__code__.co_filename
     assert warning.message.args[0] == f"fit: {result.verdict} ({TROUBLE})"
-    first, second, third = repr(result).split("\n")
+    first, second, third, fourth = repr(result).split("\n")
+    assert (
+        fourth
+        == result.execution_reason
+        == "not staged: the optimum is found at once, in few steps"
+    )
     assert first.startswith("Fit by L-BFGS (eager): 1 steps, ") and first.endswith(" s")
     assert second == f"loss {result.losses[-1]:.6g} nats per datum" and third == result.verdict
 
