@@ -1,7 +1,7 @@
 """From the optimum of each family to rows of nats that sum to log p(x), and on to the fit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -26,16 +26,16 @@ _STEPS = {
     ("mean_scale", "full_rank"): "correlations",
 }
 _WORDS = {
-    "noise": "E[log p(x|z)] over p(z|x): the noise of the data, which stays if z is known so well",
+    "noise": "E log p(x|z) over p(z|x): the noise of the data",
     "prior_cost": "what it costs that nothing passes: z is drawn from its prior",
     "mean_channel": "what a mean for each datum is worth, with noise of sd 1",
     "scale_channel": "what a scale for each datum adds",
     "correlations": "what correlations of the latents add",
     "beyond_gaussian": "what no Gaussian says: the shape of the posterior",
     "family_gap": "what the family of the guide cannot say",
-    "amortization_gap": "what the guide misses of the best of its family for each datum",
+    "amortization_gap": "what the guide misses of its family's best for each datum",
     "optimization_gap": "what the fit is short of the best of its family",
-    "point": "max log p(x, z) over z, in the model's coordinates of z: no bound",
+    "point": "max log p(x, z) over z, in the model's coordinates: no bound",
     "guide_point": "log p(x, z) where the guide has its point: no bound",
 }
 
@@ -54,8 +54,10 @@ class Measured:
         point: max log p(x, z).
         best: the ELBO of the best member of the guide's family, by groups; None of a point.
         guide: the ELBO of the guide, or log p(x, z) at its point.
-        endless: where the search for `point` found no maximum; None where that is not known.
         prior_found: by how many nats draws from the prior found more than the best member.
+        endless: where the search for `point` found no maximum.
+        left: what was searched for -> by how many nats it may be short of that, which is judged
+            from how the search still rose; NaN where that is not known.
     """
 
     rungs: dict[str, Tensor]
@@ -68,7 +70,8 @@ class Measured:
     best: Tensor | None
     guide: Tensor
     prior_found: Tensor
-    endless: Tensor | None = None
+    endless: Tensor
+    left: dict[str, Tensor] = field(default_factory=dict)
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
@@ -79,7 +82,8 @@ def joined(parts: Sequence[Measured]) -> Measured:
             return None
         if isinstance(values[0], dict):
             return {name: join([value[name] for value in values]) for name in values[0]}
-        return torch.cat([value.detach().double().cpu() for value in values], -1)
+        values = [value if value.dtype == torch.bool else value.double() for value in values]
+        return torch.cat([value.detach().cpu() for value in values], -1)
 
     return Measured(**{name: join([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
@@ -184,21 +188,40 @@ def notes_of(found: Measured, kinds: Mapping[str, str], *, exact: bool = False) 
             f"draws from the prior found up to {found.prior_found.max():.2g} nats that the best "
             f"members miss, for {_of(more, count)} (another mode?): they are taken there"
         )
-    if found.endless is not None and found.endless.any():
+    notes += _rising(found)
+    if found.endless.any():
         notes.append(
             f"the search for `point` found no maximum for {_of(int(found.endless.sum()), count)}: "
-            "log p(x, z) may be infinite at an end of the range of z, or num_steps too few"
+            "log p(x, z) may be infinite at an end of the range of z, or the search too short"
         )
-    names = [*found.rungs]
-    for below, name in combinations(names, 2):
+    return notes + _below_what_they_hold(found, kinds)
+
+
+def _rising(found: Measured) -> list[str]:
+    """Searches that still rose where they ended."""
+    short = {name: left for name, left in found.left.items() if (left > _VISIBLE).any()}
+    if not short:
+        return []
+    most = ", ".join(f"{name} by {left.nan_to_num(0).max():.1g}" for name, left in short.items())
+    some = torch.stack([left > _VISIBLE for left in short.values()]).any(0)
+    return [
+        f"the search still rose where it ended, and may be short of the best of {most} nats, "
+        f"for {_of(int(some.sum()), len(some))}: give it more steps (num_steps)"
+    ]
+
+
+def _below_what_they_hold(found: Measured, kinds: Mapping[str, str]) -> list[str]:
+    """Families whose search ended lower than that of a family which they hold."""
+    notes = []
+    for below, name in combinations(found.rungs, 2):
         if holds(kinds[name], kinds[below]):
             step = _row(found.rungs[name] - found.rungs[below])
             lower = step.nats < -_ERRORS * step.se - _VISIBLE
             if lower.any():
                 notes.append(
                     f"the search ended below {below}, which {name} holds, by up to "
-                    f"{-step.nats.min():.2g} nats for {_of(int(lower.sum()), count)}: give it more "
-                    "steps (num_steps)"
+                    f"{-step.nats.min():.2g} nats for {_of(int(lower.sum()), len(lower))}: give it "
+                    "more steps (num_steps)"
                 )
     return notes
 

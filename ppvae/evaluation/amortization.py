@@ -137,7 +137,7 @@ def best_members(
     with bar:
         for number, batch in enumerate(runs.batches, 1):
             shifted = shifted_guide(runs, guide.heads, batch)
-            yield shifted, best_shifts(shifted, shifted.start, num_steps, bar.update)
+            yield shifted, best_shifts(shifted, shifted.start, num_steps, bar.update).point
             bar.update(number * num_steps - bar.n)
 
 

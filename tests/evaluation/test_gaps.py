@@ -287,11 +287,39 @@ def test_the_minimisers():
         value[3], gradient[3] = math.nan, math.nan
         return value, gradient
 
-    for found in (quasi_newton(slope, start, 200), adam(slope, start, 1000, 0.2)):
+    for found in (quasi_newton(slope, start, 200).point, adam(slope, start, 1000, 0.2)):
         assert (slope(found)[0][:3] < 1e-5).all()
         assert torch.equal(found[3], start[3]) and torch.equal(found[2], start[2])
-    assert (slope(quasi_newton(slope, start, 200))[0][:3] < 1e-12).all()
-    assert torch.equal(quasi_newton(slope, start, 1), start)
+    assert (slope(quasi_newton(slope, start, 200).point)[0][:3] < 1e-12).all()
+    assert torch.equal(quasi_newton(slope, start, 1).point, start)
+
+
+def test_what_a_search_may_still_find_is_judged_by_its_last_quarter():
+    """Rather too much than too little, for a quadratic of which a search ends too early.
+
+    It falls faster than 1 / evaluation. Given more evaluations it goes on until little is left.
+    """
+    rotation = torch.linalg.qr(torch.randn(20, 20)).Q
+    H = rotation * torch.logspace(0, 3, 20) @ rotation.T
+    calls = []
+
+    def slope(x):
+        calls.append(x)
+        return ((x @ H) * x).sum(1) / 2, x @ H
+
+    start = torch.randn(8, 20)
+    early = quasi_newton(slope, start, 20)
+    left = slope(early.point)[0]
+    assert (left > 0.1).all() and (early.left > left).all()
+    assert (early.left < 3 * slope(start)[0]).all()
+    calls.clear()
+    longer = quasi_newton(slope, start, 20, 200)
+    assert 20 < len(calls) < 100 and (slope(longer.point)[0] < 1e-4).all()
+    assert (longer.left <= 1e-4).all()
+    assert quasi_newton(slope, start, 1).left.isnan().all()
+    calls.clear()
+    ended = quasi_newton(slope, start, 200)
+    assert len(calls) < 200 and (ended.left == 0).all()
 
 
 def test_adam_takes_the_steps_of_torch():
