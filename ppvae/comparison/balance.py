@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from ppvae.comparison.ledger import Measured, rows_of, words_of
+from ppvae.comparison.ledger import Measured, rows_of
 from ppvae.comparison.tables import aligned, places, shown, wrapped
 from ppvae.evaluation.amortization import error_of
 
@@ -95,7 +95,7 @@ def balance_of(
         "running": ("row", running, has),
         "summed": ("row", summed),
         "end": ("row", [row.end for row in rows.values()]),
-        "words": ("row", [words_of(name, whole) for name in rows]),
+        "words": ("row", [row.words for row in rows.values()]),
         "optimum": (("family", *datum), of_data([value for value, _ in optima]), has),
         "optimum_se": (("family", *datum), of_data([error for _, error in optima]), has),
         "log_likelihood": (datum, of_data(found.log_likelihood), has),

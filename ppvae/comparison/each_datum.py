@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.comparison.ledger import Measured, found_by_prior, joined, posterior_mean
-from ppvae.comparison.members import own_of
+from ppvae.comparison.members import own_of, prior_of
 from ppvae.comparison.rungs import Rung, climb, moments_of, rung_of, without_maximum
 from ppvae.evaluation.amortization import check_along, elbo_groups, seeds_of_groups
 from ppvae.evaluation.search import ShiftedGuide, new_seed
@@ -57,7 +57,7 @@ def measured_of_each(
     bar.reset(len(runs.batches) * steps * searches)
     with bar:
         for batch in runs.batches:
-            climber = _Climber(mine.on(batch), steps, draws, bar.update)
+            climber = _Climber(mine.on(batch), steps, draws, bar.update, prior_of(members))
             parts.append(climber.measured(mine, rungs, point, dense=dense))
     return joined(parts)
 
@@ -71,12 +71,14 @@ class _Climber:
         steps: of a search.
         draws: of a measure.
         tick: is called before each step.
+        prior: the name under which the prior is among the families, or None.
     """
 
     own: ShiftedGuide
     steps: int
     draws: int
     tick: Callable[[], Any]
+    prior: str | None
 
     def measured(
         self, mine: Rung, rungs: Mapping[str, Rung], point: Rung, *, dense: bool
@@ -123,8 +125,8 @@ class _Climber:
         for number in best.unique().tolist():
             _put(result, self._by(*found[names[number]], seeds), best == number)
         result["prior_found"] = torch.zeros_like(result["log_likelihood"])
-        if "noise_only" in found:
-            prior = self._by(*found["noise_only"], seeds)
+        if self.prior is not None:
+            prior = self._by(*found[self.prior], seeds)
             result["prior_found"] = more = found_by_prior(result, prior)
             _put(result, prior, more > 0)
         return result

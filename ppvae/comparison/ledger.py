@@ -95,12 +95,14 @@ class Row:
     Attributes:
         nats: of each datum.
         se: their Monte Carlo error.
+        words: what they are.
         summed: whether it is in the sum.
         end: what the sum is behind it, if that has a name.
     """
 
     nats: np.ndarray
     se: np.ndarray
+    words: str
     summed: bool = True
     end: str = ""
 
@@ -126,25 +128,31 @@ def rows_of(
         whole: whether the one datum is all the data.
         kinds: name of a rung -> name of its family, which the caller may call otherwise.
     """
-    rows: dict[str, Row] = {"noise": _row(found.noise)}
+    words = {
+        name: text.replace(" for each datum", "") if whole else text
+        for name, text in _WORDS.items()
+    }
+    rows = {"noise": _row(found.noise, words["noise"])}
     below: str | None = None
     last = found.noise
     for name, groups in found.rungs.items():
         known = name == kinds[name] and (below is None or kinds[below] == below)
-        step = _STEPS.get((below, name), name) if known else name
-        rows[_free(step, rows)] = _row(groups - last)
+        step = _STEPS.get((below, name)) if known else None
+        step = step or _free(name, {**words, **rows})
+        rows[step] = _row(groups - last, words.get(step, f"what {name} adds"))
         below, last = name, groups
-    gaussian = below == "full_rank" and kinds[below] == below
-    beyond = "beyond_gaussian" if gaussian else f"beyond_{below}"
     log_p, error = found.log_likelihood, found.log_likelihood_se
-    rows[_free(beyond, rows)] = replace(_row(log_p - last, error), end="log p(x)")
+    beyond, said = "beyond_gaussian", words["beyond_gaussian"]
+    if not below == "full_rank" == kinds["full_rank"]:
+        beyond, said = _free(f"beyond_{below}", {**words, **rows}), f"what {below} cannot say"
+    rows[beyond] = replace(_row(log_p - last, said, error), end="log p(x)")
     if found.best is not None:
-        rows["family_gap"] = _row(found.best - log_p, error)
+        rows["family_gap"] = _row(found.best - log_p, words["family_gap"], error)
         gap = "optimization_gap" if whole else "amortization_gap"
-        rows[gap] = replace(_row(found.guide - found.best), end="ELBO of the guide")
-    rows["point"] = _row(found.point[None], summed=False)
+        rows[gap] = replace(_row(found.guide - found.best, words[gap]), end="ELBO of the guide")
+    rows["point"] = replace(_row(found.point[None], words["point"]), summed=False)
     if found.best is None:
-        rows["guide_point"] = _row(found.guide, summed=False)
+        rows["guide_point"] = replace(_row(found.guide, words["guide_point"]), summed=False)
     return rows
 
 
@@ -153,18 +161,11 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
     return name if name not in taken else _free(f"{name}_", taken)
 
 
-def _row(groups: Tensor, error: Tensor | None = None, *, summed: bool = True) -> Row:
+def _row(groups: Tensor, words: str, error: Tensor | None = None) -> Row:
     """The mean over groups of draws, and its error, with one that is independent of them."""
     spread = error_of(groups) if len(groups) > 1 else torch.zeros_like(groups[0])
     se = spread if error is None else torch.hypot(spread, error)
-    return Row(groups.mean(0).numpy(), se.numpy(), summed)
-
-
-def words_of(row: str, whole: bool) -> str:  # noqa: FBT001
-    """What a row is, in words."""
-    default = f"what {row.removeprefix('beyond_')} cannot say" if row.startswith("beyond_") else ""
-    words = _WORDS.get(row, default or f"what {row} adds")
-    return words.replace(" for each datum", "") if whole else words
+    return Row(groups.mean(0).numpy(), se.numpy(), words)
 
 
 def notes_of(found: Measured, kinds: Mapping[str, str], *, exact: bool = False) -> list[str]:
@@ -215,12 +216,13 @@ def _below_what_they_hold(found: Measured, kinds: Mapping[str, str]) -> list[str
     notes = []
     for below, name in combinations(found.rungs, 2):
         if holds(kinds[name], kinds[below]):
-            step = _row(found.rungs[name] - found.rungs[below])
-            lower = step.nats < -_ERRORS * step.se - _VISIBLE
+            step = found.rungs[name] - found.rungs[below]
+            gain, error = step.mean(0), error_of(step)
+            lower = gain < -_ERRORS * error - _VISIBLE
             if lower.any():
                 notes.append(
                     f"the search ended below {below}, which {name} holds, by up to "
-                    f"{-step.nats.min():.2g} nats for {_of(int(lower.sum()), len(lower))}: give it "
+                    f"{-gain.min():.2g} nats for {_of(int(lower.sum()), len(lower))}: give it "
                     "more steps (num_steps)"
                 )
     return notes

@@ -47,6 +47,11 @@ def own_of(guide: Any, traces: Any, members: Mapping[str, Any]) -> str | None:
     return next((n for n, family in members.items() if _is_of(guide, family)), None)
 
 
+def prior_of(members: Mapping[str, Any]) -> str | None:
+    """The name under which the prior is among some families, or None."""
+    return next((n for n, family in members.items() if name_of(family) == "noise_only"), None)
+
+
 def summing_out(family: Any) -> Any:
     """A family as rungs have it: discrete latents are summed out by all of them or by none.
 

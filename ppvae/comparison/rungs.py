@@ -106,9 +106,11 @@ def rung_of(
             flow, whose networks are learned.
     """
     frame, program = runs.plate, held(model, outer) if outer else model
-    first = latent_nodes(runs.traces[1])[0]["value"]
-    guide = FamilyGuide(program, summing_out(family), Silent(first), plate=frame.name)
-    guide.encoder.rows = frame.size
+    drawn = latent_nodes(runs.traces[1])
+    expect(drawn, "model", "a latent beside those that are summed out", "none")
+    silent = Silent(drawn[0]["value"])
+    guide = FamilyGuide(program, summing_out(family), silent, plate=frame.name)
+    silent.rows = frame.size
     guided: Any = WithKeywords(guide, names) if names else guide
     if has_missing(runs.args):
         guided = nan_masked(guided)

@@ -27,7 +27,7 @@ from ppvae._scopes import (
     unchecked,
 )
 from ppvae.comparison.ledger import Measured, found_by_prior, posterior_mean
-from ppvae.comparison.members import summing_out
+from ppvae.comparison.members import prior_of, summing_out
 from ppvae.comparison.rungs import FAR, at_an_end
 from ppvae.comparison.trials import task_on
 from ppvae.evaluation.amortization import GROUPS
@@ -224,11 +224,12 @@ def measured_whole(
     together, alone = max(parts.values(), key=lambda each: float(each[0][0].mean()))
     found: dict[str, Any] = estimates(alone[1][:, None])
     more = torch.zeros(1)
-    if "noise_only" in parts:
-        prior = estimates(parts["noise_only"][1][1][:, None])
+    nothing = prior_of(members)
+    if nothing is not None:
+        prior = estimates(parts[nothing][1][1][:, None])
         more = found_by_prior(found, prior).to(more)
         if more.item() > 0:
-            found, together = prior, parts["noise_only"][0]
+            found, together = prior, parts[nothing][0]
     groups = {name: each[0][0].mean(1, keepdim=True) for name, each in parts.items()}
     own_value = mine[0][0 if dense else 1].mean(1, keepdim=True)
     measured = Measured(

@@ -8,7 +8,7 @@ argument that all data share stays where it is, or is freed for each datum, as t
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -105,18 +105,17 @@ class ShiftedGuide:
     ) -> list[Tensor]:
         """What is read off the terms, the traces and the plate of runs that make so many draws."""
         pieces = self.pieces(shifts)
+        runs = _shifting(self.runs, self.heads, lambda key, _: pieces[key], shared=self.shared)
         numbers, first = MatchedNormals(draws, common=match == "common"), 0
         results = []
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
-            shift = with_shifts(self.heads, lambda key, _: pieces[key], shared=self.shared)
-            stack.enter_context(shift)
             if match is not None:
                 stack.enter_context(numbers)
                 stack.enter_context(numbers.places(self.runs.plate))
             for count, plate in self.runs.draws(self.args, draws, self.traces):
                 numbers.start_run(first, count, single=plate is None)
-                pair = self.runs.pair(self.args, plate)
+                pair = runs.pair(self.args, plate)
                 value = read(terms(*pair, self.runs.plate.name), pair, plate)
                 results.append(value.expand(count, len(shifts), *value.shape[2:]))
                 first += count
@@ -210,8 +209,7 @@ def shifted_guide(
         said.setdefault(key, value.detach())
         return zeros.setdefault(key, torch.zeros_like(value))
 
-    with with_shifts(heads, note, shared=shared):
-        traces = runs.pair(args)
+    traces = _shifting(runs, heads, note, shared=shared).pair(args)
     drawn = drawn_nodes(traces[1])
     rough = {name: node["fn"] for name, node in drawn.items() if not node["fn"].has_rsample}
     expect(not (zeros and rough), "guide", "reparametrized draws", rough)
@@ -226,6 +224,18 @@ def shifted_guide(
     shapes = {channel: zero.shape for channel, zero in zeros.items()}
     found = runs, heads, args, traces, start, step_sizes, columns, shapes, coordinates, said
     return ShiftedGuide(*found, shared)
+
+
+def _shifting(
+    runs: Runs, heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor], *, shared: bool
+) -> Runs:
+    """The pair with shifts in the guide alone: a model may ask its heads, too, as a `VampPrior`."""
+
+    def guide(*args: Any) -> Any:
+        with with_shifts(heads, shift, shared=shared):
+            return runs.guide(*args)
+
+    return replace(runs, guide=guide)
 
 
 @contextmanager

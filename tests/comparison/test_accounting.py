@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_names_of_the_ladder_for_other_families_do_not_name_the_rows():
     assert found.row.values[1:4].tolist() == ["mean_scale", "full_rank", "beyond_full_rank"]
     assert close(row(found, "mean_scale") + row(found, "noise"), linear.log_p)
     assert found.attrs["notes"] == []
+
+
+def test_families_may_have_the_names_of_rows():
+    """A row keeps its name and words; and the prior is told by what it is, not by its name."""
+    linear = Linear(size=3)
+    guide = linear.guide(families.mean_scale, error=0.1)
+    named = {"point": "noise_only", "noise_only": "mean_scale", "family_gap": "full_rank"}
+    found = measure(linear.model, guide, linear.x, families=named, num_samples=64)
+    added = ["point_", "noise_only", "family_gap_"]
+    down = ["family_gap", "amortization_gap", "point"]
+    assert found.row.values.tolist() == ["noise", *added, "beyond_family_gap", *down]
+    assert sums(found, found.elbo) and not found.summed.sel(row="point")
+    assert found.words.sel(row="point_") == "what point adds"
+    assert close(row(found, "beyond_family_gap"), 0.0)
 
 
 def test_a_family_of_the_same_name_as_that_of_the_guide_is_another_one():
@@ -189,6 +204,14 @@ def test_bad_input(options, error, message):
 
 
 def test_guides_that_have_no_account():
+    def classes(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(3.0 * k, 1.0), obs=x[:, 0])
+
+    guide = FamilyGuide(classes, families.mean_scale, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model: expected a latent beside those .* got none"):
+        measure(classes, guide, torch.ones(3, 2))
     model = VAE(nn.Linear(2, 3), 2, likelihoods.Normal(1e-200))
     guide = FamilyGuide(model, families.mean_scale, nn.Linear(3, 2))
     with pytest.raises(ValueError, match="model or guide: expected a finite ELBO of every datum"):

@@ -247,7 +247,7 @@ def test_draws_from_the_prior_find_the_mode_that_the_best_member_misses():
 
 
 def test_locals_of_a_model_with_a_global_are_given_one_draw_of_it():
-    x, few = torch.randn(6, 1), {"num_steps": 60, "num_samples": 32}
+    x, few = torch.randn(6, 1), {"num_steps": 30, "num_samples": 32, "vectorized": False}
     guide = FamilyGuide(hierarchy, families.mean_scale, nn.Linear(1, 2)).setup(x)
     found = measure(hierarchy, guide, x, **few)
     known = gaps(hierarchy, guide, x, **few, progress=False)
@@ -271,6 +271,7 @@ def test_discrete_latents_are_summed_out_by_all_rungs(name):
             k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
             pyro.sample("x", dist.Normal(z + 3 * k, 0.5), obs=x)
 
+    model.vectorized = True  # else each draw is a run of all values of the class
     x = torch.tensor([0.0, 4.0])
 
     def log_likelihood(z):
