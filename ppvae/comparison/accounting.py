@@ -70,15 +70,16 @@ def account(  # noqa: D417
     log p(x, z) at its points, in the place of the two gaps.
 
     **Searches** are those of `gaps`, one for each family; each begins where the better of the guide
-    and of the family before is. Arguments that all data share are free for each datum. Families
-    whose heads have networks of their own (a flow) can only be that of the guide, with its
-    networks. Discrete latents of finitely many values are summed out for all of them, `noise_only`
-    included; those that the guide itself draws are charged in the last two rows. Draws are
-    moment-matched in 8 groups, so that Gaussian families on linear-Gaussian models come out to
-    rounding, and all families see the same, so that the errors of rows are those of differences.
-    log p(x) is estimated from below by `num_samples` independent draws from the best member of all
-    (or from the prior, where those find clearly more), with `ess` and `khat` as in `evaluate`; a
-    mode that neither meets is not seen.
+    and of the family before is. Where one still rose at its end, a note says by how much it may be
+    short: three times what the last quarter of its evaluations brought, a judgement and no bound.
+    Arguments that all data share are free for each datum. Families whose heads have networks of
+    their own (a flow) can only be that of the guide, with its networks. Discrete latents of
+    finitely many values are summed out for all of them, `noise_only` included; those that the guide
+    itself draws are charged in the last two rows. Draws are moment-matched in 8 groups, so that
+    Gaussian families on linear-Gaussian models come out to rounding, and all families see the same,
+    so that the errors of rows are those of differences. log p(x) is estimated from below by
+    `num_samples` independent draws from the best member of all (or from the prior, where those find
+    clearly more), with `ess` and `khat` as in `evaluate`; a mode that neither meets is not seen.
 
     **Global latents** (a guide without an encoder, as for a regression) belong to all the data: the
     rows are in nats of all the data. The best members are found by `fit`, on guides of their own,
@@ -93,7 +94,8 @@ def account(  # noqa: D417
         families: what `FamilyGuide` takes as families, each with a density, from the first to the
             last; or a mapping to such from names of your own.
         num_samples: draws of each measure, at least 16; rounded up to a multiple of 8.
-        num_steps: steps of each search for local latents; at least 1.
+        num_steps: steps of each search for local latents, at least 1; where the last of them still
+            bring something, up to two thirds as many follow.
         log_likelihood: log p(x) of shape `(N,)`, or a number for latents of all the data, exact or
             better estimated; taken as it is.
         batch_size, vectorized, seed, plate, kwargs, progress: as for `evaluate`; the seed is a

@@ -17,7 +17,7 @@ from ppvae.comparison.tables import table_of, wrapped
 from ppvae.comparison.trials import (
     check_test,
     held_data,
-    one_of,
+    one_trial,
     settings_of,
     task_on,
     trial,
@@ -155,7 +155,7 @@ def choose_family(  # noqa: D417
             results = []
             for number in told.seeds:
                 bar.set_postfix(family=name, seed=number)
-                with one_of("choose_family", name, number):
+                with one_trial("choose_family", name, number):
                     pair = _fresh(model, encoder, family)
                     if not pairs:
                         _check_model(*pair, data, fit_options)

@@ -27,7 +27,7 @@ from ppvae.comparison.trials import (
     check_test,
     fresh,
     held_data,
-    one_of,
+    one_trial,
     settings_of,
     trial,
 )
@@ -162,7 +162,7 @@ def compare_families(
     with private_modules(), tqdm(runs, label, disable=not shown, unit="fit") as bar:
         for number, (name, family) in bar:
             bar.set_postfix(family=name, seed=number)
-            with one_of("compare_families", name, number):
+            with one_trial("compare_families", name, number):
                 model, encoder, starts[number] = fresh(build, starts.get(number))
                 pair = model, FamilyGuide(model, summing_out(family), encoder)
                 if test is not None and number == told.seeds[0]:

@@ -60,7 +60,7 @@ def settings_of(num_seeds: Any, seed: Any, min_gain: Any, level: Any, num_sample
 
 
 @contextmanager
-def one_of(caller: str, family: str, seed: int) -> Iterator[None]:
+def one_trial(caller: str, family: str, seed: int) -> Iterator[None]:
     """Inside is one trial: with the random numbers of a seed, and a param store of its own.
 
     So `pyro.param` statements start anew. A note on an error names the family and the seed.
