@@ -46,7 +46,7 @@ def measured_of_each(
     outer = values_outside(opened_pair.plate, *opened_pair.traces)
     runs = opened_pair.given_globals()
     check_along(terms(*runs.traces, None if runs.plate is None else runs.plate.name), guide)
-    mine = Rung(guide.family.name, guide, runs)
+    mine = Rung(guide, runs)
     own = own_of(guide, runs.traces, members)
     known = model, runs, outer, names
     rungs = {n: mine if n == own else rung_of(n, f, *known) for n, f in members.items()}

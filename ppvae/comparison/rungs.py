@@ -64,12 +64,10 @@ class Rung:
     """A family, and a guide whose members of it can be searched for each datum.
 
     Attributes:
-        name: of the family.
-        guide: a guide of this family.
+        guide: a guide of the family.
         runs: the model and that guide.
     """
 
-    name: str
     guide: FamilyGuide
     runs: Runs
 
@@ -121,7 +119,7 @@ def rung_of(
     own = [key for key, head in guide.heads.items() if type(head) is not Head]
     wanted = "families each member of which is given by its channels (a `Family`), or the guide's"
     expect(not own, "families", wanted, f"{name}, which has networks of its own at {own}")
-    return Rung(name, guide, pair)
+    return Rung(guide, pair)
 
 
 def moments_of(shifted: ShiftedGuide, shifts: Tensor) -> Moments | None:
