@@ -177,6 +177,20 @@ def local(prior, observe):
     return model
 
 
+T, S = 0.3, 0.7
+
+
+def hierarchy(x):
+    """Latents with sd T around one of all the data, each seen with noise S."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, T))
+        pyro.sample("x", dist.Normal(z[..., None], S).to_event(1), obs=x)
+
+
+hierarchy.vectorized = True
+
+
 class Column(nn.Module):
     """An encoder of numbers; of any other arguments it sees the first."""
 

@@ -5,35 +5,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyro
 import xarray as xr
 from torch import nn
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count, check_label, check_number, check_seed, expect
+from ppvae._checks import check_label, expect
 from ppvae._process import exclusive
-from ppvae._scopes import private_modules, random_state
-from ppvae.comparison.ledger import holds
-from ppvae.comparison.members import members_of, name_of
-from ppvae.comparison.steps import (
-    TRUST,
-    crossed_interval,
-    interval_of_totals,
-    table_of,
-    with_steps,
+from ppvae._scopes import private_modules
+from ppvae.comparison.members import members_of, name_of, summing_out
+from ppvae.comparison.tables import table_of, wrapped
+from ppvae.comparison.trials import (
+    check_test,
+    held_data,
+    one_trial,
+    settings_of,
+    task_on,
+    trial,
 )
-from ppvae.comparison.trials import check_alike, check_test, held_data, task_on, trial
+from ppvae.comparison.walk import Walk
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.headed import check_encoder
-from ppvae.objectives.weights import TRUSTED
 from ppvae.programs.keywords import check_programs
 
 _LADDER = ("noise_only", "mean_only", "shared_scale", "mean_scale", "full_rank", "flow")
-_EQUAL = 0.75  # share of effective draws, above which no tail of the weights matters
-_FEW = 0.05  # share of the data whose weights need not be trusted
-_CLEAR = 4.0  # errors by which draws of another family must find more of log p(x) to count
-_NOTHING = 2  # steps in a row that bring nothing, after which the walk ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +38,8 @@ class Choice:
         family: the family, as it was given.
         name: its name.
         model: a copy of the model, fitted with a guide of that family and the first seed.
-        guide: that guide.
+        guide: that guide. Of `noise_only` it has the family for all sites but discrete latents of
+            finitely many values, which are summed out.
         dataset: the numbers of the families that were tried, as in `Comparison`: `below` is the
             one that a step was held against, the best so far. Beside them, dim `family`, what a
             richer family could still gain for the same model: `left`, log p(x) less the ELBO, with
@@ -61,7 +56,10 @@ class Choice:
     reason: str
 
     def __repr__(self) -> str:
-        return f"{table_of(self.dataset)}\n{self.reason}"
+        lines = self.reason.splitlines()
+        return "\n".join(
+            [table_of(self.dataset), "", *(part for line in lines for part in wrapped(line))]
+        )
 
 
 @exclusive
@@ -99,7 +97,8 @@ def choose_family(  # noqa: D417
 
     A step that is undecided is not taken, and the recommendation says so, and what would decide it;
     it says as well where so few epochs cannot tell whether a loss still fell.
-    Points (`deterministic`, `zero`) have no ELBO, and are no rungs.
+    Points (`deterministic`, `zero`) have no ELBO, and are no rungs. Finite discrete latents are
+    summed out, see `compare_families`.
 
     **Global latents** (no encoder) belong to all the data; all is in nats of all the data, and so
     is `min_gain`, see `compare_families`.
@@ -140,227 +139,38 @@ def choose_family(  # noqa: D417
         'Take `full_rank`: '
     """
     members = members_of(families, 1)
-    num_seeds = check_count("num_seeds", num_seeds, 2)
-    num_samples = check_count("num_samples", num_samples, 2)
-    min_gain, level = check_number("min_gain", min_gain), check_number("level", level)
-    expect(level < 1, "level", "a number from 0 to below 1", level)
+    told = settings_of(num_seeds, seed, min_gain, level, num_samples)
     check_programs(model, model)
     check_encoder(encoder)
-    seed = check_seed(seed)
     args = held_data("data", data) if test is None else held_data("test", test)
     shown, label = check_label("progress", progress, "choose_family")
-    seeds = range(seed, seed + num_seeds)
-    walk = _Walk(min_gain, level, num_samples, learns=_learns(model))
+    walk = Walk(told, learns=_learns(model))
     pairs: dict[str, tuple[Any, FamilyGuide]] = {}
+    total = len(members) * len(told.seeds)
     with (
         private_modules(),
-        tqdm(desc=label, total=len(members) * num_seeds, disable=not shown, unit="fit") as bar,
+        tqdm(desc=label, total=total, disable=not shown, unit="fit") as bar,
     ):
         for name, family in members.items():
             results = []
-            for number in seeds:
+            for number in told.seeds:
                 bar.set_postfix(family=name, seed=number)
-                try:
-                    with pyro.get_param_store().scope(), random_state(number):
-                        pair = _fresh(model, encoder, family)
-                        if not pairs:
-                            _check_model(*pair, data, fit_options)
-                            if test is not None:
-                                check_test(*copy.deepcopy(pair), args, fit_options)
-                        told = _options_of(*pair, fit_options)
-                        run = *pair, data, args, number, num_samples, told, "data"
-                        results.append(_with_density(trial(*run), name))
-                        pairs.setdefault(name, pair)
-                except Exception as error:
-                    error.add_note(f"choose_family: family {name}, seed {number}")
-                    raise
+                with one_trial("choose_family", name, number):
+                    pair = _fresh(model, encoder, family)
+                    if not pairs:
+                        _check_model(*pair, data, fit_options)
+                        if test is not None:
+                            check_test(*copy.deepcopy(pair), args, fit_options)
+                    options = _options_of(*pair, fit_options)
+                    run = *pair, data, args, number, told.num_samples, options, "data"
+                    results.append(_with_density(trial(*run), name))
+                    pairs.setdefault(name, pair)
                 bar.update()
-            result = xr.concat(results, "seed").assign_coords(seed=[*seeds])
+            result = xr.concat(results, "seed").assign_coords(seed=[*told.seeds])
             if walk.ends_with(name, name_of(family), result):
                 break
-    best = walk.best
-    return Choice(members[best], best, *pairs[best], walk.dataset(), walk.reason([*members]))
-
-
-class _Walk:
-    """The steps so far, and whether there is to be another one.
-
-    Args:
-        min_gain: what a step must gain.
-        level: of intervals.
-        draws: of an evaluation.
-        learns: whether the model has parameters that are trained.
-    """
-
-    def __init__(self, min_gain: float, level: float, draws: int, *, learns: bool) -> None:
-        self.min_gain, self.level, self.draws, self.learns = min_gain, level, draws, learns
-        self.results: list[xr.Dataset] = []
-        self.names: list[str] = []
-        self.kinds: list[str] = []
-        self.below: list[int] = []
-        self.at, self.row = 0, 0
-        self.end = ""
-
-    @property
-    def best(self) -> str:
-        """The best family so far."""
-        return self.names[self.at]
-
-    def ends_with(self, name: str, kind: str, result: xr.Dataset) -> bool:
-        """Adds a family of some kind, and says whether the walk ends."""
-        self.names.append(name)
-        self.kinds.append(kind)
-        self.results.append(result)
-        if len(self.names) > 1:
-            check_alike(result, self.results[0])
-            self.below.append(self.at)
-            self._judge()
-        if self._nothing_left():
-            self.end = "left"
-        elif self.row >= _NOTHING:
-            self.end = "row"
-        return bool(self.end)
-
-    def _judge(self) -> None:
-        """Takes the last step, or counts it among those that bring nothing."""
-        step = self._steps().isel(family=-1)
-        if step.verdict == "yes":
-            self.at, self.row = len(self.names) - 1, 0
-        elif step.verdict == "no":
-            held = holds(self.kinds[-1], self.kinds[self.at])
-            lost = float(step.gain_upper) < 0 and not held
-            self.row += not lost
-        else:
-            self.row = 0
-
-    def _nothing_left(self) -> bool:
-        """Whether a richer family than the best can bring nothing for its model."""
-        _, upper, untrusted = self._left(self.at)
-        if not (upper < self.min_gain and untrusted <= _FEW):
-            return False
-        one = self.results[self.at]
-        passes = one["global_rate" if "total_elbo" in one else "rate"].mean()
-        return not self.learns or float(passes) >= self.min_gain
-
-    def _left(self, at: int) -> tuple[float, float, float]:
-        others = [] if self.learns else self.results
-        return _left(self.results[at], others, self.level, self.draws)
-
-    def _steps(self) -> xr.Dataset:
-        joined = xr.concat(self.results, "family").assign_coords(family=self.names)
-        order = joined.transpose("family", "seed", ...)
-        return with_steps(order, self.min_gain, self.level, self.below)
-
-    def dataset(self) -> xr.Dataset:
-        """All numbers."""
-        steps, left = self._steps(), [*map(self._left, range(len(self.names)))]
-        unit = {"unit": steps.gain.attrs["unit"]}
-        columns = dict(
-            zip(("left", "left_upper", "untrusted"), zip(*left, strict=True), strict=True)
-        )
-        added: dict[str, Any] = {name: ("family", [*column]) for name, column in columns.items()}
-        steps = steps.assign(added)
-        for name in ("left", "left_upper"):
-            steps[name].attrs = unit
-        steps["untrusted"].attrs = {"unit": ""}
-        return steps
-
-    def reason(self, every: Sequence[str]) -> str:
-        """The recommendation in words: what to take, why, what it costs, and what is open."""
-        data = self.dataset()
-        unit = data.gain.attrs["unit"]
-        one = data.sel(family=self.best)
-        lines = [f"Take `{self.best}`: {self._why(one, unit)}."]
-        known = "total_elbo" if "total_elbo" in data else "elbo"
-        evidence = "log_evidence" if known == "total_elbo" else "log_likelihood"
-        cost = f"{int(one.parameters)} parameters and {float(one.seconds.median()):.2g} s a fit"
-        lines.append(
-            f"It costs {cost}; its ELBO is {float(one[known].mean()):.2f}, and log p(x) "
-            f"{float(one[evidence].mean()):.2f} {unit}."
-        )
-        lines.append(self._about_the_end(one, unit, every))
-        for name in data.family.values[1:]:
-            step = data.sel(family=name)
-            if step.verdict == "undecided":
-                lines.append(
-                    f"Whether `{name}` is worth it over `{step.below.item()}` is undecided, "
-                    f"{_interval(step)}: {step.note.item()}."
-                )
-        trained = [name for name in self.names if self.learns or data.parameters.sel(family=name)]
-        short = [name for name in trained if data.fall.sel(family=name).isnull().any()]
-        if short:
-            lines.append(
-                f"Whether the loss of {', '.join(short)} still fell at the end cannot be told from "
-                "so few epochs, and neither can what they are worth: train longer."
-            )
-        return "\n".join(line for line in lines if line)
-
-    def _why(self, one: xr.Dataset, unit: str) -> str:
-        if self.at:
-            return f"it gains {_interval(one)} {unit} over `{one.below.item()}`"
-        if len(self.names) > 1:
-            return "no step up from it is known to be worth it"
-        return "it is the first of the walk"
-
-    def _about_the_end(self, one: xr.Dataset, unit: str, every: Sequence[str]) -> str:
-        """Why the walk ended, and what it leaves open."""
-        over = every[len(self.names) :]
-        rest = f" ({', '.join(over)} not tried)" if over else ""
-        left = f"{float(one.left):.3f} (at most {float(one.left_upper):.3f}) {unit}"
-        if self.end == "left":
-            other = "; another decoder may be learned with another family" if self.learns else ""
-            return f"A richer family could gain {left} for this model{other}{rest}."
-        trusted = float(one.untrusted) <= _FEW
-        gap = f"what is left to log p(x) is {left}"
-        if not trusted:
-            gap += f" or more: the weights of {float(one.untrusted):.0%} cannot be trusted"
-        if self.end == "row":
-            return f"The last two steps bring less than {self.min_gain:g} each{rest}; {gap}."
-        return f"The walk went to its end; {gap}."
-
-
-def _left(
-    result: xr.Dataset, others: Sequence[xr.Dataset], level: float, draws: int
-) -> tuple[float, float, float]:
-    """What a richer family could gain, at most, and for how many data that cannot be trusted.
-
-    Args:
-        result: of a family.
-        others: of families with the same model, whose draws may have found more of log p(x), as
-            where a posterior has another mode; they count where they clearly did.
-        level: of the interval.
-        draws: of an evaluation.
-
-    Returns:
-        Log p(x) less the ELBO, the upper end of its interval, and a share.
-    """
-    whole = "total_elbo" in result
-    known, trusted, error = _evidence(result, draws)
-    for other in others:
-        more, good, noise = _evidence(other, draws)
-        found = good & (more - known > _CLEAR * np.hypot(error, noise) + 1e-9)
-        known, error = np.where(found, more, known), np.where(found, noise, error)
-    if whole:
-        gap = known - result.total_elbo.values
-        interval = interval_of_totals(gap, result.total_elbo_se.values, level)
-    else:
-        interval = crossed_interval(known - result.elbo.transpose("seed", "datum").values, level)
-    return float(interval[0]), float(interval[2]), float((~trusted).mean())
-
-
-def _evidence(result: xr.Dataset, draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log p(x), whether its weights can be trusted, and its error."""
-    whole = "total_elbo" in result
-    names = ["log_evidence" if whole else "log_likelihood", *TRUST[whole]]
-    found, ess, khat = (result[name].transpose("seed", ...).values for name in names)
-    # where nearly all draws count, nothing depends on the shape of their tail
-    trusted = (khat <= TRUSTED) | (ess >= _EQUAL * draws)
-    return found, trusted, np.sqrt(np.maximum(1 / ess - 1 / draws, 0.0))
-
-
-def _interval(step: xr.Dataset) -> str:
-    lower, upper = float(step.gain_lower), float(step.gain_upper)
-    return f"{float(step.gain):.3f} ({lower:.3f} to {upper:.3f})"
+    best, found = walk.best, walk.dataset()
+    return Choice(members[best], best, *pairs[best], found, walk.reason(found, [*members]))
 
 
 def _fresh(model: Any, encoder: Any, family: Any) -> tuple[Any, FamilyGuide]:
@@ -370,7 +180,7 @@ def _fresh(model: Any, encoder: Any, family: Any) -> tuple[Any, FamilyGuide]:
     wanted = "a prior that is made of no guide's posteriors yet"
     expect(not attached, "model", wanted, "one that another guide is attached to")
     model, encoder = copy.deepcopy((model, encoder))
-    return model, FamilyGuide(model, family, encoder)
+    return model, FamilyGuide(model, summing_out(family), encoder)
 
 
 def _learns(model: Any) -> bool:

@@ -12,17 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ppvae._checks import check_count, check_label, check_number, check_seed, expect
+from ppvae._checks import check_label, expect
 from ppvae._process import exclusive
-from ppvae._scopes import private_modules, random_state
-from ppvae.comparison.members import members_of
-from ppvae.comparison.steps import table_of, with_steps
-from ppvae.comparison.trials import check_alike, check_test, fresh, held_data, trial
+from ppvae._scopes import private_modules
+from ppvae.comparison.members import members_of, summing_out
+from ppvae.comparison.steps import with_steps
+from ppvae.comparison.tables import table_of
+from ppvae.comparison.trials import (
+    check_alike,
+    check_test,
+    fresh,
+    held_data,
+    one_trial,
+    settings_of,
+    trial,
+)
 from ppvae.guides.family_guide import FamilyGuide
 
 
@@ -84,6 +92,10 @@ def compare_families(
     data, and there are no others to measure them on. That a family is too narrow is what the gain
     says, and not a warning.
 
+    **Discrete latents** of finitely many values are summed out of all families alike, `noise_only`
+    included, so that no step contains what summing out gives; a mapping that names one, with a
+    family that can draw it, is the exception.
+
     Args:
         build: makes a fresh model and encoder, without arguments; called once per seed and family,
             with the random numbers of the seed. To compare families for a given decoder, freeze it
@@ -140,34 +152,24 @@ def compare_families(
         ('yes', 'nats of all the data')
     """
     members = members_of(families)
-    num_seeds = check_count("num_seeds", num_seeds, 2)
-    num_samples = check_count("num_samples", num_samples, 2)
-    min_gain = check_number("min_gain", min_gain)
-    level = check_number("level", level)
-    expect(level < 1, "level", "a number from 0 to below 1", level)
+    told = settings_of(num_seeds, seed, min_gain, level, num_samples)
     expect(callable(build), "build", "a function", type(build).__name__, TypeError)
-    seed = check_seed(seed)
     args = held_data("train", train) if test is None else held_data("test", test)
-    seeds = list(range(seed, seed + num_seeds))
     shown, label = check_label("progress", progress, "compare_families")
-    runs = list(itertools.product(seeds, members.items()))
+    runs = list(itertools.product(told.seeds, members.items()))
     results: list[xr.Dataset] = []
     starts: dict[int, list[Tensor]] = {}
     with private_modules(), tqdm(runs, label, disable=not shown, unit="fit") as bar:
         for number, (name, family) in bar:
             bar.set_postfix(family=name, seed=number)
-            try:  # in a param store of its own, so that `pyro.param` statements start anew
-                with pyro.get_param_store().scope(), random_state(number):
-                    model, encoder, starts[number] = fresh(build, starts.get(number))
-                    pair = model, FamilyGuide(model, family, encoder)
-                    if test is not None and number == seed:
-                        check_test(*copy.deepcopy(pair), args, fit_options)
-                    results.append(trial(*pair, train, args, number, num_samples, fit_options))
-                    check_alike(results[-1], results[0])
-            except Exception as error:
-                error.add_note(f"compare_families: family {name}, seed {number}")
-                raise
+            with one_trial("compare_families", name, number):
+                model, encoder, starts[number] = fresh(build, starts.get(number))
+                pair = model, FamilyGuide(model, summing_out(family), encoder)
+                if test is not None and number == told.seeds[0]:
+                    check_test(*copy.deepcopy(pair), args, fit_options)
+                results.append(trial(*pair, train, args, number, told.num_samples, fit_options))
+                check_alike(results[-1], results[0])
     rows = [results[first :: len(members)] for first in range(len(members))]
     joined = xr.combine_nested(rows, ["family", "seed"]).transpose("family", "seed", ...)
-    joined = joined.assign_coords(family=list(members), seed=seeds)
-    return Comparison(with_steps(joined, min_gain, level))
+    joined = joined.assign_coords(family=list(members), seed=[*told.seeds])
+    return Comparison(with_steps(joined, told.min_gain, told.level))

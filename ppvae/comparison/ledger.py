@@ -1,7 +1,7 @@
 """From the optimum of each family to rows of nats that sum to log p(x), and on to the fit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -26,16 +26,16 @@ _STEPS = {
     ("mean_scale", "full_rank"): "correlations",
 }
 _WORDS = {
-    "noise": "E[log p(x|z)] over p(z|x): the noise of the data, which stays if z is known so well",
+    "noise": "E log p(x|z) over p(z|x): the noise of the data",
     "prior_cost": "what it costs that nothing passes: z is drawn from its prior",
     "mean_channel": "what a mean for each datum is worth, with noise of sd 1",
     "scale_channel": "what a scale for each datum adds",
     "correlations": "what correlations of the latents add",
     "beyond_gaussian": "what no Gaussian says: the shape of the posterior",
     "family_gap": "what the family of the guide cannot say",
-    "amortization_gap": "what the guide misses of the best of its family for each datum",
+    "amortization_gap": "what the guide misses of its family's best for each datum",
     "optimization_gap": "what the fit is short of the best of its family",
-    "point": "max log p(x, z) over z, in the model's coordinates of z: no bound",
+    "point": "max log p(x, z) over z, in the model's coordinates: no bound",
     "guide_point": "log p(x, z) where the guide has its point: no bound",
 }
 
@@ -54,8 +54,10 @@ class Measured:
         point: max log p(x, z).
         best: the ELBO of the best member of the guide's family, by groups; None of a point.
         guide: the ELBO of the guide, or log p(x, z) at its point.
-        endless: where the search for `point` found no maximum; None where that is not known.
         prior_found: by how many nats draws from the prior found more than the best member.
+        endless: where the search for `point` found no maximum.
+        left: what was searched for -> by how many nats it may be short of that, which is judged
+            from how the search still rose; NaN where that is not known.
     """
 
     rungs: dict[str, Tensor]
@@ -68,7 +70,8 @@ class Measured:
     best: Tensor | None
     guide: Tensor
     prior_found: Tensor
-    endless: Tensor | None = None
+    endless: Tensor
+    left: dict[str, Tensor] = field(default_factory=dict)
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
@@ -79,7 +82,8 @@ def joined(parts: Sequence[Measured]) -> Measured:
             return None
         if isinstance(values[0], dict):
             return {name: join([value[name] for value in values]) for name in values[0]}
-        return torch.cat([value.detach().double().cpu() for value in values], -1)
+        values = [value if value.dtype == torch.bool else value.double() for value in values]
+        return torch.cat([value.detach().cpu() for value in values], -1)
 
     return Measured(**{name: join([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
@@ -91,12 +95,14 @@ class Row:
     Attributes:
         nats: of each datum.
         se: their Monte Carlo error.
+        words: what they are.
         summed: whether it is in the sum.
         end: what the sum is behind it, if that has a name.
     """
 
     nats: np.ndarray
     se: np.ndarray
+    words: str
     summed: bool = True
     end: str = ""
 
@@ -122,25 +128,31 @@ def rows_of(
         whole: whether the one datum is all the data.
         kinds: name of a rung -> name of its family, which the caller may call otherwise.
     """
-    rows: dict[str, Row] = {"noise": _row(found.noise)}
+    words = {
+        name: text.replace(" for each datum", "") if whole else text
+        for name, text in _WORDS.items()
+    }
+    rows = {"noise": _row(found.noise, words["noise"])}
     below: str | None = None
     last = found.noise
     for name, groups in found.rungs.items():
         known = name == kinds[name] and (below is None or kinds[below] == below)
-        step = _STEPS.get((below, name), name) if known else name
-        rows[_free(step, rows)] = _row(groups - last)
+        step = _STEPS.get((below, name)) if known else None
+        step = step or _free(name, {**words, **rows})
+        rows[step] = _row(groups - last, words.get(step, f"what {name} adds"))
         below, last = name, groups
-    gaussian = below == "full_rank" and kinds[below] == below
-    beyond = "beyond_gaussian" if gaussian else f"beyond_{below}"
     log_p, error = found.log_likelihood, found.log_likelihood_se
-    rows[_free(beyond, rows)] = replace(_row(log_p - last, error), end="log p(x)")
+    beyond, said = "beyond_gaussian", words["beyond_gaussian"]
+    if not below == "full_rank" == kinds["full_rank"]:
+        beyond, said = _free(f"beyond_{below}", {**words, **rows}), f"what {below} cannot say"
+    rows[beyond] = replace(_row(log_p - last, said, error), end="log p(x)")
     if found.best is not None:
-        rows["family_gap"] = _row(found.best - log_p, error)
+        rows["family_gap"] = _row(found.best - log_p, words["family_gap"], error)
         gap = "optimization_gap" if whole else "amortization_gap"
-        rows[gap] = replace(_row(found.guide - found.best), end="ELBO of the guide")
-    rows["point"] = _row(found.point[None], summed=False)
+        rows[gap] = replace(_row(found.guide - found.best, words[gap]), end="ELBO of the guide")
+    rows["point"] = replace(_row(found.point[None], words["point"]), summed=False)
     if found.best is None:
-        rows["guide_point"] = _row(found.guide, summed=False)
+        rows["guide_point"] = replace(_row(found.guide, words["guide_point"]), summed=False)
     return rows
 
 
@@ -149,18 +161,11 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
     return name if name not in taken else _free(f"{name}_", taken)
 
 
-def _row(groups: Tensor, error: Tensor | None = None, *, summed: bool = True) -> Row:
+def _row(groups: Tensor, words: str, error: Tensor | None = None) -> Row:
     """The mean over groups of draws, and its error, with one that is independent of them."""
     spread = error_of(groups) if len(groups) > 1 else torch.zeros_like(groups[0])
     se = spread if error is None else torch.hypot(spread, error)
-    return Row(groups.mean(0).numpy(), se.numpy(), summed)
-
-
-def words_of(row: str, whole: bool) -> str:  # noqa: FBT001
-    """What a row is, in words."""
-    default = f"what {row.removeprefix('beyond_')} cannot say" if row.startswith("beyond_") else ""
-    words = _WORDS.get(row, default or f"what {row} adds")
-    return words.replace(" for each datum", "") if whole else words
+    return Row(groups.mean(0).numpy(), se.numpy(), words)
 
 
 def notes_of(found: Measured, kinds: Mapping[str, str], *, exact: bool = False) -> list[str]:
@@ -184,21 +189,41 @@ def notes_of(found: Measured, kinds: Mapping[str, str], *, exact: bool = False) 
             f"draws from the prior found up to {found.prior_found.max():.2g} nats that the best "
             f"members miss, for {_of(more, count)} (another mode?): they are taken there"
         )
-    if found.endless is not None and found.endless.any():
+    notes += _rising(found)
+    if found.endless.any():
         notes.append(
             f"the search for `point` found no maximum for {_of(int(found.endless.sum()), count)}: "
-            "log p(x, z) may be infinite at an end of the range of z, or num_steps too few"
+            "log p(x, z) may be infinite at an end of the range of z, or the search too short"
         )
-    names = [*found.rungs]
-    for below, name in combinations(names, 2):
+    return notes + _below_what_they_hold(found, kinds)
+
+
+def _rising(found: Measured) -> list[str]:
+    """Searches that still rose where they ended."""
+    short = {name: left for name, left in found.left.items() if (left > _VISIBLE).any()}
+    if not short:
+        return []
+    most = ", ".join(f"{name} by {left.nan_to_num(0).max():.1g}" for name, left in short.items())
+    some = torch.stack([left > _VISIBLE for left in short.values()]).any(0)
+    return [
+        f"the search still rose where it ended, and may be short of the best of {most} nats, "
+        f"for {_of(int(some.sum()), len(some))}: give it more steps (num_steps)"
+    ]
+
+
+def _below_what_they_hold(found: Measured, kinds: Mapping[str, str]) -> list[str]:
+    """Families whose search ended lower than that of a family which they hold."""
+    notes = []
+    for below, name in combinations(found.rungs, 2):
         if holds(kinds[name], kinds[below]):
-            step = _row(found.rungs[name] - found.rungs[below])
-            lower = step.nats < -_ERRORS * step.se - _VISIBLE
+            step = found.rungs[name] - found.rungs[below]
+            gain, error = step.mean(0), error_of(step)
+            lower = gain < -_ERRORS * error - _VISIBLE
             if lower.any():
                 notes.append(
                     f"the search ended below {below}, which {name} holds, by up to "
-                    f"{-step.nats.min():.2g} nats for {_of(int(lower.sum()), count)}: give it more "
-                    "steps (num_steps)"
+                    f"{-gain.min():.2g} nats for {_of(int(lower.sum()), len(lower))}: give it "
+                    "more steps (num_steps)"
                 )
     return notes
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ppvae._checks import expect
 from ppvae.guides.assignment import BySite
+from ppvae.programs.nodes import is_finite_discrete, latent_nodes
 
 
 def members_of(families: Any, least: int = 2) -> dict[str, Any]:
@@ -31,12 +32,24 @@ def members_of(families: Any, least: int = 2) -> dict[str, Any]:
     return members
 
 
-def is_family_of(guide: Any, family: Any) -> bool:
+def _is_of(guide: Any, family: Any) -> bool:
     """Whether a guide is of a family, which another one may have the name of."""
     given, own = guide.family, BySite(family, "families")
     if isinstance(given, BySite):
         return given.entries == own.entries
     return own.one is not None and own.entries == BySite(given).entries
+
+
+def own_of(guide: Any, traces: Any, members: Mapping[str, Any]) -> str | None:
+    """The name under which the family of a guide is among some, or None."""
+    if any(is_finite_discrete(node["fn"]) for node in latent_nodes(traces[1])):
+        return None  # the rungs sum out what it draws
+    return next((n for n, family in members.items() if _is_of(guide, family)), None)
+
+
+def prior_of(members: Mapping[str, Any]) -> str | None:
+    """The name under which the prior is among some families, or None."""
+    return next((n for n, family in members.items() if name_of(family) == "noise_only"), None)
 
 
 def summing_out(family: Any) -> Any:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from ppvae._checks import expect
 from ppvae.comparison.members import summing_out
 from ppvae.data.adapters import has_missing
-from ppvae.evaluation.search import ShiftedGuide, best_shifts, better_of, new_seed, shifted_guide
+from ppvae.evaluation.search import (
+    Found,
+    ShiftedGuide,
+    best_shifts,
+    better_found,
+    better_of,
+    new_seed,
+    shifted_guide,
+)
 from ppvae.families.heads import Argument, Head
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
@@ -27,7 +35,7 @@ from ppvae.programs.runs import Args, Runs, held, trace_pair
 
 _MOMENTS = 64  # draws that tell where a member is
 _RISING = 0.05  # nats by unit of location, above which a point is at no maximum
-_FAR = 30.0  # in unconstrained space, where what is bounded is at its end by rounding
+FAR = 30.0  # in unconstrained space, where what is bounded is at its end by rounding
 _NARROWEST = 1e-6  # an sd that a search may begin with
 
 Moments = tuple[Tensor, Tensor | None]  # of the coordinates of each datum: mean and sd
@@ -56,12 +64,10 @@ class Rung:
     """A family, and a guide whose members of it can be searched for each datum.
 
     Attributes:
-        name: of the family.
-        guide: a guide of this family.
+        guide: a guide of the family.
         runs: the model and that guide.
     """
 
-    name: str
     guide: FamilyGuide
     runs: Runs
 
@@ -98,9 +104,11 @@ def rung_of(
             flow, whose networks are learned.
     """
     frame, program = runs.plate, held(model, outer) if outer else model
-    first = latent_nodes(runs.traces[1])[0]["value"]
-    guide = FamilyGuide(program, summing_out(family), Silent(first), plate=frame.name)
-    guide.encoder.rows = frame.size
+    drawn = latent_nodes(runs.traces[1])
+    expect(drawn, "model", "a latent beside those that are summed out", "none")
+    silent = Silent(drawn[0]["value"])
+    guide = FamilyGuide(program, summing_out(family), silent, plate=frame.name)
+    silent.rows = frame.size
     guided: Any = WithKeywords(guide, names) if names else guide
     if has_missing(runs.args):
         guided = nan_masked(guided)
@@ -111,7 +119,7 @@ def rung_of(
     own = [key for key, head in guide.heads.items() if type(head) is not Head]
     wanted = "families each member of which is given by its channels (a `Family`), or the guide's"
     expect(not own, "families", wanted, f"{name}, which has networks of its own at {own}")
-    return Rung(name, guide, pair)
+    return Rung(guide, pair)
 
 
 def moments_of(shifted: ShiftedGuide, shifts: Tensor) -> Moments | None:
@@ -163,9 +171,9 @@ def without_maximum(shifted: ShiftedGuide, guide: FamilyGuide, best: Tensor) -> 
     layout = Layout.of(shifted.traces[0], shifted.runs.plate)
     places = layout.places
     if moments is None or all(is_real(place.support) for place in places.values()):
-        return torch.zeros(len(best), dtype=torch.bool)
+        return torch.zeros(len(best), dtype=torch.bool, device=best.device)
     loss, slope = shifted.slope(best, 1, new_seed())
-    far = moments[0].abs() > _FAR
+    far = moments[0].abs() > FAR
     for name, at in layout.slices.items():
         if is_real(places[name].support):
             far[:, at] = False
@@ -174,9 +182,19 @@ def without_maximum(shifted: ShiftedGuide, guide: FamilyGuide, best: Tensor) -> 
         mean = torch.where(far, moments[0] * factor + step * moments[0].sign(), moments[0])
         return shifted.loss(shifts_at(shifted, guide, (mean, None)), 1, new_seed()) - loss
 
-    at_end = far.any(1) & (lost(0.5, 0.0) > 1) & (lost(1.0, 1.0) < 1e-3)
+    at_end = far.any(1) & at_an_end(lost(0.5, 0.0), lost(1.0, 1.0))
     rises = ~(slope.abs().amax(1) < _RISING)
-    return (rises | at_end | ~loss.isfinite()).cpu()
+    return rises | at_end | ~loss.isfinite()
+
+
+def at_an_end(half: Tensor, beyond: Tensor) -> Tensor:
+    """Whether a far point is no maximum, but at the end of a range by rounding.
+
+    Args:
+        half: by how many nats the density is lower half way to it.
+        beyond: the same a step further out.
+    """
+    return (half > 1) & (beyond < 1e-3)
 
 
 def _argument_at(name: str, argument: Argument, mean: Tensor, sd: Tensor | None) -> Tensor | None:
@@ -200,7 +218,7 @@ def climb(
     tick: Callable[[], Any],
     *,
     own: bool = False,
-) -> Tensor:
+) -> Found:
     """The best member for each datum, by a search from the best of some starts.
 
     Args:
@@ -218,4 +236,4 @@ def climb(
     found = best_shifts(shifted, begin, steps, tick)
     if not own or not known or not shifted.start.shape[1]:
         return found
-    return better_of(shifted, best_shifts(shifted, shifted.start, steps, tick), found)
+    return better_found(shifted, best_shifts(shifted, shifted.start, steps, tick), found)

@@ -13,8 +13,8 @@ MEASURES = ["elbo", "log_likelihood", "rate", "distortion"]
 TOTALS = ["total_elbo", "total_elbo_se", "log_evidence", "global_rate"]
 #: of the weights behind log p(x), the same two
 TRUST = ["ess", "khat"], ["evidence_ess", "evidence_khat"]
-_GAIN = ["gain", "gain_lower", "gain_upper"]
-_RATES = ["gain_per_parameter", "gain_per_second"]
+#: of a gain by what it costs
+RATES = ["gain_per_parameter", "gain_per_second"]
 
 
 def crossed_interval(differences: np.ndarray, level: float = 0.95) -> list[np.ndarray]:
@@ -111,10 +111,11 @@ def with_steps(
     left = still_to_come(drift, np.hypot(error[1:], error[under]))
     yes, no, point = lower > min_gain, upper < min_gain, np.isnan(gain)
     turns = (lower + np.minimum(left, 0) <= min_gain) & (upper + np.maximum(left, 0) >= min_gain)
-    names = [*_GAIN, "gain_se_seeds", "gain_se_draws" if whole else "gain_se_data"]
+    names = ["gain", "gain_lower", "gain_upper", "gain_se_seeds"]
+    names.append("gain_se_draws" if whole else "gain_se_data")
     steps = dict(zip(names, interval, strict=True), below=results.family.values[under])
     steps["gain_drift"] = np.where(point, math.nan, drift)
-    for name, total in zip(_RATES, (results.parameters, results.seconds), strict=True):
+    for name, total in zip(RATES, (results.parameters, results.seconds), strict=True):
         cost = up(total.median("seed"))
         steps[name] = gain / np.where(cost > 0, cost, math.nan)
     steps["verdict"] = np.select([point, turns, yes], ["", "undecided", "yes"], "no")
@@ -145,17 +146,3 @@ def with_steps(
             means[name].attrs["unit"] = unit
     means.attrs = options
     return means
-
-
-def table_of(data: xr.Dataset) -> str:
-    """The results of `with_steps` as a table, with the notes on its rows."""
-    measures = [name for name in (*MEASURES, *TOTALS) if name in data]
-    means = {name: data[name].mean("seed", skipna=False) for name in [*measures, "fall"]}
-    means["seconds"] = data.seconds.median("seed")
-    columns = [*means, "parameters", *_GAIN, *_RATES, "verdict"]
-    table = data.assign(means)[columns].to_dataframe().rename_axis(None)
-    short = dict.fromkeys(_RATES, "{:.1e}".format)
-    text = table.to_string(na_rep="", float_format="{:.3f}".format, formatters=short)
-    notes = zip(data.family.values, data.note.values, strict=True)
-    said = [f"{name}: {note}" for name, note in notes if note]
-    return "\n".join([text, f"densities and gains in {data.gain.unit}", *said])

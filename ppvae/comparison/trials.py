@@ -1,18 +1,20 @@
 """One trial: a family is fitted from fresh networks with a seed, and measured."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyro
 import torch
 import xarray as xr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ppvae._checks import expect
+from ppvae._checks import check_count, check_number, check_seed, expect
 from ppvae._process import apart
-from ppvae._scopes import eval_mode
+from ppvae._scopes import eval_mode, random_state
 from ppvae.comparison.steps import MEASURES, TOTALS, TRUST
 from ppvae.data.adapters import as_tensors, items_of, schema_of
 from ppvae.evaluation.evaluation import evaluate
@@ -24,6 +26,51 @@ from ppvae.training.course import last_fall
 from ppvae.training.fitting import fit
 from ppvae.training.task import Task, task_of, training_batches
 from ppvae.training.verdict import NarrowFamily
+
+
+class Settings(NamedTuple):
+    """How often families are fitted, how they are measured, and what a step must gain.
+
+    Attributes:
+        seeds: one for each fit of a family.
+        min_gain: what a step must gain, in nats.
+        level: of its interval.
+        num_samples: draws of an evaluation.
+    """
+
+    seeds: range
+    min_gain: float
+    level: float
+    num_samples: int
+
+
+def settings_of(num_seeds: Any, seed: Any, min_gain: Any, level: Any, num_samples: Any) -> Settings:
+    """What the caller asks for.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: one is out of its range.
+    """
+    num_seeds = check_count("num_seeds", num_seeds, 2)
+    num_samples = check_count("num_samples", num_samples, 2)
+    min_gain, level = check_number("min_gain", min_gain), check_number("level", level)
+    expect(level < 1, "level", "a number from 0 to below 1", level)
+    first = check_seed(seed)
+    return Settings(range(first, first + num_seeds), min_gain, level, num_samples)
+
+
+@contextmanager
+def one_trial(caller: str, family: str, seed: int) -> Iterator[None]:
+    """Inside is one trial: with the random numbers of a seed, and a param store of its own.
+
+    So `pyro.param` statements start anew. A note on an error names the family and the seed.
+    """
+    try:
+        with pyro.get_param_store().scope(), random_state(seed):
+            yield
+    except Exception as error:
+        error.add_note(f"{caller}: family {family}, seed {seed}")
+        raise
 
 
 def fresh(build: Any, start: list[Tensor] | None) -> tuple[Any, Any, list[Tensor]]:

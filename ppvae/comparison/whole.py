@@ -27,7 +27,8 @@ from ppvae._scopes import (
     unchecked,
 )
 from ppvae.comparison.ledger import Measured, found_by_prior, posterior_mean
-from ppvae.comparison.members import summing_out
+from ppvae.comparison.members import prior_of, summing_out
+from ppvae.comparison.rungs import FAR, at_an_end
 from ppvae.comparison.trials import task_on
 from ppvae.evaluation.amortization import GROUPS
 from ppvae.guides.assignment import BySite
@@ -66,7 +67,7 @@ class Whole:
     seed: int
 
     def fitted(self, family: Any) -> tuple[FamilyGuide, str]:
-        """A guide of a family at its optimum, and a remark if it may not be there."""
+        """A guide of a family at its optimum, and what is said if it may not be there."""
         guide = FamilyGuide(self.model, summing_out(family))
         if not guide.family.channels:
             return guide, ""
@@ -77,7 +78,27 @@ class Whole:
             found = fit(self.model, guide, self.args, seed=self.seed, **told)
         if found.interrupted:
             raise KeyboardInterrupt
-        return guide, "" if found.converged else f"{guide.family.name}: {found.verdict}"
+        return guide, "" if found.converged else found.verdict
+
+    def endless(self, guide: FamilyGuide) -> Tensor:
+        """Whether a fitted point is at no maximum, see `without_maximum`; shape `(1,)`."""
+        bounded = [block for block in guide.blocks if block.sites[0].transform is not None]
+        heads: list[Any] = [guide.heads[block.key] for block in bounded]
+        places = [head.v.raw for head in heads]
+        kept = [place.detach().clone() for place in places]
+        if not any((value.abs() > FAR).any() for value in kept):
+            return torch.zeros(1, dtype=torch.bool)
+
+        def density(factor: float, step: float) -> Tensor:
+            for place, value in zip(places, kept, strict=True):
+                moved = value * factor + step * value.sign()
+                place.data = torch.where(value.abs() > FAR, moved, value)
+            return self.parts(guide)[0][1].mean(1)[:1]
+
+        here = density(1.0, 0.0)
+        ended = at_an_end(here - density(0.5, 0.0), here - density(1.0, 1.0))
+        density(1.0, 0.0)
+        return ended
 
     def parts(self, guide: Any) -> tuple[Tensor, Tensor]:
         """What a guide is worth, in nats of all the data, by draws.
@@ -177,44 +198,48 @@ def measured_whole(
     """
     notes: list[str] = []
 
-    def best_of(name: str, family: Any) -> tuple[Tensor, Tensor]:
-        fitted, note = whole.fitted(family)
-        if name != "point":
+    def best_of(name: str, family: Any, *, dense: bool = True) -> tuple[Any, Any]:
+        fitted, said = whole.fitted(family)
+        if dense:
             told: dict[str, Any] = {"seed": whole.seed, "plate": whole.plate}
             told["kwargs"] = whole.kwargs
             with opened(whole.model, fitted, whole.args, **told) as runs:
                 known = terms(*runs.traces, whole.plate).is_dense
             got = f"{name}, whose members are points"
             expect(known, "families", "families with a density", got)
-        notes.extend([note] if note else [])
+        notes.extend([f"{name}: {said}"] if said else [])
         tick()
-        return whole.parts(fitted)
+        return fitted, whole.parts(fitted)
 
     with frozen(whole, guide):
         mine = whole.parts(guide)
-        parts = {name: best_of(name, family) for name, family in members.items()}
+        parts = {name: best_of(name, family)[1] for name, family in members.items()}
         if dense and own is None:
             one = not guide.family.channels  # the only member
-            parts[""] = mine if one else best_of(guide.family.name, _family_of(guide))
-        point = best_of("point", "deterministic")[0][1].mean()
+            parts[""] = mine if one else best_of(guide.family.name, _family_of(guide))[1]
+        pointed, at_point = best_of("`point`", "deterministic", dense=False)
+        endless = whole.endless(pointed)
     if dense and mine[0][0].mean() > parts[own or ""][0][0].mean():
         parts[own or ""] = mine
     together, alone = max(parts.values(), key=lambda each: float(each[0][0].mean()))
-    found, more = estimates(alone[1][:, None]), torch.zeros(1)
-    if "noise_only" in parts:
-        prior = estimates(parts["noise_only"][1][1][:, None])
+    found: dict[str, Any] = estimates(alone[1][:, None])
+    more = torch.zeros(1)
+    nothing = prior_of(members)
+    if nothing is not None:
+        prior = estimates(parts[nothing][1][1][:, None])
         more = found_by_prior(found, prior).to(more)
         if more.item() > 0:
-            found, together = prior, parts["noise_only"][0]
+            found, together = prior, parts[nothing][0]
     groups = {name: each[0][0].mean(1, keepdim=True) for name, each in parts.items()}
-    said = mine[0][0].mean(1, keepdim=True) if dense else mine[0][1].mean(1, keepdim=True)
+    own_value = mine[0][0 if dense else 1].mean(1, keepdim=True)
     measured = Measured(
         rungs={name: groups[name] for name in members},
         noise=posterior_mean(together[1][..., None], together[2][..., None]),
         **found,
-        point=point.reshape(1),
+        point=at_point[0][1].mean().reshape(1),
+        endless=endless,
         best=groups[own or ""] if dense else None,
-        guide=said,
+        guide=own_value,
         prior_found=more,
     )
     return measured, notes

@@ -73,7 +73,8 @@ def gaps(  # noqa: D417
             prior, so that its amortization is zero.
         *args: their arguments: data of which the first dimension is that of the data plate.
         num_samples: draws per datum of each measure, at least 16; rounded up to a multiple of 8.
-        num_steps: steps of the search, each with about 16 draws; at least 1.
+        num_steps: steps of the search, each with about 16 draws, at least 1; where the last of them
+            still bring something, up to two thirds as many follow.
         log_likelihood: log p(x) of shape `(N,)`, exact or better estimated; taken as it is.
         batch_size, vectorized, seed, plate, kwargs, progress: as for `evaluate`.
 
@@ -137,7 +138,7 @@ def best_members(
     with bar:
         for number, batch in enumerate(runs.batches, 1):
             shifted = shifted_guide(runs, guide.heads, batch)
-            yield shifted, best_shifts(shifted, shifted.start, num_steps, bar.update)
+            yield shifted, best_shifts(shifted, shifted.start, num_steps, bar.update).point
             bar.update(number * num_steps - bar.n)
 
 

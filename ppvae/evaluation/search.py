@@ -8,8 +8,8 @@ argument that all data share stays where it is, or is freed for each datum, as t
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,10 @@ _BETAS = 0.9, 0.99
 _LAST = 0.003  # the last step size, relative to the first
 
 # L-BFGS
-_MEMORY = 10  # pairs of steps and changes of the slope
+_MEMORY = 30  # pairs of steps and changes of the slope, enough for the latents of most models
 _FIRST_STEP = 0.1  # length of the first step, before anything is known of the curvature
 _SHRINK = 0.4  # of a step that did not descend
+_FLAT = 1e-4  # nats that may still come, below which a search does not go on beyond its share
 
 _DRAWS = 16  # in each step of the search
 _SINGLE_DRAWS = 8  # the same where they are made one by one
@@ -41,6 +42,19 @@ _MOST = 64  # draws in a step, where a datum has many coordinates to match
 _CHOICE = 64  # draws that choose between two answers of the search
 
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Found(NamedTuple):
+    """Where a search ended.
+
+    Attributes:
+        point: the best points, shape `(rows, size)`.
+        left: how far each may still descend, shape `(rows,)`: a judgement, see `quasi_newton`; NaN
+            where there is none.
+    """
+
+    point: Tensor
+    left: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,18 +105,17 @@ class ShiftedGuide:
     ) -> list[Tensor]:
         """What is read off the terms, the traces and the plate of runs that make so many draws."""
         pieces = self.pieces(shifts)
+        runs = _shifting(self.runs, self.heads, lambda key, _: pieces[key], shared=self.shared)
         numbers, first = MatchedNormals(draws, common=match == "common"), 0
         results = []
         with ExitStack() as stack:
             stack.enter_context(random_state(seed))
-            shift = with_shifts(self.heads, lambda key, _: pieces[key], shared=self.shared)
-            stack.enter_context(shift)
             if match is not None:
                 stack.enter_context(numbers)
                 stack.enter_context(numbers.places(self.runs.plate))
             for count, plate in self.runs.draws(self.args, draws, self.traces):
                 numbers.start_run(first, count, single=plate is None)
-                pair = self.runs.pair(self.args, plate)
+                pair = runs.pair(self.args, plate)
                 value = read(terms(*pair, self.runs.plate.name), pair, plate)
                 results.append(value.expand(count, len(shifts), *value.shape[2:]))
                 first += count
@@ -196,8 +209,7 @@ def shifted_guide(
         said.setdefault(key, value.detach())
         return zeros.setdefault(key, torch.zeros_like(value))
 
-    with with_shifts(heads, note, shared=shared):
-        traces = runs.pair(args)
+    traces = _shifting(runs, heads, note, shared=shared).pair(args)
     drawn = drawn_nodes(traces[1])
     rough = {name: node["fn"] for name, node in drawn.items() if not node["fn"].has_rsample}
     expect(not (zeros and rough), "guide", "reparametrized draws", rough)
@@ -212,6 +224,18 @@ def shifted_guide(
     shapes = {channel: zero.shape for channel, zero in zeros.items()}
     found = runs, heads, args, traces, start, step_sizes, columns, shapes, coordinates, said
     return ShiftedGuide(*found, shared)
+
+
+def _shifting(
+    runs: Runs, heads: nn.ModuleDict, shift: Callable[[str, Tensor], Tensor], *, shared: bool
+) -> Runs:
+    """The pair with shifts in the guide alone: a model may ask its heads, too, as a `VampPrior`."""
+
+    def guide(*args: Any) -> Any:
+        with with_shifts(heads, shift, shared=shared):
+            return runs.guide(*args)
+
+    return replace(runs, guide=guide)
 
 
 @contextmanager
@@ -267,47 +291,61 @@ def with_shifts(
             handle.remove()
 
 
-def best_shifts(
-    shifted: ShiftedGuide, start: Tensor, steps: int, tick: Callable[[], Any]
-) -> Tensor:
+def best_shifts(shifted: ShiftedGuide, start: Tensor, steps: int, tick: Callable[[], Any]) -> Found:
     """The shifts of the best member for each datum, by a search from some start.
 
     First Adam on fresh draws; then L-BFGS on a few fixed ones, which ends exactly where the draws
     are exact, as on linear-Gaussian models. Elsewhere it may fit those draws, and then the answer
-    of Adam is kept; with more unknowns than random numbers it would, so it is left out.
+    of Adam is kept, of which nothing is judged; with more unknowns than random numbers it would, so
+    it is left out.
 
     Args:
         shifted: a guide.
         start: shifts to begin with, shape `(data, size)`.
-        steps: number of evaluations.
-        tick: is called before each.
+        steps: number of evaluations; where the last of them still bring something, up to two
+            thirds as many follow.
+        tick: is called before each, but for those that follow.
     """
     if not start.shape[1]:
-        return start
+        return Found(start, start.new_zeros(len(start)))
     draws = max(_DRAWS if shifted.runs.vectorized else _SINGLE_DRAWS, shifted.coordinates + 2)
     draws = draws if draws <= _MOST else 2 * _DRAWS
     point = not shifted.coordinates
     draws = 1 if point else draws
 
+    left_over = iter(range(steps))
+
     def slope(shifts: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        tick()
+        if next(left_over, None) is not None:
+            tick()
         return shifted.slope(shifts, draws, new_seed() if seed is None else seed)
 
     last_steps = steps // 3 if point or start.shape[1] <= draws * shifted.coordinates else 0
     best = adam(slope, start, steps - last_steps, shifted.step_sizes)
     best = better_of(shifted, start, best)
+    found = Found(best, best.new_full((len(best),), math.nan))
     if last_steps:
         seed = new_seed()
-        last = quasi_newton(lambda shifts: slope(shifts, seed), best, last_steps)
-        best = better_of(shifted, best, last)
-    return best
+        last = quasi_newton(lambda shifts: slope(shifts, seed), best, last_steps, steps)
+        found = better_found(shifted, found, last)
+    return found
 
 
 def better_of(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
     """For each datum the better of two shifts, on draws of their own."""
+    return torch.where(_is_better(shifted, other, one)[:, None], other, one)
+
+
+def better_found(shifted: ShiftedGuide, one: Found, other: Found) -> Found:
+    """For each datum the better of what two searches found, on draws of their own."""
+    better = _is_better(shifted, other.point, one.point)
+    point = torch.where(better[:, None], other.point, one.point)
+    return Found(point, torch.where(better, other.left, one.left))
+
+
+def _is_better(shifted: ShiftedGuide, one: Tensor, other: Tensor) -> Tensor:
     draws, seed = _CHOICE if shifted.coordinates else 1, new_seed()
-    losses = [shifted.loss(shifts, draws, seed) for shifts in (one, other)]
-    return torch.where((losses[1] < losses[0])[:, None], other, one)
+    return shifted.loss(one, draws, seed) < shifted.loss(other, draws, seed)
 
 
 def new_seed() -> int:
@@ -341,19 +379,23 @@ def adam(slope: Slope, x: Tensor, steps: int, learning_rate: Tensor | float) -> 
     return x + learning_rate * moves
 
 
-def quasi_newton(slope: Slope, x: Tensor, steps: int) -> Tensor:
+def quasi_newton(slope: Slope, x: Tensor, steps: int, most: int = 0) -> Found:
     """L-BFGS for each row by itself, with one evaluation of all rows in each step.
 
     A row whose step does not descend takes it back and shortens it, while the others go on.
+
+    What may still come is judged by what came in the last quarter of the evaluations: a value that
+    falls like 1 / evaluation, or faster, has at most three times as far to go.
 
     Args:
         slope: as for `adam`, but without noise; a value that is not finite marks a step that was
             too long.
         x: where to start.
-        steps: at most so many evaluations.
+        steps: so many evaluations, or fewer where no row descends any more.
+        most: if some row is not yet at rest, it goes on until all are, to at most so many.
 
     Returns:
-        The best points.
+        The best points, and how far they may still descend.
 
     Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
     """
@@ -362,7 +404,16 @@ def quasi_newton(slope: Slope, x: Tensor, steps: int) -> Tensor:
     unit = _FIRST_STEP / _norm(gradient).clamp_min(1e-12)
     direction, length = -unit * gradient, torch.ones_like(unit)
     rounding = 10 * torch.finfo(x.dtype).eps
-    for _ in range(steps - 1):
+    values = [value]
+
+    def left() -> Tensor:
+        quarter = max(1, len(values) // 4)
+        return 3 * (values[-1 - quarter] - value) if len(values) > quarter else value * math.nan
+
+    active = torch.ones_like(value, dtype=torch.bool)
+    while len(values) < max(steps, most):
+        if len(values) >= steps and not (left() > _FLAT).any():
+            break
         descent = length[:, 0] * (gradient * direction).sum(1)
         active = -descent > rounding * (1 + value.abs())
         if not active.any():
@@ -384,7 +435,8 @@ def quasi_newton(slope: Slope, x: Tensor, steps: int) -> Tensor:
         gradient = torch.where(accepted, new_gradient, gradient)
         direction = torch.where(accepted, _direction(gradient, memory, unit), direction)
         length = torch.where(accepted, 1.0, _SHRINK * length)
-    return x
+        values.append(value)
+    return Found(x, torch.where(active, left(), 0.0))
 
 
 def _direction(

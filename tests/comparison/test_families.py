@@ -27,7 +27,14 @@ from ppvae import (
     fit,
     likelihoods,
 )
-from ppvae.comparison import compare_families, crossed_interval, still_to_come, with_steps
+from ppvae.comparison import (
+    choose_family,
+    compare_families,
+    crossed_interval,
+    still_to_come,
+    with_steps,
+)
+from ppvae.comparison.tables import aligned, places, shown
 from ppvae.training.course import last_fall
 
 QUICK = {"progress": False, "num_samples": 600, "num_seeds": 2}
@@ -107,6 +114,44 @@ def test_a_correlated_posterior_wants_full_rank():
     assert float(step.gain_per_second) == pytest.approx(per_second, nan_ok=True)
     assert len(frozen.models) == 4
     assert all(torch.equal(model.decoder.weight, frozen.W) for model in frozen.models)
+
+
+def test_discrete_latents_are_summed_out_of_all_families():
+    """A mixture in one column and a normal latent behind another: all is known in closed form.
+
+    That nothing passes costs what it costs of the normal latent alone, and not what drawing the
+    class would cost, 12 nats. The prior's ELBO is a mean of 60 * 600 * 2 draws, of which one has an
+    sd of 2 sqrt(2 + 4 y^2); five errors. The gain is off by the training, too.
+    """
+    x = torch.stack([torch.randn(60) + 4 * torch.randn(60).sign(), 1.1 * torch.randn(60)], -1)
+    coins = torch.tensor([0.4, 0.6])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Categorical(coins))
+            seen = dist.Normal(torch.stack([8.0 * k - 4.0 + 0 * z, z + 0.0 * k], -1), spread)
+            pyro.sample("x", seen.to_event(1), obs=x)
+
+    model.vectorized = True
+    spread = torch.tensor([1.0, 0.5])
+    parts = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0).log_prob(x[:, :1]) + coins.log()
+    mixture, y = parts.logsumexp(-1), x[:, 1]
+    nothing = mixture + dist.Normal(0.0, 0.5).log_prob(y) - 2
+    log_p = mixture + dist.Normal(0.0, math.sqrt(1.25)).log_prob(y)
+    error = 5 * (2 * (2 + 4 * y**2).mean().sqrt() / math.sqrt(60 * 1200)).item()
+    told = slowing(100, 0.05, 0.005) | QUICK | {"num_samples": 600}
+    pair = ["noise_only", "mean_scale"]
+    found = compare_families(lambda: (model, nn.Linear(2, 4)), pair, x, **told)
+    chosen = choose_family(model, x, encoder=nn.Linear(2, 4), families=pair, **told)
+    for data in (found.dataset, chosen.dataset):
+        assert data.verdict.values.tolist() == ["", "yes"]
+        elbo = data.elbo.sel(family="noise_only").mean().item()
+        assert elbo == pytest.approx(nothing.mean().item(), abs=error)
+        gain = (log_p - nothing).mean().item()
+        assert data.gain[1].item() == pytest.approx(gain, abs=error + 0.02)
+        likelihood = data.log_likelihood.sel(family="mean_scale").mean().item()
+        assert likelihood == pytest.approx(log_p.mean().item(), abs=0.02)
 
 
 def test_a_curved_posterior_wants_a_flow():
@@ -249,6 +294,23 @@ def test_points_have_no_verdict_and_idle_encoders_do_not_count():
     text = str(found)
     assert all(name in text for name in names) and "verdict" in text and "a point" in text
     assert text.splitlines()[1].split()[0] == "deterministic" and "nan" not in text.lower()
+    assert all(len(line) < 89 for line in text.splitlines())
+
+
+def test_numbers_are_shown_by_their_errors():
+    assert [places(error) for error in (12.0, 0.4, 0.04, 0.001, 0.0, math.nan)] == [
+        1,
+        2,
+        3,
+        3,
+        3,
+        3,
+    ]
+    assert places([3.0, 0.2, 0.0, math.nan]) == 2 and places(20.0, least=2) == 2
+    assert [shown(-0.0001), shown(1.25, 1), shown(math.nan)] == ["0.000", "1.2", ""]
+    long = "site: a family of a long name; other: another"
+    lines = aligned(["", "x"], [["a", "1.0"], [long, "22.0"]])
+    assert lines == ["      x", "a   1.0", long, "   22.0"]
 
 
 def test_nothing_global_moves_and_every_run_starts_anew(plain_pyro):

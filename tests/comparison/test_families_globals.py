@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear import Regression
+from linear import Regression, S, T, hierarchy
 from torch import nn
 
 from ppvae import Block, FamilyGuide, evaluate, families, fit
@@ -15,7 +15,6 @@ from ppvae.comparison import compare_families, interval_of_totals
 
 QUIET = {"progress": False}
 UNIT = "nats of all the data"
-T, S = 0.3, 0.7
 
 
 def mean_field_gap(precision):
@@ -23,14 +22,6 @@ def mean_field_gap(precision):
     return ((precision.diagonal().log().sum() - precision.logdet()) / 2).item()
 
 
-def hierarchy(x):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mu, T))
-        pyro.sample("x", dist.Normal(z[..., None], S).to_event(1), obs=x)
-
-
-hierarchy.vectorized = True
 GIVEN = {"z": Block("mean_scale", given=["mu"]), "mu": "mean_scale"}
 NAMED = {"mean field": "mean_scale", "given": GIVEN}
 

@@ -16,7 +16,7 @@ from linear import Linear, close, local
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from ppvae import VAE, Family, FamilyGuide, closed_form, families, gaps, likelihoods
+from ppvae import VAE, Family, FamilyGuide, closed_form, families, gaps, likelihoods, priors
 from ppvae.evaluation.search import adam, quasi_newton, shifted_guide
 from ppvae.nn import mlp
 from ppvae.programs.runs import opened
@@ -287,11 +287,61 @@ def test_the_minimisers():
         value[3], gradient[3] = math.nan, math.nan
         return value, gradient
 
-    for found in (quasi_newton(slope, start, 200), adam(slope, start, 1000, 0.2)):
+    for found in (quasi_newton(slope, start, 200).point, adam(slope, start, 1000, 0.2)):
         assert (slope(found)[0][:3] < 1e-5).all()
         assert torch.equal(found[3], start[3]) and torch.equal(found[2], start[2])
-    assert (slope(quasi_newton(slope, start, 200))[0][:3] < 1e-12).all()
-    assert torch.equal(quasi_newton(slope, start, 1), start)
+    assert (slope(quasi_newton(slope, start, 200).point)[0][:3] < 1e-12).all()
+    assert torch.equal(quasi_newton(slope, start, 1).point, start)
+
+
+def test_what_a_search_may_still_find_is_judged_by_its_last_quarter():
+    """Rather too much than too little, for a quadratic of which a search ends too early.
+
+    It falls faster than 1 / evaluation. Given more evaluations it goes on until little is left.
+    """
+    rotation = torch.linalg.qr(torch.randn(20, 20)).Q
+    H = rotation * torch.logspace(0, 3, 20) @ rotation.T
+    calls = []
+
+    def slope(x):
+        calls.append(x)
+        return ((x @ H) * x).sum(1) / 2, x @ H
+
+    start = torch.randn(8, 20)
+    early = quasi_newton(slope, start, 20)
+    left = slope(early.point)[0]
+    assert (left > 0.1).all() and (early.left > left).all()
+    assert (early.left < 3 * slope(start)[0]).all()
+    calls.clear()
+    longer = quasi_newton(slope, start, 20, 200)
+    assert 20 < len(calls) < 100 and (slope(longer.point)[0] < 1e-4).all()
+    assert (longer.left <= 1e-4).all()
+    assert quasi_newton(slope, start, 1).left.isnan().all()
+    calls.clear()
+    ended = quasi_newton(slope, start, 200)
+    assert len(calls) < 200 and (ended.left == 0).all()
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_prior_that_is_made_of_the_guide_is_not_searched(count):
+    """With as many pseudo-inputs as data, or fewer. No ELBO is above the exact log p(x).
+
+    The decoder is linear, so that under the prior as it is the data are a mixture of normals. Five
+    errors; if the search moved the prior, too, the ELBOs would be nats above it.
+    """
+    x, prior = 3 * torch.randn(5, 4), priors.VampPrior(torch.randn(count, 4), 2)
+    model = VAE(nn.Linear(2, 4), 2, likelihoods.Normal(0.5), prior)
+    guide = FamilyGuide(model, families.mean_scale, nn.Linear(4, 4))
+    with torch.no_grad():
+        parts, weights = prior().component_distribution, torch.log_softmax(prior.logits, 0)
+        W, b = model.decoder.weight, model.decoder.bias
+        covariance = (W * parts.variance[:, None]) @ W.T + 0.25 * torch.eye(4)
+        seen = dist.MultivariateNormal(parts.mean @ W.T + b, covariance)
+        exact = (seen.log_prob(x[:, None]) + weights).logsumexp(-1)
+    told = {"num_samples": 512, "num_steps": 60, "log_likelihood": exact, "progress": False}
+    found = gaps(model, guide, x, **told)
+    assert (found.approximation > -5 * found.approximation_se - 1e-6).all()
+    assert (found.approximation < 0.5).all()  # a search that ends near it
 
 
 def test_adam_takes_the_steps_of_torch():
