@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from cases import LONG
 
 from ppvae import closed_form, data, families, fit
 
@@ -117,6 +118,7 @@ def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
     assert "deterministic has no optimum" in out
 
 
+@pytest.mark.skipif(not LONG, reason="it trains as long as the program does")
 def test_ladder_linear_reaches_the_optimum(run, tmp_path):
     """On the digits, with the program's own settings: what it prints as its result."""
     out = run("ladder.py", "--linear", "--families", "mean_only", "--out", tmp_path)
