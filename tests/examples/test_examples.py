@@ -187,9 +187,12 @@ def test_regression(run, tmp_path):
 
 
 def test_worth_of_bayes(run, tmp_path):
+    """With its guides by `.ci/run` and `.ci/long`; the tests of regression hold their scores."""
     constants = {"PER_COLUMN": [1.0, 3.0], "NOISES": [0.7], "TEST": 100}
-    out = run("worth_of_bayes.py", "--repeats", 2, "--sparse", "--out", tmp_path, **constants)
-    assert out.count("full posterior gains") == 2 and "horseshoe, mean field" in out
+    functions = {} if LONG else {"worth_of_bayes": {"guides": False}}
+    options = ["--repeats", 2, "--sparse", "--out", tmp_path]
+    out = run("worth_of_bayes.py", *options, functions=functions, **constants)
+    assert out.count("full posterior gains") == 2 and ("horseshoe, mean field" in out) == LONG
     rows = [line.split() for line in out.splitlines() if line.startswith("  0.7")]
     # without rows beyond the columns least squares has no noise
     assert [(row[1], row[4] == "-") for row in rows] == [("1", True), ("3", False)]
@@ -276,9 +279,10 @@ def test_groups(run, tmp_path):
 
 
 def test_generalized(run, tmp_path):
-    """What it prints of one kind of data for each score."""
+    """What it prints of one kind of data for each score; `.ci/run` lets it go to the optima."""
     options = ["--nuts", 4, "--steps", 2, "--data", "counts", "classes", "--out", tmp_path]
     functions = {"evaluate": FEW, "NUTS": {"max_tree_depth": 1}, "objective": FEW}
+    functions |= {} if LONG else {"fit": {"optimizer": torch.optim.Adam}}  # two steps, no search
     out = run("generalized.py", *options, functions=functions)
     rows = ("point", "mean field", "full rank", "scale, too", "NUTS")
     assert all(out.count(f"\n{row} ") == 2 for row in rows)
