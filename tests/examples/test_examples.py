@@ -164,12 +164,12 @@ def test_inspect_with_arviz(run, tmp_path):
     assert "elpd" in out and (tmp_path / "fit.nc").exists()
 
 
-def only(row):
+def only(row, **more):
     """A `fit` that trains one row, the one that is looked at; of the others guides are made."""
 
     def trained(model, guide, args, *, progress, **told):
         if progress == row:
-            fit(model, guide, args, progress=False, **told)
+            fit(model, guide, args, progress=False, **told, **more)
         guide.setup(*args)
 
     return trained
@@ -270,7 +270,8 @@ def test_sequences(run, load, tmp_path):
 def test_groups(run, tmp_path):
     options = ["--steps", 2, "--nuts", 10, "--out", tmp_path]
     functions = {"evaluate": FEW, "from_pyro_svi": FEW, "NUTS": {"max_tree_depth": 1}}
-    out = run("groups.py", *options, functions=functions, fit=only("all jointly"))
+    steps = {} if LONG else {"optimizer": torch.optim.Adam}  # two, and no search
+    out = run("groups.py", *options, functions=functions, fit=only("all jointly", **steps))
     names = ("mean field", "globals jointly", "groups given", "groups around", "all jointly")
     assert all(f"\n{name}" in out for name in names) and "321 rows in 20 groups" in out
     width = float(out.split(" (least squares, each alone)")[0].split()[-1])
