@@ -168,6 +168,8 @@ def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
     again, _ = trained(linear, data(14), batch_size=5, num_epochs=2)
     assert (first.execution, again.execution) == ("looped", "looped")  # of other sizes, too
     assert trained(linear, data(11))[0].losses == first.losses
+    if not LONG:
+        return
     monkeypatch.setattr(torch._inductor, "aot_compile", compiler)
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:1000])  # cut short, it is made again
@@ -192,6 +194,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
 
 
+@pytest.mark.skipif(not LONG, reason="the compiler takes its time")
 def test_where_nothing_can_be_kept_it_is_compiled_for_once(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PPVAE_CACHE", str(tmp_path / "file"))
