@@ -230,7 +230,7 @@ def fuzz(count):
     )
 
 
-@fuzz(4000 if LONG else 350)
+@fuzz(4000 if LONG else 200)
 @given(calls())
 def test_a_call_is_right_or_its_error_names_the_argument(call):
     kind, why = outcome(*call)

@@ -1,10 +1,14 @@
-"""Trainings of several processes, and one such process: `python together.py RANK COUNT FOLDER`."""
+"""Trainings of several processes; `python together.py` starts such processes as it is told."""
 
+import atexit
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import traceback
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -206,30 +210,61 @@ def train(name, **more):
     return told, values(model, guide), said
 
 
-def together(count, folder, *names, **told):
-    """What each of some processes returns of each training, or the error that it raises."""
-    folder = Path(folder)
-    (folder / "told").write_bytes(pickle.dumps((names, told)))
+@cache
+def server():
+    """The process that all others are copies of: what they import is imported once."""
     here = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }  # fmt: skip
-    command = [sys.executable, __file__]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(count), str(folder)],
-            env=here, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = subprocess.Popen([sys.executable, __file__], env=here, text=True, **pipes)
+    atexit.register(started.kill)
+    return started
+
+
+def together(count, folder, *names, **told):
+    """What each of some processes returns of each training, or the error that it raises."""
+    folder = Path(folder)
+    (folder / "told").write_bytes(pickle.dumps((names, told)))
+    print(count, folder, file=server().stdin, flush=True)
+    assert server().stdout.readline() == "ended\n"
     found = [folder / f"found{rank}" for rank in range(count)]
-    assert any(path.exists() for path in found), errors
+    said = [(folder / f"said{rank}").read_text() for rank in range(count)]
+    assert any(path.exists() for path in found), said
     return [pickle.loads(path.read_bytes()) if path.exists() else None for path in found]
+
+
+def serve():
+    """Starts so many processes in a folder for each line, and says when all have ended."""
+    for line in sys.stdin:
+        count, folder = line.rstrip("\n").split(" ", 1)
+        children = []
+        for rank in range(int(count)):
+            child = os.fork()
+            if not child:
+                begin(rank, int(count), folder)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        print("ended", flush=True)
+
+
+def begin(rank, count, folder):
+    """One process, from its beginning to its end; after a quarter of an hour it is ended."""
+    signal.alarm(900)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may have another
+    code, said = 1, os.open(f"{folder}/said{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    try:
+        main(rank, count, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def main(rank, count, folder):
@@ -261,8 +296,6 @@ def told_to_stop(rank):
 
     def callback(row):
         if rank == 1 and row["epoch"] == 2:
-            import signal
-
             signal.raise_signal(signal.SIGINT)
 
     return train("mean_scale", num_epochs=6, callback=callback)
@@ -359,4 +392,4 @@ PROGRAMS = {
 }
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    serve()

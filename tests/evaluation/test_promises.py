@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from cases import cases, world
+from cases import LONG, cases, world
 from linear import Column
 from torch import nn
 
@@ -267,6 +267,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.skipif(not LONG, reason="it runs for a while in a process of its own")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
 def test_memory_of_a_run_is_there_for_the_next():
     """25 runs make several tensors each of 4 million numbers, 3,906 pages of 4 kB.

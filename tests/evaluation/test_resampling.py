@@ -54,13 +54,13 @@ def test_draws_of_a_guide_that_is_off_become_draws_of_the_posterior(shift, optio
 
     Chains from a guide three deviations off make up for candidates of which none would do.
     """
-    linear = Linear(W, size=20, noise=1.0)
+    linear = Linear(W, size=14, noise=1.0)
     guide = linear.guide(families.mean_only, shift=shift)
     with torch.no_grad(), private_modules():
         guides = torch.stack([guide(linear.x)["z"] for _ in range(200)])
     assert not standard(whitened(guides, linear.mean, linear.P))
     found = draw(linear.model, guide, linear.x, num_samples=200, **options)
-    assert found.latents["z"].shape == (200, 20, 2)
+    assert found.latents["z"].shape == (200, 14, 2)
     assert standard(whitened(found.latents["z"], linear.mean, linear.P))
     gain = found.gain
     assert (gain.gain > 0).all() and (gain.ess > 1).all()
@@ -107,14 +107,14 @@ def test_of_the_posterior_itself_nothing_is_gained(vectorized, temperatures):
 def test_runs_of_single_draws_are_of_the_posterior_too():
     linear = Linear(W, size=10, noise=1.0)
     guide = linear.guide(families.mean_only, shift=0.3)
-    options = {"num_samples": 60, "num_candidates": 60, "vectorized": False}
+    options = {"num_samples": 40, "num_candidates": 40, "vectorized": False}
     found = draw(linear.model, guide, linear.x, **options)
     assert standard(whitened(found.latents["z"], linear.mean, linear.P))
 
 
 @pytest.mark.parametrize("options", [{"num_candidates": 2000}, {"num_temperatures": 60}])
 def test_weights_of_a_regression_become_draws_of_their_exact_posterior(options):
-    known = Regression(columns=4)
+    known = Regression(rows=100, columns=4)
     guide = known.guide(families.mean_scale)
     options = {"num_samples": 300, "num_candidates": 8} | options
     found = draw(known.model, guide, *known.args, **options)

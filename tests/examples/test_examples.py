@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from cases import LONG
 
 from ppvae import closed_form, data, families, fit
 
@@ -117,6 +118,7 @@ def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
     assert "deterministic has no optimum" in out
 
 
+@pytest.mark.skipif(not LONG, reason="it trains as long as the program does")
 def test_ladder_linear_reaches_the_optimum(run, tmp_path):
     """On the digits, with the program's own settings: what it prints as its result."""
     out = run("ladder.py", "--linear", "--families", "mean_only", "--out", tmp_path)
@@ -162,12 +164,12 @@ def test_inspect_with_arviz(run, tmp_path):
     assert "elpd" in out and (tmp_path / "fit.nc").exists()
 
 
-def only(row):
+def only(row, **more):
     """A `fit` that trains one row, the one that is looked at; of the others guides are made."""
 
     def trained(model, guide, args, *, progress, **told):
         if progress == row:
-            fit(model, guide, args, progress=False, **told)
+            fit(model, guide, args, progress=False, **told, **more)
         guide.setup(*args)
 
     return trained
@@ -185,9 +187,12 @@ def test_regression(run, tmp_path):
 
 
 def test_worth_of_bayes(run, tmp_path):
+    """With its guides by `.ci/run` and `.ci/long`; the tests of regression hold their scores."""
     constants = {"PER_COLUMN": [1.0, 3.0], "NOISES": [0.7], "TEST": 100}
-    out = run("worth_of_bayes.py", "--repeats", 2, "--sparse", "--out", tmp_path, **constants)
-    assert out.count("full posterior gains") == 2 and "horseshoe, mean field" in out
+    functions = {} if LONG else {"worth_of_bayes": {"guides": False}}
+    options = ["--repeats", 2, "--sparse", "--out", tmp_path]
+    out = run("worth_of_bayes.py", *options, functions=functions, **constants)
+    assert out.count("full posterior gains") == 2 and ("horseshoe, mean field" in out) == LONG
     rows = [line.split() for line in out.splitlines() if line.startswith("  0.7")]
     # without rows beyond the columns least squares has no noise
     assert [(row[1], row[4] == "-") for row in rows] == [("1", True), ("3", False)]
@@ -265,7 +270,8 @@ def test_sequences(run, load, tmp_path):
 def test_groups(run, tmp_path):
     options = ["--steps", 2, "--nuts", 10, "--out", tmp_path]
     functions = {"evaluate": FEW, "from_pyro_svi": FEW, "NUTS": {"max_tree_depth": 1}}
-    out = run("groups.py", *options, functions=functions, fit=only("all jointly"))
+    steps = {} if LONG else {"optimizer": torch.optim.Adam}  # two, and no search
+    out = run("groups.py", *options, functions=functions, fit=only("all jointly", **steps))
     names = ("mean field", "globals jointly", "groups given", "groups around", "all jointly")
     assert all(f"\n{name}" in out for name in names) and "321 rows in 20 groups" in out
     width = float(out.split(" (least squares, each alone)")[0].split()[-1])
@@ -274,9 +280,10 @@ def test_groups(run, tmp_path):
 
 
 def test_generalized(run, tmp_path):
-    """What it prints of one kind of data for each score."""
+    """What it prints of one kind of data for each score; `.ci/run` lets it go to the optima."""
     options = ["--nuts", 4, "--steps", 2, "--data", "counts", "classes", "--out", tmp_path]
     functions = {"evaluate": FEW, "NUTS": {"max_tree_depth": 1}, "objective": FEW}
+    functions |= {} if LONG else {"fit": {"optimizer": torch.optim.Adam}}  # two steps, no search
     out = run("generalized.py", *options, functions=functions)
     rows = ("point", "mean field", "full rank", "scale, too", "NUTS")
     assert all(out.count(f"\n{row} ") == 2 for row in rows)
@@ -287,10 +294,15 @@ def test_generalized(run, tmp_path):
 
 
 def test_many_machines(run, tmp_path):
-    """The regression is exact: what it prints does not depend on the number of processes."""
+    """The regression is exact: what it prints does not depend on the number of processes.
+
+    `.ci/run` starts two, too; what they print is compared by `.ci/long`.
+    """
     options = ["--epochs", 1, "--hidden", 8, "--rows", 1000, "--resume", "--out", tmp_path]
     out = run("many_machines.py", *options, rows=400, functions={"evaluate": {"num_samples": 4}})
     assert "processes: 1" in out and (tmp_path / "digits.pt").exists()
+    if not LONG:
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     program = [str(EXAMPLES / "many_machines.py"), *map(str, options[:-1]), str(tmp_path / "two")]
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

@@ -202,7 +202,7 @@ def test_a_fitted_chain_with_a_head_for_each_step_reaches_log_p():
     torch.manual_seed(0)
     guide = FamilyGuide(model, by_site, nn.Flatten())
     for rate in (0.05, 0.01, 0.001):
-        fit(model, guide, x, num_epochs=400, learning_rate=rate, seed=0, **QUIET)
+        fit(model, guide, x, num_epochs=250, learning_rate=rate, seed=0, **QUIET)
     draws = log_weights(model, guide, x, draws=500).mean(-1)
     gap, error = draws.mean() - kalman(ONE, x).mean(), draws.std() / 500**0.5
     assert -0.005 < gap < 5 * error and error < 0.001
@@ -216,10 +216,11 @@ def test_a_joint_draw_of_states_that_some_sequences_have_not_is_refused():
         evaluate(model, guide, x, LENGTHS, **QUIET)
     behind = torch.arange(STEPS) >= LENGTHS[:, None]
     with_gaps = torch.where(behind[..., None], math.nan, x)
-    found = annealed_importance(model, guide, with_gaps, num_temperatures=300, seed=0, **QUIET)
+    found = annealed_importance(model, guide, with_gaps, num_temperatures=100, seed=0, **QUIET)
     whole = FamilyGuide(model, chain(Smoother()), Ahead())
     alike = evaluate(model, whole, x, LENGTHS, num_samples=2, **QUIET).log_likelihood.values
     error = (1 / found.ess.values - 1 / found.num_chains) ** 0.5
+    assert error.max() < 0.3
     assert (abs(found.log_likelihood.values - alike) < 5 * error + error**2).all()
 
 

@@ -100,12 +100,14 @@ def test_terms_sum_to_the_elbo_of_pyro(family, case):
         expected = -seeded(Trace_ELBO().loss, case.model, guide, *case.args)
         parts = terms(*seeded(trace_pair, case.model, guide, *case.args))
     scale = 1.0 if parts.plate is None else parts.plate.full_size / parts.plate.size
-    total = 0.0
+    total = weight = 0.0
     for sign, values in ((1, parts.log_likelihood), (1, parts.log_prior), (-1, parts.log_guide)):
         for name, value in values.items():
             factor = scale if name in parts.local else 1.0
             total += sign * factor * float(value.sum())
+            weight += sign * float(value.sum())
     assert total == pytest.approx(expected, rel=1e-9)
+    assert float(parts.log_weight.sum()) == pytest.approx(weight, rel=1e-9)  # of these data
 
 
 def correlated(*batch):

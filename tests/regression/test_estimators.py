@@ -44,6 +44,7 @@ AGAIN = [
     "check_classifier_data_not_an_array",
     "check_dict_unchanged",
     "check_dont_overwrite_attributes",
+    "check_dont_overwrite_parameters",
     "check_dtype_object",
     "check_estimators_dtypes",
     "check_estimators_fit_returns_self",
@@ -52,12 +53,19 @@ AGAIN = [
     "check_estimators_pickle",
     "check_f_contiguous_array_estimator",
     "check_fit2d_predict1d",
+    "check_fit_idempotent",
+    "check_fit_score_takes_y",
     "check_methods_sample_order_invariance",
+    "check_methods_subset_invariance",
     "check_n_features_in_after_fitting",
     "check_pipeline_consistency",
     "check_positive_only_tag_during_fit",
     "check_readonly_memmap_input",
     "check_sample_weight_equivalence_on_dense_data",
+    "check_sample_weights_list",
+    "check_sample_weights_not_an_array",
+    "check_sample_weights_not_overwritten",
+    "check_sample_weights_pandas_series",
 ]
 
 

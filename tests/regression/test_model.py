@@ -4,11 +4,13 @@ import copy
 import functools
 import math
 import warnings
+from itertools import product
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import LONG
 from linear import Regression, diabetes, same_one_by_one
 from pyro import poutine
 from sklearn.linear_model import Lasso
@@ -57,11 +59,12 @@ class Known(Regression):
 
 POINTS = ("deterministic", "zero")
 FAMILIES = ["noise_only", "mean_only", "shared_scale", "mean_scale", "full_rank"]
+SETS = ["badly scaled", "unequal columns", "diabetes"]  # each of some families; at length of all
+REACHED = [*product(SETS, FAMILIES)] if LONG else [*zip(SETS * 2, FAMILIES, strict=False)]
 
 
 @pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
-@pytest.mark.parametrize("name", ["diabetes", "unequal columns", "badly scaled"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "family"), REACHED)
 def test_fit_reaches_the_closed_form_optimum(name, family):
     """Moment-matched draws make the objective exact; what is left is the optimizer's tolerance."""
     known = Known(name)
@@ -237,9 +240,12 @@ MVN = dist.MultivariateNormal(torch.zeros(3), torch.tensor([2.0, 1.0, 3.0]).diag
 UNIT = dist.Normal(0.0, 1.0)
 
 
+CONJUGATE = [("columns", None), ("covariance", 0.5), ("g", None)]
+CONJUGATE += [("columns", 0.5), ("covariance", None), ("g", 0.5)] * LONG
+
+
 @pytest.mark.filterwarnings("ignore:prior and data disagree")
-@pytest.mark.parametrize("scale", [None, 0.5])
-@pytest.mark.parametrize("kind", ["columns", "covariance", "g"])
+@pytest.mark.parametrize(("kind", "scale"), CONJUGATE)
 def test_a_conjugate_prior_is_that_of_the_exact_posterior(kind, scale):
     """Evidence with a known noise to 1e-6 nats, of an unknown one to five standard errors."""
     X, y, weights, offset = rows()

@@ -9,7 +9,7 @@ from ppvae import stage
 from ppvae._scopes import unchecked
 from ppvae.objectives import IWAE
 from ppvae.staging.noise import joint_noise
-from ppvae.staging.passes import transpose_narrow
+from ppvae.staging.passes import clean, transpose_narrow
 from ppvae.staging.vectorized import traced
 
 
@@ -53,6 +53,30 @@ def test_sums_into_a_row_that_stands_for_many_are_compiled():
     graph = traced(add, x, mode="fake")
     with unchecked():  # torch.compile switches validation off for good
         torch.testing.assert_close(torch.compile(graph)(x), x.flip(2), rtol=0, atol=0)
+
+
+def over(x):
+    """Noise in the place of other numbers."""
+    return x.clone().normal_()
+
+
+def twice(x):
+    """Noise in an empty tensor, that is drawn there again."""
+    z = torch.empty_like(x)
+    first = z.normal_().clone()
+    return first, z.normal_()
+
+
+@pytest.mark.parametrize("draw", [over, twice])
+def test_noise_that_does_not_fill_an_empty_tensor_alone_is_that_of_the_program(draw):
+    x = torch.randn(4, 3)
+    graph = make_fx(draw, tracing_mode="fake")(x)
+    clean(graph)
+    torch.manual_seed(6)
+    wanted = draw(x)
+    torch.manual_seed(6)
+    found = graph(x)
+    assert all(map(torch.equal, *([each] if draw is over else each for each in (found, wanted))))
 
 
 @pytest.mark.parametrize(

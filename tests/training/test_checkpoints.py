@@ -153,7 +153,7 @@ def test_stopped_and_resumed_is_never_stopped(name, stop_at, tmp_path, monkeypat
         assert torch.load(path, weights_only=True)["format"] == 3
 
 
-@pytest.mark.parametrize("held", [{}, {**HELD, "learning_rate": 0.1, "num_epochs": 12}])
+@pytest.mark.parametrize("held", [{}] * LONG + [{**HELD, "learning_rate": 0.1, "num_epochs": 12}])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=SLOW)])
 def test_replicates_go_on(compiled, held, stop_at, tmp_path):
     """Side by side, in one file; noise, minibatches and statistics of each are its own, and so is

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import LONG
 from global_latents import (
     SCORES,
     columns,
@@ -442,18 +443,18 @@ def test_a_funnel_is_fitted_at_its_mass_and_not_at_its_neck():
     X, group = torch.ones(48, 1), torch.arange(48) % 8
     y = noise(48) + 0.5 * noise(8, seed=2)[group]
     model = HierarchicalRegression(1, 8, noise=1.0)
-    tau = torch.linspace(1e-3, 6.0, 6000)
+    tau = torch.linspace(3e-3, 6.0, 2000)
     alike = (group[:, None] == group).to(y.dtype)
     covariance = tau[:, None, None] ** 2 * alike + 1 + torch.eye(48)
     log_p = dist.MultivariateNormal(torch.zeros(48), covariance).log_prob(y)
-    log_p = (log_p + dist.HalfNormal(1.0).log_prob(tau)).logsumexp(0) + math.log(6.0 / 6000)
+    log_p = (log_p + dist.HalfNormal(1.0).log_prob(tau)).logsumexp(0) + math.log(6.0 / 2000)
     given = {("mu", "tau"): "full_rank", "weight": Block("mean_scale", given=["mu", "tau"])}
     gaps = []
-    for family in (given, "full_rank", "mean_scale"):
+    for family in (given, *["full_rank"] * LONG, "mean_scale"):
         result = quiet(model, FamilyGuide(model, family), (X, group, y))
         assert result.converged
         gaps.append(log_p.item() + 48 * result.losses[-1])
-    assert 0 < gaps[0] < 0.5 and gaps[0] < gaps[1] < gaps[2] < 2.0
+    assert 0 < gaps[0] < 0.5 and gaps == sorted(gaps) and gaps[-1] < 2.0
 
 
 def test_natural_gradients_find_a_gaussian_and_leave_it():

@@ -1,5 +1,6 @@
 """Several processes train as one does: to the same losses and parameters."""
 
+import os
 import time
 
 import pytest
@@ -11,11 +12,13 @@ from together import WAYS, WHOLE, together, train
 from ppvae._checks import TROUBLE
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="PyTorch without distributed"
+    not (torch.distributed.is_available() and hasattr(os, "fork")),
+    reason="needs PyTorch with distributed, and processes that can be forked",
 )
 FEW = ["student_t", "one or two rows", "validation", "staged", "mixed"]
-#: those that go no way of their own are for `.ci/long`
+#: those that go no way of their own are for `.ci/long`, and so is the compiler, in each process
 LATER = {*KINDS, *cases()} - {"deterministic", "student_t", "full_rank", "flow", "told rows"}
+LATER |= {"compiled"}
 SOME = [name for name in WAYS if LONG or name not in LATER]
 
 

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor
+from cases import LONG
 from pairs import Normed, build, data, linear, made, same, traceless, values
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -169,6 +170,8 @@ def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
     again, _ = trained(linear, data(14), batch_size=5, num_epochs=2)
     assert (first.execution, again.execution) == ("looped", "looped")  # of other sizes, too
     assert trained(linear, data(11))[0].losses == first.losses
+    if not LONG:
+        return
     monkeypatch.setattr(torch._inductor, "aot_compile", compiler)
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:1000])  # cut short, it is made again
@@ -194,6 +197,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
 
 
+@pytest.mark.skipif(not LONG, reason="the compiler takes its time")
 def test_where_nothing_can_be_kept_it_is_compiled_for_once(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PPVAE_CACHE", str(tmp_path / "file"))
@@ -280,8 +284,13 @@ class Labelled(nn.Module):
             pyro.sample("x", dist.Normal(loc, self.scale).to_event(1), obs=x)
 
 
+#: gradients of the same loss, compiled, are for `.ci/long`
+LOOPS = [(None, "looped")] + [(torch.optim.AdamW, "compiled")] * LONG
+
+
 @pytest.mark.filterwarnings("ignore:fit. compiled, not looped")
-def test_rows_that_are_no_data_and_labels_out_of_range():
+@pytest.mark.parametrize(("optimizer", "execution"), LOOPS)
+def test_rows_that_are_no_data_and_labels_out_of_range(optimizer, execution):
     """A table has a number of rows of its own, and the compiled loop looks at no strides."""
 
     class Guide(nn.Module):
@@ -298,22 +307,16 @@ def test_rows_that_are_no_data_and_labels_out_of_range():
         return Labelled(), Guide()
 
     labels, table = torch.arange(11) % 5, DOUBLE(6)[:, :2].T.expand(2, 6)
-    told = {"kwargs": {"table": table}, "num_epochs": 3}
+    told = {"kwargs": {"table": table}, "num_epochs": 3, "optimizer": optimizer}
     (alone, before), (strides, after) = (
         trained(make, (DOUBLE(11), labels), compile=compile, **told) for compile in (False, True)
     )
-    assert strides.execution == "looped"
+    assert strides.execution == execution
     assert strides.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
-    told["optimizer"] = torch.optim.AdamW  # gradients of the same loss, compiled
-    (alone, before), (gradients, after) = (
-        trained(make, (DOUBLE(11), labels), compile=compile, **told) for compile in (False, True)
-    )
-    assert gradients.execution == "compiled"
-    assert gradients.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
-    del told["optimizer"]
-    labels[10] = 5
-    with pytest.raises(IndexError, match="out of range"):
-        trained(make, (DOUBLE(11), labels), check_support=False, **told)
+    if execution == "looped":
+        labels[10] = 5
+        with pytest.raises(IndexError, match="out of range"):
+            trained(make, (DOUBLE(11), labels), check_support=False, **told)
 
 
 @pytest.mark.filterwarnings("ignore:fit. compiled, not looped")
