@@ -92,7 +92,7 @@ def _is_of_a_library(thing: Any) -> bool:
     elif isinstance(thing, types.FunctionType):  # a decorator's has the user's in its closure
         where, holds = f"{thing.__module__}", bool(thing.__closure__ or vars(thing))
     else:
-        where, holds = type(thing).__module__, callable(thing) and not isinstance(thing, type)
+        where, holds = f"{type(thing).__module__}", callable(thing) and not isinstance(thing, type)
     return not holds and where.partition(".")[0] in _LIBRARIES
 
 

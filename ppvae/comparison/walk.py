@@ -139,7 +139,8 @@ class Walk:
         """Why the walk ended, and what it leaves open."""
         over = every[len(self.names) :]
         rest = f" ({', '.join(over)} not tried)" if over else ""
-        left = f"{float(one.left):.3f} (at most {float(one.left_upper):.3f}) {unit}"
+        nats, most = (round(float(each), 3) + 0.0 for each in (one.left, one.left_upper))
+        left = f"{nats:.3f} (at most {most:.3f}) {unit}"  # and no minus before a zero
         if self.end == "left":
             other = "; another decoder may be learned with another family" if self.learns else ""
             return f"A richer family could gain {left} for this model{other}{rest}."

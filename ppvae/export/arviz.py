@@ -149,9 +149,9 @@ def from_pyro_svi(  # noqa: D417
     coords = mapping("coords", coords)
     renamed = {name: list(given) for name, given in mapping("dims", dims).items()}
     measured = _measured(evaluation, calibration)
-    form, extra = form_of(model, guide), dict(kwargs or {})
+    form = form_of(model, guide)
     with opened(model, guide, args, kwargs, batch_size, vectorized, seed, plate) as runs:
-        parts = terms(*runs.traces, plate)
+        parts, extra = terms(*runs.traces, plate), dict(kwargs or {})
         whole, _ = with_discrete(runs.model, runs.traces, runs.args)
         sites = Sites(whole, runs.plate, parts.is_local)
         names = dims_of(sites)

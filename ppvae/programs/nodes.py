@@ -321,7 +321,8 @@ def check_shapes(trace: Any) -> None:
 
     Each would be broadcast to the other, and every datum be held against all: PyTorch computes
     numbers of `(n, 1)` and data of `(n,)` to a density of `(n, n)`. One number for all is no fault,
-    nor is a dimension that is no plate, if data and distribution both have it.
+    be it for all numbers of a datum, nor is a dimension that is no plate, if data and distribution
+    both have it.
 
     Args:
         trace: a plain trace of the model, in which no discrete latent is summed out.
@@ -335,7 +336,10 @@ def check_shapes(trace: Any) -> None:
         shapes = f"data of shape {tuple(value.shape)} at {name!r}, and distributions of shape "
         shapes += f"{tuple(fn.batch_shape)} of events of shape {tuple(fn.event_shape)}"
         wanted = f"data and distribution at {name!r} of one shape"
-        expect(value.shape[cut:] == fn.event_shape, "model", wanted, shapes)
+        event = value.shape[cut:]
+        fits = len(event) == events
+        fits = fits and all(n in (1, size) for n, size in zip(fn.event_shape, event, strict=True))
+        expect(fits, "model", wanted, shapes)
         plates = {frame.dim: frame.size for frame in plates_of(node).values()}
         depth = max(cut, len(fn.batch_shape))
         both = value.shape[:cut], fn.batch_shape
@@ -344,8 +348,7 @@ def check_shapes(trace: Any) -> None:
         repeated = any(one[dim] == 1 < other[dim] for dim in outside) and math.prod(one) > 1
         crossed = any(other[dim] == 1 < one[dim] for dim in outside)
         crossed = crossed and any(one[dim] == 1 < other[dim] for dim in range(depth))
-        whole = events and math.prod(one) == 1 and fn.event_shape[0] in plates.values()
-        whole = whole and fn.event_shape[0] > 1
+        whole = events and math.prod(one) == 1 and 1 < event[0] in plates.values()
         expect(not (repeated or crossed or whole), "model", wanted, shapes)
 
 

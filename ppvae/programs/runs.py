@@ -450,8 +450,9 @@ def opened(
             traces = trace_pair(model, guide, *args)
             check_observed(traces[0])
             check_densities(traces[0])
-            check_shapes(prototype(model, args, {}))
-            check_masked(model, traces[0], args)
+            with random_state(None, keep=True):
+                check_shapes(prototype(model, args, {}))
+                check_masked(model, traces[0], args)
             for node in latent_nodes(traces[1]):
                 bad = int((~node["value"].isfinite()).sum())
                 wanted = f"finite draws at {node['name']!r}"
