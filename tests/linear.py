@@ -180,15 +180,20 @@ def local(prior, observe):
 T, S = 0.3, 0.7
 
 
-def hierarchy(x):
-    """Latents with sd T around one of all the data, each seen with noise S."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mu, T))
-        pyro.sample("x", dist.Normal(z[..., None], S).to_event(1), obs=x)
+def hierarchy_of(spread, noise):
+    """Latents with an sd around one of all the data, each seen with noise."""
+
+    def hierarchy(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, spread))
+            pyro.sample("x", dist.Normal(z[..., None], noise).to_event(1), obs=x)
+
+    hierarchy.vectorized = True
+    return hierarchy
 
 
-hierarchy.vectorized = True
+hierarchy = hierarchy_of(T, S)
 
 
 class Column(nn.Module):

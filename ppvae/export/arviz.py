@@ -161,13 +161,12 @@ def from_pyro_svi(  # noqa: D417
         drawing = Drawing(runs, sites, wanted, inner, top, by_element, new and new.args)
         tables = table_coords(sites, names, renamed, args, form)
         constants: dict[str, Constants] = {}
-        of_model = partial(constants_of, model, kwargs=extra, trace=whole)
         seen = observed_positions(runs.args, runs.traces[0])
+        of_model = partial(constants_of, model, kwargs=extra, trace=whole, observed=seen)
         if new is not None:
             rows = rows_of_new(runs, sites, new.args)
-            found = of_model(new.given, new.args, size=rows, observed=seen)
-            constants["predictions_constant_data"] = found
-        constants["constant_data"] = of_model(args, runs.args, size=sites.size, observed=seen)
+            constants["predictions_constant_data"] = of_model(new.given, new.args, size=rows)
+        constants["constant_data"] = of_model(args, runs.args, size=sites.size)
         how = described(
             sites, names, constants, tables, coords, renamed, stack, by_element=by_element
         )

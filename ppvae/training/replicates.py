@@ -219,10 +219,9 @@ def fit_replicates(
     told["validation"] = validation
     results = _in_turn(groups, pairs, data, objectives, seeds, checkpoint, told)
     if in_turn:
-        so = f"one after the other: {in_turn}"
-        reasons = ("; ".join(filter(None, [so, each.execution_reason])) for each in results)
-        pairs_of = zip(results, reasons, strict=True)
-        return [each._replace(execution_reason=reason) for each, reason in pairs_of]
+        for number, each in enumerate(results):
+            reasons = filter(None, [f"one after the other: {in_turn}", each.execution_reason])
+            results[number] = each._replace(execution_reason="; ".join(reasons))
     return results
 
 

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from linear import hierarchy_of
 from pyro.infer.autoguide import AutoMultivariateNormal
 from sklearn.datasets import load_iris
 from sklearn.mixture import GaussianMixture
@@ -34,14 +35,7 @@ def data(*shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def hierarchy(x):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mu, T))
-        pyro.sample("x", dist.Normal(z[..., None], S).to_event(1), obs=x)
-
-
-hierarchy.vectorized = True
+hierarchy = hierarchy_of(T, S)
 
 
 def log_evidence(x):
