@@ -115,24 +115,31 @@ def random_state(seed: int | None, *, keep: bool = False) -> Iterator[None]:
         yield
         return
     seed = None if seed is None else check_seed(seed)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    before = random_numbers()
+    try:
         if seed is not None:
-            torch.manual_seed(seed)
+            # `torch.manual_seed` has a GPU begin with the seed that is first used afterwards
+            for generator in _generators():
+                generator.manual_seed(seed)
         yield
+    finally:
+        set_random_numbers(before)
 
 
 def random_numbers() -> list[Tensor]:
     """Where the default generators stand: that of the CPU, then of each GPU that is in use."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
+    return [generator.get_state() for generator in _generators()]
 
 
 def set_random_numbers(states: Sequence[Tensor]) -> None:
     """Moves the default generators to where they stood when `random_numbers` was called."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])
+    for generator, state in zip(_generators(), states, strict=False):  # a GPU may have come since
+        generator.set_state(state)
+
+
+def _generators() -> list[torch.Generator]:
+    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *gpus]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def guard():
     torch.set_default_dtype(torch.float64)
     before = _settings()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         yield
     after = _settings()
     torch.set_default_dtype(torch.float32)

@@ -983,11 +983,10 @@ PROGRAMS: dict[str, tuple[Callable[[], Any], tuple[type[Exception], ...], str]] 
     "an error of its own in the decoder": (lambda: with_decoder(raises), (Own,), "mine"),
 }  # fmt: skip
 
-#: what is no mistake: latents in no plate are global, a datum may have a density of zero, and a
-#: program is staged whatever its numbers are
-FINE = {
-    ("no plate", measure) for measure in ("fit", "evaluate", "account", "from_pyro_svi", "stage")
-}
+#: what is no mistake: latents in no plate are global (as many as there are data, which a minibatch
+#: of another size is refused for), a datum may have a density of zero, and a program is staged
+#: whatever its numbers are
+FINE = {("no plate", measure) for measure in ("evaluate", "account", "from_pyro_svi", "stage")}
 FINE |= {("no plate", "annealed_importance")}
 FINE |= {("a decoder of NaN", "stage")} | {
     ("a decoder of infinity", measure)

@@ -13,7 +13,7 @@ from ppvae import VAE, FamilyGuide, families, likelihoods, simulate
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.programs.nodes import latent_nodes
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 from ppvae.regression import LinearRegression
 
 

@@ -17,7 +17,7 @@ from ppvae.families.ladder import LADDER
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import estimates
-from ppvae.programs.nodes import data_plate, values_outside
+from ppvae.programs.plates import data_plate, values_outside
 from ppvae.programs.runs import Runs
 
 

@@ -30,8 +30,10 @@ from ppvae.objectives.trace_terms import terms
 from ppvae.programs.keywords import WithKeywords
 from ppvae.programs.layout import Layout
 from ppvae.programs.missing import nan_masked
-from ppvae.programs.nodes import is_real, latent_nodes
-from ppvae.programs.runs import Args, Runs, held, trace_pair
+from ppvae.programs.nodes import latent_nodes
+from ppvae.programs.runs import Runs
+from ppvae.programs.supports import is_real
+from ppvae.programs.tracing import Args, held, trace_pair
 
 _MOMENTS = 64  # draws that tell where a member is
 _RISING = 0.05  # nats by unit of location, above which a point is at no maximum

@@ -36,7 +36,8 @@ from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import estimates
 from ppvae.programs.matched_normals import matched
-from ppvae.programs.runs import opened, trace_pair
+from ppvae.programs.runs import opened
+from ppvae.programs.tracing import trace_pair
 from ppvae.training.average import average_of, without_fallback_warnings
 from ppvae.training.fitting import fit
 from ppvae.training.optimum import affordable

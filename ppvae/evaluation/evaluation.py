@@ -20,7 +20,8 @@ from ppvae.evaluation.responsibilities import Responsibilities
 from ppvae.families.family import cap
 from ppvae.guides.encoding import encoded_once
 from ppvae.objectives.trace_terms import Terms, has_masked_latents, terms
-from ppvae.programs.runs import Args, Runs, opened
+from ppvae.programs.runs import Runs, opened
+from ppvae.programs.tracing import Args
 from ppvae.programs.verdicts import verdict_of
 
 

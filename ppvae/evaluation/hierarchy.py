@@ -32,7 +32,8 @@ from ppvae.objectives.weights import (
     log_mean_weight_se,
 )
 from ppvae.programs.layout import Layout, Place
-from ppvae.programs.nodes import drawn_nodes, is_inside, latent_nodes
+from ppvae.programs.nodes import drawn_nodes, latent_nodes
+from ppvae.programs.plates import is_inside
 from ppvae.programs.runs import Runs
 
 GLOBALS = 32  # draws of the globals, where each of them has draws of the locals

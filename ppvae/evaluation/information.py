@@ -16,7 +16,8 @@ from torch import Tensor
 from ppvae.objectives.trace_terms import log_density, terms
 from ppvae.programs.layout import Layout, Place
 from ppvae.programs.nodes import drawn_nodes
-from ppvae.programs.runs import BUDGET, Runs, draws_plate, given, run_trace
+from ppvae.programs.runs import BUDGET, Runs
+from ppvae.programs.tracing import draws_plate, given, run_trace
 
 _PAIRS = 10_000_000  # of a draw and a datum; with more data fewer draws are compared with them
 _TOTALS = "mutual_information", "mutual_information_se", "aggregate_kl", "aggregate_kl_se"

@@ -11,8 +11,11 @@ from ppvae._checks import expect
 from ppvae.guides.score import Auxiliary, auxiliary_draws
 from ppvae.objectives.trace_terms import log_prob_of_guide, terms
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import Node, drawn_nodes, log_prob, observed_nodes, per_datum
-from ppvae.programs.runs import Args, Runs, given, kept_nodes, run_model, run_trace
+from ppvae.programs.masks import log_prob
+from ppvae.programs.nodes import Node, drawn_nodes, observed_nodes
+from ppvae.programs.plates import per_datum
+from ppvae.programs.runs import Runs
+from ppvae.programs.tracing import Args, given, kept_nodes, run_model, run_trace
 
 
 class Point(NamedTuple):

@@ -19,7 +19,8 @@ from ppvae.evaluation.path import densities
 from ppvae.objectives.trace_terms import terms
 from ppvae.objectives.weights import effective_sample_size, khat, log_mean_weight
 from ppvae.programs.layout import Layout
-from ppvae.programs.runs import Args, Runs, kept_nodes, opened, run_model, with_discrete
+from ppvae.programs.runs import Runs, opened
+from ppvae.programs.tracing import Args, kept_nodes, run_model, with_discrete
 
 
 @dataclass(frozen=True, eq=False)

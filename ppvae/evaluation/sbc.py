@@ -24,9 +24,11 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import counts, data_plate, is_inside, prototype, summed_nodes
-from ppvae.programs.runs import Args, draw_runs, is_vectorized, minibatches, run_trace, trace_pair
+from ppvae.programs.nodes import counts, prototype, summed_nodes
+from ppvae.programs.plates import data_plate, is_inside
+from ppvae.programs.runs import draw_runs, minibatches
 from ppvae.programs.simulation import Simulation, simulate
+from ppvae.programs.tracing import Args, is_vectorized, run_trace, trace_pair
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 Arrays = dict[str, np.ndarray]

@@ -21,7 +21,8 @@ from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import MatchedNormals
 from ppvae.programs.nodes import drawn_nodes
-from ppvae.programs.runs import Args, Runs
+from ppvae.programs.runs import Runs
+from ppvae.programs.tracing import Args
 
 _RATE = 0.2  # first step size of a search, in the unconstrained space of an argument
 _FEATURE_RATE = 0.03  # the same for features, on which all of a network's output depends

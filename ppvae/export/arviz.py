@@ -25,7 +25,8 @@ from ppvae.export.stores import opened_tree, store_path, stored
 from ppvae.export.tree import prior_sbc, versions, words_of
 from ppvae.objectives.nested import can_integrate
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import opened, with_discrete
+from ppvae.programs.runs import opened
+from ppvae.programs.tracing import with_discrete
 
 #: from the weights of draws of global latents, or None, to what is said of a posterior
 _Words = Callable[[np.ndarray | None], dict[str, Any]]

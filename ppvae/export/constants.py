@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ppvae.data.tables import Labels
 from ppvae.programs.keywords import bare
-from ppvae.programs.nodes import latent_nodes, observed_nodes, plates_of
+from ppvae.programs.nodes import latent_nodes, observed_nodes
+from ppvae.programs.plates import plates_of
 
 
 class Constants(NamedTuple):

@@ -14,18 +14,9 @@ from ppvae.export.sites import Sites, as_array, front, shown, with_gaps
 from ppvae.objectives.nested import inner_run
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
-from ppvae.programs.nodes import (
-    Node,
-    bare_distribution,
-    counted_entries,
-    is_data,
-    is_inside,
-    latent_nodes,
-    log_prob,
-    per_datum,
-    plates_of,
-    prototype,
-)
+from ppvae.programs.masks import counted_entries, log_prob
+from ppvae.programs.nodes import Node, bare_distribution, is_data, latent_nodes, prototype
+from ppvae.programs.plates import is_inside, per_datum, plates_of
 from ppvae.programs.runs import Runs
 
 

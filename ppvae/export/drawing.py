@@ -15,8 +15,9 @@ from ppvae.export.pieces import Piece, gathered, side_by_side
 from ppvae.export.predictions import predicted
 from ppvae.export.sites import Sites
 from ppvae.programs.nodes import prototype
-from ppvae.programs.runs import Args, Runs, run_trace, with_discrete
+from ppvae.programs.runs import Runs
 from ppvae.programs.simulation import Uncondition
+from ppvae.programs.tracing import Args, run_trace, with_discrete
 
 _OF_GUIDE = {"posterior", "unconstrained_posterior", "posterior_predictive"}
 _OF_PRIOR = {"prior", "prior_predictive"}

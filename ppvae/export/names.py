@@ -12,15 +12,10 @@ from ppvae.data.adapters import Form
 from ppvae.data.tables import labels_of
 from ppvae.export.sites import Sites
 from ppvae.families.rules import support_of
-from ppvae.programs.nodes import (
-    from_reals,
-    is_data,
-    is_inside,
-    latent_nodes,
-    plates_of,
-    space_of,
-)
-from ppvae.programs.runs import Args
+from ppvae.programs.nodes import is_data, latent_nodes
+from ppvae.programs.plates import is_inside, plates_of
+from ppvae.programs.supports import from_reals, space_of
+from ppvae.programs.tracing import Args
 
 Dims = dict[str, list[str]]
 Groups = dict[str, dict[str, np.ndarray]]

@@ -10,9 +10,11 @@ from ppvae._checks import expect
 from ppvae._scopes import random_state
 from ppvae.data.adapters import Form, items_of, prepared
 from ppvae.export.sites import Sites, front
-from ppvae.programs.nodes import is_data, is_inside, latent_nodes
-from ppvae.programs.runs import Args, Runs, run_trace
+from ppvae.programs.nodes import is_data, latent_nodes
+from ppvae.programs.plates import is_inside
+from ppvae.programs.runs import Runs
 from ppvae.programs.simulation import Uncondition
+from ppvae.programs.tracing import Args, run_trace
 
 
 class New(NamedTuple):

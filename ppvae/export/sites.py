@@ -13,17 +13,10 @@ from torch import Tensor
 
 from ppvae.families.rules import support_of
 from ppvae.programs.layout import Place
-from ppvae.programs.nodes import (
-    Node,
-    counted_entries,
-    depth_of,
-    from_reals,
-    is_data,
-    is_real,
-    latent_nodes,
-    plates_of,
-    space_of,
-)
+from ppvae.programs.masks import counted_entries
+from ppvae.programs.nodes import Node, is_data, latent_nodes
+from ppvae.programs.plates import depth_of, plates_of
+from ppvae.programs.supports import from_reals, is_real, space_of
 
 
 @dataclass(frozen=True)

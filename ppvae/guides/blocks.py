@@ -15,7 +15,8 @@ from ppvae._scopes import random_state, stacklevel
 from ppvae.families.half import HALF
 from ppvae.guides.assignment import Block, BySite, upstream
 from ppvae.guides.sites import Site, only_plate, read_site
-from ppvae.programs.nodes import Node, is_real, same_support
+from ppvae.programs.nodes import Node
+from ppvae.programs.supports import is_real, same_support
 
 
 class Encoded(NamedTuple):

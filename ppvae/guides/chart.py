@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppvae.families.heads import Argument
 from ppvae.guides.family_guide import FamilyGuide
-from ppvae.programs.nodes import is_real
+from ppvae.programs.supports import is_real
 
 
 @dataclass(frozen=True)

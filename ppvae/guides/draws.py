@@ -13,7 +13,8 @@ from torch import Tensor
 from ppvae.families.rules import support_of
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.plates import Plates
-from ppvae.programs.nodes import common_mask, is_real
+from ppvae.programs.masks import common_mask
+from ppvae.programs.supports import is_real
 
 
 def draw(

@@ -23,13 +23,8 @@ from ppvae.guides.start import starting_values
 from ppvae.models.protocol import example_of, present_in
 from ppvae.programs.keywords import bare
 from ppvae.programs.missing import LeaveOut
-from ppvae.programs.nodes import (
-    dtype_of,
-    has_tensor_bounds,
-    is_point,
-    latent_nodes,
-    prototype,
-)
+from ppvae.programs.nodes import dtype_of, is_point, latent_nodes, prototype
+from ppvae.programs.supports import has_tensor_bounds
 
 
 class FamilyGuide(HeadedGuide):

@@ -14,7 +14,8 @@ from ppvae.guides.encoding import encode, keywords_of
 from ppvae.guides.model_guide import ModelGuide
 from ppvae.guides.sites import encoder_plate
 from ppvae.guides.start import start_at
-from ppvae.programs.nodes import Node, is_inside
+from ppvae.programs.nodes import Node
+from ppvae.programs.plates import is_inside
 
 
 class Made(NamedTuple):

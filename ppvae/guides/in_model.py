@@ -16,13 +16,8 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 from ppvae._checks import expect
 from ppvae.families.rules import support_of
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import (
-    bare_distribution,
-    base_of,
-    is_finite_discrete,
-    is_real,
-    latent_nodes,
-)
+from ppvae.programs.nodes import bare_distribution, base_of, is_finite_discrete, latent_nodes
+from ppvae.programs.supports import is_real
 
 #: From the name of a site, the prior of the model and the values so far to the guide's
 #: distribution, or None where it is the prior.

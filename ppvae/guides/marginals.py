@@ -17,7 +17,7 @@ from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.families.banded import PrecisionNormal
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import from_reals, is_real
+from ppvae.programs.supports import from_reals, is_real
 
 #: What a head returned, to what is drawn from in its place.
 Instead = Callable[[Drawn, Any], Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
-from ppvae.programs.nodes import draws_its_rows, length_of
+from ppvae.programs.plates import draws_its_rows, length_of
 
 
 class Plates(NamedTuple):

@@ -14,8 +14,9 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.layout import Layout, Place
-from ppvae.programs.nodes import drawn_nodes, is_real
-from ppvae.programs.runs import given, kept_nodes, run_model, run_trace, trace_pair
+from ppvae.programs.nodes import drawn_nodes
+from ppvae.programs.supports import is_real
+from ppvae.programs.tracing import given, kept_nodes, run_model, run_trace, trace_pair
 
 _PROBE = 0.3  # a value that other maps than a copy change
 

@@ -9,16 +9,10 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.families.rules import support_of
-from ppvae.programs.nodes import (
-    Node,
-    choose_plate,
-    from_reals,
-    is_real,
-    mask_of,
-    plates_of,
-    same_support,
-    space_of,
-)
+from ppvae.programs.masks import mask_of
+from ppvae.programs.nodes import Node
+from ppvae.programs.plates import choose_plate, plates_of
+from ppvae.programs.supports import from_reals, is_real, same_support, space_of
 
 
 class Site(NamedTuple):

@@ -18,7 +18,7 @@ class Model(Protocol):
 
     - `vectorized`: True if the program may run inside further plates to the left of its own, so
       that many draws are made in one run. All its operations must leave leading dimensions alone.
-      `ppvae.programs.runs.is_vectorized` asks.
+      `ppvae.programs.tracing.is_vectorized` asks.
     - `example()`: arguments of a call, such as one datum of zeros, from which a `FamilyGuide` with
       an encoder learns the shapes before its first call. `example_of` asks.
     - `check_data(*args)`: raises a ValueError if the data are not such as the model can explain;

@@ -15,7 +15,7 @@ from ppvae.objectives.elbo import ELBO, negative_elbo
 from ppvae.objectives.iwae import IWAE
 from ppvae.objectives.schedules import WarmUp, warm_up
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.runs import trace_pair
+from ppvae.programs.tracing import trace_pair
 
 __all__ = [
     "ELBO",

@@ -17,7 +17,14 @@ from torch import Tensor
 from ppvae._checks import check_count, expect
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import check_programs
-from ppvae.programs.runs import check_sites, draws_plate, given, is_vectorized, run_model, run_trace
+from ppvae.programs.tracing import (
+    check_sites,
+    draws_plate,
+    given,
+    is_vectorized,
+    run_model,
+    run_trace,
+)
 
 
 class Run(NamedTuple):

@@ -12,7 +12,8 @@ from ppvae._checks import check_choice, check_count, check_number, expect
 from ppvae.objectives.base import Objective, Run
 from ppvae.objectives.divergence import by_coordinate, closed_kl
 from ppvae.objectives.trace_terms import Terms, data_size
-from ppvae.programs.nodes import DRAWS, is_point, mask_of
+from ppvae.programs.masks import mask_of
+from ppvae.programs.nodes import DRAWS, is_point
 
 
 def negative_elbo(

@@ -15,7 +15,7 @@ from ppvae._scopes import random_state, unchecked
 from ppvae.objectives.elbo import loss_of
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.matched_normals import MatchedNormals
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 
 def average_loss(

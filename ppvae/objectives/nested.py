@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ppvae.objectives.trace_terms import Terms, terms
-from ppvae.programs.nodes import drawn_nodes, is_inside, values_outside
-from ppvae.programs.runs import Runs, given, run_model, run_trace
+from ppvae.programs.nodes import drawn_nodes
+from ppvae.programs.plates import is_inside, values_outside
+from ppvae.programs.runs import Runs
+from ppvae.programs.tracing import given, run_model, run_trace
 
 
 class Inner(NamedTuple):

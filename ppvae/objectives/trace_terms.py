@@ -12,20 +12,9 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.objectives.divergence import closed_kl
-from ppvae.programs.nodes import (
-    Node,
-    common_mask,
-    data_plate,
-    has_density,
-    is_inside,
-    is_point,
-    latent_nodes,
-    log_prob,
-    mask_of,
-    masked,
-    observed_nodes,
-    per_datum,
-)
+from ppvae.programs.masks import common_mask, log_prob, mask_of, masked
+from ppvae.programs.nodes import Node, has_density, is_point, latent_nodes, observed_nodes
+from ppvae.programs.plates import data_plate, is_inside, per_datum
 
 
 class Terms(NamedTuple):

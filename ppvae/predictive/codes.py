@@ -14,7 +14,8 @@ from ppvae.predictive.expectations import expectations, one_site, point, sites_o
 from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import bare_distribution, drawn_nodes, latent_nodes
-from ppvae.programs.runs import Args, Runs, opened, with_discrete
+from ppvae.programs.runs import Runs, opened
+from ppvae.programs.tracing import Args, with_discrete
 
 
 @exclusive

@@ -10,7 +10,8 @@ from ppvae._checks import check_choice, expect
 from ppvae.likelihoods.mixed import Joint
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, bare_distribution, is_data, observed_nodes
-from ppvae.programs.runs import Runs, with_discrete
+from ppvae.programs.runs import Runs
+from ppvae.programs.tracing import with_discrete
 
 
 def sites_of_data(runs: Runs) -> list[Node]:

@@ -14,21 +14,10 @@ from ppvae.data.adapters import form_of, prepared, real_numbers
 from ppvae.models import VAE, TwoLevelVAE
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.layout import Place
-from ppvae.programs.nodes import (
-    Node,
-    choose_plate,
-    latent_nodes,
-    length_of,
-    plates_of,
-)
-from ppvae.programs.runs import (
-    draw_runs,
-    is_vectorized,
-    largest_tensor,
-    run_model,
-    run_trace,
-    with_discrete,
-)
+from ppvae.programs.nodes import Node, latent_nodes
+from ppvae.programs.plates import choose_plate, length_of, plates_of
+from ppvae.programs.runs import draw_runs, largest_tensor
+from ppvae.programs.tracing import is_vectorized, run_model, run_trace, with_discrete
 
 
 @exclusive

@@ -19,7 +19,8 @@ from ppvae.predictive.weighted import batches_of_draws, weighted_runs
 from ppvae.programs.layout import Place
 from ppvae.programs.missing import observed_entries
 from ppvae.programs.nodes import Node, bare_distribution
-from ppvae.programs.runs import Args, Runs, opened, with_discrete
+from ppvae.programs.runs import Runs, opened
+from ppvae.programs.tracing import Args, with_discrete
 
 _MOST = 10_000_000  # numbers of all draws of a minibatch that are held at a time
 

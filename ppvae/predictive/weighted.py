@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import Args, Runs, with_discrete
+from ppvae.programs.runs import Runs
+from ppvae.programs.tracing import Args, with_discrete
 
 
 def batches_of_draws(runs: Runs) -> list[Args]:

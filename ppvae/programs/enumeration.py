@@ -23,7 +23,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae._checks import expect
-from ppvae.programs.nodes import Node, counts, depth_of, is_finite_discrete, log_prob, trace_of
+from ppvae.programs.masks import log_prob
+from ppvae.programs.nodes import Node, counts, is_finite_discrete, trace_of
+from ppvae.programs.plates import depth_of
 
 Tree = OrderedDict[Any, list[Tensor]]  # plates, as symbols -> factors of the density, packed
 

@@ -15,15 +15,9 @@ from torch import Tensor
 
 from ppvae._checks import expect
 from ppvae.families.rules import support_of
-from ppvae.programs.nodes import (
-    Node,
-    from_reals,
-    is_inside,
-    is_real,
-    latent_nodes,
-    plates_of,
-    space_of,
-)
+from ppvae.programs.nodes import Node, latent_nodes
+from ppvae.programs.plates import is_inside, plates_of
+from ppvae.programs.supports import from_reals, is_real, space_of
 
 
 class Place(NamedTuple):

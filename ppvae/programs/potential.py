@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
 from ppvae.programs.layout import Layout
-from ppvae.programs.nodes import counts, latent_nodes, log_prob, prototype, summed_nodes
-from ppvae.programs.runs import Args, kept_nodes, run_model
+from ppvae.programs.masks import log_prob
+from ppvae.programs.nodes import counts, latent_nodes, prototype, summed_nodes
+from ppvae.programs.tracing import Args, kept_nodes, run_model
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.data.adapters import form_of, prepared
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.nodes import latent_nodes, trace_of
-from ppvae.programs.runs import given, run_trace
+from ppvae.programs.tracing import given, run_trace
 
 
 class Simulation(NamedTuple):

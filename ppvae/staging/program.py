@@ -26,8 +26,9 @@ from ppvae._scopes import (
 )
 from ppvae.objectives.base import at_step, moving_fields, takes_plate
 from ppvae.objectives.elbo import ELBO
-from ppvae.programs.nodes import data_plate, numbers_observed, plates_of
-from ppvae.programs.runs import trace_pair
+from ppvae.programs.checks import numbers_observed
+from ppvae.programs.plates import data_plate, plates_of
+from ppvae.programs.tracing import trace_pair
 
 
 class DataDependent(Exception):

@@ -15,16 +15,9 @@ from ppvae.nn import Affine, Log1p, Standardize
 from ppvae.objectives.divergence import by_coordinate, closed_kl
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.keywords import bare
-from ppvae.programs.nodes import (
-    Node,
-    base_of,
-    data_plate,
-    is_point,
-    latent_nodes,
-    mask_of,
-    masked,
-    observed_nodes,
-)
+from ppvae.programs.masks import mask_of, masked
+from ppvae.programs.nodes import Node, base_of, is_point, latent_nodes, observed_nodes
+from ppvae.programs.plates import data_plate
 from ppvae.staging.program import Program
 from ppvae.staging.staged import one_line
 from ppvae.training.task import Task

@@ -16,10 +16,9 @@ from ppvae.data.adapters import form_of, has_missing
 from ppvae.data.batches import Batches, batches_of
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.objectives.trace_terms import Terms, terms
+from ppvae.programs.checks import check_densities, check_model
 from ppvae.programs.keywords import bare
 from ppvae.programs.missing import takes_missing
-from ppvae.programs.nodes import check_densities, check_observed, check_shapes, prototype
-from ppvae.programs.runs import check_masked
 from ppvae.staging.program import Program, program_of
 from ppvae.training.processes import Processes
 from ppvae.training.share import Share, share_of
@@ -98,9 +97,6 @@ class Task:
         Of data that a loader gives, the first minibatch is looked at now, and the others in the
         first pass.
         """
-        program = self.program
-        with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
-            check_shapes(prototype(program.model, self.example, {}))
         if data.loader is not None:
             data.check = partial(self._check_batch, data.name)
             self._check_batch(data.name, data.example())
@@ -114,8 +110,7 @@ class Task:
         program = self.program
         with torch.no_grad(), random_state(None, keep=True), eval_mode(program), unchecked():
             trace = program.traces(batch)[0]
-            check_observed(trace, name, start)
-            check_masked(program.model, trace, batch)
+            check_model(program.model, trace, batch, name, start)
             if has_missing(batch):  # which may be in more than the observations
                 check_densities(trace)
 

@@ -20,7 +20,7 @@ from ppvae.objectives.elbo import ELBO
 from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
 from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import matched
-from ppvae.programs.nodes import draws_its_rows
+from ppvae.programs.plates import draws_its_rows
 from ppvae.programs.potential import potential_of
 from ppvae.programs.runs import largest_tensor
 from ppvae.staging.program import program_of

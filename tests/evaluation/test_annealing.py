@@ -16,7 +16,8 @@ from ppvae.evaluation.hmc import Schedule, anneal, tune
 from ppvae.evaluation.path import densities
 from ppvae.guides.score import terms_at
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import draws_plate, opened
+from ppvae.programs.runs import opened
+from ppvae.programs.tracing import draws_plate
 
 W = [[1.3, 0.4], [-0.2, 0.9], [0.5, -1.1], [0.8, 0.6]]
 

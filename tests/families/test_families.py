@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch.autograd.functional import jacobian
 
 from ppvae import Family, families
-from ppvae.programs.nodes import is_real
+from ppvae.programs.supports import is_real
 
 CHANNELS = dict(deterministic="v", zero="", noise_only="", mean_only="loc", shared_scale="loc")
 CHANNELS |= dict(mean_only_bounded="loc", mean_scale="loc scale", student_t="df loc scale")

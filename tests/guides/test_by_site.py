@@ -17,7 +17,7 @@ from ppvae._scopes import private_modules
 from ppvae.nn import Pool, mlp
 from ppvae.objectives import ELBO, negative_elbo
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 T, S, N = 0.7, 0.5, 6  # sd of the local latents around their mean, and of the noise
 

@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 from ppvae import VAE, Family, FamilyGuide, HeavyTails, families, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 CASE = pytest.mark.parametrize("case", CASES)

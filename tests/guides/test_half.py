@@ -12,7 +12,7 @@ from ppvae import VAE, Block, FamilyGuide, evaluate, families, fit, likelihoods
 from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.objectives import negative_elbo
-from ppvae.programs.runs import trace_pair
+from ppvae.programs.tracing import trace_pair
 
 FAMILIES = {**families.LADDER, "banded": families.Banded(1)}
 HALF = torch.bfloat16  # keeps 8 bits: a number is rounded by at most 2^-9 of itself

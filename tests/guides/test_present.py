@@ -15,7 +15,7 @@ from ppvae._scopes import private_modules
 from ppvae.nn import mlp
 from ppvae.objectives import ELBO
 from ppvae.programs.missing import nan_masked
-from ppvae.programs.runs import trace_pair
+from ppvae.programs.tracing import trace_pair
 
 LENGTHS = torch.tensor([4, 1, 3, 2])
 N, STEPS = len(LENGTHS), 4

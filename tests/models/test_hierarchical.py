@@ -12,7 +12,7 @@ from pyro.infer.reparam import LocScaleReparam
 from ppvae import Block, FamilyGuide, evaluate, fit, from_pyro_svi, predict, simulate
 from ppvae._scopes import private_modules
 from ppvae.models import HierarchicalRegression
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 GROUPS, COLUMNS, SIZES = 4, 2, (1, 2, 5, 12)
 TAU, NOISE, SPREAD = torch.tensor([0.8, 0.4], dtype=torch.float64), 0.5, 2.0

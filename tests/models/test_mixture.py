@@ -13,7 +13,7 @@ from ppvae import FamilyGuide, evaluate, fit, from_pyro_svi, simulate, stage
 from ppvae._scopes import private_modules
 from ppvae.models import GaussianMixture
 from ppvae.objectives import ELBO
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 K, COLUMNS = 3, 4
 QUIET = {"progress": False}

@@ -31,7 +31,7 @@ from ppvae.families import GuideFamily
 from ppvae.nn import conv_decoder, mlp
 from ppvae.objectives import ELBO
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 STEPS, N, SD = 6, 12, 0.5
 LENGTHS = torch.tensor([6, 1, 4, 3, 2, 6, 5, 1, 6, 4, 2, 3])

@@ -28,7 +28,7 @@ from ppvae._scopes import private_modules
 from ppvae.nn import conv_decoder, mlp
 from ppvae.objectives import ELBO
 from ppvae.objectives.trace_terms import terms
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 
 N, SD = 40, 0.5
 QUIET = {"progress": False}

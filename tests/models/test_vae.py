@@ -14,7 +14,7 @@ from ppvae._scopes import private_modules
 from ppvae.models.protocol import check_data_of, example_of
 from ppvae.nn import conv_decoder, conv_encoder, mlp
 from ppvae.priors import as_prior
-from ppvae.programs.runs import trace_pair
+from ppvae.programs.tracing import trace_pair
 
 #: priors with all families under one likelihood, all likelihoods with a few of both; and where
 #: there is no time for that, families of each kind, and for each likelihood one of the priors

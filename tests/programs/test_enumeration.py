@@ -20,7 +20,7 @@ from ppvae.objectives import ELBO
 from ppvae.objectives.trace_terms import terms
 from ppvae.programs.enumeration import draw_discrete, probabilities, values_of
 from ppvae.programs.nodes import DRAWS
-from ppvae.programs.runs import draws_plate, run_model, trace_pair
+from ppvae.programs.tracing import draws_plate, run_model, trace_pair
 
 N, K = 5, 3
 

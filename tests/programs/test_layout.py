@@ -11,8 +11,9 @@ from cases import cases
 from pyro import poutine
 
 from ppvae.programs.layout import Layout, Place
-from ppvae.programs.nodes import data_plate, from_reals, same_support
-from ppvae.programs.runs import draws_plate, run_trace
+from ppvae.programs.plates import data_plate
+from ppvae.programs.supports import from_reals, same_support
+from ppvae.programs.tracing import draws_plate, run_trace
 
 
 def _mixture():

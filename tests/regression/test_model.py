@@ -28,7 +28,7 @@ from ppvae import (
 )
 from ppvae._scopes import private_modules
 from ppvae.objectives import ELBO
-from ppvae.programs.runs import draws_plate, trace_pair
+from ppvae.programs.tracing import draws_plate, trace_pair
 from ppvae.regression import (
     ConjugateNormal,
     Horseshoe,
