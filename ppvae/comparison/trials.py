@@ -173,7 +173,7 @@ def task_on(
     Its program holds all parameters, also those that plain functions bring along.
     """
     names = tuple(kwargs or ())
-    model, guide, extra = with_keywords(model, guide, (), kwargs)
+    model, guide, extra = with_keywords(model, guide, (), kwargs, data=data)
     batches = training_batches(bare(model), bare(guide), data, None, extra, names, whole=True)
     if batches.missing:
         model, guide = nan_masked(model), nan_masked(guide)

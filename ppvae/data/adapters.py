@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_real, expect
 from ppvae._scopes import stacklevel
+from ppvae.data.labels import check_aligned
 from ppvae.data.sparse import SparseMatrix, as_dense, is_sparse
 
 
@@ -127,10 +128,12 @@ def as_tensors(
 
     Raises:
         TypeError: there is something else among them, such as text or a sparse tensor.
-        ValueError: there is none, a number is not finite, or the first dimensions differ.
+        ValueError: there is none, a number is not finite, or the first dimensions or the labels of
+            rows differ.
     """
     items = items_of(data)
     expect(items, name, "at least one tensor or array", "none")
+    check_aligned(**{f"{name}[{number}]": item for number, item in enumerate(items)})
     form = form or Form()
     dtype = form.dtype or torch.get_default_dtype()
     tensors = tuple(
@@ -306,9 +309,10 @@ def prepared(
 
     Raises:
         TypeError: an array or a table holds something else, or a tensor is not dense.
-        ValueError: a number is infinite, or missing where it may not be, or a first dimension is
-            zero.
+        ValueError: a number is infinite, or missing where it may not be, a first dimension is zero,
+            or tables of as many rows have other labels.
     """
+    check_aligned(**{f"args[{number}]": arg for number, arg in enumerate(args)})
     form = form or Form()
     ready = []
     for position, arg in enumerate(args):

@@ -16,13 +16,12 @@ from tqdm.auto import tqdm
 from ppvae._checks import check_array, check_count, check_label, check_real, expect
 from ppvae._process import apart, exclusive
 from ppvae._scopes import eval_mode, param_store, private_modules, random_state, unchecked
-from ppvae.data.adapters import form_of, prepared
 from ppvae.evaluation.ranks import ALPHA, coverage, uniformity, verdict
 from ppvae.guides.family_guide import FamilyGuide
 from ppvae.guides.score import terms_at
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.objectives.weights import log_mean_weight
-from ppvae.programs.keywords import with_keywords
+from ppvae.programs.keywords import prepared_call
 from ppvae.programs.layout import Layout
 from ppvae.programs.nodes import counts, prototype, summed_nodes
 from ppvae.programs.plates import data_plate, is_inside
@@ -126,8 +125,7 @@ def calibration(  # noqa: D417
         expect(known, name, "a function", kind, TypeError)
     shown, label = check_label("progress", progress, "calibration")
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args, form_of(model, guide), missing=False)
-    model, guide, args = with_keywords(model, guide, args, kwargs, missing=False)
+    model, guide, args = prepared_call(model, guide, args, kwargs, missing=False)
     with private_modules(), random_state(seed):
         data, labels = _plate_and_labels(model, guide, args, plate, local=refit is None)
         plan = _Plan(model, guide, data, num_samples, vectorized, arguments, refit)

@@ -10,9 +10,9 @@ from torch import Tensor
 from ppvae._checks import check_count, expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import form_of, prepared, real_numbers
+from ppvae.data.adapters import form_of, real_numbers
 from ppvae.models import VAE, TwoLevelVAE
-from ppvae.programs.keywords import with_keywords
+from ppvae.programs.keywords import prepared_call
 from ppvae.programs.layout import Place
 from ppvae.programs.nodes import Node, latent_nodes
 from ppvae.programs.plates import choose_plate, length_of, plates_of
@@ -125,8 +125,7 @@ def predict(  # noqa: D417
     fitted = getattr(guide, "blocks", True) != ()
     expect(fitted, "guide", "one that was fitted, which knows the latents", "one that was not")
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args, form_of(model, guide), missing=False)
-    model, guide, args = with_keywords(model, guide, args, kwargs, missing=False)
+    model, guide, args = prepared_call(model, guide, args, kwargs, missing=False)
     drawn: dict[str, list[Tensor]] = {}
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):
         with unchecked():

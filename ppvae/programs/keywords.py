@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from ppvae._checks import expect
-from ppvae.data.adapters import form_of, prepared
+from ppvae.data.adapters import form_of, items_of, prepared
+from ppvae.data.labels import check_aligned
 
 
 class Wrapper(nn.Module):
@@ -79,13 +80,15 @@ def with_keywords(
     kwargs: Mapping[str, Any] | None,
     *,
     missing: bool = True,
+    data: Any = (),
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Model, guide and arguments without keywords; unchanged where there are none.
 
-    Numbers among them may be `missing`, which is NaN.
+    Numbers among them may be `missing`, which is NaN. Tables have the row labels of the `data`.
 
     Raises:
         TypeError: `kwargs` is no mapping from names, or model or guide cannot be called.
+        ValueError: rows have other labels, see `check_aligned`.
     """
     check_programs(model, guide)
     if kwargs is None:
@@ -94,7 +97,26 @@ def with_keywords(
     expect(named, "kwargs", "a mapping from names to arguments", kwargs, TypeError)
     if not kwargs:
         return model, guide, args
+    check_aligned(
+        **{f"data[{number}]": item for number, item in enumerate(items_of(data))}, **kwargs
+    )
     names = tuple(kwargs)
     form = replace(form_of(model, guide), programs=())
     values = prepared(tuple(kwargs.values()), form, missing=missing)
     return WithKeywords(model, names), WithKeywords(guide, names), (*args, *values)
+
+
+def prepared_call(
+    model: Any,
+    guide: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    missing: bool = True,
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Model, guide and arguments without keywords; arrays and tables among these are tensors.
+
+    See `prepared` and `with_keywords`, also for the errors.
+    """
+    ready = prepared(args, form_of(model, guide), missing=missing)
+    return with_keywords(model, guide, ready, kwargs, missing=missing, data=args)

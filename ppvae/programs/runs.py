@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ppvae._checks import check_count, expect
 from ppvae._scopes import eval_mode, private_modules, random_state, unchecked
-from ppvae.data.adapters import form_of, has_missing, prepared
+from ppvae.data.adapters import has_missing
 from ppvae.programs.checks import check_densities, check_model
-from ppvae.programs.keywords import with_keywords
+from ppvae.programs.keywords import prepared_call
 from ppvae.programs.missing import nan_masked
 from ppvae.programs.nodes import drawn_nodes, latent_nodes, observed_nodes, prototype
 from ppvae.programs.plates import data_plate, draws_its_rows, is_inside, values_outside
@@ -183,8 +183,7 @@ def opened(
         batch_size = check_count("batch_size", batch_size)
     _keep_memory()
     vectorized = is_vectorized(model, vectorized)
-    args = prepared(args, form_of(model, guide))
-    model, guide, args = with_keywords(model, guide, args, kwargs)
+    model, guide, args = prepared_call(model, guide, args, kwargs)
     if has_missing(args):
         model, guide = nan_masked(model), nan_masked(guide)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model, guide):

@@ -11,8 +11,7 @@ from torch import Tensor
 from ppvae._checks import expect
 from ppvae._process import exclusive
 from ppvae._scopes import eval_mode, private_modules, random_state
-from ppvae.data.adapters import form_of, prepared
-from ppvae.programs.keywords import with_keywords
+from ppvae.programs.keywords import prepared_call
 from ppvae.programs.nodes import latent_nodes, trace_of
 from ppvae.programs.tracing import given, run_trace
 
@@ -76,8 +75,8 @@ def simulate(
     """
     known, kind = arguments is None or callable(arguments), type(arguments).__name__
     expect(known, "arguments", "a function", kind, TypeError)
-    positional, args = len(args), prepared(args, form_of(model), missing=False)
-    model, _, args = with_keywords(model, model, args, kwargs, missing=False)
+    positional = len(args)
+    model, _, args = prepared_call(model, model, args, kwargs, missing=False)
     with torch.no_grad(), private_modules(), random_state(seed), eval_mode(model):
         trace = _drawn(model, args)
         nodes = latent_nodes(trace)

@@ -21,6 +21,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch.distributions import Distribution
 
 from ppvae._checks import check_choice, check_count, check_flag, expect
+from ppvae.data.labels import check_aligned
 from ppvae.families import Family, full_rank
 from ppvae.guides import FamilyGuide
 from ppvae.likelihoods import Bernoulli, Categorical
@@ -28,7 +29,6 @@ from ppvae.regression._drawing import draw_latents
 from ppvae.regression.conjugate import ConjugateNormal
 from ppvae.regression.exact import ExactPosterior, exact_posterior
 from ppvae.regression.generalized import GeneralizedLinear
-from ppvae.regression.labels import check_aligned
 from ppvae.regression.prediction import Prediction
 from ppvae.regression.priors import Array
 from ppvae.regression.rows import is_vector

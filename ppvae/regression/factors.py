@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ppvae._checks import MOST, check_array, check_flag, check_names, expect
-from ppvae.regression.labels import Names, check_columns
+from ppvae.data.labels import Names, check_columns
 from ppvae.regression.priors import Array
 from ppvae.regression.rows import Rows, Values, read_rows
 

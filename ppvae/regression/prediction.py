@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ppvae._checks import check_array, check_count, check_flag, check_share
+from ppvae.data.labels import check_aligned
 from ppvae.regression.combinations import Combinations
 from ppvae.regression.hyper import HyperPosterior, Problem, make_problem
-from ppvae.regression.labels import check_aligned
 from ppvae.regression.priors import Array, Seed
 from ppvae.regression.quantiles import check_levels
 from ppvae.regression.sampling import draw, generator_of
@@ -178,5 +178,5 @@ class Prediction:
         return lines + drawn["noise"][:, None] * self.noise * generator.standard_normal(lines.shape)
 
     def _values(self, y: ArrayLike) -> Array:
-        check_aligned(labels=self.labels, y=y)
+        check_aligned("", self.labels, y=y)
         return check_array("y", y, (len(self.rows),))

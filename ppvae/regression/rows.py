@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ppvae._checks import LEAST, MOST, check_array, check_real, expect
-from ppvae.regression.labels import Names, check_aligned, names_of
+from ppvae.data.labels import Names, check_aligned, names_of
 from ppvae.regression.priors import Array
 
 Values = ArrayLike | Tensor

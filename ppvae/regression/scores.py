@@ -23,9 +23,9 @@ from ppvae._process import exclusive
 from ppvae._scopes import double_precision, eval_mode, private_modules, random_state, unchecked
 from ppvae.data.adapters import as_tensors, form_of
 from ppvae.data.batches import batches_of
+from ppvae.data.labels import check_aligned
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.matched_normals import matched
-from ppvae.regression.labels import check_aligned
 from ppvae.training.average import average_of, without_fallback_warnings
 from ppvae.training.optimum import affordable
 from ppvae.training.surface import spread_of

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from scipy import special
 
 from ppvae._checks import check_array, check_count, check_flag, check_share, expect
+from ppvae.data.labels import check_aligned, check_columns, names_of
 from ppvae.families import mean_scale
 from ppvae.guides import FamilyGuide
 from ppvae.regression._drawing import draw_latents
 from ppvae.regression.combinations import Combinations
 from ppvae.regression.exact import exact_posterior
-from ppvae.regression.labels import check_aligned, check_columns, names_of
 from ppvae.regression.model import Horseshoe, LinearRegression
 from ppvae.regression.priors import Array, Integers
 from ppvae.regression.ridge import Ridge, squared_errors

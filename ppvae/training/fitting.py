@@ -206,7 +206,7 @@ def fit(
     check_call(precision)
     seed = None if seed is None else check_seed(seed)
     others = processes()
-    model, guide, extra = with_keywords(model, guide, (), kwargs)
+    model, guide, extra = with_keywords(model, guide, (), kwargs, data=data)
     free = batch_size is None and is_free(guide)
     pair, names = (bare(model), bare(guide)), tuple(kwargs or ())
     batches = training_batches(*pair, data, batch_size, extra, names, whole=free, size=size)

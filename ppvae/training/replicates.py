@@ -154,7 +154,7 @@ def fit_replicates(
     wanted = "a number: a training that ends by itself has a learning rate of its own (see fit)"
     expect(num_epochs is not None, "num_epochs", wanted, None)
     num_epochs = check_count("num_epochs", num_epochs)
-    named = [with_keywords(*pair, (), kwargs) for pair in pairs]
+    named = [with_keywords(*pair, (), kwargs, data=data) for pair in pairs]
     for pair in pairs[1:]:
         form_of(*pair).remember(data)
     free = batch_size is None and is_free(pairs[0][1])

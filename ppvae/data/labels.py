@@ -10,7 +10,7 @@ from ppvae._checks import expect
 Names = tuple[str | int, ...] | None
 
 
-def check_aligned(of: str = "", labels: Any = None, **given: Any) -> Any:
+def check_aligned(of: str = "", labels: Any = None, /, **given: Any) -> Any:
     """Checks that all that came with labels of its rows has the same ones, in the same order.
 
     Nothing is put into another order, and of two things with labels none is taken by position.
