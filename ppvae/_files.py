@@ -39,12 +39,20 @@ def replacing(path: Path) -> Iterator[Path]:
     Until then the old file is there, and afterwards the new one, also if the machine stops. An
     error inside leaves the old one. What a killed process left half-written is removed by the next
     that writes the same file.
+
+    Raises:
+        OSError: no file can be written there.
     """
     target = path.resolve()  # a link stays one
     for left in target.parent.glob(f".{target.name}.*.part"):
         if not _is_alive(left.name.split(".")[-3]):
             left.unlink(missing_ok=True)
     hidden = target.with_name(f".{target.name}.{os.getpid()}.{next(_numbers)}.part")
+    try:
+        hidden.touch()
+    except OSError as error:
+        words = f"expected a place where files can be written ({error.strerror})"
+        raise type(error)(error.errno, words, str(path)) from None
     try:
         yield hidden
         _flush(hidden, os.O_RDWR)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_count, expect
 from ppvae.families.base import GuideFamily, check_head
+from ppvae.families.carried import Carried
 from ppvae.families.half import HALF, InHalf, dtype_in_half, widened
 from ppvae.families.heads import Argument
 
@@ -76,7 +77,7 @@ def _whole(network: nn.Module, call: Callable[..., Any], *args: Tensor) -> Any:
     return tuple(map(widened, found)) if isinstance(found, tuple) else widened(found)
 
 
-class _Flowing(InHalf, dist.TransformedDistribution):  # type: ignore[misc]
+class _Flowing(InHalf, Carried):
     """What a flow makes of a Gaussian, also of latents of half precision."""
 
     def sample(self, sample_shape: Any = _SHAPE) -> Tensor:

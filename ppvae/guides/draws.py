@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
+from ppvae.families.carried import Carried
 from ppvae.families.rules import support_of
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.plates import Plates
@@ -71,7 +72,7 @@ def on_support(fn: Any, block: Drawn) -> Any:
     through = site.transform is not None and is_real(support_of(fn))
     if not block.family.joint:
         fn = fn.to_event(len(site.space if through else site.event_shape))
-    return dist.TransformedDistribution(fn, [site.transform]) if through else fn
+    return Carried(fn, [site.transform]) if through else fn
 
 
 def _draw_flat(

@@ -94,6 +94,10 @@ def encode(
     try:
         features = _features(encoder, args, kwargs)
     except (RuntimeError, TypeError) as error:
+        given = [*args, *kwargs.values()]
+        kinds = (each.dtype for each in given if isinstance(each, Tensor) and each.is_complex())
+        odd = next(kinds, None)
+        expect(odd is None, "data", "real numbers, which the encoder takes", odd, TypeError)
         takes = f"a module that takes {_in_words(args, kwargs)}"
         raise ValueError(f"encoder: expected {takes}, got one that does not: {error}") from error
     kind = type(features).__name__

@@ -39,8 +39,8 @@ def encode(
 
     Returns:
         A Pyro distribution, for local latents of batch shape `(datum, ...)`; it has `log_prob`,
-        `sample` and, unless it was transformed, `mean` and `stddev`. Of a guide that is a point it
-        is a `Delta`, of which `mean` is the code.
+        `sample` and, unless it was carried to a support or through a flow, `mean` and `stddev`. Of
+        a guide that is a point it is a `Delta`, of which `mean` is the code.
 
     Raises:
         TypeError: an argument is of another kind.

@@ -72,3 +72,5 @@ def test_a_writer_that_fails_leaves_the_file_and_nothing_else(tmp_path):
         to_netcdf({}, path)
     with pytest.raises(FileNotFoundError, match="path: expected a folder that exists, got "):
         to_netcdf(xr.Dataset(), tmp_path / "none" / "a.nc")
+    with pytest.raises(OSError, match="expected a place where files can be written .File name too"):
+        to_netcdf(xr.Dataset(), tmp_path / f"{'a' * 250}.nc")

@@ -425,6 +425,11 @@ def test_bad_input(message):
         FamilyGuide(model, family, encoder).setup(torch.randn(6, 3))
 
 
+def test_complex_data_are_not_the_encoders_fault():
+    with pytest.raises(TypeError, match="^data: expected real numbers, .* got torch.complex128"):
+        FamilyGuide(ONE, "mean_scale", mlp(3, 4)).setup(torch.randn(6, 3) + 1j)
+
+
 def test_a_plate_that_is_named_decides():
     x = torch.randn(6, 3)
     for plate in "ab":

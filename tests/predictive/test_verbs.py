@@ -55,6 +55,21 @@ def test_every_family_encodes_reconstructs_and_scores(family):
     if family in ("mean_scale", "full_rank", "student_t", "low_rank"):
         fn = guide.heads["z"](guide.encoder(x))
         assert torch.equal(q.mean, fn.mean)
+    if family == "flow":
+        with pytest.raises(NotImplementedError, match="the variance of a .* has no closed form"):
+            _ = q.stddev
+
+
+def test_a_code_on_a_half_line_says_that_its_mean_is_not_known():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, scale), obs=x[:, 0])
+
+    q = encode(model, FamilyGuide(model, "mean_scale", mlp(3, 4)).setup(data(3)), data(3))
+    with pytest.raises(NotImplementedError, match="^the mean of a Normal through Exp"):
+        _ = q.mean
+    assert q.sample((10,)).min() > 0
 
 
 def test_a_reconstruction_is_the_mean_over_draws():
