@@ -198,6 +198,12 @@ class Layout:
             labels += own if len(own) == place.size else numbered
         return labels
 
+    @property
+    def bounded(self) -> dict[int, str]:
+        """The numbers and the names of the coordinates of sites that cannot have any value."""
+        labels = [(place, label) for place in self.places.values() for label in place.labels]
+        return {n: label for n, (place, label) in enumerate(labels) if not is_real(place.support)}
+
     def flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """Values by site as `(draws, datum, coordinates)`, in the spaces of the sites."""
         return torch.cat([place.flat(values[name]) for name, place in self.places.items()], -1)

@@ -124,16 +124,17 @@ class Average:
 
     def draws(
         self, values: list[Tensor], normals: Tensor, layout: Layout, seed: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """The losses of some draws, and the latents in unconstrained space, `(draws, size)`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of some draws, and the latents, `(draws, size)`: on the reals, and as such."""
 
         def one(row: Tensor) -> Tensor:
             with _Recorder(layout.places) as latents:
                 loss = self.loss(values, row)
-            return torch.cat([loss.reshape(1), layout.free(latents.values).reshape(-1)])
+            spaces = layout.free(latents.values), layout.flat(latents.values)
+            return torch.cat([part.reshape(-1) for part in (loss, *spaces)])
 
-        both = self._each(one, normals, seed)
-        return both[:, 0], both[:, 1:]
+        every = self._each(one, normals, seed)
+        return every[:, 0], every[:, 1 : layout.size + 1], every[:, layout.size + 1 :]
 
     def _each(self, one: Callable[[Tensor], Tensor], normals: Tensor, seed: int) -> Tensor:
         with random_state(seed):

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ _ALL_AT_ONCE = 1_000  # draws on all the data
 _LARGEST = 10_000_000  # numbers in the data, beyond which these would take minutes
 _REACH = 3.0  # sds of the draws: a mode that is further away is not among them
 _NARROW = 0.25  # posterior sds, or the share of one, by which a family may be off
+
+
+Space = tuple[Tensor, list[str]]  # draws of coordinates, `(draws, coordinates)`, and their names
 
 
 class NotConverged(UserWarning):
@@ -85,12 +89,12 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
     loss, labels = optimum.losses[-1], optimum.layout.free_labels
     draws, words, narrow, gap, allowed = "", "", False, 0.0, 1.0
     if optimum.draws != 1:  # no point
-        losses, states = _fresh(task, optimum.layout, seed)
+        losses, spaces = _fresh(task, optimum.layout, seed)
         gap = losses.mean().item() - loss * task.batches.size if optimum.draws else 0.0
         se = losses.std().item() / math.sqrt(len(losses))
         loss, allowed = losses.mean().item() / task.batches.size, allowed_gap(len(labels)) + 3 * se
-        words, narrow = _narrowness(losses, states, labels)
-        left_out = "" if optimum.chosen else _left_out(optimum.others, states, labels)
+        words, narrow = _narrowness(losses, spaces)
+        left_out = "" if optimum.chosen else _left_out(optimum.others, *spaces[0])
         if left_out:
             modes, narrow = f"; {left_out}{modes}", True
     if optimum.draws > 1:
@@ -141,8 +145,8 @@ def judge_steps(task: Task, told: str, seed: int) -> Verdict | None:
         if any(map(draws_its_rows, sites)):
             return None
         layout = potential_of(task.program.model, batch).layout
-    losses, states = _fresh(whole, layout, seed, _ALL_AT_ONCE)
-    words, narrow = _narrowness(losses, states, layout.free_labels)
+    losses, spaces = _fresh(whole, layout, seed, _ALL_AT_ONCE)
+    words, narrow = _narrowness(losses, spaces)
     if not narrow:
         return None
     but = "but the steps ended away from the posterior, or the family is too narrow for it"
@@ -150,8 +154,11 @@ def judge_steps(task: Task, told: str, seed: int) -> Verdict | None:
     return Verdict(f"{told}; {but}: {words}", converged=None, loss=loss, narrow=True)
 
 
-def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Tensor, Tensor]:
-    """Minus log weights of fresh draws of the guide as it is stored, and the latents."""
+def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Tensor, list[Space]]:
+    """Minus log weights of fresh draws of the guide as it is stored, and the latents.
+
+    First those on the reals, then as they are those that are not any number, if there are some.
+    """
     (batch,) = task.batches
     was, sampled = task.program, ELBO(kl="sampled")
     size, plate = task.batches.size, was.plate_name
@@ -164,11 +171,16 @@ def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Te
         normals = matched(affordable(average, most), average.normals, seed + 1)
         chunks = enumerate(average.chunks(normals), seed + 1)
         pieces = [average.draws(values, chunk, layout, own) for own, chunk in chunks]
-    losses, states = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return losses, states
+    losses, states, latents = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    moves = (latents != latents[:1]).any(0)  # and is no zero of a triangle
+    bounded = {n: f"{label} itself" for n, label in layout.bounded.items() if moves[n]}
+    spaces = [(states, layout.free_labels)]
+    if bounded:
+        spaces.append((latents[:, [*bounded]], [*bounded.values()]))
+    return losses, spaces
 
 
-def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str, bool]:
+def _narrowness(losses: Tensor, spaces: Sequence[Space]) -> tuple[str, bool]:
     """What importance weights say of a family, and whether it is too narrow for the posterior.
 
     Nearly equal weights may have a tail with a large k-hat, which nothing depends on. What a wider
@@ -179,7 +191,8 @@ def _narrowness(losses: Tensor, states: Tensor, labels: list[str]) -> tuple[str,
     share, off = ess / len(losses), []
     words = f"k-hat {shape:.2f}, {share:.0%} of the draws count"
     if ess >= _FEW:
-        off = _off(torch.softmax(-losses, 0), states, labels)
+        weights = torch.softmax(-losses, 0)
+        off = [word for space in spaces for word in _off(weights, *space)]
     if not share >= _EQUAL and not shape <= TRUSTED or not ess >= _FEW:
         off.insert(0, f"{words} (k-hat is trusted up to {TRUSTED})")
     if not off:
@@ -210,11 +223,15 @@ def _left_out(others: list[Mode], states: Tensor, labels: list[str]) -> str:
 
 def _off(weights: Tensor, states: Tensor, labels: list[str]) -> list[str]:
     """Where the means or sds of draws are furthest from the reweighted ones, if that is too far."""
-    mean, sd, error = states.mean(0), states.std(0), weights.square().sum().sqrt().item()
-    true = weights @ states
-    spread = (weights @ (states - true).square()).sqrt()
-    off = (mean - true).abs() / spread - 2 * error
-    ratio = (sd / spread).log().abs() - math.sqrt(2) * error
+    mean, sd, true = states.mean(0), states.std(0), weights @ states
+    apart = (states - true).square()
+    spread = (weights @ apart).sqrt()
+    # twice the standard errors, those of a Gaussian at least: of a mean in sds, and of a log sd
+    squares, scaled = weights.square(), apart / spread**2
+    least = squares.sum()
+    errors = [torch.maximum(least, squares @ scaled), (squares @ (scaled - 1).square())]
+    off = (mean - true).abs() / spread - 2 * errors[0].sqrt()
+    ratio = (sd / spread).log().abs() - torch.maximum(2 * least, errors[1]).sqrt()
     at, widest, words = int(off.argmax()), int(ratio.argmax()), []
     if off[at] > _NARROW:
         words.append(f"the mean of {labels[at]} is {off[at]:.2f} sd from the reweighted one")
