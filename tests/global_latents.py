@@ -5,12 +5,18 @@ import pyro.distributions as dist
 import torch
 
 from ppvae import fit
-from ppvae._scopes import private_modules
+from ppvae._scopes import double_precision, private_modules
 from ppvae.training.task import task_of, training_batches
 
 
 def quiet(model, guide, args, **told):
     return fit(model, guide, args, **{"progress": False, "seed": 0, **told})
+
+
+def drawn(guide, site, count, *args):
+    """So many draws of a latent, by one run of its guide."""
+    with double_precision(), private_modules(), torch.no_grad(), pyro.plate("draws", count, dim=-3):
+        return guide(*args)[site]
 
 
 def noise(*shape, seed=0):
