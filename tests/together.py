@@ -172,7 +172,7 @@ WAYS: dict[str, Any] = {
     "validation": family(
         "mean_scale", **HELD_OUT, patience=1, num_epochs=9, learning_rate=0.3, scheduler=plateau
     ),
-    "until flat": family("mean_scale", num_epochs=None, max_epochs=20),
+    "until flat": family("mean_scale", num_epochs=None, max_epochs=8),
     "dropout": dropout,
     "loader": loader,
     "rows by keyword": beside,
