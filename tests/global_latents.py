@@ -67,6 +67,13 @@ def location(x):
         pyro.sample("x", dist.Normal(w, 1.0), obs=x)
 
 
+def decides(x):
+    """The same, with a decision on a value, so that it cannot be mapped over draws."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(w if w.item() > -50 else -w, 1.0), obs=x)
+
+
 def two_modes(x):
     w = pyro.sample("w", dist.Normal(0.0, 5.0))
     with pyro.plate("data", len(x)):

@@ -12,6 +12,7 @@ from cases import LONG
 from global_latents import (
     SCORES,
     columns,
+    decides,
     drawn,
     labelled,
     linear,
@@ -322,12 +323,6 @@ def test_a_flow_starts_at_the_best_gaussian_and_ends_no_worse():
 
 
 def test_a_decision_on_values_is_a_loop_over_draws():
-
-    def decides(x):
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(w if w.item() > -50 else -w, 1.0), obs=x)
-
     x = 1 + noise(20)
     guides = [FamilyGuide(model, families.full_rank) for model in (decides, location)]
     results = [quiet(m, g, x) for m, g in zip((decides, location), guides, strict=True)]
