@@ -5,12 +5,18 @@ import pyro.distributions as dist
 import torch
 
 from ppvae import fit
-from ppvae._scopes import private_modules
+from ppvae._scopes import double_precision, private_modules
 from ppvae.training.task import task_of, training_batches
 
 
 def quiet(model, guide, args, **told):
     return fit(model, guide, args, **{"progress": False, "seed": 0, **told})
+
+
+def drawn(guide, site, count, *args):
+    """So many draws of a latent, by one run of its guide."""
+    with double_precision(), private_modules(), torch.no_grad(), pyro.plate("draws", count, dim=-3):
+        return guide(*args)[site]
 
 
 def noise(*shape, seed=0):
@@ -59,6 +65,13 @@ def location(x):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+
+def decides(x):
+    """The same, with a decision on a value, so that it cannot be mapped over draws."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(w if w.item() > -50 else -w, 1.0), obs=x)
 
 
 def two_modes(x):

@@ -171,7 +171,6 @@ def outcome(name, changed):
         make, alike = changes(told[argument])[words]
         told[argument] = make(told[argument])
         same, functions = same and alike, functions or callable(told[argument])
-    good = good_numbers(name)
     torch.manual_seed(0)
     result, left = answered(name, told)
     if left:
@@ -179,7 +178,7 @@ def outcome(name, changed):
     if isinstance(result, Exception):
         kind = CLEAR if tells(result, name, told, functions) else OBSCURE
         return kind, f"{type(result).__name__}: {result!s:.200}"
-    came = dict(numbers(result))
+    came, good = dict(numbers(result)), good_numbers(name)
     for where, values in came.items():
         wanted = good.get(where)
         finite = np.isfinite(values).all() or re.fullmatch(CALLS[name].infinite, where)

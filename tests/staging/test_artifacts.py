@@ -4,8 +4,6 @@ import os
 import threading
 
 import pytest
-import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.staging import artifacts
 from ppvae.staging.artifacts import compiled, folder
@@ -129,15 +127,3 @@ def test_several_at_a_time_leave_whole_files(cache, monkeypatch):
         thread.join()
     assert not wrong
     assert all(path.stat().st_size == 10**6 for path in cache.iterdir())
-
-
-def test_code_that_is_loaded_outlives_its_file(monkeypatch, tmp_path):
-    """It is unpacked to a place of its own, from which it runs."""
-    monkeypatch.setenv("PPVAE_CACHE", f"{tmp_path}")
-    example = torch.ones(4)
-    graph = make_fx(lambda x: [x * 2.0 + 1.0])(example)
-    run = compiled(["twice"], lambda: (graph, [example]))
-    (file,) = tmp_path.iterdir()
-    file.unlink()
-    (value,) = run([torch.arange(4.0)])
-    assert torch.equal(value, torch.arange(4.0) * 2 + 1)

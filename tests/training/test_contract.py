@@ -169,8 +169,10 @@ WAYS: dict[str, Any] = {
 
 
 #: what others of them have in two: several draws, sampled terms, free bits, a joint draw, users'
-#: objectives, replicates that end for themselves
+#: objectives, replicates that end for themselves, a prior with correlations, plates of
+#: other places
 AGAIN = ["IWAE, not vectorized", "sampled", "free bits", "low_rank", "user's", "patience, warm-up"]
+AGAIN += ["all", "given prior", "told rows", "left of pixels"]
 
 #: held by the tests of staging to have the same loss and gradients as the program
 STAGED = ["low_rank", "flow", "positive", "left of pixels"]

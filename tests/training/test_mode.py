@@ -6,12 +6,22 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from global_latents import SCORES, columns, linear, noise, posterior, schools, two_modes
+from global_latents import (
+    SCORES,
+    columns,
+    decides,
+    linear,
+    location,
+    noise,
+    posterior,
+    schools,
+    two_modes,
+)
 
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import potential_of
 from ppvae.training.descent import lbfgs
-from ppvae.training.mode import gaussian_near
+from ppvae.training.mode import _elbo, gaussian_near
 
 
 def test_a_gaussian_posterior_is_its_own_neighbour():
@@ -103,6 +113,16 @@ def test_a_saddle_is_no_other_mode_and_units_make_no_difference():
     factor = gaussian_near(potential_of(regression, (X,)), seed=0).factor
     precision = X.T @ X + 1e-6 * torch.eye(2)
     torch.testing.assert_close(factor @ factor.T, precision.inverse(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("model", [location, decides])
+def test_the_elbo_of_a_gaussian_is_exact_for_a_gaussian_posterior(model):
+    """Of the draws mean and variance are exact; at once, or one by one."""
+    x, mean, sd = 1 + noise(20), 0.7, 0.4
+    found = _elbo(potential_of(model, (x,)), torch.tensor([mean]), torch.tensor([[sd]]))
+    squares = mean**2 + (x - mean).square().sum().item() + 21 * sd**2
+    wanted = math.log(sd) - 0.5 * squares - 21 * math.log(2 * math.pi) / 2
+    assert found == pytest.approx(wanted, rel=1e-9)
 
 
 class LogCosh:

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 FEW = ["student_t", "one or two rows", "validation", "staged", "mixed"]
 #: those that go no way of their own are for `.ci/long`, and so is the compiler, in each process
-LATER = {*KINDS, *cases()} - {"deterministic", "student_t", "full_rank", "flow", "told rows"}
-LATER |= {"compiled"}
+LATER = {*KINDS, *cases()} - {"deterministic", "student_t", "flow", "told rows"}
+LATER |= {"compiled", "staged"}  # one that is staged draws numbers of two kinds
 SOME = [name for name in WAYS if LONG or name not in LATER]
 
 

@@ -156,7 +156,8 @@ def test_other_optimizers_take_their_own_steps(optimizer, monkeypatch):
     assert trained(linear, data(11), optimizer=optimizer)[0].execution == "compiled"
 
 
-def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
+def test_what_is_compiled_is_kept_in_a_file_which_it_outlives(monkeypatch, tmp_path):
+    """What is loaded is unpacked to a place of its own, from which it runs."""
     compiler = torch._inductor.aot_compile
 
     def none(*args, **kwargs):
@@ -169,7 +170,15 @@ def test_what_is_compiled_is_kept_in_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor, "aot_compile", none)
     again, _ = trained(linear, data(14), batch_size=5, num_epochs=2)
     assert (first.execution, again.execution) == ("looped", "looped")  # of other sizes, too
-    assert trained(linear, data(11))[0].losses == first.losses
+    kept, there = file.read_bytes(), []
+
+    def unlink(row):
+        there.append(file.exists())
+        file.unlink(missing_ok=True)
+
+    assert trained(linear, data(11), callback=unlink)[0].losses == first.losses
+    assert there == [True, False, False, False, False]
+    file.write_bytes(kept)
     if not LONG:
         return
     monkeypatch.setattr(torch._inductor, "aot_compile", compiler)
