@@ -67,10 +67,16 @@ CASES = {
     "globals": globals_and_predictions,
     "steps": stacked,
 }
+OF_ZARR = ["reals", "globals", "steps"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+#: of stores, but at length, those with names, with several kinds of numbers, and with steps
+WRITTEN = [(case, kind) for case in CASES for kind in KINDS]
+if not LONG:
+    WRITTEN = [(case, kind) for case, kind in WRITTEN if kind == ".nc" or case in OF_ZARR]
+
+
+@pytest.mark.parametrize(("case", "kind"), WRITTEN)
 def test_a_file_has_the_values_of_the_tree_in_memory(case, kind, tmp_path, monkeypatch):
     """Of runs of two draws or one, which are written by themselves."""
     model, guide, args, options = CASES[case]()
