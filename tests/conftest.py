@@ -1,5 +1,6 @@
 """What every test gets: double precision, Pyro's checks on, and a guard against traces left."""
 
+import gc
 import os
 import signal
 import threading
@@ -10,6 +11,17 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keeps modules and tests, which all stay, from being searched for garbage again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

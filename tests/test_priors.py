@@ -105,8 +105,9 @@ def test_log_p_under_a_learned_normal_prior_is_exact():
     expected = marginal.log_prob(x).detach()
     assert np.allclose(found.log_likelihood, expected, atol=1e-6)
     guide = FamilyGuide(model, "mean_scale", encoder=mlp(3, 4))
-    run = annealed_importance(model, guide, x, num_temperatures=200, num_chains=64, **QUIET)
+    run = annealed_importance(model, guide, x, num_temperatures=100, num_chains=64, **QUIET)
     error = np.sqrt(1 / run.ess - 1 / 64)  # of the log of a mean weight
+    assert error.max() < 0.3
     assert (abs(run.log_likelihood - expected.numpy()) < 5 * error + 0.02).all()
 
 

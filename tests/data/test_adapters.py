@@ -1,5 +1,6 @@
 """What people have, and what becomes of it: one column of numbers in every dress."""
 
+import functools
 import math
 import warnings
 
@@ -46,21 +47,29 @@ def counted(dtype=torch.float64):
     return model, FamilyGuide(model, "mean_scale", mlp(3, 4).to(dtype))
 
 
+def measured(x, dtype):
+    """The ELBO, and the losses of a fit, of the same pair."""
+    torch.manual_seed(0)
+    model, guide = counted(dtype)
+    found = evaluate(model, guide, x, num_samples=8, progress=False)
+    return found.elbo, fit(model, guide, x, num_epochs=1, seed=0, progress=False).losses
+
+
+@functools.cache
+def plain(dtype):
+    """Those of numbers as they are."""
+    return measured(torch.tensor(X, dtype=dtype), dtype)
+
+
 @pytest.mark.parametrize("dress", DRESSES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_all_dresses_give_the_same_numbers(dress, dtype):
     """The parameters say the dtype; a tensor that has another is cast with a word."""
-    torch.manual_seed(0)
-    model, guide = counted(dtype)
-    plain = torch.tensor(X, dtype=dtype)
-    wanted = evaluate(model, guide, plain, num_samples=8, progress=False)
+    elbo, wanted = plain(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the cast, which has a test of its own
-        found = evaluate(model, guide, DRESSES[dress], num_samples=8, progress=False)
-        losses = fit(model, guide, DRESSES[dress], num_epochs=1, seed=0, progress=False).losses
-    assert found.elbo.identical(wanted.elbo)
-    torch.manual_seed(0)
-    assert losses == fit(*counted(dtype), plain, num_epochs=1, seed=0, progress=False).losses
+        found, losses = measured(DRESSES[dress], dtype)
+    assert found.identical(elbo) and losses == wanted
 
 
 @pytest.mark.parametrize("kind", ["tensor", "loader", "dataset"])

@@ -318,7 +318,7 @@ def test_many_machines(run, tmp_path):
 def test_mixture(run, tmp_path):
     """The mixture is at a maximum after few steps; the topics are not."""
     options = ["--topic-epochs", 3, "--topic-starts", 1, "--documents", 100, "--starts", 1]
-    out = run("mixture.py", *options, "--out", tmp_path)
+    out = run("mixture.py", *options, "--epochs", 200, "--out", tmp_path)
     for name in ("diag", "full"):
         ours, theirs = map(float, re.search(rf"^{name} +(\S+) +(\S+)", out, re.M).groups())
         assert ours > theirs - 0.2

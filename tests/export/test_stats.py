@@ -25,7 +25,7 @@ from ppvae import (
 )
 from ppvae.nn import mlp
 
-ROWS, DRAWS = 25, 600
+ROWS, DRAWS = 25, 300
 
 
 class Rows(torch.nn.Module):

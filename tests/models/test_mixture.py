@@ -62,7 +62,7 @@ def test_fit_ends_where_the_em_algorithm_has_nothing_to_add(kind):
     model = GaussianMixture.of(x, K, kind, seed=1)
     guide = FamilyGuide(model, "mean_scale")
     for rate in (0.05, 0.005):
-        fit(model, guide, x, num_epochs=400, learning_rate=rate, **QUIET)
+        fit(model, guide, x, num_epochs=200, learning_rate=rate, **QUIET)
     scales, tril = model.scales.detach(), torch.eye(COLUMNS)
     if kind == "full":
         tril = model.correlations.detach()

@@ -168,6 +168,8 @@ def test_with_the_smoother_as_its_guide_every_draw_gives_log_p(lengths):
         assert torch.allclose(torch.tensor(found.log_likelihood.values), expected, rtol=1e-12)
         assert found.mutual_information.isnull() == (lengths is not None)
         assert ("There is no I(x; z)" in reading(found)) == (lengths is not None)
+    if lengths is None:  # with ends it is tried below
+        return
     annealed = annealed_importance(model, guide, *args, num_temperatures=3, num_chains=2, **QUIET)
     assert torch.allclose(torch.tensor(annealed.log_likelihood.values), expected, rtol=1e-9)
 
@@ -187,9 +189,9 @@ def test_log_p_of_a_fitted_chain_is_that_of_the_kalman_filter(lengths, gaps):
     args, expected = (x,) if lengths is None else (x, lengths), kalman(TWO, x, lengths).numpy()
     torch.manual_seed(0)
     guide = FamilyGuide(model, chain("mean_scale"), Backward(3))
-    fit(model, guide, args, num_epochs=300, learning_rate=1e-2, seed=0, **QUIET)
-    found = evaluate(model, guide, *args, num_samples=20_000, **QUIET)
-    error = (1 / found.ess.values - 1 / 20_000) ** 0.5
+    fit(model, guide, args, num_epochs=200, learning_rate=2e-2, seed=0, **QUIET)
+    found = evaluate(model, guide, *args, num_samples=5_000, **QUIET)
+    error = (1 / found.ess.values - 1 / 5_000) ** 0.5
     assert (error < 0.1).all()
     assert (abs(found.log_likelihood.values - expected) < 5 * error + error**2).all()
     assert found.elbo.mean() < expected.mean()
@@ -202,7 +204,7 @@ def test_a_fitted_chain_with_a_head_for_each_step_reaches_log_p():
     torch.manual_seed(0)
     guide = FamilyGuide(model, by_site, nn.Flatten())
     for rate in (0.05, 0.01, 0.001):
-        fit(model, guide, x, num_epochs=250, learning_rate=rate, seed=0, **QUIET)
+        fit(model, guide, x, num_epochs=120, learning_rate=rate, seed=0, **QUIET)
     draws = log_weights(model, guide, x, draws=500).mean(-1)
     gap, error = draws.mean() - kalman(ONE, x).mean(), draws.std() / 500**0.5
     assert -0.005 < gap < 5 * error and error < 0.001
@@ -210,18 +212,20 @@ def test_a_fitted_chain_with_a_head_for_each_step_reaches_log_p():
 
 def test_a_joint_draw_of_states_that_some_sequences_have_not_is_refused():
     """Steps without data are no harm: then the states behind an end are there, and unobserved."""
-    model, x = model_of(ONE), data_of(ONE)
+    model, x, lengths = model_of(ONE), data_of(ONE, steps=4), LENGTHS.clamp(max=4)
     guide = FamilyGuide(model, families.Banded(1), Flat())
     with pytest.raises(ValueError, match="guide: expected latents drawn one by one where the mode"):
-        evaluate(model, guide, x, LENGTHS, **QUIET)
-    behind = torch.arange(STEPS) >= LENGTHS[:, None]
+        evaluate(model, guide, x, lengths, **QUIET)
+    behind = torch.arange(4) >= lengths[:, None]
     with_gaps = torch.where(behind[..., None], math.nan, x)
-    found = annealed_importance(model, guide, with_gaps, num_temperatures=100, seed=0, **QUIET)
+    found = annealed_importance(model, guide, with_gaps, num_temperatures=80, seed=0, **QUIET)
     whole = FamilyGuide(model, chain(Smoother()), Ahead())
-    alike = evaluate(model, whole, x, LENGTHS, num_samples=2, **QUIET).log_likelihood.values
+    alike = evaluate(model, whole, x, lengths, num_samples=2, **QUIET).log_likelihood.values
     error = (1 / found.ess.values - 1 / found.num_chains) ** 0.5
     assert error.max() < 0.3
-    assert (abs(found.log_likelihood.values - alike) < 5 * error + error**2).all()
+    away = found.log_likelihood.values - alike
+    assert (abs(away) < 5 * error + error**2).all()
+    assert abs(away.mean()) < 5 * (error**2).sum() ** 0.5 / N + (error**2).mean()
 
 
 class Backward(nn.Module):

@@ -120,15 +120,17 @@ def test_a_fitted_guide_reaches_log_p_and_log_p_is_found_without_one():
     torch.manual_seed(0)
     guide = FamilyGuide(model, by_site, nn.Identity())
     for rate in (0.05, 0.01, 0.001):
-        fit(model, guide, x, num_epochs=250, learning_rate=rate, seed=0, **QUIET)
+        fit(model, guide, x, num_epochs=120, learning_rate=rate, seed=0, **QUIET)
     draws = log_weights(model, guide, x, draws=500).mean(-1)
     gap, error = draws.mean() - log_evidence(x).mean(), draws.std() / 500**0.5
     assert -0.02 < gap < 5 * error and error < 0.002
-    told = {"num_temperatures": 200, "num_chains": 50, "start": "prior", "seed": 0}
+    told = {"num_temperatures": 100, "num_chains": 50, "start": "prior", "seed": 0}
     found = annealed_importance(model, None, x, **told, **QUIET)
     error = (1 / found.ess.values - 1 / 50) ** 0.5
     away = found.log_likelihood.values - log_evidence(x).numpy()
     assert (abs(away) < 5 * error + error**2).all() and error.max() < 0.3
+    # of their mean, which sees what is the same for all
+    assert abs(away.mean()) < 5 * (error**2).sum() ** 0.5 / N + (error**2).mean()
 
 
 def small(**parts):

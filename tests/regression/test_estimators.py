@@ -42,6 +42,7 @@ FLAT = {"weight": None, "noise": None}
 # regressor, whose data are read in the same lines.
 AGAIN = [
     "check_classifier_data_not_an_array",
+    "check_classifiers_classes",
     "check_dict_unchanged",
     "check_dont_overwrite_attributes",
     "check_dont_overwrite_parameters",

@@ -278,7 +278,7 @@ def test_names_that_one_of_them_lacks_are_those_of_the_other():
 
 #: one of two processes, of which each holds half of the rows
 PROCESS = """
-import pickle, sys
+import datetime, pickle, sys
 import numpy as np
 import torch.distributed as dist
 from ppvae.regression import LeaveOneOut, combine, exact_posterior, factorize
@@ -286,7 +286,8 @@ from ppvae.regression import LeaveOneOut, combine, exact_posterior, factorize
 rank, folder = int(sys.argv[1]), sys.argv[2]
 X, y = (half[rank::2] for half in np.load(f"{folder}/rows.npz").values())
 store = dist.FileStore(f"{folder}/store", 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+told = {"rank": rank, "world_size": 2, "timeout": datetime.timedelta(seconds=120)}
+dist.init_process_group("gloo", store=store, **told)
 
 factors = [None, None]
 dist.all_gather_object(factors, factorize(X, y))
@@ -295,32 +296,29 @@ posterior = exact_posterior(combine(factors), noise=0.7)
 parts = [None, None]
 dist.all_gather_object(parts, posterior.loo(X, y, others=factors[1 - rank]))
 found = posterior.mean, posterior.log_evidence, LeaveOneOut.combine(parts)[1:]
-pickle.dump(found, open(f"{folder}/found{rank}", "wb"))
+with open(f"{folder}/found{rank}", "wb") as file:
+    pickle.dump(found, file)
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
-def test_two_processes_of_torch_distributed(tmp_path):
+def test_two_processes_of_torch_distributed(tmp_path, monkeypatch):
+    """The first of them is this one."""
     np.savez(tmp_path / "rows.npz", X=X, y=Y)
-    settings = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-    }  # fmt: skip
-    command = [sys.executable, "-c", PROCESS]
-    both = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)], env=settings, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], errors
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    command = [sys.executable, "-c", PROCESS, "1", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
+        try:
+            monkeypatch.setattr(sys, "argv", ["", "0", str(tmp_path)])
+            exec(PROCESS, {})
+            error = other.communicate(timeout=120)[1]
+        finally:
+            other.kill()
+    assert other.returncode == 0, error
     whole = exact_posterior(X, Y, noise=0.7)
     for rank in range(2):
         mean, log_evidence, loo = pickle.loads((tmp_path / f"found{rank}").read_bytes())

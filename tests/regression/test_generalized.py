@@ -332,16 +332,16 @@ def test_it_is_saved_copied_simulated_and_trained_on_minibatches():
 def test_priors_in_the_units_of_the_data():
     """Columns in other units have the same posterior in theirs: the same objective, to 1e-6."""
     X, y = binary(50)
-    units = torch.tensor([1.0, 100.0, 0.01])
+    sizes = torch.tensor([1.0, 100.0, 0.01])
     values = []
-    for columns in (X, X * units):
-        told = {"weight": dist.Laplace(0.0, 1.0), "intercept": dist.Normal(0.0, 1.0)}
-        model = GeneralizedLinear.of(columns, y, likelihoods.Bernoulli(), scale="data", **told)
-        assert torch.allclose(
-            model.weight_prior.scale, 1 / columns.std(0, correction=0), rtol=1e-12
-        )
+    for columns in (X, X * sizes):
+        for kind in (dist.Laplace, dist.Normal):
+            told = {"weight": kind(0.0, 1.0), "intercept": dist.Normal(0.0, 1.0)}
+            model = GeneralizedLinear.of(columns, y, likelihoods.Bernoulli(), scale="data", **told)
+            units = 1 / columns.std(0, correction=0)
+            assert torch.allclose(model.weight_prior.scale, units, rtol=1e-12)
         values.append(point(model, columns, y)["weight"])
-    assert same(values[0], values[1] * units.numpy())
+    assert same(values[0], values[1] * sizes.numpy())
     robust = GeneralizedLinear.of(X, 3.0 * y, likelihoods.StudentT(4.0), scale="data")
     sd = 3.0 * y.square().mean().sqrt()
     assert torch.allclose(robust.number_prior.scale, 10.0 * sd)
