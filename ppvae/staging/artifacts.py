@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from ppvae._checks import expect
 from ppvae._files import replacing
 from ppvae._scopes import without_warnings
+from ppvae.staging.export import without_stack_traces
 
 _MEGABYTES, _DAY = 256, 24 * 3600
 _NAME = re.compile(r"[0-9a-f]{32}\.pt2")  # as `_digest` makes them
@@ -78,7 +79,9 @@ def compiled(what: list[str], graph: Callable[[], tuple[fx.GraphModule, list[Ten
             return run
     except Exception:  # a file that is cut short, or that may not be read, is made again
         pass
-    files = _compile(*graph())
+    with _instructions_asked():
+        made = graph()
+    files = _compile(*made)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replacing(path) as beside:
@@ -132,13 +135,30 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     logged = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the caller gets an error
     try:
-        with without_warnings(), _side_by_side():
+        with without_warnings(), _side_by_side(), without_stack_traces():
             return torch._inductor.aot_compile(graph, tuple(inputs), options=_OPTIONS)
     except Exception:
         _forget_instructions()
         raise
     finally:
         logging.disable(logged)
+
+
+@contextmanager
+def _instructions_asked() -> Iterator[None]:
+    """Has PyTorch ask the compiler for instructions beside what is done inside, a second or more.
+
+    It keeps the answers; where something goes wrong, it asks again by itself.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    def ask() -> None:
+        with config.patch({"cpp.vec_isa_ok": _OPTIONS["cpp.vec_isa_ok"]}), suppress(Exception):
+            cpu_vec_isa.valid_vec_isa_list()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(ask)
+        yield
 
 
 @contextmanager
