@@ -66,11 +66,8 @@ def _parts(thing: Any) -> list[Any]:
     places = [each for each in own.values() if isinstance(each, types.ModuleType)]
     spaces = [vars(each) for each in places if not _is_of_a_library(each)]  # for any method
     calls = [vars(kind).get("__call__") for kind in type(thing).__mro__]
-    return [
-        *own.values(),
-        *spaces,
-        *(call for call in calls if isinstance(call, types.FunctionType)),
-    ]
+    calls = [call for call in calls if isinstance(call, types.FunctionType)]
+    return [*own.values(), *spaces, *calls]
 
 
 def _named(code: types.CodeType, names: Mapping[str, Any], held: list[Any]) -> list[Any]:

@@ -42,9 +42,7 @@ _SINGLE_DRAWS = 8  # the same where they are made one by one
 _MOST = 64  # draws in a step, where a datum has many coordinates to match
 _CHOICE = 64  # draws that choose between two answers of the search
 _SEEDS = 1, 2  # of two sets of draws, which tell whether any would do
-_ROUNDING = (
-    100  # relative difference of two sums that is one of rounding, in units of the last digit
-)
+_ROUNDING = 100  # units of the last digit, by which two sums differ that are equal but for rounding
 
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
 

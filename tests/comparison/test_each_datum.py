@@ -82,7 +82,8 @@ def test_every_row_of_a_linear_decoder_has_its_closed_form(name):
 def test_batches_missing_entries_and_single_precision():
     linear = Linear(size=4)
     guide = linear.guide(families.mean_scale, error=0.1)
-    whole, cut = (measure(linear.model, guide, linear.x, batch_size=b) for b in (256, 3))
+    few = {"families": LADDER[2:]}
+    whole, cut = (measure(linear.model, guide, linear.x, batch_size=b, **few) for b in (256, 3))
     assert close(whole.nats, cut.nats, 2e-6)
     assert close(cut.mean_se_data, cut.nats.std("datum", ddof=1) / math.sqrt(4), 1e-9)
     x = holes(linear.x)
@@ -95,7 +96,7 @@ def test_batches_missing_entries_and_single_precision():
     # a search ends where rounding, some 1e-6 nats, hides the rest, which is of second order in how
     # far the member is off: 1e-3, of which the noise is of first order
     args = linear.model.float(), guide.float(), linear.x.float()
-    single = measure(*args)
+    single = measure(*args, **few)
     assert close(single.optimum, whole.optimum, 1e-4) and close(single.nats, whole.nats, 1e-2)
 
 
@@ -310,7 +311,8 @@ def test_a_point_of_a_density_without_a_maximum_is_told_from_one_that_has_it(siz
     model.vectorized = True
     x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     guide = FamilyGuide(model, families.mean_scale, nn.Linear(3, 4)).setup(x)
-    found = measure(model, guide, x, families=["mean_scale"], num_samples=64)
+    few = {"families": ["mean_scale"], "num_samples": 64, "num_steps": 100}
+    found = measure(model, guide, x, **few)
     said = [note for note in found.attrs["notes"] if "found no maximum" in note]
     heads = x.sum(-1)
     mode = (heads + size - 1) / (1 + 2 * size)

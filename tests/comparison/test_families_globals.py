@@ -137,9 +137,8 @@ def test_points_have_no_verdict():
     def build():
         return Regression(columns=2).model, None
 
-    found = compare_families(
-        build, ["deterministic", "mean_scale"], known.args, num_seeds=2, **QUIET
-    )
+    pair = ["deterministic", "mean_scale"]
+    found = compare_families(build, pair, known.args, num_seeds=2, **QUIET)
     assert found.dataset.verdict.values.tolist() == ["", ""] and "a point" in str(found)
     assert (
         found.dataset.total_elbo[0].isnull().all() and found.dataset.global_rate[0].isnull().all()

@@ -116,8 +116,8 @@ def test_a_guide_against_the_order_of_the_model_has_no_closed_divergence():
     assert torch.allclose(log_weights(ladder, guide, X).mean(), expected, rtol=1e-12)
     with private_modules():
         assert set(terms(*trace_pair(ladder, guide, X)).kl) == {"above"}
-        losses = torch.stack([negative_elbo(ladder, guide, X).detach() for _ in range(2000)])
-    assert (losses.mean() + expected).abs() < 5 * losses.std() / 2000**0.5
+        losses = torch.stack([negative_elbo(ladder, guide, X).detach() for _ in range(500)])
+    assert (losses.mean() + expected).abs() < 5 * losses.std() / 500**0.5
     measured = evaluate(ladder, guide, X, num_samples=3, progress=False)
     assert measured.log_likelihood.mean().item() == pytest.approx(expected.item(), rel=1e-9)
 

@@ -118,9 +118,9 @@ QUANTILES = [(f, c) for f in FAMILIES for c in CASES if LONG or c in TURNS[f]]
 
 @pytest.mark.parametrize(("family", "case"), QUANTILES)
 def test_quantiles_are_those_of_draws(family, case):
-    """The share of 400 draws below a quantile p is p within five of its standard errors.
+    """The share of 200 draws below a quantile p is p within five of its standard errors.
 
-    Each is at most sqrt(p (1 - p) (1 / 400 + 1 / 1000)): the second for quantiles that are
+    Each is at most sqrt(p (1 - p) (1 / 200 + 1 / 1000)): the second for quantiles that are
     themselves those of 1,000 draws. About 10,000 comparisons: a chance of 0.01 in all.
     """
     own_rows, case = case == "own rows", cases()[case]
@@ -134,7 +134,7 @@ def test_quantiles_are_those_of_draws(family, case):
     found = guide.quantiles(LEVELS, *case.args)
     assert torch.equal(before, torch.get_rng_state())
     with torch.no_grad():
-        draws = [guide(*case.args) for _ in range(400)]
+        draws = [guide(*case.args) for _ in range(200)]
     for site in guide.sites:
         name, transform = site.name, biject_to(site.support)
         values = torch.stack([draw[name] for draw in draws])
@@ -146,7 +146,7 @@ def test_quantiles_are_those_of_draws(family, case):
             if (free.std(0) < 1e-12).all():  # a point
                 assert torch.allclose(values[0], found[name][number])
                 continue
-            bound = 5 * (level * (1 - level) * (1 / 400 + 1 / 1000)) ** 0.5
+            bound = 5 * (level * (1 - level) * (1 / 200 + 1 / 1000)) ** 0.5
             wanted = 1 - level if _falls(transform) else level
             assert (share - wanted).abs().max() <= bound
 
@@ -169,8 +169,8 @@ def test_a_map_that_falls_turns_the_levels(family):
     guide = FamilyGuide(model, {("z",): family} if family == "flow" else family).setup()
     low, middle, high = guide.quantiles(LEVELS)["z"]
     assert low < middle < high < 0
-    draws = torch.stack([guide()["z"] for _ in range(2000)])
-    assert abs((draws < low).double().mean() - 0.05) < 5 * (0.0475 * (1 / 2000 + 1 / 1000)) ** 0.5
+    draws = torch.stack([guide()["z"] for _ in range(500)])
+    assert abs((draws < low).double().mean() - 0.05) < 5 * (0.0475 * (1 / 500 + 1 / 1000)) ** 0.5
 
 
 def test_quantiles_of_sites_that_depend_on_others_are_marginal():
