@@ -195,6 +195,19 @@ def test_quantiles_of_sites_that_depend_on_others_are_marginal():
     assert (high - known[1]).abs().max() < 5 * error
 
 
+@pytest.mark.parametrize("family", ["noise_only", Block("mean_scale", prior="location")])
+def test_quantiles_of_a_model_that_has_no_room_for_another_plate(family):
+    """What the model draws itself, or is asked for, is drawn one by one."""
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        tau = pyro.sample("tau", dist.LogNormal(mu[0], 1.0) if mu.dim() == 1 else None)
+        assert tau.dim() == 0
+
+    low, high = FamilyGuide(model, family).quantiles([0.1, 0.9])["tau"]
+    assert low.shape == high.shape == () and 0 < low < high
+
+
 def test_bad_levels_and_posteriors_are_named():
     guide = FamilyGuide(scale_and_location, "mean_scale")
     for bad in ([1.5], 0.5, [float("nan")]):
