@@ -120,11 +120,11 @@ def _drawn(guide: Any, one: Mapping[str, Tensor], call: Call) -> dict[str, Tenso
     """Draws `(draws, *shape)` by site: as many in one run as memory takes.
 
     One by one, where the model draws some of them, or waits for them, and might have no room for
-    another plate.
+    another plate, and where an encoder draws, so that each has features of its own.
     """
     frames = [frame for site in guide.sites for frame in site.frames]
     at_once = max(1, min(_DRAWS, BUDGET // max(value.numel() for value in one.values())))
-    if guide._late or any(frame.dim is None for frame in frames):
+    if guide._late or any(frame.dim is None for frame in frames) or _encodes_noise(guide, call):
         at_once = 1
     left = min((frame.dim for frame in frames if frame.dim is not None), default=0) - 1
     runs = []
@@ -134,6 +134,25 @@ def _drawn(guide: Any, one: Mapping[str, Tensor], call: Call) -> dict[str, Tenso
             values = call(None)
         runs.append({k: v.reshape(count, *one[k].shape) for k, v in values.items()})
     return {name: torch.cat([run[name] for run in runs]) for name in one}
+
+
+def _encodes_noise(guide: Any, call: Call) -> bool:
+    """Whether an encoder draws random numbers."""
+    before: list[Tensor] = []
+    drawn: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        before.append(torch.get_rng_state())
+
+    def leave(*_: Any) -> None:
+        drawn.append(not torch.equal(before.pop(), torch.get_rng_state()))
+
+    with ExitStack() as stack:
+        for _, module in guide._encoders().values():
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        call(None)
+    return any(drawn)
 
 
 def _both_ways(levels: Tensor) -> list[float]:

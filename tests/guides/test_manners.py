@@ -208,6 +208,27 @@ def test_quantiles_of_a_model_that_has_no_room_for_another_plate(family):
     assert low.shape == high.shape == () and 0 < low < high
 
 
+class Noise(torch.nn.Module):
+    """An encoder of one feature, which is noise with an sd of 5."""
+
+    def forward(self, x):
+        return 5 * torch.randn(len(x), 1)
+
+
+def test_quantiles_see_the_noise_of_an_encoder():
+    """A flow that is near the identity at first: z is the feature and a normal number."""
+    by_site = {("mu", "tau"): "mean_scale", "z": "flow"}
+    guide = FamilyGuide(local_and_global, by_site, Noise()).setup(X[:, None])
+    with torch.no_grad():
+        for name, argument in guide.heads["joint"].named_children():
+            if name in ("loc", "scale"):
+                argument.linear.weight.fill_(float(name == "loc"))
+    low, high = guide.quantiles([0.05, 0.95], X[:, None])["z"]
+    # 2 * 1.645 * sqrt(26), and the error of the ends, each sd * sqrt(0.05 * 0.95 / 1000) / 0.103
+    assert ((high - low - 16.8).abs() < 5 * 2 * 5.1 * 0.067).all()
+    assert not guide.encoder._forward_hooks and not guide.encoder._forward_pre_hooks
+
+
 def test_bad_levels_and_posteriors_are_named():
     guide = FamilyGuide(scale_and_location, "mean_scale")
     for bad in ([1.5], 0.5, [float("nan")]):
