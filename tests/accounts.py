@@ -14,7 +14,7 @@ ROWS = ["noise", "prior_cost", "mean_channel", "scale_channel", "correlations", 
 
 
 def measure(model, guide, *args, **options):
-    return account(model, guide, *args, **{"num_steps": 100, "progress": False} | options).dataset
+    return account(model, guide, *args, **{"num_steps": 45, "progress": False} | options).dataset
 
 
 def row(found, name):

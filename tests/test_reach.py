@@ -22,6 +22,9 @@ from ppvae.training import Diverged
 
 GLOBAL = nn.Linear(1, 1)
 SPACE = types.SimpleNamespace(inner={"net": [nn.Linear(1, 1)]})
+NETS = types.ModuleType("nets")
+NETS.first, NETS.deep, NETS.others = nn.Linear(1, 1), types.ModuleType("deep"), [nn.Linear(1, 1)]
+NETS.deep.second, NETS.deep.nets, NETS.deep.third = nn.Linear(1, 1), NETS, nn.Linear(1, 1)
 
 
 class Program:
@@ -45,6 +48,15 @@ def by_attribute(x):
     return SPACE.inner["net"][0](x)
 
 
+def of_a_module(x):
+    assert NETS.first is not None  # which pytest rewrites, to call functions of its own
+    return NETS.deep.nets.deep.second(NETS.first(x))
+
+
+def of_a_closed_module(nets):
+    return lambda x: [nets.deep.second(each) for each in x]
+
+
 def inside(x):
     return [GLOBAL(each) for each in x]
 
@@ -58,7 +70,7 @@ def closed(net):
 
 
 OWN = nn.Linear(1, 1)
-PROGRAM = Program()
+PROGRAM, HELD = Program(), types.SimpleNamespace(nets=NETS)
 #: name -> a program, and what it reaches
 PROGRAMS = {
     "itself": (OWN, {OWN}),
@@ -67,6 +79,9 @@ PROGRAMS = {
     "global": (by_name, {GLOBAL}),
     "in a loop": (inside, {GLOBAL}),
     "container": (by_attribute, {SPACE.inner["net"][0]}),
+    "module": (of_a_module, {NETS.first, NETS.deep.second}),
+    "closed module": (of_a_closed_module(NETS), {NETS.deep.second}),
+    "held module": (HELD, {NETS.first, *NETS.others}),
     "default": (by_default, {SPACE.inner["net"][0]}),
     "partial": (functools.partial(by_default, net=OWN), {SPACE.inner["net"][0], OWN}),
     "method": (PROGRAM.model, {PROGRAM.net, GLOBAL}),

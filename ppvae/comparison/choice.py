@@ -131,10 +131,10 @@ def choose_family(  # noqa: D417
         >>> X = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.9, 1.0]])
         >>> y = torch.tensor([1.0, 0.0, 2.0])
         >>> model = LinearRegression(2, noise=1.0)
-        >>> names = ["noise_only", "mean_scale", "full_rank", "flow"]
+        >>> names = ["noise_only", "full_rank", "flow"]
         >>> chosen = choose_family(model, (X, y), families=names, progress=False)
         >>> chosen.name, chosen.dataset.family.values.tolist()  # the posterior is Gaussian: no flow
-        ('full_rank', ['noise_only', 'mean_scale', 'full_rank'])
+        ('full_rank', ['noise_only', 'full_rank'])
         >>> chosen.reason.splitlines()[0][:18]
         'Take `full_rank`: '
     """

@@ -147,7 +147,7 @@ def compare_families(
         ...     return LinearRegression(2, noise=1.0), None
         >>> named = {"mean field": "mean_scale", "joint": "full_rank"}
         >>> data = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.9, 1.0]]), torch.tensor([1.0, 0.0, 2.0])
-        >>> found = compare_families(build, named, data, progress=False)
+        >>> found = compare_families(build, named, data, num_seeds=2, progress=False)
         >>> found.dataset.verdict.sel(family="joint").item(), found.dataset.unit
         ('yes', 'nats of all the data')
     """

@@ -44,11 +44,11 @@ def gaps(  # noqa: D417
     the encoder fails to find; `gap`, their sum.
 
     The best member is found by a search for each datum that starts at the encoder's answer (Adam,
-    then L-BFGS): over all arguments of the family that are channels, and, for a flow or a head of
-    the user's own, over the features that go in. Fixed and shared arguments, the networks of a flow
-    and the model stay what they are. The search ends short of the optimum, if anywhere, so
-    `best_elbo` is rather too low. The draws of the search are not those of the measure, which would
-    flatter it.
+    then L-BFGS, which is enough where the draws are exact, see below): over all arguments of the
+    family that are channels, and, for a flow or a head of the user's own, over the features that go
+    in. Fixed and shared arguments, the networks of a flow and the model stay what they are. The
+    search ends short of the optimum, if anywhere, so `best_elbo` is rather too low. The draws of
+    the search are not those of the measure, which would flatter it.
 
     Errors: `approximation_se`, `amortization_se` and `gap_se` are standard errors over the draws,
     per datum, from the spread of 8 groups of draws; they leave out what the search missed. The

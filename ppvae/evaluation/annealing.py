@@ -105,7 +105,8 @@ def annealed_importance(  # noqa: D417
         >>> from ppvae import VAE, likelihoods, simulate
         >>> model = VAE(torch.nn.Linear(2, 5), latent=2, likelihood=likelihoods.Normal(0.5))
         >>> (x,), latents = simulate(model, torch.zeros(3, 5), seed=0)
-        >>> result = annealed_importance(model, None, x, start="prior", latents=latents)
+        >>> told = {"start": "prior", "latents": latents, "num_temperatures": 20}
+        >>> result = annealed_importance(model, None, x, **told)
         >>> bool(result.log_likelihood.mean() < result.upper.mean() + 0.1)
         True
     """

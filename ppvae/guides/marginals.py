@@ -1,11 +1,12 @@
 """Medians and quantiles of what a guide draws, and its density as one vector."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -17,6 +18,8 @@ from ppvae._scopes import eval_mode, private_modules, random_state
 from ppvae.families.banded import PrecisionNormal
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
+from ppvae.programs.nodes import DRAWS
+from ppvae.programs.runs import BUDGET
 from ppvae.programs.supports import from_reals, is_real
 
 #: What a head returned, to what is drawn from in its place.
@@ -52,9 +55,9 @@ def quantiles_of(guide: Any, levels: Sequence[float] | Tensor, call: Call) -> di
     expect(not parts, "model", "plates with all their members", f"subsamples of {parts}")
     with _apart(guide):
         known: set[str] = set()
-        call(partial(_at, 0.5, known))
+        one = call(partial(_at, 0.5, known))
         some = any(site.name not in known for site in guide.sites)
-        drawn = [call(None) for _ in range(_DRAWS)] if some else []
+        drawn = _drawn(guide, one, call) if some else {}
         at = {level: call(partial(_at, level, known)) for level in _both_ways(levels)}
     found = {}
     for site in guide.sites:
@@ -62,8 +65,7 @@ def quantiles_of(guide: Any, levels: Sequence[float] | Tensor, call: Call) -> di
             ways = [1 - level if _is_falling(site) else level for level in levels.tolist()]
             found[site.name] = torch.stack([at[way][site.name] for way in ways])
         else:
-            values = torch.stack([values[site.name] for values in drawn])
-            found[site.name] = _of_draws(values, levels, site)
+            found[site.name] = _of_draws(drawn[site.name], levels, site)
     return found
 
 
@@ -112,6 +114,45 @@ def _apart(guide: Any) -> Any:
             stack.enter_context(scope)
         stack.enter_context(eval_mode(guide, guide.model))
         yield stack.enter_context(random_state(0))
+
+
+def _drawn(guide: Any, one: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
+    """Draws `(draws, *shape)` by site: as many in one run as memory takes.
+
+    One by one, where the model draws some of them, or waits for them, and might have no room for
+    another plate, and where an encoder draws, so that each has features of its own.
+    """
+    frames = [frame for site in guide.sites for frame in site.frames]
+    at_once = max(1, min(_DRAWS, BUDGET // max(value.numel() for value in one.values())))
+    if guide._late or any(frame.dim is None for frame in frames) or _encodes_noise(guide, call):
+        at_once = 1
+    left = min((frame.dim for frame in frames if frame.dim is not None), default=0) - 1
+    runs = []
+    for first in range(0, _DRAWS, at_once):
+        count = min(at_once, _DRAWS - first)
+        with pyro.plate(DRAWS, count, dim=left) if at_once > 1 else nullcontext():
+            values = call(None)
+        runs.append({k: v.reshape(count, *one[k].shape) for k, v in values.items()})
+    return {name: torch.cat([run[name] for run in runs]) for name in one}
+
+
+def _encodes_noise(guide: Any, call: Call) -> bool:
+    """Whether an encoder draws random numbers."""
+    before: list[Tensor] = []
+    drawn: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        before.append(torch.get_rng_state())
+
+    def leave(*_: Any) -> None:
+        drawn.append(not torch.equal(before.pop(), torch.get_rng_state()))
+
+    with ExitStack() as stack:
+        for _, module in guide._encoders().values():
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        call(None)
+    return any(drawn)
 
 
 def _both_ways(levels: Tensor) -> list[float]:

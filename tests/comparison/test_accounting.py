@@ -87,10 +87,10 @@ def test_a_family_of_the_same_name_as_that_of_the_guide_is_another_one():
 def test_a_guide_with_networks_of_its_own_is_a_rung_of_its_own():
     linear = Linear(size=4)
     guide = FamilyGuide(linear.model, families.flow, mlp(5, 4))
-    ladder = [*LADDER, "flow"]
+    ladder = ["mean_scale", "flow"]
     few = {"num_samples": 32, "num_steps": 20}
     found = measure(linear.model, guide, linear.x, families=ladder, **few)
-    assert found.row.values[5:8].tolist() == ["flow", "beyond_flow", "family_gap"]
+    assert found.row.values[2:5].tolist() == ["flow", "beyond_flow", "family_gap"]
     assert close(row(found, "family_gap"), -row(found, "beyond_flow"), 1e-12)
     assert sums(found, found.elbo)
     own = FamilyGuide(linear.model, Own(lambda loc: dist.Normal(loc, 1.0)), mlp(5, 4))
@@ -118,7 +118,7 @@ def test_the_posterior_mean_of_weighted_draws_and_its_error():
 def test_nothing_moves_and_equal_calls_give_equal_numbers():
     linear = Linear(size=4)
     guide = linear.guide(families.mean_scale, error=0.1)
-    call = partial(measure, linear.model, guide, linear.x, num_steps=9, num_samples=32)
+    call = partial(measure, linear.model, guide, linear.x, families=LADDER[1:3], num_steps=9)
     with traceless(linear.model, guide, moved=False):
         first = call()
     assert first.equals(call()) and not first.equals(call(seed=1))

@@ -44,7 +44,7 @@ def test_a_correlated_posterior_of_a_regression_ends_at_full_rank():
     """It is the exact posterior: nothing is left, and no flow is fitted. A mean of sd 1 loses."""
     reg = Regression(rows=60, columns=4)
     with traceless(reg.model, moved=False):
-        found = choose_family(reg.model, reg.args, num_samples=1000, **QUIET)
+        found = choose_family(reg.model, reg.args, num_samples=1000, num_seeds=2, **QUIET)
     names = ["noise_only", "mean_only", "shared_scale", "mean_scale", "full_rank"]
     assert walked(found) == names and found.name == found.family == "full_rank"
     best = optima(reg.args, 0.7, 0.5, names)
@@ -76,9 +76,9 @@ def test_orthogonal_columns_of_a_regression_end_at_the_mean_field():
     X = torch.linalg.qr(torch.randn(40, 3))[0] * torch.tensor([1.0, 3.0, 9.0])
     y = X @ torch.tensor([0.3, -0.4, 0.2]) + 0.7 * torch.randn(40)
     model = LinearRegression(3, noise=0.7, weight=dist.Normal(0.0, 0.5))
-    found = choose_family(model, (X, y), seed=3, num_samples=1000, **QUIET)
+    found = choose_family(model, (X, y), seed=3, num_seeds=2, num_samples=1000, **QUIET)
     assert walked(found) == ["noise_only", "mean_only", "shared_scale", "mean_scale"]
-    assert found.name == "mean_scale" and found.dataset.seed.values.tolist() == [3, 4, 5]
+    assert found.name == "mean_scale" and found.dataset.seed.values.tolist() == [3, 4]
     best = optima((X, y), 0.7, 0.5, ["shared_scale", "mean_scale"])
     assert best[1] - best[0] > 0.5
     assert float(found.dataset.gain[-1]) == pytest.approx(best[1] - best[0], abs=0.3)
@@ -93,7 +93,7 @@ def test_a_frozen_decoder_with_a_diagonal_posterior_ends_at_the_mean_field():
     encoder, x = nn.Linear(4, 16), linear.x
     before = values(linear.model, encoder)
     names = ["mean_only", "shared_scale", "mean_scale", "full_rank", "flow"]
-    told = slowing(200, 0.05, 0.002) | {"encoder": encoder, "families": names, "num_seeds": 2}
+    told = slowing(100, 0.05, 0.002) | {"encoder": encoder, "families": names, "num_seeds": 2}
     found = choose_family(linear.model, x, x[:100], **told, **QUIET)
     assert found.name == "mean_scale" and walked(found) == names[:3], f"\n{found}"
     assert all(map(torch.equal, before, values(linear.model, encoder)))
@@ -215,7 +215,8 @@ def test_another_mode_is_left_over():
     two_modes.vectorized = True
     x = torch.tensor([3.0, 4.0, 3.5])
     rungs = ["noise_only", "mean_scale", "full_rank"]
-    found = choose_family(two_modes, x, families=rungs, num_samples=4000, **QUIET)
+    told = {"num_samples": 4000, "num_seeds": 2, **QUIET}
+    found = choose_family(two_modes, x, families=rungs, **told)
     assert found.name == "mean_scale" and walked(found) == rungs
     # the rest is what the mode is no Gaussian; 4000 draws of which one in 20 counts: 0.07
     assert float(found.dataset.left[1]) == pytest.approx(math.log(2), abs=0.2)

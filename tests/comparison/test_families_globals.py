@@ -33,7 +33,7 @@ def amortized():
 def test_the_gain_of_correlations_in_a_regression_is_the_gap_of_the_mean_field():
     """The exact posterior is full_rank: the gap of the mean field is the whole gain.
 
-    The error left is of 2,000 draws for each of three seeds: `gain_se_draws`, five of which are
+    The error left is of 2,000 draws for each of two seeds: `gain_se_draws`, five of which are
     allowed, and the optimum for the draws of the fit, which was within 0.02 nats.
     """
     known = Regression(columns=6)
@@ -42,7 +42,7 @@ def test_the_gain_of_correlations_in_a_regression_is_the_gap_of_the_mean_field()
         return Regression(columns=6).model, None
 
     names = ["mean_scale", "full_rank"]
-    found = compare_families(build, names, known.args, num_samples=2000, **QUIET)
+    found = compare_families(build, names, known.args, num_samples=2000, num_seeds=2, **QUIET)
     step, gap = found.dataset.sel(family="full_rank"), mean_field_gap(known.P)
     assert gap > 1 and step.verdict == "yes", f"\n{found}"
     assert abs(float(step.gain) - gap) < 5 * float(step.gain_se_draws) + 0.02
@@ -53,7 +53,8 @@ def test_the_gain_of_correlations_in_a_regression_is_the_gap_of_the_mean_field()
     assert found.dataset.num_data == 442 and set(found.dataset.dims) == {"family", "seed"}
     # of the exact posterior the draws do not matter, and the seeds end at one optimum
     assert found.dataset.total_elbo.sel(family="full_rank").std() < 1e-4
-    again = compare_families(build, ["full_rank", Block("full_rank", "free")], known.args, **QUIET)
+    pair = ["full_rank", Block("full_rank", "free")]
+    again = compare_families(build, pair, known.args, num_seeds=2, **QUIET)
     assert again.dataset.family.values.tolist() == ["full_rank", "full_rank(source='free')"]
     assert again.dataset.verdict[1] == "no" and again.dataset.gain_upper[1] < 1e-3
 
@@ -64,20 +65,20 @@ def test_local_latents_that_depend_on_a_global_one_gain_what_the_closed_form_say
     Adam comes to rest with a falling rate; what it left was at most 0.03 nats of all the data. The
     total of the mean field has a Monte Carlo error, of which five are allowed.
     """
-    x = 0.5 + torch.randn(30, 1) * math.hypot(T, S)
-    precision = torch.diag(torch.tensor([1 + 30 / T**2] + [1 / T**2 + 1 / S**2] * 30))
+    x = 0.5 + torch.randn(10, 1) * math.hypot(T, S)
+    precision = torch.diag(torch.tensor([1 + 10 / T**2] + [1 / T**2 + 1 / S**2] * 10))
     precision[0, 1:] = precision[1:, 0] = -1 / T**2
 
     def halving(optimizer):
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.988)
 
-    options = {"num_epochs": 1200, "learning_rate": 0.05, "scheduler": halving, **QUIET}
+    options = {"num_epochs": 400, "learning_rate": 0.1, "scheduler": halving, **QUIET}
     found = compare_families(amortized, NAMED, x, num_samples=2000, num_seeds=2, **options)
     step, gap = found.dataset.sel(family="given"), mean_field_gap(precision)
     assert found.dataset.family.values.tolist() == ["mean field", "given"]
     assert abs(float(step.gain) - gap) < 5 * float(step.gain_se_draws) + 0.03, f"\n{found}"
-    covariance = (T**2 + S**2) * torch.eye(30) + 1.0
-    exact = dist.MultivariateNormal(torch.zeros(30), covariance).log_prob(x[:, 0]).item()
+    covariance = (T**2 + S**2) * torch.eye(10) + 1.0
+    exact = dist.MultivariateNormal(torch.zeros(10), covariance).log_prob(x[:, 0]).item()
     assert abs(found.dataset.total_elbo.sel(family="given") - exact).max() < 0.03
     assert abs(found.dataset.log_evidence.sel(family="given") - exact).max() < 0.03
 
@@ -120,7 +121,8 @@ def test_a_discrete_latent_is_summed_out_of_both():
             part = pyro.sample("part", dist.Categorical(torch.tensor([0.4, 0.6])))
             pyro.sample("x", dist.Normal(loc[part], 1.0), obs=x)
 
-    found = compare_families(lambda: (parts, None), ["mean_scale", "full_rank"], x, **QUIET).dataset
+    told = {"num_seeds": 2, **QUIET}
+    found = compare_families(lambda: (parts, None), ["mean_scale", "full_rank"], x, **told).dataset
     assert found.verdict[1] == "no" and abs(found.gain[1]) < 1e-3
     one = torch.arange(2).repeat_interleave(torch.tensor([9, 15]))
     covariance = torch.eye(24) + (one[:, None] == one).double()
@@ -135,7 +137,8 @@ def test_points_have_no_verdict():
     def build():
         return Regression(columns=2).model, None
 
-    found = compare_families(build, ["deterministic", "mean_scale"], known.args, **QUIET)
+    pair = ["deterministic", "mean_scale"]
+    found = compare_families(build, pair, known.args, num_seeds=2, **QUIET)
     assert found.dataset.verdict.values.tolist() == ["", ""] and "a point" in str(found)
     assert (
         found.dataset.total_elbo[0].isnull().all() and found.dataset.global_rate[0].isnull().all()
@@ -173,12 +176,12 @@ def of_each(x):
 def test_members_have_names():
     by_site = [{"z": "mean_only"}, {"z": "mean_scale"}, Block("mean_scale"), families.full_rank]
     x = torch.randn(6, 1)
-    told = {"num_epochs": 1, "num_samples": 4, **QUIET}
+    told = {"num_epochs": 1, "num_samples": 4, "num_seeds": 2, **QUIET}
     found = compare_families(lambda: (of_each, nn.Linear(1, 2)), by_site, x, x, **told).dataset
     names = ["z: mean_only", "z: mean_scale", "mean_scale", "full_rank"]
     assert found.family.values.tolist() == names and found.gain.unit == "nats per datum"
-    several = compare_families(lambda: (of_each, {"z": nn.Linear(1, 2)}), by_site, x, x, **told)
-    assert several.dataset.elbo.equals(found.elbo)  # an encoder by its site is that encoder
+    several = compare_families(lambda: (of_each, {"z": nn.Linear(1, 2)}), by_site[:2], x, x, **told)
+    assert several.dataset.elbo.equals(found.elbo[:2])  # an encoder by its site is that encoder
 
 
 X = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(8, 2) ** 2

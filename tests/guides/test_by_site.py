@@ -94,9 +94,9 @@ def test_fit_finds_that_posterior_from_minibatches_too():
         by_site = {"z": Block("mean_scale", given=["mu"]), "*": "mean_scale"}
         torch.manual_seed(0)
         guide = FamilyGuide(hierarchy, by_site, nn.Identity()).setup(x)
-        options = {"batch_size": size, "learning_rate": 0.02, "seed": 0, "progress": False}
-        fit(hierarchy, guide, x, num_epochs=2400 * size // 64, **options)
-        fit(hierarchy, guide, x, num_epochs=800 * size // 64, **options | {"learning_rate": 1e-3})
+        for steps, rate in ((1000, 0.03), (200, 2e-3)):
+            told = {"batch_size": size, "learning_rate": rate, "seed": 0, "progress": False}
+            fit(hierarchy, guide, x, num_epochs=steps * size // 64, **told)
         found = torch.stack([log_weights(hierarchy, guide, x) for _ in range(100)]).mean() / 64
         assert expected - bound < found < expected + 1e-3
 
@@ -116,8 +116,8 @@ def test_a_guide_against_the_order_of_the_model_has_no_closed_divergence():
     assert torch.allclose(log_weights(ladder, guide, X).mean(), expected, rtol=1e-12)
     with private_modules():
         assert set(terms(*trace_pair(ladder, guide, X)).kl) == {"above"}
-        losses = torch.stack([negative_elbo(ladder, guide, X).detach() for _ in range(2000)])
-    assert (losses.mean() + expected).abs() < 5 * losses.std() / 2000**0.5
+        losses = torch.stack([negative_elbo(ladder, guide, X).detach() for _ in range(500)])
+    assert (losses.mean() + expected).abs() < 5 * losses.std() / 500**0.5
     measured = evaluate(ladder, guide, X, num_samples=3, progress=False)
     assert measured.log_likelihood.mean().item() == pytest.approx(expected.item(), rel=1e-9)
 

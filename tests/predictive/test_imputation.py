@@ -139,10 +139,10 @@ def test_global_latents_and_masks_of_pyro():
         pyro.sample("w", dist.Normal(mean, sd))
 
     for program, given in ((model, y), (masked, y), (masked, y.nan_to_num(7.0))):
-        found = impute(program, guide, given, num_samples=400)
-        assert abs(found.value[2] - mean) < 5 * sd / math.sqrt(400)
+        found = impute(program, guide, given, num_samples=200)
+        assert abs(found.value[2] - mean) < 5 * sd / math.sqrt(200)
         assert found.khat.shape == (4,) and (found.khat == 0).all()
-    assert impute(masked, guide, y, site="y").attrs["site"] == "y_observed"
+    assert impute(masked, guide, y, site="y", num_samples=20).attrs["site"] == "y_observed"
 
 
 def test_what_cannot_be_filled_in():
@@ -166,7 +166,7 @@ def test_what_cannot_be_filled_in():
         impute(joint, guide, torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"^site: expected one of \['a', 'b'\], got None"):
         impute(_two, guide, x)
-    assert impute(_two, guide, x, site="b").value.shape == (5, 2)
+    assert impute(_two, guide, x, site="b", num_samples=20).value.shape == (5, 2)
 
 
 def _two(x):

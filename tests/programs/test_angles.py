@@ -41,7 +41,7 @@ def test_the_bound_of_a_wide_angle_is_one(family):
     y = torch.tensor([0.5])
     guide, exact = FamilyGuide(angle, family), log_evidence(y, 0.5, 0.2).item()
     result = fit(angle, guide, y, progress=False)
-    found = evaluate(angle, guide, y, num_samples=4000, progress=False)
+    found = evaluate(angle, guide, y, num_samples=4000, vectorized=True, progress=False)
     tree = from_pyro_svi(angle, guide, y, num_samples=300, seed=0)
     assert result.converged and -result.losses[-1] < exact
     # the best Gaussian of the logit is some hundredths of a nat off
@@ -57,7 +57,7 @@ def test_angles_of_each_datum_stay_within_a_turn():
     encoder = nn.Sequential(nn.Unflatten(0, (-1, 1)), mlp(1, 16))
     guide = FamilyGuide(angles, "mean_scale", encoder)
     fit(angles, guide, y, num_epochs=200, learning_rate=2e-2, seed=0, progress=False)
-    found = evaluate(angles, guide, y, num_samples=1000, progress=False)
+    found = evaluate(angles, guide, y, num_samples=1000, vectorized=True, progress=False)
     exact = log_evidence(y, 0.3, 2.0)
     assert float(found.elbo.mean()) < float(exact.mean())
     error = found.log_likelihood.values.mean() - float(exact.mean())

@@ -293,7 +293,7 @@ def test_a_continuous_latent_behind_a_discrete_one_has_the_density_of_a_mixture(
     assert torch.allclose(found.log_likelihood["x"], likelihood, rtol=1e-9)
     assert torch.allclose(probabilities(model_trace)["part"], joint.softmax(-1), rtol=1e-8)
     assert "z" not in found.kl and found.is_local
-    measured = evaluate(clusters, guide, x, num_samples=1000, progress=False)
+    measured = evaluate(clusters, guide, x, num_samples=300, progress=False)
     grid = torch.linspace(-9, 9, 20_001)[:, None, None]
     rows = weight.log() + dist.Normal(loc, 0.5).log_prob(grid)
     rows = rows + dist.Normal(grid + torch.arange(3.0), 0.8).log_prob(x[None])
