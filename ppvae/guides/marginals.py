@@ -14,7 +14,7 @@ from scipy import special
 from torch import Tensor
 
 from ppvae._checks import check_array, check_real, expect
-from ppvae._scopes import eval_mode, private_modules, random_state
+from ppvae._scopes import eval_mode, private_modules, random_numbers, random_state
 from ppvae.families.banded import PrecisionNormal
 from ppvae.guides.blocks import Drawn
 from ppvae.guides.sites import Site
@@ -138,14 +138,15 @@ def _drawn(guide: Any, one: Mapping[str, Tensor], call: Call) -> dict[str, Tenso
 
 def _encodes_noise(guide: Any, call: Call) -> bool:
     """Whether an encoder draws random numbers."""
-    before: list[Tensor] = []
+    before: list[list[Tensor]] = []
     drawn: list[bool] = []
 
     def enter(*_: Any) -> None:
-        before.append(torch.get_rng_state())
+        before.append(random_numbers())
 
     def leave(*_: Any) -> None:
-        drawn.append(not torch.equal(before.pop(), torch.get_rng_state()))
+        pairs = zip(before.pop(), random_numbers(), strict=True)
+        drawn.append(any(not torch.equal(*pair) for pair in pairs))
 
     with ExitStack() as stack:
         for _, module in guide._encoders().values():
