@@ -1,5 +1,6 @@
 """What a model may say of itself, beyond being a Pyro program."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -51,15 +52,16 @@ def example_of(model: Any) -> tuple[Any, ...] | None:
     return None if example is None else example()
 
 
-def check_data_of(model: Any, *args: Any) -> None:
-    """Lets the model check the data, if it offers to.
+def check_data_of(model: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Lets the model check the data, if it offers to, with those keyword arguments that it takes.
 
     Raises:
         ValueError: the model refuses the data.
     """
     check = getattr(model, "check_data", None)
-    if check is not None:
-        check(*args)
+    if callable(check):
+        takes = inspect.signature(check).parameters
+        check(*args, **{name: value for name, value in kwargs.items() if name in takes})
 
 
 def present_in(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

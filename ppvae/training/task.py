@@ -15,6 +15,7 @@ from ppvae._scopes import eval_mode, kept_buffers, random_state, stacklevel, unc
 from ppvae.data.adapters import form_of, has_missing
 from ppvae.data.batches import Batches, batches_of
 from ppvae.guides.family_guide import FamilyGuide
+from ppvae.models.protocol import check_data_of
 from ppvae.objectives.trace_terms import Terms, terms
 from ppvae.programs.checks import check_densities, check_model
 from ppvae.programs.keywords import bare
@@ -137,11 +138,8 @@ def training_batches(
     whole = batches.tensors and all(isinstance(each, Tensor) for each in batches.tensors)
     if whole and has_missing(batches.tensors):
         _check_seen(batches.tensors)
-    if whole and hasattr(model, "check_data"):
-        takes = inspect.signature(model.check_data).parameters
-        pairs = zip(names, extra, strict=True)
-        sides = {name: value for name, value in pairs if name in takes}
-        model.check_data(*batches.tensors, **sides)
+    if whole:
+        check_data_of(model, *batches.tensors, **dict(zip(names, extra, strict=True)))
     return batches
 
 

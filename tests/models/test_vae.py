@@ -171,8 +171,8 @@ def test_what_models_say_of_themselves():
     model = VAE(mlp(2, out=3), 2, likelihoods.Bernoulli())
     assert torch.equal(example_of(model)[0], torch.zeros(1, 3)) and example_of(len) is None
     asked = []
-    model.check_data = lambda *args: asked.append(args)
-    check_data_of(model, 1, 2)
+    model.check_data = lambda x, context=None: asked.append((x, context))
+    check_data_of(model, 1, context=2, other=3)
     check_data_of(len, 1)
     assert asked == [(1, 2)]
 
