@@ -6,11 +6,16 @@ import signal
 import threading
 from collections import Counter
 
-import pyro
-import pytest
-import torch
+# All is small, in one process of several: threads, those of linear algebra too, would only wait for
+# each other, which costs as much as work does. Libraries ask for their number when they are loaded.
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
-torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+import pyro  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)
