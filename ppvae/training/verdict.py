@@ -192,7 +192,8 @@ def _narrowness(losses: Tensor, spaces: Sequence[Space]) -> tuple[str, bool]:
     words = f"k-hat {shape:.2f}, {share:.0%} of the draws count"
     if ess >= _FEW:
         weights = torch.softmax(-losses, 0)
-        off = [word for space in spaces for word in _off(weights, *space)]
+        off = [*_off(weights, *spaces[0])]
+        off += [word for space in spaces[1:] for word in _off(weights, *space, heavy=True)]
     if not share >= _EQUAL and not shape <= TRUSTED or not ess >= _FEW:
         off.insert(0, f"{words} (k-hat is trusted up to {TRUSTED})")
     if not off:
@@ -221,17 +222,22 @@ def _left_out(others: list[Mode], states: Tensor, labels: list[str]) -> str:
     return told[max(told)] if told else ""
 
 
-def _off(weights: Tensor, states: Tensor, labels: list[str]) -> list[str]:
-    """Where the means or sds of draws are furthest from the reweighted ones, if that is too far."""
+def _off(weights: Tensor, states: Tensor, labels: list[str], *, heavy: bool = False) -> list[str]:
+    """Where the means or sds of draws are furthest from the reweighted ones, if that is too far.
+
+    Both by more than two standard errors: those of draws that are near a Gaussian, or, where their
+    tails may be heavy, as those of an exponential are, those that the draws have themselves.
+    """
     mean, sd, true = states.mean(0), states.std(0), weights @ states
     apart = (states - true).square()
-    spread = (weights @ apart).sqrt()
-    # twice the standard errors, those of a Gaussian at least: of a mean in sds, and of a log sd
-    squares, scaled = weights.square(), apart / spread**2
-    least = squares.sum()
-    errors = [torch.maximum(least, squares @ scaled), (squares @ (scaled - 1).square())]
+    spread, squares = (weights @ apart).sqrt(), weights.square()
+    errors = [squares.sum(), 2 * squares.sum()]  # squared: of a mean in sds, and of twice a log sd
+    if heavy:
+        scaled = apart / spread**2
+        each = squares @ scaled, squares @ (scaled - 1).square()
+        errors = [torch.maximum(*pair) for pair in zip(errors, each, strict=True)]
     off = (mean - true).abs() / spread - 2 * errors[0].sqrt()
-    ratio = (sd / spread).log().abs() - torch.maximum(2 * least, errors[1]).sqrt()
+    ratio = (sd / spread).log().abs() - errors[1].sqrt()
     at, widest, words = int(off.argmax()), int(ratio.argmax()), []
     if off[at] > _NARROW:
         words.append(f"the mean of {labels[at]} is {off[at]:.2f} sd from the reweighted one")

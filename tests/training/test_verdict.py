@@ -153,6 +153,15 @@ def test_moments_that_are_off_name_their_site():
             assert re.match(words, said), said
 
 
+@pytest.mark.parametrize("seed", [5, 8, 10])
+def test_moments_with_heavy_tails_are_not_known_well(seed):
+    """Weights that say nothing of exp(5 z), of which the largest of 4,000 draws make the sd."""
+    states, losses = noise(4000, 1, seed=3), noise(4000, seed=seed)
+    wide = (5 * states).exp()
+    assert verdict._off(torch.softmax(-losses, 0), wide, ["b"])  # with the errors of a Gaussian
+    assert not verdict._narrowness(losses, [(states, ["a"]), (wide, ["b"])])[1]
+
+
 def mode(above):
     return Mode(above, 1.0, torch.tensor([9.0]), torch.ones(1))
 
