@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each page: two are built sid
 
 import torch  # noqa: E402
 from extensions import inventories, mathml, poster  # noqa: E402
+from jupyter_cache import get_cache  # noqa: E402
 
 import ppvae  # noqa: E402
 
@@ -55,6 +56,8 @@ myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline", "c
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / ".jupyter_cache" / _state())
+# its database is made here, where two processes, which would both make it, have not begun
+get_cache(nb_execution_cache_path).list_cache_records()
 nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
