@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ppvae._checks import check_real, expect
 from ppvae._scopes import stacklevel
-from ppvae.data.labels import check_aligned
+from ppvae.data.labels import check_aligned, with_numbers
 from ppvae.data.sparse import SparseMatrix, as_dense, is_sparse
 
 
@@ -133,7 +133,7 @@ def as_tensors(
     """
     items = items_of(data)
     expect(items, name, "at least one tensor or array", "none")
-    check_aligned(**{f"{name}[{number}]": item for number, item in enumerate(items)})
+    check_aligned(**with_numbers(name, items))
     form = form or Form()
     dtype = form.dtype or torch.get_default_dtype()
     tensors = tuple(
@@ -312,7 +312,7 @@ def prepared(
         ValueError: a number is infinite, or missing where it may not be, a first dimension is zero,
             or tables of as many rows have other labels.
     """
-    check_aligned(**{f"args[{number}]": arg for number, arg in enumerate(args)})
+    check_aligned(**with_numbers("args", args))
     form = form or Form()
     ready = []
     for position, arg in enumerate(args):

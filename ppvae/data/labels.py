@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Any
 
 from ppvae._checks import expect
@@ -40,6 +41,11 @@ def check_aligned(of: str = "", labels: Any = None, /, **given: Any) -> Any:
             wanted = f"the row labels of {first}{of}, in this order, or an array, which has none"
             raise ValueError(f"{name}{of}: expected {wanted}, got {got}")
     return labels
+
+
+def with_numbers(name: str, items: Iterable[Any]) -> dict[str, Any]:
+    """Things without names of their own, as `check_aligned` takes them: `data[0]`, `data[1]`."""
+    return {f"{name}[{number}]": item for number, item in enumerate(items)}
 
 
 def _first_other(own: Any, labels: Any) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ppvae._checks import expect
 from ppvae.data.adapters import form_of, items_of, prepared
-from ppvae.data.labels import check_aligned
+from ppvae.data.labels import check_aligned, with_numbers
 
 
 class Wrapper(nn.Module):
@@ -97,9 +97,7 @@ def with_keywords(
     expect(named, "kwargs", "a mapping from names to arguments", kwargs, TypeError)
     if not kwargs:
         return model, guide, args
-    check_aligned(
-        **{f"data[{number}]": item for number, item in enumerate(items_of(data))}, **kwargs
-    )
+    check_aligned(**with_numbers("data", items_of(data)), **kwargs)
     names = tuple(kwargs)
     form = replace(form_of(model, guide), programs=())
     values = prepared(tuple(kwargs.values()), form, missing=missing)

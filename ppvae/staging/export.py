@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -30,12 +30,14 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
         logged = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
         try:
-            lengths = _symbolic_lengths(program, args)
-            quiet = warnings.catch_warnings()
-            scopes = torch.enable_grad(), _UncheckedSites(), lengths, _sources_forgotten(), quiet
-            with ExitStack() as stack:
-                for scope in (*scopes, without_stack_traces()):
-                    stack.enter_context(scope)
+            with (
+                torch.enable_grad(),
+                _UncheckedSites(),
+                _symbolic_lengths(program, args),
+                _sources_forgotten(),
+                without_stack_traces(),
+                warnings.catch_warnings(),
+            ):
                 # recurrent layers keep their parameters in a list, too, which is put back
                 warnings.filterwarnings("ignore", r"The tensor attributes? .*\._flat_weights")
                 exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
