@@ -14,6 +14,9 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import pyro  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from cases import LONG  # noqa: E402
+
+from ppvae.staging import stride  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -80,6 +83,21 @@ def plain_pyro():
     """For tests that run plain Pyro, which registers parameters in its global store."""
     with pyro.get_param_store().scope():
         yield
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the graphs of loops, and of gradients, as they are: what they compute is what is tested.
+
+    In the long form of the tests they are compiled, which takes ten seconds a graph.
+    """
+    if not LONG:
+        monkeypatch.setattr(stride, "compiled", lambda words, made: _called_with_a_list(made()[0]))
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+
+
+def _called_with_a_list(graph):
+    return lambda inputs: list(graph(*inputs))
 
 
 @pytest.fixture

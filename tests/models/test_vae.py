@@ -66,12 +66,12 @@ def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family)
     assert len(moved) == 4 + len([*made.parameters()]) + len(own)
 
 
-#: what is compiled in every run of the tests; in the long form it is all
-COMPILED = ["zeros", "mixed", "learned mixture"]
+#: what goes into a loop in every run of the tests; in the long form it is all, and compiled
+LOOPED = ["zeros", "mixed", "learned mixture"]
 
 
-@pytest.mark.parametrize("name", [n for n in [*LIKELIHOODS, *PRIORS] if LONG or n in COMPILED])
-def test_every_likelihood_and_every_prior_is_compiled(name):
+@pytest.mark.parametrize("name", [n for n in [*LIKELIHOODS, *PRIORS] if LONG or n in LOOPED])
+def test_every_likelihood_and_every_prior_goes_into_a_loop(name, interpreted):
     """The losses are those of the programs, up to the rounding of a graph; and so with gaps."""
     kind = LIKELIHOODS.get(name, LIKELIHOODS["normal"])
     x, losses = kind.draw(12, 4).to(torch.get_default_dtype()), []

@@ -56,14 +56,22 @@ LOADER = DataLoader(TensorDataset(DOUBLE(9)), 4)
     [
         pytest.param(normed, DOUBLE(11), {**ALL, **HELD}, id="all at once"),
         pytest.param(linear, DOUBLE(17), {"batch_size": 8}, id="a datum that is left"),
-        pytest.param(linear, LOADER, {"batch_size": None}, id="loader"),
-        pytest.param(linear, DOUBLE(9), {"batch_size": None}, id="all data"),
     ],
 )
 def test_strides_are_single_steps(make, x, told):
     """The compiler may reorder sums; a few steps multiply a difference in the last place by less
     than 1e6.
     """
+    as_single_steps(make, x, told)
+
+
+@pytest.mark.filterwarnings("ignore:fit. looped, but minibatches of one datum run eagerly")
+@pytest.mark.parametrize("x", [LOADER, DOUBLE(9)], ids=["loader", "all data"])
+def test_strides_over_what_is_no_minibatch_of_rows_are_single_steps(x, interpreted):
+    as_single_steps(linear, x, {"batch_size": None})
+
+
+def as_single_steps(make, x, told):
     (alone, before), (strides, after) = (
         trained(make, x, compile=compile, **told) for compile in (False, True)
     )
@@ -117,7 +125,7 @@ class Late(nn.Module):
         return z.repeat_interleave(3, -1)[..., :3] * 0.0 + (0.105 - self.weight).sqrt() * 100
 
 
-def test_what_diverges_within_a_stride_is_told_at_its_step(monkeypatch):
+def test_what_diverges_within_a_stride_is_told_at_its_step(monkeypatch, interpreted):
     """Adam moves a weight by its rate in each step, as long as its gradient has one sign: after 11
     steps of 0.01 the root is of a negative number. The weight is one number, of no dimension.
     """
@@ -234,7 +242,7 @@ def shuffled():
 @pytest.mark.parametrize(
     ("loader", "size"), [(shuffled, None), (lambda: DataLoader(Counted(), 4), 8)]
 )
-def test_strides_draw_nothing_beforehand(loader, size):
+def test_strides_draw_nothing_beforehand(loader, size, interpreted):
     told = {"batch_size": None, "size": size, "num_epochs": 3}
     (alone, before), (strides, after) = (
         trained(linear, loader(), compile=compile, **told) for compile in (False, True)
@@ -259,7 +267,7 @@ class Decaying(torch.optim.lr_scheduler.ConstantLR):
 
 @pytest.mark.filterwarnings("ignore:fit. looped, but Adam was changed on the way")
 @pytest.mark.parametrize("scheduler", [cycled, Decaying])
-def test_settings_of_adam_may_move(scheduler):
+def test_settings_of_adam_may_move(scheduler, interpreted):
     (alone, before), (strides, after) = (
         trained(linear, DOUBLE(8), compile=compile, scheduler=scheduler)
         for compile in (False, True)
@@ -299,7 +307,7 @@ LOOPS = [(None, "looped")] + [(torch.optim.AdamW, "compiled")] * LONG
 
 @pytest.mark.filterwarnings("ignore:fit. compiled, not looped")
 @pytest.mark.parametrize(("optimizer", "execution"), LOOPS)
-def test_rows_that_are_no_data_and_labels_out_of_range(optimizer, execution):
+def test_rows_that_are_no_data_and_labels_out_of_range(optimizer, execution, interpreted):
     """A table has a number of rows of its own, and the compiled loop looks at no strides."""
 
     class Guide(nn.Module):
