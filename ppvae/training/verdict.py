@@ -18,7 +18,13 @@ from ppvae._scopes import (
     unchecked,
 )
 from ppvae.objectives.elbo import ELBO
-from ppvae.objectives.weights import TRUSTED, effective_sample_size, khat
+from ppvae.objectives.weights import (
+    TRUSTED,
+    effective_sample_size,
+    khat,
+    log_mean_weight,
+    log_mean_weight_se,
+)
 from ppvae.programs.layout import Layout
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.plates import draws_its_rows
@@ -39,6 +45,11 @@ _ALL_AT_ONCE = 1_000  # draws on all the data
 _LARGEST = 10_000_000  # numbers in the data, beyond which these would take minutes
 _REACH = 3.0  # sds of the draws: a mode that is further away is not among them
 _NARROW = 0.25  # posterior sds, or the share of one, by which a family may be off
+#: nats, by which a Gaussian with sds that are too small by that share is off, in each coordinate
+_COST = -math.log(1 - _NARROW) - (1 - (1 - _NARROW) ** 2) / 2
+_TAIL = 0.01  # share of the draws: those that are furthest away
+_HEAVY = 1.5  # times their share of the posterior, that they may have where an sd is not known
+_LOOKED_AT = 20  # latents: the heaviest tails
 
 
 Space = tuple[Tensor, list[str]]  # draws of coordinates, `(draws, coordinates)`, and their names
@@ -91,8 +102,8 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
     if optimum.draws != 1:  # no point
         losses, spaces = _fresh(task, optimum.layout, seed)
         gap = losses.mean().item() - loss * task.batches.size if optimum.draws else 0.0
-        se = losses.std().item() / math.sqrt(len(losses))
-        loss, allowed = losses.mean().item() / task.batches.size, allowed_gap(len(labels)) + 3 * se
+        allowed = allowed_gap(len(labels)) + 3 * _se(losses)
+        loss = losses.mean().item() / task.batches.size
         words, narrow = _narrowness(losses, spaces)
         left_out = "" if optimum.chosen else _left_out(optimum.others, *spaces[0])
         if left_out:
@@ -180,25 +191,35 @@ def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Te
     return losses, spaces
 
 
+def _se(values: Tensor) -> float:
+    """The standard error of a mean."""
+    return values.std().item() / math.sqrt(len(values))
+
+
 def _narrowness(losses: Tensor, spaces: Sequence[Space]) -> tuple[str, bool]:
     """What importance weights say of a family, and whether it is too narrow for the posterior.
 
     Nearly equal weights may have a tail with a large k-hat, which nothing depends on. What a wider
     family may gain is the log of the mean weight, an estimate of the log evidence from below, less
-    the ELBO.
+    the ELBO: the divergence of the guide from the posterior. Where few draws count, moments are not
+    known well enough to tell that they are off, and that divergence is.
     """
     shape, ess = khat(-losses).item(), effective_sample_size(-losses).item()
     share, off = ess / len(losses), []
     words = f"k-hat {shape:.2f}, {share:.0%} of the draws count"
+    gain = (log_mean_weight(-losses) + losses.mean()).item()
+    error = log_mean_weight_se(-losses).item() + _se(losses)
     if ess >= _FEW:
         weights = torch.softmax(-losses, 0)
         off = [*_off(weights, *spaces[0])]
-        off += [word for space in spaces[1:] for word in _off(weights, *space, heavy=True)]
+        for space in spaces[1:]:
+            off += _off(weights, *space, heavy=True) or _heavier(weights, *space)
     if not share >= _EQUAL and not shape <= TRUSTED or not ess >= _FEW:
         off.insert(0, f"{words} (k-hat is trusted up to {TRUSTED})")
+    if not off and gain - 2 * error > _COST * spaces[0][0].shape[1]:
+        off.append(f"{words}; sds may be too small by {_NARROW:.0%} or more")
     if not off:
         return words, False
-    gain = (torch.logsumexp(-losses, 0) - math.log(len(losses)) + losses.mean()).item()
     return "; ".join([*off, f"a wider one may gain {gain:.2g} nats or more"]), True
 
 
@@ -245,3 +266,22 @@ def _off(weights: Tensor, states: Tensor, labels: list[str], *, heavy: bool = Fa
         times = (sd / spread)[widest].item()
         words.append(f"the sd of {labels[widest]} is {times:.2f} of the reweighted one")
     return words
+
+
+def _heavier(weights: Tensor, states: Tensor, labels: list[str]) -> list[str]:
+    """Where a posterior goes further than the draws do, so that its sd is not known from them.
+
+    The draws that are furthest from the mean have more than their share of the posterior, by more
+    than two standard errors, and the products of weights and squares, whose sum is the variance,
+    have a tail in which the largest, of draws that never came, would count most.
+    """
+    apart = (states - weights @ states).square()
+    far = weights[apart.topk(max(2, int(_TAIL * len(weights))), 0).indices] * len(weights)
+    times, errors = far.mean(0), far.std(0) / math.sqrt(len(far))
+    found = times - 2 * errors > _HEAVY
+    for at in times.where(found, torch.zeros(())).argsort(descending=True)[:_LOOKED_AT].tolist():
+        shape = khat((weights * apart[:, at]).log()).item() if found[at] else 0.0
+        if shape > TRUSTED:
+            word = f"{labels[at]} has a tail too heavy for its sd to be known (k-hat {shape:.2f})"
+            return [f"{word}: there the posterior has {times[at]:.1f} times the mass of the draws"]
+    return []
