@@ -140,8 +140,12 @@ def is_vector(values: Any) -> bool:
     """Whether something is one number for each of several rows."""
     if isinstance(values, Tensor):
         return values.dim() == 1 and len(values) > 1
-    array = isinstance(values, list | tuple) or hasattr(values, "__array__")
-    return array and np.ndim(values) == 1 and len(values) > 1
+    if not (isinstance(values, list | tuple) or hasattr(values, "__array__")):
+        return False
+    try:
+        return np.ndim(values) == 1 and len(values) > 1
+    except TypeError:  # of what is none although it says so, as a Dataset of xarray
+        return False
 
 
 def _sides(rows: int, given: dict[str, Any]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import statsmodels.api as sm
 import torch
+import xarray as xr
 from regressions import COUNTS, HALF, OFFSET, ONES, ROWS, SDS, UNIT, X, Y, correlated, dense, same
 from scipy import stats
 
@@ -184,6 +185,7 @@ BAD = {
     "weights: expected nothing beside the noise sd": dict(weights=np.ones(ROWS), noise=SDS),
     "noise: expected a positive": dict(noise=np.zeros(ROWS)),
     "noise: expected shape": dict(noise=np.ones(4)),
+    "noise: expected a positive number, a distribution": dict(noise=xr.Dataset()),
     "offset: expected finite": dict(offset=np.full(ROWS, np.nan)),
     "counts: expected a number from 0 .* -1 in row 0": dict(counts=np.full(ROWS, -1)),
     "counts: expected a number .* 1e.101 in row 0": dict(counts=np.full(ROWS, 1e101)),
