@@ -19,6 +19,8 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from ppvae import Family, FamilyGuide, evaluate, families
 from ppvae.nn import mlp
 
+SHOPS = 300
+
 
 def model(sold: torch.Tensor) -> None:
     """Counts of shape (shops, 3)."""
@@ -47,8 +49,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pyro.set_rng_seed(args.seed)
-    rate = dist.LogNormal(3.0, 1.0).sample((300,))
-    mix = dist.Dirichlet(torch.ones(3)).sample((300,))
+    rate = dist.LogNormal(3.0, 1.0).sample((SHOPS,))
+    mix = dist.Dirichlet(torch.ones(3)).sample((SHOPS,))
     sold = dist.Poisson(rate[:, None] * mix).sample()
 
     # one line adds a family; Laplace's tails would be too heavy for a rate, as student_t's are

@@ -255,7 +255,7 @@ class double_precision(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name != "__get__" and name not in _VIEWS:
             kept = 1 if name == "__setitem__" or name.endswith("_") and name[:2] != "__" else 0
-            args = (*args[:kept], *(_doubled(arg) for arg in args[kept:]))
+            args = (*args[:kept], *map(_doubled, args[kept:] if kept else args))
         return func(*args, **(kwargs or {}))
 
 
@@ -267,10 +267,12 @@ _VIEWS = frozenset(
 )
 
 
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
 def _doubled(value: Any) -> Any:
     if isinstance(value, Tensor):
-        narrow = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        return value.double() if narrow else value
+        return value.double() if value.dtype in _NARROW else value
     if type(value) in (list, tuple):
         return type(value)(_doubled(each) for each in value)
     return value

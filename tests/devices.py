@@ -88,7 +88,8 @@ def _as_index(part: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors: list[Tensor] = []
-    tree_map(lambda v: tensors.append(v) if isinstance(v, Tensor) else None, (args, kwargs))
+    _mapped(lambda v: tensors.append(v) if isinstance(v, Tensor) else None, args)
+    _mapped(lambda v: tensors.append(v) if isinstance(v, Tensor) else None, (*kwargs.values(),))
     inside = [t for t in tensors if isinstance(t, There)]
     outside = [t for t in tensors if not isinstance(t, There) and t.dim()]
     name = func.overloadpacket.__name__
@@ -99,14 +100,25 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     to = bool(inside) if told is None else torch.device(told).type == NAME
     if name == "copy_":
         to = isinstance(args[0], There)
-    here = tree_map(lambda v: v.here if isinstance(v, There) else v, (args, kwargs))
+    here = _mapped(_here, args), {key: _mapped(_here, value) for key, value in kwargs.items()}
     if told is not None:
         here[1]["device"] = torch.device("cpu")
     out = func(*here[0], **here[1])
     if not to:
         return out
-    made = tree_map(lambda v: There(v) if isinstance(v, Tensor) else v, out)
+    made = _mapped(lambda v: There(v) if isinstance(v, Tensor) else v, out)
     return return_and_correct_aliasing(func, args, kwargs, made) if inside else made
+
+
+def _here(part: Any) -> Any:
+    return part.here if isinstance(part, There) else part
+
+
+def _mapped(what: Any, parts: Any) -> Any:
+    """As `tree_map`, which took half of the time: operations are given no other containers."""
+    if type(parts) in (list, tuple):
+        return type(parts)([_mapped(what, part) for part in parts])
+    return what(parts)
 
 
 def there(value: Any) -> Any:

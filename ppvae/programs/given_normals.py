@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _MOVE = 1e-5  # of a shape, relative to it, for the slope of a quantile
+_DRAWS = frozenset(
+    {Tensor.normal_, Tensor.exponential_, Tensor.uniform_, torch.rand, torch._standard_gamma}
+)
 
 
 class GivenNormals(TorchFunctionMode):
@@ -35,6 +38,8 @@ class GivenNormals(TorchFunctionMode):
     ) -> Any:
         """Runs the function, or takes its numbers from those that are given."""
         kwargs = kwargs or {}
+        if func not in _DRAWS:  # first of all: this is asked of every operation
+            return func(*args, **kwargs)
         told = {name for name, value in kwargs.items() if value is not None}  # no generator, say
         if func is torch.Tensor.normal_ and len(args) == 1 and not told:
             return self._next(args[0])

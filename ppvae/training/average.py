@@ -45,7 +45,9 @@ class _WholeWrites(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs the function, or puts off reading, and writes, by a mask."""
-        mask = args[1] if len(args) > 1 else None
+        if func not in _BY_INDEX:  # first of all: what is asked here is asked of every operation
+            return func(*args, **(kwargs or {}))
+        mask = args[1]
         if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__ and mask.shape == args[0].shape:
@@ -58,6 +60,9 @@ class _WholeWrites(TorchFunctionMode):
                 raise TypeError("a tensor whose size depends on values")
             return args[0].copy_(torch.where(mask, value, args[0]))
         return func(*args, **(kwargs or {}))
+
+
+_BY_INDEX = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
 class _Recorder(Messenger):

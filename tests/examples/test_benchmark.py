@@ -80,7 +80,7 @@ def test_all_rows_train_alike(benchmark, monkeypatch):
     assert len(losses) == 5 and gain > 0.5 and np.ptp(losses) < 0.1 * gain
 
 
-def test_tables_and_ratios(run, monkeypatch):
+def test_tables_and_ratios(run, interpreted, monkeypatch):
     monkeypatch.setattr(Gradients, "_compiled", lambda gradients, graph, *_: graph)
     out, record = run("--tables", "steps", "growth", "fits", "--grow", 4, "--epochs", 1)
     assert record["versions"]["torch"] == torch.__version__ and record["versions"]["threads"] == 1

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from cases import LONG
 
-from ppvae import closed_form, data, families, fit
+from ppvae import closed_form, data, families, fit, fit_replicates
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW = {"num_samples": 4}
@@ -48,7 +48,8 @@ def test_ladder(run, load, tmp_path):
     """All families unless some are told: here a point, none, one with channels, and a flow."""
     names = ["deterministic", "zero", "mean_scale", "flow"]
     options = ["--epochs", 1, "--hidden", 8, "--latent", 3, "--out", tmp_path, "--families", *names]
-    out = run("ladder.py", *options, rows=300, functions={"evaluate": FEW, "from_pyro_svi": FEW})
+    functions = {"evaluate": FEW, "from_pyro_svi": FEW}
+    out = run("ladder.py", *options, rows=300, functions=functions)
     for name in names:
         assert f"\n{name} " in out and (tmp_path / f"{name}.nc").exists()
     with xr.open_datatree(tmp_path / "flow.nc") as tree:
@@ -100,15 +101,29 @@ def test_the_poster_says_what_the_programs_printed(load, single):
     assert abs(module.capacity() - (entropy - z)) < 1e-9
 
 
+def side_by_side(row):
+    """A `fit_replicates` of one row, whose graph takes a second; others take their steps alone."""
+
+    def trained(pairs, x, *, seeds, progress, **told):
+        if LONG or progress == row:
+            return fit_replicates(pairs, x, seeds=seeds, progress=False, **told)
+        each = zip(pairs, seeds, strict=True)
+        return [fit(*pair, x, seed=seed, progress=False, **told) for pair, seed in each]
+
+    return trained
+
+
 def test_ladder_linear_over_seeds_on_a_file(run, tmp_path):
     """Fitted beside exact: here with data that the exact column is computed for anew."""
     x = np.random.default_rng(0).normal(size=(150, 5)) * [3.0, 2.0, 1.0, 1.0, 1.0]
     np.save(tmp_path / "x.npy", x)
     options = ["--linear", "--seeds", 2, "--epochs", 1, "--latent", 2, "--out", tmp_path / "out"]
-    names = ["mean_scale", "deterministic", "student_t"]
-    out = run("ladder.py", "--data", tmp_path / "x.npy", "--families", *names, *options)
+    options += ["--families", "mean_scale", "deterministic", "student_t"]
+    trained = side_by_side("mean_scale, 2 latents, 2 seed(s)")
+    out = run("ladder.py", "--data", tmp_path / "x.npy", *options, fit_replicates=trained)
     assert "120 training and 30 test data of length 5" in out
-    rows = {n: [line for line in out.splitlines() if line.startswith(n)] for n in names}
+    names, lines = ("mean_scale", "student_t"), out.splitlines()
+    rows = {n: [line for line in lines if line.startswith(n)] for n in names}
     first, second = rows["mean_scale"]
     assert first.count("(") == 7 and second.count("(") == 5
     train = data.split(data.load(str(tmp_path / "x.npy"), binary=False).float())[0]
@@ -151,7 +166,7 @@ def test_refusals(run, capsys, name, options, message):
 
 def test_guide_for_your_model(run):
     functions = {"evaluate": FEW, "Predictive": FEW}
-    out = run("guide_for_your_model.py", "--steps", 2, functions=functions)
+    out = run("guide_for_your_model.py", "--steps", 2, functions=functions, SHOPS=40)
     assert all(name in out for name in families.LADDER)
 
 
@@ -159,6 +174,8 @@ def test_guide_for_your_model(run):
 def test_inspect_with_arviz(run, tmp_path):
     options = ["--epochs", 1, "--out", tmp_path]
     functions = {"evaluate": FEW, "from_pyro_svi": {"num_samples": 50}}
+    if not LONG:  # a step of each, and no search
+        functions |= {"fit": {"num_epochs": 1, "optimizer": torch.optim.Adam}}
     with arviz_base.rc_context({}):
         out = run("inspect_with_arviz.py", *options, rows=500, functions=functions)
     assert "elpd" in out and (tmp_path / "fit.nc").exists()
@@ -200,18 +217,25 @@ def test_worth_of_bayes(run, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # an sd of zero
-def test_does_it_converge(run, tmp_path):
+def test_does_it_converge(run, load, tmp_path):
     """With a NUTS that is too short to be true; the linear one has the exact posterior.
 
     Means of 400 draws have an error of 0.05 sd, and sds one of 3.5 %: five of them are allowed.
+    Two of the posteriors stand for all; in the long form of the tests they are fitted all.
     """
     options = ["--nuts", 5, "--families", "full_rank", "--out", tmp_path]
-    functions = {"NUTS": {"max_tree_depth": 1}}
-    lines = run("does_it_converge.py", *options, functions=functions, SAMPLES=400).splitlines()
-    assert sum("NUTS, " in line for line in lines) == 4
+    functions, all_of_them = (
+        {"NUTS": {"max_tree_depth": 1}},
+        load("does_it_converge.py").posteriors(),
+    )
+    chosen = {n: all_of_them[n] for n in (all_of_them if LONG else ("raw diabetes", "counts"))}
+    told = {"SAMPLES": 400, "posteriors": lambda: chosen}
+    lines = run("does_it_converge.py", *options, functions=functions, **told).splitlines()
+    assert sum("NUTS, " in line for line in lines) == len(chosen) - 1
     rows = [line for line in lines if "full_rank" in line]
-    assert len(rows) == 5 and all("at the optimum" in r or "too narrow" in r for r in rows)
-    exact = rows[2].split()
+    assert len(rows) == len(chosen)
+    assert all("at the optimum" in row or "too narrow" in row for row in rows)
+    exact = rows[list(chosen).index("raw diabetes")].split()
     assert float(exact[1]) < 0.25 and all(0.82 < float(v) < 1.18 for v in exact[2].split("-"))
     assert (tmp_path / "posteriors.png").exists()
 
@@ -247,10 +271,11 @@ def test_sequences(run, load, tmp_path):
     """The filter is a Gaussian density of all that is seen, and the smoother its posterior."""
     functions = {"evaluate": FEW, "from_pyro_svi": FEW}
     options = ["--epochs", 1, "--size", 100, "--out", tmp_path]
-    out = run("sequences.py", *options, functions=functions)
+    program = load("sequences.py")
+    few = {"draw": lambda model, size: program.draw(model, {200: 30}.get(size, size))}
+    out = run("sequences.py", *options, functions=functions, **few)
     assert all(name in out for name in ("each step alone", "banded precision", "Kalman filter"))
     assert {path.stem for path in tmp_path.glob("*.png")} == {"bands"}
-    program = load("sequences.py")
     x = torch.randn(1, program.STEPS, 1, dtype=torch.float64)
     x[0, [2, 7, 8]] = torch.nan
     place = torch.arange(program.STEPS, dtype=x.dtype)

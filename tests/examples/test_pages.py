@@ -32,7 +32,9 @@ def test_the_code_of_the_pages_runs(change, monkeypatch, tmp_path, capsys, plain
     """
     short = {"num_epochs": 2, "progress": False}
     few = {"num_samples": 4, "progress": False}
-    for name, told in {"fit": short, "fit_replicates": short, "evaluate": few}.items():
+    shorter = {"fit": short, "fit_replicates": short, "evaluate": few}
+    shorter["from_pyro_svi"] = {"num_samples": 40}
+    for name, told in shorter.items():
         monkeypatch.setattr(ppvae, name, change(getattr(ppvae, name), told))
     monkeypatch.setattr(torch, "compile", change(torch.compile, {"backend": "eager"}))
     load = data.load

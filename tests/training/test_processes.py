@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 FEW = ["student_t", "one or two rows", "validation", "staged", "mixed"]
 #: those that go no way of their own are for `.ci/long`, and so is the compiler, in each process
-LATER = {*KINDS, *cases()} - {"deterministic", "student_t", "flow", "told rows"}
+LATER = {*KINDS, *cases()} - {"student_t", "flow", "told rows"}
 LATER |= {"compiled", "staged"}  # one that is staged draws numbers of two kinds
+LATER |= {"all at once"}  # as those of L-BFGS are
 SOME = [name for name in WAYS if LONG or name not in LATER]
 
 
