@@ -3,9 +3,9 @@
 import contextlib
 import math
 import os
-import random
 import signal
-import time
+import subprocess
+import sys
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import pyro
 import pytest
 import torch
 from cases import LONG
-from forked import ended, forked
 from global_latents import labelled, logistic
 from pairs import (
     Normed,
@@ -462,45 +461,72 @@ def test_a_pair_is_saved_in_one_file_and_loaded_only_into_its_like(tmp_path):
         load_pair(tmp_path / "none.pt", *one)
 
 
-def trains(path=None, seed=0):
-    """Trains a pair, and puts what it has come to beside the file that it goes on from."""
+# Forks a training again and again, and ends it at random moments; what is left goes on. Prints, for
+# each end, the signal and the steps that were saved, and at last whether the weights are right.
+KILLER = """
+import os, random, signal, sys, time
+import torch
+from pairs import data, linear, same, values
+from ppvae import fit
+
+path, kills = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+moments = random.Random(0)
+
+def train(seed, **more):
     torch.manual_seed(seed)
-    pair, told = linear(), {"num_epochs": 30, "batch_size": 4, "seed": 5, "progress": False}
-    fit(*pair, data(), checkpoint=path, **told)
-    if path:
-        torch.save(values(*pair), f"{path}.end")
+    pair = linear()
+    told = {"num_epochs": 30, "batch_size": 4, "seed": 5, "progress": False}
+    fit(*pair, data(), **told, **more)
     return values(*pair)
+
+train(0)
+start = time.perf_counter()
+whole = train(0)
+seconds = time.perf_counter() - start
+
+def fork():
+    child = os.fork()
+    if not child:
+        start = 1 if os.path.exists(path) else 0  # other weights, which the file replaces
+        torch.save(train(start, checkpoint=path), path + ".end")
+        os._exit(0)
+    return child
+
+ended = 0
+while kills:
+    child, kind = fork(), moments.choice([signal.SIGKILL, signal.SIGTERM])
+    time.sleep(moments.uniform(0.0, seconds))
+    os.kill(child, kind)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 0:  # it was faster: the next one starts anew
+        ended += 1
+        assert same(torch.load(path + ".end"), whole), "other weights"
+        os.unlink(path)
+        continue
+    assert status == -kind, status
+    kills -= 1
+    step = torch.load(path, weights_only=True)["state"]["step"] if os.path.exists(path) else 0
+    print(kind.name, step, flush=True)
+assert os.waitstatus_to_exitcode(os.waitpid(fork(), 0)[1]) == 0
+assert same(torch.load(path + ".end"), whole), "other weights"
+halves = [name for name in os.listdir(os.path.dirname(path)) if name.startswith(".")]
+assert not halves, halves
+print("right", ended + 1)
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """By SIGKILL, or by SIGTERM, which waits for the file; it ends as one that was let be."""
-    path, kills, moments, steps = tmp_path / "run.pt", 100 if LONG else 5, random.Random(0), []
-    trains()
-    start = time.perf_counter()
-    whole = trains()
-    seconds = time.perf_counter() - start
-
-    def begun():  # once there is a file, from other weights, which the file replaces
-        return forked(partial(trains, path, int(path.exists())))
-
-    def came_to_the_same():
-        return same(torch.load(f"{path}.end"), whole)
-
-    while len(steps) < kills:
-        child, kind = begun(), moments.choice([signal.SIGKILL, signal.SIGTERM])
-        time.sleep(moments.uniform(0.0, seconds))
-        os.kill(child, kind)
-        code = ended(child)
-        if code == 0:  # it was faster: the next one starts anew
-            assert came_to_the_same()
-            path.unlink()
-            continue
-        assert code == -kind
-        there = path.exists()
-        steps.append(torch.load(path, weights_only=True)["state"]["step"] if there else 0)
-    assert ended(begun()) == 0 and came_to_the_same()
-    assert not [*tmp_path.glob(".*")]  # halves of files
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    kills = 100 if LONG else 5
+    command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "run.pt"), str(kills)]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    *lines, end = told.stdout.splitlines()
+    assert len(lines) == kills and end.startswith("right")
+    steps = [int(line.split()[1]) for line in lines]
     assert len({*steps}) > kills // 4  # they were ended at different moments
     # SIGTERM in the middle of an epoch, which all of a few may miss
     assert kills < 100 or any(step % 3 for step in steps)
