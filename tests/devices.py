@@ -115,7 +115,7 @@ def _here(part: Any) -> Any:
 
 
 def _mapped(what: Any, parts: Any) -> Any:
-    """As `tree_map`, which took half of the time: operations are given no other containers."""
+    """As `tree_map`, which takes long: operations are given no other containers."""
     if type(parts) in (list, tuple):
         return type(parts)([_mapped(what, part) for part in parts])
     return what(parts)

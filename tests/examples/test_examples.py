@@ -224,10 +224,8 @@ def test_does_it_converge(run, load, tmp_path):
     Two of the posteriors stand for all; in the long form of the tests they are fitted all.
     """
     options = ["--nuts", 5, "--families", "full_rank", "--out", tmp_path]
-    functions, all_of_them = (
-        {"NUTS": {"max_tree_depth": 1}},
-        load("does_it_converge.py").posteriors(),
-    )
+    all_of_them = load("does_it_converge.py").posteriors()
+    functions = {"NUTS": {"max_tree_depth": 1}}
     chosen = {n: all_of_them[n] for n in (all_of_them if LONG else ("raw diabetes", "counts"))}
     told = {"SAMPLES": 400, "posteriors": lambda: chosen}
     lines = run("does_it_converge.py", *options, functions=functions, **told).splitlines()
