@@ -217,7 +217,9 @@ def _newton(potential: Potential, state: Tensor) -> tuple[Tensor, Tensor, bool]:
                 state, slope, value = state + share * step, new_slope, new
             share /= 2
         if not moved or interrupted():
-            return state, factor, gain <= 1e-6 and _is_bowl(curvature)
+            stays = gain <= 1e-6 and _is_bowl(curvature)
+            # where it is as good as flat, a Gaussian has no mass that counts
+            return state, factor, stays and _elbo(potential, state, factor) > -FAR
     return state, factor, False
 
 

@@ -92,6 +92,26 @@ def test_a_funnel_has_a_usable_neighbour_though_it_has_no_mode():
     assert near.others == []
 
 
+def test_a_ridge_that_is_as_good_as_flat_is_no_mode():
+    """A weight that may be zero under a HalfCauchy scale: the density of both is the highest where
+    the scale is zero, and there is no mass there. That of the scale alone is known.
+    """
+
+    def shrunk(y):
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        weight = pyro.sample("weight", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(weight, 1.0), obs=y)
+
+    near = gaussian_near(potential_of(shrunk, (torch.tensor(0.0),)), seed=0)
+    u = torch.linspace(-30.0, 30.0, 60_001)  # of the log of the scale
+    log_density = dist.HalfCauchy(1.0).log_prob(u.exp()) + u - (1 + (2 * u).exp()).log() / 2
+    density = torch.softmax(log_density, 0)
+    mean = density @ u
+    sd = (density @ (u - mean).square()).sqrt()
+    assert (near.mean[0] - mean).abs() < sd / 2 and abs(near.mean[1]) < 1.0
+    assert 0.5 < near.factor[0].norm() / sd < 1.0 and near.others == []
+
+
 def test_a_saddle_is_no_other_mode_and_units_make_no_difference():
     """`w * w` has its mode on both sides, and a stationary point between that is none."""
 
@@ -130,8 +150,11 @@ class LogCosh:
 
     size = 1
 
+    def __call__(self, state):
+        return (state - 3).cosh().log().sum()
+
     def slope_and_value(self, state):
-        return (state - 3).tanh(), (state - 3).cosh().log().sum()
+        return (state - 3).tanh(), self(state)
 
     def hessian(self, state):
         return torch.diag((state - 3).cosh() ** -2)
