@@ -48,7 +48,7 @@ _NARROW = 0.25  # posterior sds, or the share of one, by which a family may be o
 #: nats, by which a Gaussian with sds that are too small by that share is off, in each coordinate
 _COST = -math.log(1 - _NARROW) - (1 - (1 - _NARROW) ** 2) / 2
 _TAIL = 0.01  # share of the draws: those that are furthest away
-_HEAVY = 1.5  # times their share of the posterior, that they may have where an sd is not known
+_HEAVY = 1.75  # times their share of the posterior, that they may have where an sd is not known
 _LOOKED_AT = 20  # latents: the heaviest tails
 
 
