@@ -164,7 +164,7 @@ FEW = {"num_samples": 16, "progress": False}
 #: name -> a call that measures or uses a pair
 CALLS = {
     "evaluate": lambda *pair: ppvae.evaluate(*pair, data(), **FEW),
-    "gaps": lambda *pair: ppvae.gaps(*pair, data(), num_steps=2, num_samples=16, progress=False),
+    "gaps": lambda *pair: ppvae.gaps(*pair, data(), num_steps=2, seed=0, **FEW),
     "log_prob": lambda *pair: ppvae.log_prob(*pair, data(), num_samples=16),
     "encode": lambda *pair: ppvae.encode(*pair, data()),
     "reconstruct": lambda *pair: ppvae.reconstruct(*pair, data()),

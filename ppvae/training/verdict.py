@@ -102,7 +102,7 @@ def judge(task: Task, optimum: Optimum, seed: int) -> Verdict:
     if optimum.draws != 1:  # no point
         losses, spaces = _fresh(task, optimum.layout, seed)
         gap = losses.mean().item() - loss * task.batches.size if optimum.draws else 0.0
-        allowed = allowed_gap(len(labels)) + 3 * _se(losses)
+        allowed = allowed_gap(len(labels)) + 3 * _se(losses).item()
         loss = losses.mean().item() / task.batches.size
         words, narrow = _narrowness(losses, spaces)
         left_out = "" if optimum.chosen else _left_out(optimum.others, *spaces[0])
@@ -191,9 +191,9 @@ def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Te
     return losses, spaces
 
 
-def _se(values: Tensor) -> float:
-    """The standard error of a mean."""
-    return values.std().item() / math.sqrt(len(values))
+def _se(values: Tensor) -> Tensor:
+    """The standard error of the mean of independent values, which are in the first dimension."""
+    return values.std(0) / math.sqrt(len(values))
 
 
 def _narrowness(losses: Tensor, spaces: Sequence[Space]) -> tuple[str, bool]:
@@ -208,7 +208,7 @@ def _narrowness(losses: Tensor, spaces: Sequence[Space]) -> tuple[str, bool]:
     share, off = ess / len(losses), []
     words = f"k-hat {shape:.2f}, {share:.0%} of the draws count"
     gain = (log_mean_weight(-losses) + losses.mean()).item()
-    error = log_mean_weight_se(-losses).item() + _se(losses)
+    error = (log_mean_weight_se(-losses) + _se(losses)).item()
     if ess >= _FEW:
         weights = torch.softmax(-losses, 0)
         off = [*_off(weights, *spaces[0])]
@@ -277,10 +277,11 @@ def _heavier(weights: Tensor, states: Tensor, labels: list[str]) -> list[str]:
     """
     apart = (states - weights @ states).square()
     far = weights[apart.topk(max(2, int(_TAIL * len(weights))), 0).indices] * len(weights)
-    times, errors = far.mean(0), far.std(0) / math.sqrt(len(far))
-    found = times - 2 * errors > _HEAVY
-    for at in times.where(found, torch.zeros(())).argsort(descending=True)[:_LOOKED_AT].tolist():
-        shape = khat((weights * apart[:, at]).log()).item() if found[at] else 0.0
+    times = far.mean(0)
+    found = (times - 2 * _se(far) > _HEAVY).nonzero()[:, 0]
+    heaviest = found[times[found].argsort(descending=True)][:_LOOKED_AT]
+    for at in heaviest.tolist():
+        shape = khat((weights * apart[:, at]).log()).item()
         if shape > TRUSTED:
             word = f"{labels[at]} has a tail too heavy for its sd to be known (k-hat {shape:.2f})"
             return [f"{word}: there the posterior has {times[at]:.1f} times the mass of the draws"]
