@@ -1,38 +1,39 @@
 """`fit` trains a model and its guide."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from ppvae._checks import check_choice, check_count, check_flag, check_seed, expect
+from ppvae._checks import check_count, check_flag, check_seed, expect
 from ppvae._process import answer_interrupt, deferred_interrupts, exclusive
 from ppvae._scopes import matmul_precision, private_modules, random_state, train_mode
-from ppvae.data.batches import Batches, batches_of
-from ppvae.programs.keywords import bare, with_keywords
+from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
-from ppvae.programs.verdicts import remember
 from ppvae.training.at_once import fit_at_once
-from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.course import Ending
 from ppvae.training.execution import COMPILE, how_to_run
-from ppvae.training.identity import batch_in_words, data_in_words, in_words, parts_of
+from ppvae.training.identity import batch_in_words
 from ppvae.training.loop import progress_bar, train
 from ppvae.training.optimum import is_free, is_global
 from ppvae.training.options import Options
+from ppvae.training.preparation import (
+    check_call,
+    check_held_out,
+    check_supports,
+    checkpoint_of,
+    in_all_words,
+    material_of,
+    remember_fit,
+)
 from ppvae.training.processes import Processes, processes, together
 from ppvae.training.result import Fit
-from ppvae.training.share import Share
 from ppvae.training.single import single
-from ppvae.training.task import Task, task_of, training_batches
+from ppvae.training.task import Task, task_of
 from ppvae.training.verdict import Verdict, judge_steps
-
-Pair = tuple[Any, Any]  # a model and its guide
 
 _ROUND = 1_000  # steps of a method for global latents in each round, where the user does not say
 _LONGEST = 50_000  # steps of a training without `num_epochs`, at the latest, but ...
@@ -207,25 +208,18 @@ def fit(
     seed = None if seed is None else check_seed(seed)
     others = processes()
     model, guide, extra = with_keywords(model, guide, (), kwargs, data=data)
-    free = batch_size is None and is_free(guide)
-    pair, names = (bare(model), bare(guide)), tuple(kwargs or ())
-    batches = training_batches(*pair, data, batch_size, extra, names, whole=free, size=size)
-    held_out = None if validation is None else held_out_data(validation, batches)
-    if batches.missing or (held_out is not None and held_out.missing):
+    given = (model, guide), data, validation, batch_size, extra, tuple(kwargs or ())
+    material = material_of(*given, size=size)
+    if material.missing:
         model, guide = nan_masked(model), nan_masked(guide)
-    ending = None
-    if num_epochs is None:
-        ending = Ending(_max_epochs(max_epochs, batches))
-        expect(scheduler is None, "scheduler", "`num_epochs` beside it", "none")
-        most, steps = ending.max_epochs, min(ending.max_epochs * batches.count, COMPILE - 1)
-    else:
-        expect(max_epochs is None, "max_epochs", "none beside num_epochs", max_epochs)
-        most = check_count("num_epochs", num_epochs)
-        steps = most * batches.count
+    batches, held_out = material
+    length = _length(num_epochs, max_epochs, batches.count)
+    endless = length.ending is not None
+    expect(not endless or scheduler is None, "scheduler", "`num_epochs` beside it", "none")
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
     rows = batches.batch_size or 2  # of a loader that does not say
-    execution = how_to_run(compile, steps, rows if batches.given else 0)
-    bar = progress_bar(most, progress if others is None or others.is_first else False)
+    execution = how_to_run(compile, length.steps, rows if batches.given else 0)
+    bar = progress_bar(length.most, progress if others is None or others.is_first else False)
     draws = random_state(seed if others is None else others.same_seed(seed))
     with ExitStack() as scopes:
         for scope in (private_modules(), draws, train_mode(model, guide)):
@@ -233,124 +227,91 @@ def fit(
         scopes.enter_context(matmul_precision(precision))
         task = task_of(model, guide, objective, batches, plate)
         scopes.enter_context(train_mode(task.program.called))
-        for checked in (batches, held_out) if check_flag("check_support", check_support) else ():
-            if checked is not None:
-                checked.to(batches.device)
-                task.check_support(checked)
+        if check_flag("check_support", check_support):
+            check_supports(task, material)
         run: dict[str, str] = {}
         if others is not None or checkpoint is not None:
-            run = {"epochs": "given" if ending is None else f"until flat, at most {most}"}
-            run |= {"seed": f"{seed}", "compile": f"{compile}", "precision": f"{precision}"}
-            run["validation"] = "none" if held_out is None else data_in_words(held_out)
-            run = in_all_words(task, options, run)
+            told = {"seed": seed, "compile": compile, "precision": precision}
+            run = in_all_words(task, options, material, epochs=length.words, **told)
         if others is not None:
-            _check_whole(batches)
-            run_here = {"epochs": f"{most}", "checkpoint": f"{checkpoint}"}
-            run_here["first minibatch"] = batch_in_words(task.example)
-            others.check_same(run | run_here)
-            others.level([*task.program.parameters(), *task.program.buffers()])
+            _agree(others, task, run | {"epochs": f"{length.most}", "checkpoint": f"{checkpoint}"})
         part = None if others is None or held_out is None else task.share(others, held_out)
         check_held_out(task, held_out, part)
         with deferred_interrupts(terminate=checkpoint is not None):
-            file = None
+            file, result = None, None
             if checkpoint is not None:
                 file = checkpoint_of(checkpoint, run, others)
-                execution = file.execution(execution, most)
-            result = None
+                execution = file.execution(execution, length.most)
             if optimizer is None and held_out is None and is_global(task):
-                bounded = num_epochs is not None or max_epochs is not None
-                rounds = most if bounded else _ROUND
+                rounds = length.most if num_epochs or max_epochs else _ROUND
                 result = fit_at_once(task, options, execution, rounds, seed or 0, bar, file)
             if result is None:
                 engine = single(task, execution, None if others is None else task.share(others))
                 validate = None
                 if held_out is not None:
                     validate = partial(engine.held_out_losses, held_out, share=part)
-                (result,) = train(engine, options, bar, ending=ending, validate=validate, file=file)
-                if ending is not None and not result.interrupted:
-                    verdict = Verdict(result.verdict, result.converged, result.losses[-1])
-                    if result.converged and is_free(guide):
-                        verdict = judge_steps(task, verdict.words, seed or 0) or verdict
-                    result = result._replace(verdict=verdict.words, converged=verdict.converged)
-                    verdict.warn()
+                how: dict[str, Any] = {"ending": length.ending, "validate": validate, "file": file}
+                (result,) = train(engine, options, bar, **how)
+                if endless and not result.interrupted:
+                    result = _judged(result, task, seed or 0)
             came = answer_interrupt()
             if others is not None:  # who waits here until the first one has written its file
                 came = any(others.all_of(came))
                 others.level(task.parameters)
             result = result._replace(interrupted=came)
-    remember_fit(model, guide, result, task.program.objective)
+    remember_fit(task, result)
     return result
 
 
-def check_held_out(task: Task, held_out: Batches | None, share: Share | None = None) -> None:
-    """Raises before anything is trained what validation would raise, if there is such."""
-    if held_out is not None:
-        first = task.held_out_loss(held_out, 0, share)
-        expect(math.isfinite(first), "validation", "data of a finite loss", first)
+class _Length(NamedTuple):
+    """How long a training is.
+
+    Attributes:
+        most: epochs at the most.
+        steps: of the optimizer, as far as it is known that there will be so many.
+        ending: what ends it; None where all the epochs were asked for.
+    """
+
+    most: int
+    steps: int
+    ending: Ending | None
+
+    @property
+    def words(self) -> str:
+        """The same for a checkpoint, from which a training goes on to more epochs if it is told."""
+        return "given" if self.ending is None else f"until flat, at most {self.most}"
 
 
-def check_call(precision: Any) -> None:
-    """Raises a ValueError unless a training can be had here, in that precision."""
-    check_choice("precision", precision, ("highest", "high", "medium", None))
-    wanted = "a call outside of torch.inference_mode, in which nothing can be trained"
-    expect(not torch.is_inference_mode_enabled(), "fit", wanted, "one inside")
+def _length(num_epochs: int | None, max_epochs: int | None, count: int) -> _Length:
+    """How long a training of so many minibatches an epoch is.
+
+    Without a number of epochs at most those that the user allows, or 50,000 steps and at least 200.
+    """
+    if num_epochs is not None:
+        expect(max_epochs is None, "max_epochs", "none beside num_epochs", max_epochs)
+        most = check_count("num_epochs", num_epochs)
+        return _Length(most, most * count, None)
+    if max_epochs is None:
+        most = max(_FEWEST, -(-_LONGEST // count))
+    else:
+        most = check_count("max_epochs", max_epochs)
+    return _Length(most, min(most * count, COMPILE - 1), Ending(most))
 
 
-def _check_whole(batches: Batches) -> None:
-    """Raises a ValueError if a loader gives each process its own part already."""
-    sampler = getattr(batches.loader, "sampler", None)
+def _agree(others: Processes, task: Task, run: Mapping[str, str]) -> None:
+    """Raises a ValueError unless all processes train the same; they begin with the same values."""
+    sampler = getattr(task.batches.loader, "sampler", None)
     wanted = "a loader of all the data, of which fit takes this process's share"
     cut = isinstance(sampler, DistributedSampler)
     expect(not cut, "data", wanted, "one with a DistributedSampler")
+    others.check_same({**run, "first minibatch": batch_in_words(task.example)})
+    others.level([*task.program.parameters(), *task.program.buffers()])
 
 
-def checkpoint_of(path: Any, run: Mapping[str, str], others: Processes | None = None) -> Checkpoint:
-    """The checkpoint of a training, which must be of that training if it is there already.
-
-    Args:
-        path: of the file.
-        run: what the training is of, in words.
-        others: those that train together, of which the first has the file.
-    """
-    if others is None:
-        return Checkpoint(path, run)
-    file = others.of_first(lambda: Checkpoint(path, run))
-    file.kept = others.is_first
-    return file
-
-
-def in_all_words(task: Task, options: Options, run: Mapping[str, str]) -> dict[str, str]:
-    """What a training is of, in words: its programs, data and options, and what is known of it."""
-    program = task.program
-    named = {"model": bare(program.model), "guide": bare(program.guide)}
-    parts = parts_of(program=program)
-    parts |= {name: in_words(p) for name, p in named.items() if not isinstance(p, nn.Module)}
-    chosen = {name: in_words(value) for name, value in vars(options).items() if name != "callback"}
-    own = {"objective": in_words(program.objective), "plate": f"{program.plate_name}"}
-    own |= {"data": data_in_words(task.batches), "batch_size": f"{task.batches.batch_size}"}
-    return parts | chosen | own | dict(run)
-
-
-def remember_fit(model: Any, guide: Any, result: Fit, objective: Any) -> None:
-    """Leaves the verdict, and the objective in words, to `evaluate` and to the export."""
-    words = {"verdict": result.verdict, "objective": in_words(objective)}
-    remember(bare(model), bare(guide), words=words, converged=result.converged)
-
-
-def _max_epochs(max_epochs: Any, batches: Batches) -> int:
-    """At most so many epochs: those that the user allows, or 50,000 steps and at least 200."""
-    if max_epochs is None:
-        return max(_FEWEST, -(-_LONGEST // batches.count))
-    return check_count("max_epochs", max_epochs)
-
-
-def held_out_data(validation: Any, batches: Batches) -> Batches:
-    """The validation data, with the further arguments of those that are trained on."""
-    wanted = "no tensor with as many rows as the data, beside validation data"
-    expect(not any(batches.cut), "kwargs", wanted, "one")
-    size = batches.batch_size or 1024
-    told: dict[str, Any] = {"training": False, "extra": batches.extra}
-    held = batches_of("validation", validation, size, batches.form, **told)
-    kinds, came = ([tensor.dtype for tensor in each.tensors] for each in (batches, held))
-    expect(not (kinds and came) or kinds == came, "validation", f"{kinds}, as the data", came)
-    return held
+def _judged(result: Fit, task: Task, seed: int) -> Fit:
+    """The result of a training that ended by itself with its verdict, of which it warns."""
+    verdict = Verdict(result.verdict, result.converged, result.losses[-1])
+    if result.converged and is_free(task.program.guide):
+        verdict = judge_steps(task, verdict.words, seed) or verdict
+    verdict.warn()
+    return result._replace(verdict=verdict.words, converged=verdict.converged)

@@ -28,29 +28,32 @@ from ppvae._scopes import (
     train_mode,
 )
 from ppvae.data.adapters import form_of
+from ppvae.data.batches import Batches
 from ppvae.families.base import GuideFamily
 from ppvae.objectives.elbo import ELBO
 from ppvae.programs.keywords import with_keywords
 from ppvae.programs.missing import nan_masked
 from ppvae.staging.staged import NotStageable
+from ppvae.training.checkpoints import Checkpoint
 from ppvae.training.execution import how_to_run
-from ppvae.training.fitting import (
+from ppvae.training.fitting import fit
+from ppvae.training.identity import in_words
+from ppvae.training.loop import progress_bar, train
+from ppvae.training.optimum import is_global
+from ppvae.training.options import Options
+from ppvae.training.preparation import (
     Pair,
     check_call,
     check_held_out,
+    check_supports,
     checkpoint_of,
-    fit,
-    held_out_data,
     in_all_words,
+    material_of,
     remember_fit,
 )
-from ppvae.training.identity import data_in_words, in_words
-from ppvae.training.loop import progress_bar, train
-from ppvae.training.optimum import is_free, is_global
-from ppvae.training.options import Options
 from ppvae.training.result import Fit
-from ppvae.training.stacked import stacked
-from ppvae.training.task import Task, task_of, training_batches
+from ppvae.training.stacked import Stacked, stacked
+from ppvae.training.task import Task, task_of
 
 
 @exclusive
@@ -157,12 +160,11 @@ def fit_replicates(
     named = [with_keywords(*pair, (), kwargs, data=data) for pair in pairs]
     for pair in pairs[1:]:
         form_of(*pair).remember(data)
-    free = batch_size is None and is_free(pairs[0][1])
     extra, names = named[0][2], tuple(kwargs or ())
-    batches = training_batches(*pairs[0], data, batch_size, extra, names, whole=free)
-    held_out = None if validation is None else held_out_data(validation, batches)
+    material = material_of(pairs[0], data, validation, batch_size, extra, names)
+    batches, held_out = material
     expect(held_out or patience is None, "patience", "`validation` data beside it", "none")
-    if batches.missing or (held_out is not None and held_out.missing):
+    if material.missing:
         named = [(nan_masked(model), nan_masked(guide), extra) for model, guide, extra in named]
     steps = num_epochs * batches.count
     execution = how_to_run(compile, steps, 2, caller="fit_replicates", graph=True)
@@ -179,22 +181,15 @@ def fit_replicates(
             scopes.enter_context(train_mode(tasks[-1].program.called))
         _check_own([list(task.program.parameters()) for task in tasks])
         groups = _of_equal_make(tasks)
-        together = len(groups) == 1 and len(pairs) > 1 and bool(tasks[0].parameters)
-        if optimizer is None and held_out is None and any(is_global(task) for task in tasks):
-            together = False
-        if together:
-            for checked in (batches, held_out):
-                if checked is not None:
-                    checked.to(batches.device)
-                    tasks[0].check_support(checked)
+        if len(groups) == 1 and _go_together(tasks, optimizer, held_out):
+            check_supports(tasks[0], material)
             for task in tasks:
                 check_held_out(task, held_out)
             file = None
             if checkpoint is not None:
-                run = {"seeds": f"{seeds}", "compile": f"{compile}", "precision": f"{precision}"}
-                run["objectives"] = in_words(objectives)
-                run["validation"] = "none" if held_out is None else data_in_words(held_out)
-                file = checkpoint_of(checkpoint, in_all_words(tasks[0], options, run))
+                more = {"seeds": seeds, "objectives": in_words(objectives), "compile": compile}
+                run = in_all_words(tasks[0], options, material, precision=precision, **more)
+                file = checkpoint_of(checkpoint, run)
                 execution = file.execution(execution, num_epochs)
             try:
                 engine = stacked(tasks, seeds, execution)
@@ -204,14 +199,7 @@ def fit_replicates(
                 warnings.warn(words, stacklevel=stacklevel())
             else:
                 bar = progress_bar(num_epochs, progress)
-                validate = None if held_out is None else partial(engine.held_out_losses, held_out)
-                stream = random_state(random.Random(repr(seeds)).getrandbits(62))
-                with stream, deferred_interrupts(terminate=checkpoint is not None):
-                    results = train(engine, options, bar, validate=validate, file=file)
-                    answer_interrupt()
-                for pair, result, task in zip(pairs, results, tasks, strict=True):
-                    remember_fit(*pair, result, task.program.objective)
-                return results
+                return _side_by_side(engine, seeds, options, held_out, bar, file)
     if len(groups) == 1:
         groups = [[number] for number in range(len(pairs))]
     told |= {"num_epochs": num_epochs, "batch_size": batch_size, "compile": compile}
@@ -222,6 +210,31 @@ def fit_replicates(
         for number, each in enumerate(results):
             reasons = filter(None, [f"one after the other: {in_turn}", each.execution_reason])
             results[number] = each._replace(execution_reason="; ".join(reasons))
+    return results
+
+
+def _go_together(tasks: Sequence[Task], optimizer: Any, held_out: Batches | None) -> bool:
+    """Whether tasks of equal make are trained in one program, if that can be made."""
+    at_once = optimizer is None and held_out is None and any(is_global(task) for task in tasks)
+    return len(tasks) > 1 and bool(tasks[0].parameters) and not at_once
+
+
+def _side_by_side(
+    engine: Stacked,
+    seeds: Sequence[int],
+    options: Options,
+    held_out: Batches | None,
+    bar: Any,
+    file: Checkpoint | None,
+) -> list[Fit]:
+    """Trains replicates that are stacked."""
+    validate = None if held_out is None else partial(engine.held_out_losses, held_out)
+    stream = random_state(random.Random(repr(seeds)).getrandbits(62))
+    with stream, deferred_interrupts(terminate=file is not None):
+        results = train(engine, options, bar, validate=validate, file=file)
+        answer_interrupt()
+    for task, result in zip(engine.tasks, results, strict=True):
+        remember_fit(task, result)
     return results
 
 
