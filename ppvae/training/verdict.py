@@ -219,7 +219,8 @@ def _narrowness(losses: Tensor, spaces: Sequence[Space]) -> tuple[str, bool]:
     if not off and gain - 2 * error > _COST * spaces[0][0].shape[1]:
         off.append(f"{words}; sds may be too small by {_NARROW:.0%} or more")
     if not off:
-        return words, False
+        tail = ", the tail of the others does not" if shape > TRUSTED else ""
+        return words + tail, False
     return "; ".join([*off, f"a wider one may gain {gain:.2g} nats or more"]), True
 
 
