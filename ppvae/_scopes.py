@@ -1,6 +1,7 @@
 """Process state, left as it was found: random numbers, modes, buffers, Pyro's store and checks."""
 
 import itertools
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -287,6 +288,17 @@ def unchecked() -> AbstractContextManager[Any]:
 def without_warnings() -> AbstractContextManager[Any]:
     """No warnings inside, as those of a compiler on its own code."""
     return warnings.catch_warnings(action="ignore")
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Nothing is logged inside, as PyTorch does of a graph that fails: the caller gets an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def stacklevel() -> int:

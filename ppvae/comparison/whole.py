@@ -108,8 +108,13 @@ class Whole:
             Of matched draws in groups, `(3, groups, draws)`, and of independent ones, `(3, draws)`:
             the ELBO with divergences in closed form, the log weight, and log p(x | z).
         """
-        scopes = private_modules(), eval_mode(self.model, guide), unchecked()
-        with torch.no_grad(), scopes[0], scopes[1], scopes[2], random_state(self.seed):
+        with (
+            torch.no_grad(),
+            private_modules(),
+            eval_mode(self.model, guide),
+            unchecked(),
+            random_state(self.seed),
+        ):
             task = task_on(self.model, guide, self.args, self.kwargs, self.plate, _parts)
             device = next((p.device for p in task.program.parameters()), torch.device("cpu"))
             with double_precision(device), without_fallback_warnings():

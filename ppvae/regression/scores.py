@@ -128,8 +128,13 @@ def objective(
     data = as_tensors("X, y", (X, y), form_of(model, guide))
     model, guide, data = with_keywords(model, guide, data, kwargs)
     extra = data[2:]
-    scopes = private_modules(), eval_mode(model, guide), unchecked(), random_state(seed)
-    with torch.no_grad(), scopes[0], scopes[1], scopes[2], scopes[3]:
+    with (
+        torch.no_grad(),
+        private_modules(),
+        eval_mode(model, guide),
+        unchecked(),
+        random_state(seed),
+    ):
         batches = batches_of("X, y", data[:2], len(X), training=False, extra=extra)
         task = task_of(model, guide, None, batches)
         with double_precision(data[0].device), without_fallback_warnings():

@@ -1,7 +1,6 @@
 """Compiled code that is kept in files, so that no process compiles what another one has."""
 
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ from torch import Tensor, fx
 
 from ppvae._checks import expect
 from ppvae._files import replacing
-from ppvae._scopes import without_warnings
+from ppvae._scopes import without_reports, without_warnings
 from ppvae.staging.export import without_stack_traces
 
 _MEGABYTES, _DAY = 256, 24 * 3600
@@ -132,16 +131,12 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     """The files of a graph, as PyTorch's compiler makes them."""
     import torch._inductor
 
-    logged = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # the caller gets an error
     try:
-        with without_warnings(), _side_by_side(), without_stack_traces():
+        with without_warnings(), without_reports(), _side_by_side(), without_stack_traces():
             return torch._inductor.aot_compile(graph, tuple(inputs), options=_OPTIONS)
     except Exception:
         _forget_instructions()
         raise
-    finally:
-        logging.disable(logged)
 
 
 @contextmanager

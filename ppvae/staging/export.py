@@ -2,7 +2,6 @@
 
 import copy
 import linecache
-import logging
 import sys
 import threading
 import warnings
@@ -15,7 +14,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ppvae._scopes import kept_buffers, param_store, random_state, unchecked
+from ppvae._scopes import kept_buffers, param_store, random_state, unchecked, without_reports
 from ppvae.staging.program import Program
 
 _ONE_AT_A_TIME = threading.RLock()  # what is replaced below is global
@@ -26,25 +25,24 @@ def export(program: Program, args: tuple[Any, ...]) -> torch.export.ExportedProg
     free = {0: torch.export.Dim.AUTO}
     shapes = {"args": tuple(free if isinstance(v, Tensor) and v.dim() else None for v in args)}
     _load()
-    with _ONE_AT_A_TIME, param_store(), unchecked(), random_state(None, keep=True):
-        logged = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # PyTorch's own reports: the caller gets an error
-        try:
-            with (
-                torch.enable_grad(),
-                _UncheckedSites(),
-                _symbolic_lengths(program, args),
-                _sources_forgotten(),
-                without_stack_traces(),
-                warnings.catch_warnings(),
-            ):
-                # recurrent layers keep their parameters in a list, too, which is put back
-                warnings.filterwarnings("ignore", r"The tensor attributes? .*\._flat_weights")
-                exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
-            _let_go(exported)
-            return exported
-        finally:
-            logging.disable(logged)
+    with (
+        _ONE_AT_A_TIME,
+        param_store(),
+        unchecked(),
+        random_state(None, keep=True),
+        without_reports(),
+        torch.enable_grad(),
+        _UncheckedSites(),
+        _symbolic_lengths(program, args),
+        _sources_forgotten(),
+        without_stack_traces(),
+        warnings.catch_warnings(),
+    ):
+        # recurrent layers keep their parameters in a list, too, which is put back
+        warnings.filterwarnings("ignore", r"The tensor attributes? .*\._flat_weights")
+        exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
+        _let_go(exported)
+        return exported
 
 
 @contextmanager

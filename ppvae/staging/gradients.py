@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ppvae._scopes import random_state, unchecked, without_warnings
+from ppvae._scopes import random_state, unchecked, without_reports, without_warnings
 from ppvae.staging.staged import NotStageable, Staged, alike
 from ppvae.staging.vectorized import Slopes, traced, vectorized
 
@@ -64,8 +64,13 @@ class Gradients:
     def make(self, state: list[Tensor], data: list[Tensor]) -> Slopes:
         """Makes the graph: for data of any size, or, where that fails, of the size at hand."""
         leaves, shapes = [state[at] for at in self.trained], None
-        scopes = random_state(None, keep=True), unchecked(), without_warnings()
-        with torch.no_grad(), scopes[0], scopes[1], scopes[2]:
+        with (
+            torch.no_grad(),
+            random_state(None, keep=True),
+            unchecked(),
+            without_warnings(),
+            without_reports(),
+        ):
             try:
                 graph = self._of_any_size(leaves, state, data)
                 right = self._agree(graph, self._plain, leaves, state, data)

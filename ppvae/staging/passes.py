@@ -31,6 +31,7 @@ def clean(module: fx.GraphModule) -> None:
         _inline(module, node)
     for node in list(graph.nodes):
         _rewrite(graph, node)
+    _own_what_is_written(graph)
     drop_unused(graph)
     module.delete_all_unused_submodules()
     module.recompile()
@@ -136,6 +137,45 @@ def _rewrite(graph: fx.Graph, node: Any) -> None:
             filled = not is_random(node) or _is_blank(node.args[0])
             if packet.endswith("_") and pure is not None and filled:
                 _replace(node, graph.call_function(pure, node.args, node.kwargs))
+
+
+def _own_what_is_written(graph: fx.Graph) -> None:
+    """Makes a new tensor that is written to depend on an input, by a zero that is added.
+
+    A model may make `torch.zeros(...)` and fill it piece by piece. Under `torch.vmap` an input is
+    one of many, and so is what is made from it: each of them can be written to.
+    """
+    aten, places = torch.ops.aten, graph.find_nodes(op="placeholder")
+    first = next((p for p in places if isinstance(p.meta.get("val"), torch.Tensor)), None)
+    for node in list(graph.nodes):
+        made = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+        writers = _writers(node) if made and first and _depends_on_shapes(node) else []
+        if not writers or any(map(is_random, writers)):
+            continue
+        value = node.meta["val"]
+        options = {"dtype": value.dtype, "device": value.device}
+        with graph.inserting_before(node.next):
+            zero = graph.call_function(aten.new_zeros.default, (first, []), options)
+            own = graph.call_function(aten.add.Tensor, (node, zero))
+        zero.meta["val"], own.meta["val"] = value.new_zeros(()), value
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+
+
+def _writers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that write to what a node made, through views of it, too."""
+    writers: list[fx.Node] = []
+    todo = [node]
+    while todo:
+        here = todo.pop()
+        for user in here.users:
+            schema = getattr(user.target, "_schema", None)
+            told = zip(user.args, schema.arguments if schema else (), strict=False)
+            kinds = [argument.alias_info for value, argument in told if value is here]
+            if any(kind is not None and kind.is_write for kind in kinds):
+                writers.append(user)
+            if any(kinds) or user.target is operator.getitem:
+                todo.append(user)
+    return writers
 
 
 def _sizes(graph: fx.Graph, node: Any) -> list[Any] | None:

@@ -153,8 +153,13 @@ def program_of(
             program.called.append(module)
 
     def again() -> Tensor:
-        scopes = random_state(None, keep=True), torch.enable_grad(), unchecked(), private_modules()
-        with scopes[0], scopes[1], scopes[2], scopes[3], called_modules():
+        with (
+            random_state(None, keep=True),
+            torch.enable_grad(),
+            unchecked(),
+            private_modules(),
+            called_modules(),
+        ):
             return objective(model, guide, *args, **program.options, step=0)
 
     _own_the_rest(program, leaves, [*args, *values.values()], again)

@@ -7,62 +7,22 @@ makes many draws of that. So every model is served, and none has to say that it 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
 from ppvae.guides.chart import Chart
 from ppvae.programs.given_normals import GivenNormals
 from ppvae.programs.layout import Layout
+from ppvae.programs.mapped import UNMAPPED, mapped
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.runs import BUDGET, largest_tensor
 from ppvae.training.task import Task
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The entries of a tensor at a mask; all that can be done with them is to write them."""
-
-    tensor: Tensor
-    mask: Tensor
-
-
-class _WholeWrites(TorchFunctionMode):
-    """Entries at a mask are written as a choice for every entry.
-
-    What a mask chooses has a size that depends on values, which `vmap` cannot have (Pyro's splines
-    do so, and many a model).
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Runs the function, or puts off reading, and writes, by a mask."""
-        if func not in _BY_INDEX:  # first of all: what is asked here is asked of every operation
-            return func(*args, **(kwargs or {}))
-        mask = args[1]
-        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
-            return func(*args, **(kwargs or {}))
-        if func is Tensor.__getitem__ and mask.shape == args[0].shape:
-            return _Chosen(args[0].clone(), mask)  # it may be written to before it is used
-        if func is Tensor.__setitem__ and mask.shape == args[0].shape:
-            value = args[2]
-            if isinstance(value, _Chosen) and value.mask is mask:
-                value = value.tensor
-            elif isinstance(value, Tensor) and value.dim():
-                raise TypeError("a tensor whose size depends on values")
-            return args[0].copy_(torch.where(mask, value, args[0]))
-        return func(*args, **(kwargs or {}))
-
-
-_BY_INDEX = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
 class _Recorder(Messenger):
@@ -91,6 +51,7 @@ class Average:
         smooth: whether a draw takes no other random numbers, and the loss is smooth in its
             parameters while the normal ones are held fixed.
         at_once: how many draws are run together; 1 where the program cannot be mapped.
+        own: whether each draw has tensors of its own then; see `mapped`.
     """
 
     def __init__(self, task: Task) -> None:
@@ -101,7 +62,7 @@ class Average:
         self._names = [names[id(p)] for p in task.parameters]
         tensors = [*task.program.named_parameters(), *task.program.named_buffers()]
         self._state = {name: _double(value.detach()) for name, value in tensors}
-        self.normals, self.smooth, self.at_once = 0, True, 1
+        self.normals, self.smooth, self.at_once, self.own = 0, True, 1, False
 
     def loss(self, values: list[Tensor], normals: Tensor | None) -> Tensor:
         """The loss of one draw; without normal numbers it draws zeros, and counts them."""
@@ -144,8 +105,7 @@ class Average:
     def _each(self, one: Callable[[Tensor], Tensor], normals: Tensor, seed: int) -> Tensor:
         with random_state(seed):
             if self.at_once > 1 and len(normals) > 1:
-                with _WholeWrites():
-                    return torch.func.vmap(one, randomness="different")(normals)
+                return mapped(one, own=self.own)(normals)
             return torch.stack([one(row) for row in normals])
 
     def slope(
@@ -185,13 +145,14 @@ def average_of(task: Task) -> Average:
         first, again = average.loss(values, row), average.loss(values, row)
         average.smooth = torch.allclose(first, again, rtol=0.0, atol=0.0, equal_nan=True)
         alone = torch.stack([first, average.loss(values, other)])
-        average.at_once = max(2, BUDGET // largest_tensor(average.batch))
-        try:
-            together = average.losses(values, torch.stack([row, other]))
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-            average.at_once = 1
-            return average
-        if average.smooth and not torch.allclose(alone, together, rtol=1e-6, equal_nan=True):
+        together, rows = None, torch.stack([row, other])
+        for own in (False, True):
+            average.at_once, average.own = max(2, BUDGET // largest_tensor(average.batch)), own
+            with suppress(*UNMAPPED):
+                together = average.losses(values, rows)
+                break
+        close: dict[str, Any] = {"rtol": 1e-6, "equal_nan": True}
+        if together is None or average.smooth and not torch.allclose(alone, together, **close):
             average.at_once = 1
     return average
 

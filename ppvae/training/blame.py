@@ -278,8 +278,12 @@ def _lost_parameters(program: Program) -> dict[str, float]:
 def _bad_slope(task: Task, batch: tuple[Any, ...], step: int) -> str:
     """Names the first gradient that is not finite, and the operation; empty, if all are finite."""
     named = _parameters(task.program)
-    scopes = random_state(None, keep=True), kept_buffers(task.program), torch.enable_grad()
-    with unchecked(), scopes[0], scopes[1], scopes[2]:
+    with (
+        unchecked(),
+        random_state(None, keep=True),
+        kept_buffers(task.program),
+        torch.enable_grad(),
+    ):
         for _ in range(_RUNS):
             loss = task.program.loss(batch, step)
             if not torch.isfinite(loss):

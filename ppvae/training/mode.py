@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppvae._process import interrupted
+from ppvae.programs.mapped import UNMAPPED, many
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import Potential
 from ppvae.training.descent import FAR, lbfgs
@@ -159,16 +160,16 @@ def natural_gradients(
     Bayesian learning rule, 2023.
     """
     normals = matched(max(64, 4 * len(mean)), len(mean), seed)
-    at_once = torch.vmap(torch.func.grad_and_value(potential))
+    slopes_of = torch.func.grad_and_value(potential)
 
     def measured(mean: Tensor, factor: Tensor) -> tuple[Tensor, float]:
-        slopes, values = at_once(mean + normals @ factor.T)
+        slopes, values = many(slopes_of, mean + normals @ factor.T)
         elbo = (factor.diagonal().log().sum() - values.mean()).item()
         return slopes, elbo if math.isfinite(elbo) else -FAR
 
     try:
         slopes, elbo = measured(mean, factor)
-    except (RuntimeError, NotImplementedError, ValueError):
+    except UNMAPPED:
         return mean, factor
     share = 0.5
     for _ in range(_STEPS):
@@ -250,8 +251,8 @@ def _elbo(potential: Potential, mean: Tensor, factor: Tensor) -> float:
     states = mean + matched(32, len(mean), seed=0) @ factor.T
     try:
         with torch.no_grad():
-            values = torch.vmap(potential)(states)
-    except (RuntimeError, NotImplementedError, ValueError):  # it cannot be mapped over draws
+            values = many(potential, states)
+    except UNMAPPED:
         values = torch.stack([potential.slope_and_value(state)[1] for state in states])
     elbo = (factor.diagonal().log().sum() - values.mean()).item()
     return elbo if math.isfinite(elbo) else -FAR

@@ -59,8 +59,13 @@ def is_global(task: Task) -> bool:
     if frame is not None and frame.full_size not in (None, frame.size):
         return False  # each run draws other rows
     (batch,) = task.batches
-    scopes = private_modules(), unchecked(), kept_buffers(program), random_state(None, keep=True)
-    with torch.no_grad(), scopes[0], scopes[1], scopes[2], scopes[3]:
+    with (
+        torch.no_grad(),
+        private_modules(),
+        unchecked(),
+        kept_buffers(program),
+        random_state(None, keep=True),
+    ):
         terms = task.terms(batch)
     latent = {*terms.log_prior, *terms.log_guide}
     return bool(latent) and (is_free(program.guide) or not latent & terms.local)
@@ -145,8 +150,12 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
     Returns:
         The optimum; None if there are too many latents.
     """
-    scopes = unchecked(), private_modules(), without_fallback_warnings()
-    with double_precision(task.parameters[0].device), scopes[0], scopes[1], scopes[2]:
+    with (
+        double_precision(task.parameters[0].device),
+        unchecked(),
+        private_modules(),
+        without_fallback_warnings(),
+    ):
         average = average_of(task)
         (batch,) = task.batches
         potential = potential_of(task.program.model, batch)

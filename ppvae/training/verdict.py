@@ -149,8 +149,12 @@ def judge_steps(task: Task, told: str, seed: int) -> Verdict | None:
     (batch,) = whole.batches
     if largest_tensor(batch) > _LARGEST:
         return None
-    scopes = private_modules(), unchecked(), random_state(None, keep=True), torch.no_grad()
-    with scopes[0], scopes[1], scopes[2], scopes[3]:
+    with (
+        private_modules(),
+        unchecked(),
+        random_state(None, keep=True),
+        torch.no_grad(),
+    ):
         trace = task.program.traces(batch)[0]
         sites = [node for node in trace.nodes.values() if node["type"] == "sample"]
         if any(map(draws_its_rows, sites)):
@@ -174,9 +178,14 @@ def _fresh(task: Task, layout: Layout, seed: int, most: int = FRESH) -> tuple[Te
     was, sampled = task.program, ELBO(kl="sampled")
     size, plate = task.batches.size, was.plate_name
     program = program_of(was.model, was.guide, sampled, batch, size=size, plate=plate)
-    scopes = private_modules(), unchecked(), without_fallback_warnings(), torch.no_grad()
     device = task.parameters[0].device
-    with double_precision(device), scopes[0], scopes[1], scopes[2], scopes[3]:
+    with (
+        double_precision(device),
+        private_modules(),
+        unchecked(),
+        without_fallback_warnings(),
+        torch.no_grad(),
+    ):
         average = average_of(replace(task, program=program))
         values = [parameter.detach().double() for parameter in average.task.parameters]
         normals = matched(affordable(average, most), average.normals, seed + 1)

@@ -130,6 +130,26 @@ def convolved():
     return model, FamilyGuide(model, families.mean_scale, encoder=encoder)
 
 
+class Stepwise(nn.Module):
+    """Makes its output one number after the other, as a model of a series does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+
+    def forward(self, z):
+        steps, x = self.first(z), torch.zeros(*z.shape[:-1], 3)
+        x[..., 0] = steps[..., 0]
+        for t in range(1, 3):
+            x[..., t] += 0.5 * x[..., t - 1] + steps[..., t]
+        return x
+
+
+def stepwise():
+    model = VAE(Stepwise(), 2, kinds.Normal(0.5))
+    return model, FamilyGuide(model, families.mean_scale, encoder=nn.Linear(3, 4))
+
+
 def loader():
     return DataLoader(TensorDataset(data()), batch_size=4, shuffle=True)
 
@@ -160,6 +180,7 @@ WAYS: dict[str, Any] = {
     "told rows": site("told rows"),
     "regression": (*site("regression")[:2], {"batch_size": 2}),
     "modules in functions": (written, data, {}),
+    "stepwise": (stepwise, data, {}),
     "statistics": (lambda: build(encoder=Normed(dropout=False).eval()), data, {}),
     "loader": (build, loader, ALL),
     "each size": (linear, data, {"objective": [squared, squared]}),
