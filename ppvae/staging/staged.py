@@ -413,9 +413,16 @@ def alike(outcome: list[Tensor], wanted: list[Tensor]) -> bool:
     return True
 
 
+#: of errors that say, each in its way, that a value is wanted where there are none, or many
+_DECISIONS = "DataDependent", "data-dependent control flow", "calling .item()"
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what an error says."""
-    if "DataDependent" in type(error).__name__:
+    words = f"{type(error).__name__} {error}"
+    if any(
+        word in words for word in ("DataDependent", "data-dependent control", "calling .item()")
+    ):
         return "a decision depends on the values of tensors (`if`, `while`, `int(x)`, `x.item()`)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else ""

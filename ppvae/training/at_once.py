@@ -79,6 +79,8 @@ def fit_at_once(
         end = seconds, number, number - 1, method, objective, "eager"
         execution = replace(execution, how="staged", why="", apart=[])
         execution.instead("eager", "the optimum is found at once, in few steps", _IN_STEPS)
+        if optimum.one_by_one:
+            execution.but(f"draws are run one after the other: {optimum.one_by_one}", None)
         result = Fit(losses, [], *end, verdict.converged, verdict.words)
         result = result._replace(execution_reason=execution.reason)
         if file is not None:

@@ -7,7 +7,7 @@ makes many draws of that. So every model is served, and none has to say that it 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -22,6 +22,7 @@ from ppvae.programs.layout import Layout
 from ppvae.programs.mapped import UNMAPPED, mapped
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.runs import BUDGET, largest_tensor
+from ppvae.staging.staged import one_line
 from ppvae.training.task import Task
 
 
@@ -52,6 +53,7 @@ class Average:
             parameters while the normal ones are held fixed.
         at_once: how many draws are run together; 1 where the program cannot be mapped.
         own: whether each draw has tensors of its own then; see `mapped`.
+        why_not: why it cannot be mapped, in words; empty where it can.
     """
 
     def __init__(self, task: Task) -> None:
@@ -62,7 +64,8 @@ class Average:
         self._names = [names[id(p)] for p in task.parameters]
         tensors = [*task.program.named_parameters(), *task.program.named_buffers()]
         self._state = {name: _double(value.detach()) for name, value in tensors}
-        self.normals, self.smooth, self.at_once, self.own = 0, True, 1, False
+        self.normals, self.smooth, self.at_once = 0, True, 1
+        self.own, self.why_not = False, ""
 
     def loss(self, values: list[Tensor], normals: Tensor | None) -> Tensor:
         """The loss of one draw; without normal numbers it draws zeros, and counts them."""
@@ -148,11 +151,15 @@ def average_of(task: Task) -> Average:
         together, rows = None, torch.stack([row, other])
         for own in (False, True):
             average.at_once, average.own = max(2, BUDGET // largest_tensor(average.batch)), own
-            with suppress(*UNMAPPED):
-                together = average.losses(values, rows)
+            try:
+                together, average.why_not = average.losses(values, rows), ""
                 break
+            except UNMAPPED as error:
+                average.why_not = one_line(error)
         close: dict[str, Any] = {"rtol": 1e-6, "equal_nan": True}
-        if together is None or average.smooth and not torch.allclose(alone, together, **close):
+        if together is not None and average.smooth and not torch.allclose(alone, together, **close):
+            average.why_not = "the program gives other numbers when it runs for many"
+        if average.why_not:
             average.at_once = 1
     return average
 

@@ -98,6 +98,7 @@ class Optimum:
         others: modes that were met beside the one it started from.
         layout: of the latents.
         chosen: whether the mode is the one near a start that was asked for.
+        one_by_one: why draws were run one after the other; empty where they were not.
     """
 
     values: list[Tensor]
@@ -110,6 +111,7 @@ class Optimum:
     others: list[Mode]
     layout: Layout
     chosen: bool = False
+    one_by_one: str = ""
 
 
 class Way:
@@ -180,7 +182,7 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         method = _with_fixed_draws if average.smooth and few else _with_fresh_draws
         told = potential.layout, near.others
         found = method(average, chart, way, steps, seed, *told)
-        return replace(found, chosen=start is not None)
+        return replace(found, chosen=start is not None, one_by_one=average.why_not)
 
 
 def _start(task: Task, potential: Potential) -> Tensor | None:

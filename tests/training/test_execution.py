@@ -4,6 +4,8 @@ import warnings
 from functools import partial
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import LONG
@@ -219,3 +221,18 @@ def test_what_is_loaded_from_a_checkpoint_has_its_reason(tmp_path):
 def test_what_is_not_stageable_has_a_way_out_or_none():
     assert NotStageable("so").way_out == "" and NotStageable("so", None).way_out is None
     assert str(NotStageable("so", "do")) == "so"
+
+
+def folded(x):
+    """A model that decides by the value of a draw."""
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(level if level > 0 else 0.5 * level, 1.0), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore::ppvae.NotConverged", "ignore::ppvae.NarrowFamily")
+def test_draws_that_run_one_after_the_other_are_told():
+    guide = FamilyGuide(folded, "mean_scale")
+    result = fit(folded, guide, torch.tensor([1.0, 2.0]), num_epochs=2, progress=False)
+    words = "draws are run one after the other: a decision depends on the values of tensors"
+    assert words in result.execution_reason
