@@ -96,6 +96,21 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Has PyTorch's compiler trace what it is given, sizes and all, and write no code for it.
+
+    In the long form of the tests it does.
+    """
+    if not LONG:
+        whole = torch.compile
+        monkeypatch.setattr(
+            torch,
+            "compile",
+            lambda graph, *, options=None, **told: whole(graph, backend="aot_eager", **told),
+        )
+
+
 def _called_with_a_list(graph):
     return lambda inputs: list(graph(*inputs))
 

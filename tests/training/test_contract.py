@@ -209,7 +209,7 @@ def test_eager_staged_and_replicated_training_are_the_same(name, monkeypatch):
     assert courses[0].execution == "eager" and goals[0] in (None, courses[0].objective)
     monkeypatch.setattr("ppvae.training.execution.STAGE", 1)  # so many steps, and a loss is staged
     several = [*zip(made(make, len(goals)), goals, SEEDS, courses, ends, strict=False)]
-    alone = [] if name in STAGED else several[:1] if goals[0] == goals[-1] else several
+    alone = [] if name in STAGED else several if LONG else several[-1:]
     for parts, goal, seed, course, end in alone:
         staged = fit(*parts[:2], x, seed=seed, objective=goal, **{**TOLD, **told})
         # a product with a tensor rounds once, one with a number of Python's twice
@@ -255,13 +255,11 @@ LATER += ["loader", "all data", "convolution"]
 
 @pytest.mark.filterwarnings("ignore:fit(_replicates)?. compiled, not looped")
 @pytest.mark.parametrize("name", [name for name in COMPILED if LONG or name not in LATER])
-def test_compiled_replicates_are_trained_as_by_eager_steps(name, monkeypatch, request):
+def test_compiled_replicates_are_trained_as_by_eager_steps(name, monkeypatch, interpreted):
     """The compiler may reorder sums; six steps multiply a difference in the last place by less
     than 1e6.
     """
     make, x, told, execution = COMPILED[name]
-    if execution == "compiled":  # by what compiles one pair, which another test has compiled
-        request.getfixturevalue("interpreted")
     if name == "in turn":  # as where parameters fill the cache
         monkeypatch.setattr("ppvae.training.stacked._MOST", 1)
     x, goals = x(), [*told.get("objective", [None, None])]
@@ -375,7 +373,7 @@ def test_the_parameter_of_a_statement_is_trained_in_the_store(plain_pyro, early)
     assert 0.01 < abs(runs[0][-1].item() - 3.0) < 0.1
 
 
-def test_compiled_training_is_eager_training():
+def test_compiled_training_is_eager_training(traced_only):
     """Batches of four, four and two, with a schedule. Nothing is compiled a second time.
 
     The compiler may reorder sums; fifteen steps multiply a difference in the last place by far
@@ -395,7 +393,7 @@ def test_compiled_training_is_eager_training():
     assert same(before, after, 1e-9)
 
 
-def test_a_staged_loss_compiles_as_one_graph_and_goes_into_a_loop_of_ones_own():
+def test_a_staged_loss_compiles_as_one_graph_and_goes_into_a_loop_of_ones_own(traced_only):
     staged = stage(*build(), data(8))
     with unchecked():  # torch.compile switches validation off for good
         options = {"fallback_random": True}

@@ -50,25 +50,21 @@ HELD = {"validation": DOUBLE(6) + 1.0, "patience": 2}
 LOADER = DataLoader(TensorDataset(DOUBLE(9)), 4)
 
 
-@pytest.mark.filterwarnings("ignore:fit. looped, but minibatches of one datum run eagerly")
-@pytest.mark.parametrize(
-    ("make", "x", "told"),
-    [
-        pytest.param(normed, DOUBLE(11), {**ALL, **HELD}, id="all at once"),
-        pytest.param(linear, DOUBLE(17), {"batch_size": 8}, id="a datum that is left"),
-    ],
-)
-def test_strides_are_single_steps(make, x, told):
+def test_strides_are_single_steps():
     """The compiler may reorder sums; a few steps multiply a difference in the last place by less
     than 1e6.
     """
-    as_single_steps(make, x, told)
+    as_single_steps(normed, DOUBLE(11), {**ALL, **HELD})
 
 
 @pytest.mark.filterwarnings("ignore:fit. looped, but minibatches of one datum run eagerly")
-@pytest.mark.parametrize("x", [LOADER, DOUBLE(9)], ids=["loader", "all data"])
-def test_strides_over_what_is_no_minibatch_of_rows_are_single_steps(x, interpreted):
-    as_single_steps(linear, x, {"batch_size": None})
+@pytest.mark.parametrize(
+    ("x", "size"),
+    [(DOUBLE(17), 8), (LOADER, None), (DOUBLE(9), None)],
+    ids=["a datum that is left", "loader", "all data"],
+)
+def test_strides_of_every_kind_are_single_steps(x, size, interpreted):
+    as_single_steps(linear, x, {"batch_size": size})
 
 
 def as_single_steps(make, x, told):
@@ -90,7 +86,7 @@ def as_single_steps(make, x, told):
 
 @pytest.mark.parametrize("size", [8, 5])
 def test_the_length_of_a_stride_and_the_step_of_a_ctrl_c_change_no_bit(
-    size, monkeypatch, tmp_path, ctrl_c
+    size, monkeypatch, tmp_path, ctrl_c, interpreted
 ):
     """The noise of eight data, 16 numbers, is drawn at once; that of five step by step."""
     told = {"num_epochs": 8, "batch_size": size}
@@ -278,7 +274,7 @@ def test_settings_of_adam_may_move(scheduler, interpreted):
     assert strides.losses == pytest.approx(alone.losses, rel=1e-9) and same(before, after, 1e-9)
 
 
-def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path):
+def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path, interpreted):
     whole, end = trained(linear, DOUBLE(8), scheduler=halved)
     told = {"scheduler": halved, "checkpoint": tmp_path / "run.pt"}
     trained(linear, DOUBLE(8), **told, num_epochs=2)
