@@ -65,8 +65,11 @@ class Family(GuideFamily):
         self.joint = any(own[name].event_dim > 0 for name in self.rules)
         support = constraints.real if distribution is dist.Delta else support_of(distribution)
         self.support = None if isinstance(support, property) else support
-        if not any(isinstance(rule, Tensor) for rule in self.rules.values()):
-            _check_draws(self)  # a tensor may fit only some latents, which a guide will see
+        # a tensor may fit only some latents, which a guide will see; the Gaussian as it comes is
+        # known to draw, and would load SymPy for its shape
+        tensors = any(isinstance(rule, Tensor) for rule in self.rules.values())
+        if not tensors and (arguments or distribution is not dist.MultivariateNormal):
+            _check_draws(self)
 
     def head(self, features: int | None, shape: torch.Size) -> nn.Module:
         """Builds the module that makes the distribution; arguments as for `GuideFamily.head`.

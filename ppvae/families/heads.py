@@ -19,6 +19,7 @@ from ppvae.families.rules import (
     Shared,
     constraints_of,
     fixed,
+    shape_before,
     without_shift,
 )
 from ppvae.families.student import StudentT
@@ -60,7 +61,7 @@ class Argument(nn.Module):
         super().__init__()
         self.constraint, self.shape = constraint, shape
         self.transform = transform = without_shift(transform_to(constraint))
-        shift = torch.zeros(transform.inverse_shape(shape))
+        shift = torch.zeros(shape_before(transform, shape))
         if start is not None:
             shift = transform.inv(fixed(start, constraint.event_dim, shape).expand(shape))
             limit = _FARTHEST if isinstance(constraint, constraints.interval) else math.inf

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
-from torch.distributions.transforms import AffineTransform, ComposeTransform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
 from ppvae._checks import check_count, check_real, expect
 
@@ -131,12 +131,24 @@ def _is_inside(inner: Constraint, outer: Constraint) -> bool:
     """Whether values inside a constraint differ, and satisfy another, as far as some can tell."""
     try:
         transform = transform_to(inner)
-        shape = transform.inverse_shape(torch.Size([2] * outer.event_dim))
+        shape = shape_before(transform, torch.Size([2] * outer.event_dim))
         values = transform(torch.linspace(-5.0, 5.0, 11 * shape.numel()).reshape(11, *shape))
         satisfied = inner.check(values).all() and outer.check(values).all()
     except (NotImplementedError, RuntimeError, ValueError):
         return False
     return bool(satisfied) and inner.event_dim <= outer.event_dim and len(values.unique(dim=0)) > 1
+
+
+def shape_before(transform: Any, shape: torch.Size) -> torch.Size:
+    """The shape that a transform takes to give another one.
+
+    Of one that takes number by number, by what it gives: that of `inverse_shape` loads SymPy.
+    """
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    if transform.domain.event_dim:
+        return torch.Size(transform.inverse_shape(shape))
+    return transform.inv(torch.zeros(shape)).shape
 
 
 def fixed(value: Any, event_dim: int, shape: torch.Size) -> Tensor:
