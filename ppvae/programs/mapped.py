@@ -72,7 +72,7 @@ class _Writes(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if self.zero is not None and func in _MAKERS:
             made = func(*args, **(kwargs or {}))
-            return made + self.zero.to(made.dtype) if made.is_floating_point() else made
+            return made + self.zero.to(made) if made.is_floating_point() else made
         mask = args[1]
         if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             return func(*args, **(kwargs or {}))

@@ -149,8 +149,8 @@ def _own_what_is_written(graph: fx.Graph) -> None:
     first = next((p for p in places if isinstance(p.meta.get("val"), torch.Tensor)), None)
     for node in list(graph.nodes):
         made = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
-        writers = _writers(node) if made and first and _depends_on_shapes(node) else []
-        if not writers or any(map(is_random, writers)):
+        writers = _writers(node) if made and first else []
+        if not writers or any(map(is_random, writers)) or not _depends_on_shapes(node):
             continue
         value = node.meta["val"]
         options = {"dtype": value.dtype, "device": value.device}
