@@ -189,6 +189,12 @@ class ExactPosterior:
         lines = [" " * width + "".join(f"{name:>12s}" for name in columns)]
         for name, *values in zip(names, *columns.values(), strict=True):
             lines.append(f"{name:{width}s}" + "".join(f"{value:12.4g}" for value in values))
+        for word in ("mean", "sd"):
+            if not np.isfinite(columns[word]).all():
+                lines.append(
+                    f"tails are too heavy for a {word} that is finite; quantiles are exact"
+                )
+                break
         return "\n".join([head, *lines])
 
     @property

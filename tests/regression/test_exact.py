@@ -517,3 +517,21 @@ def test_the_line_of_an_unknown_number_is_finest_around_a_guess(ends):
         assert np.exp(log_number) == pytest.approx(number, rel=1e-14)
     for outside in ends:
         assert Unknown(None, *ends).around(outside) == Unknown(None, *ends)
+
+
+def test_moments_that_do_not_exist_are_told():
+    """Under flat priors of the weights and of the noise the weights have a t distribution.
+
+    It has as many degrees of freedom as there are rows more than weights, less one for the noise:
+    one has no mean, two have no sd.
+    """
+    generator = np.random.default_rng(0)
+    for rows, word in ((5, "mean"), (6, "sd"), (7, None)):
+        X, y = generator.normal(size=(rows, 3)), generator.normal(size=rows)
+        post = exact_posterior(X, y, weight=None, noise=None, intercept=False)
+        last = repr(post).splitlines()[-1]
+        told = f"tails are too heavy for a {word} that is finite; quantiles are exact"
+        assert last == told if word else last.startswith("noise ")
+        assert np.isfinite(post.mean[:3]).all() == (word != "mean")
+        assert np.isfinite(post.sd[:3]).all() == (word is None)
+        assert np.isfinite(post.quantile(0.3)).all()
