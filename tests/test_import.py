@@ -10,9 +10,7 @@ import ppvae
 
 def test_a_fresh_process_gets_nothing_heavy_all_modules_and_no_name_of_others():
     """Heavy: what Pyro itself does not import, and takes a tenth of a second or much more."""
-    heavy = (
-        "'arviz_base arviz_stats matplotlib pandas scipy.optimize scipy.stats sympy xarray'.split()"
-    )
+    heavy = "arviz_base arviz_stats matplotlib pandas scipy.optimize scipy.stats sympy xarray"
     names = "families likelihoods nn objectives data models plots closed_form regression".split()
     code = (
         "import importlib, sys, ppvae\n"
