@@ -725,3 +725,9 @@ def test_the_quasi_newton_method_takes_a_plate_and_starts_at_the_mode():
     assert result.method == "L-BFGS" and result.converged
     guide.heads["weight"].loc.raw.data.fill_(math.nan)
     assert quiet(model, guide, args, plate="data").losses == result.losses
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(1024, 1), (1025, 9)])
+def test_an_encoder_sees_more_than_1024_data_in_minibatches_of_128(rows, steps):
+    (pair,) = made()
+    assert quiet(*pair, torch.randn(rows, 3), num_epochs=1).num_steps == steps
