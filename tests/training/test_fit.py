@@ -731,3 +731,21 @@ def test_the_quasi_newton_method_takes_a_plate_and_starts_at_the_mode():
 def test_an_encoder_sees_more_than_1024_data_in_minibatches_of_128(rows, steps):
     (pair,) = made()
     assert quiet(*pair, torch.randn(rows, 3), num_epochs=1).num_steps == steps
+
+
+@pytest.mark.parametrize("missing", ["data", "validation"])
+def test_numbers_may_be_missing_in_one_of_data_and_validation(missing):
+    x = {"data": data(), "validation": data(6)}
+    x[missing][0, 0] = torch.nan
+    (pair,) = made()
+    result = quiet(*pair, x["data"], validation=x["validation"], num_epochs=1)
+    assert math.isfinite(result.losses[0]) and math.isfinite(result.validation_losses[0])
+
+
+@pytest.mark.filterwarnings("ignore::ppvae.NotConverged")
+def test_a_training_that_ends_by_itself_is_staged_and_never_compiled(monkeypatch):
+    """Nobody knows that it is long: it has at most eight steps, and five would be compiled."""
+    for name, steps in (("fitting.COMPILE", 5), ("execution.COMPILE", 5), ("execution.STAGE", 1)):
+        monkeypatch.setattr(f"ppvae.training.{name}", steps)
+    (pair,) = made()
+    assert quiet(*pair, data(), max_epochs=8).execution == "staged"
