@@ -1,12 +1,14 @@
 """Evaluation against models where every number has a closed form, and the units of all numbers."""
 
 import math
+import warnings
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arviz_stats.base import array_stats
 from cases import CASES, FAMILIES, cases
 from linear import Linear, close, within
 from pyro.distributions import constraints
@@ -258,6 +260,20 @@ def test_khat_finds_the_shape_of_pareto_weights(k):
     error = (1 + k) / math.sqrt(tail * rows)  # of the maximum likelihood estimate
     khat = weights.khat(torch.as_tensor(log_w).T).mean()
     assert abs(khat - expected) < 5 * error + 0.01  # and its bias, of order 1/M
+
+
+@pytest.mark.parametrize("size", [30, 225, 226, 1000])
+def test_khat_is_that_of_arviz(size):
+    """Of tails that are short, long and full of ties, and of weights of which one is all."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((4, size))
+    kinds = [normal, -normal.cumsum(1), normal.round(), 900 * normal, np.maximum(normal, 0.5)]
+    rows = np.concatenate([*kinds, rng.standard_cauchy((4, size))])
+    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+        known = [float(array_stats.psislw(-row)[1]) for row in rows]
+    assert close(weights.khat(torch.as_tensor(rows).T), known, 1e-10)
+    # where all of the tail is one value, ArviZ has no answer
+    assert weights.khat((torch.arange(2 * size) > size).double()).item() == 0
 
 
 def test_khat_at_the_edges():
