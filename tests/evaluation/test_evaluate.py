@@ -267,7 +267,7 @@ def test_khat_is_that_of_arviz(size):
     """Of tails that are short, long and full of ties, and of weights of which one is all."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((4, size))
-    kinds = [normal, -normal.cumsum(1), normal.round(), 900 * normal, np.maximum(normal, 0.5)]
+    kinds = [normal, -normal.cumsum(1), (2 * normal).round(), 900 * normal, np.maximum(normal, 0.5)]
     rows = np.concatenate([*kinds, rng.standard_cauchy((4, size))])
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
         known = [float(array_stats.psislw(-row)[1]) for row in rows]
