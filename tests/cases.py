@@ -1,6 +1,7 @@
 """The registry: every generic test runs over these families, likelihoods and models."""
 
 import builtins
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -18,6 +19,13 @@ from ppvae import Family, families, likelihoods, priors
 from ppvae.nn import mlp
 
 LONG = "PPVAE_LONG" in os.environ  # as `.ci/long` sets it
+
+
+def in_turn(rows, columns, each):
+    """Pairs: each row with so many columns, which take turns; in the long form with all of them."""
+    turns = itertools.cycle(columns)
+    return [(row, next(turns)) for row in rows for _ in range(len(columns) if LONG else each)]
+
 
 FAMILIES: dict[str, Any] = {
     **families.LADDER,

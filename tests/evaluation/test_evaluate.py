@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from arviz_stats.base import array_stats
-from cases import CASES, FAMILIES, cases
+from cases import CASES, FAMILIES, cases, in_turn
 from linear import Linear, close, within
 from pyro.distributions import constraints
 from scipy import integrate
@@ -93,7 +93,7 @@ KINDS = ["mean_scale", "full_rank", "flow", "noise_only", "deterministic"]
 OTHERS = [("one vector", name) for name in FAMILIES if name not in KINDS]
 
 
-@pytest.mark.parametrize(("name", "family"), [(n, f) for n in LOCAL for f in KINDS] + OTHERS)
+@pytest.mark.parametrize(("name", "family"), in_turn(LOCAL, KINDS, 2) + OTHERS)
 def test_terms_by_site_sum_to_the_objective(name, family):
     """For every family and model, in minibatches; and what a point lacks."""
     case = cases()[name]

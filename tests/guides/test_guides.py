@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, DENSITIES, FAMILIES, Own, cases
+from cases import CASES, DENSITIES, FAMILIES, Own, cases, in_turn
 from linear import local
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
@@ -105,8 +105,7 @@ def test_log_density_is_that_of_the_head_less_the_log_determinant(family, case):
     assert torch.allclose(guide_trace.log_prob_sum() / scale, expected, rtol=1e-9, atol=1e-9)
 
 
-@FAMILY
-@CASE
+@pytest.mark.parametrize(("family", "case"), in_turn(FAMILIES, CASES, 4))
 def test_plain_pyro_trains_and_predicts(family, case, plain_pyro):
     case, guide = build(family, case)
     # the networks of a flow move in the second step only, as they end in zeros to begin with
@@ -149,8 +148,7 @@ def test_draws_in_a_plate_are_like_single_ones(family, case):
             assert not torch.equal(value[0], value[1])
 
 
-@FAMILY
-@CASE
+@pytest.mark.parametrize(("family", "case"), in_turn(FAMILIES, CASES, 3))
 def test_a_guide_built_anew_loads_before_its_first_call(family, case, tmp_path):
     case, guide = build(family, case)
     torch.save(guide.state_dict(), tmp_path / "guide.pt")

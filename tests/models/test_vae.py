@@ -6,7 +6,7 @@ from itertools import product
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import DENSITIES, FAMILIES, LIKELIHOODS, LONG, PRIORS
+from cases import DENSITIES, FAMILIES, LIKELIHOODS, LONG, PRIORS, in_turn
 from torch import nn
 
 from ppvae import VAE, FamilyGuide, families, fit, likelihoods
@@ -17,10 +17,11 @@ from ppvae.priors import as_prior
 from ppvae.programs.tracing import trace_pair
 
 #: priors with all families under one likelihood, all likelihoods with a few of both; and where
-#: there is no time for that, families of each kind, and for each likelihood one of the priors
+#: there is no time for that, families of each kind in turn, and one of the priors by likelihood
 FEW = [*product(PRIORS, ["mean_scale"]), ("standard", "zero"), ("standard", "flow")]
 KINDS = ["mean_scale", "full_rank", "flow", "noise_only", "deterministic"]
-PAIRS = [*product(PRIORS, KINDS), *product(["standard", "positive mixture"], FAMILIES)]
+PAIRS = in_turn(PRIORS, KINDS, 3)
+PAIRS += [(p, f) for f, p in in_turn(FAMILIES, ["standard", "positive mixture"], 1)]
 WHOLE = [("normal", *row) for row in (product(PRIORS, FAMILIES) if LONG else dict.fromkeys(PAIRS))]
 #: a guide that draws from its model, where no gradient reaches the parameters of a mixture
 BLOCKED = [("normal", f"{kind} mixture", "noise_only") for kind in ("learned", "full")]
@@ -28,7 +29,7 @@ WHOLE = [row for row in WHOLE if row not in BLOCKED]
 WHOLE += [
     (kind, *row)
     for number, kind in enumerate(LIKELIHOODS)
-    for row in (FEW if LONG else [FEW[number % len(PRIORS)], *FEW[-2:]])
+    for row in (FEW if LONG else [FEW[number % len(PRIORS)], FEW[-1 - number % 2]])
     if kind != "normal"
 ]
 
