@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, cases
+from cases import CASES, cases, in_turn
 from linear import Column, Linear, close, local
 from pyro.infer.autoguide import AutoNormal
 
@@ -200,9 +200,12 @@ def test_positive_latents_several_sites_and_mixtures(name, family, vectorized, p
     assert found.acceptance.min() > 0.3
 
 
+DRAWN = [name for name in CASES if name != "own rows"]
+KINDS = ["noise_only", "mean_scale", "full_rank", "flow", "student_t"]
+
+
 @pytest.mark.parametrize("chained", [True, False])
-@pytest.mark.parametrize("family", ["noise_only", "mean_scale", "full_rank", "flow", "student_t"])
-@pytest.mark.parametrize("case", [name for name in CASES if name != "own rows"])
+@pytest.mark.parametrize(("case", "family"), in_turn(DRAWN, KINDS, 2))
 def test_the_densities_at_given_latents_are_those_of_the_draw(case, family, chained):
     """The guide's own draws, given back; and log p - log q is the same in unconstrained space."""
     case = cases()[case]

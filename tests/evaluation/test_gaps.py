@@ -89,7 +89,7 @@ def test_other_families_lie_between_their_start_and_log_p(name):
     """Above the encoder's ELBO, below log p(x), up to 5 errors of the mean over 12 data."""
     linear = Linear(size=12)
     guide = FamilyGuide(linear.model, OTHERS[name], mlp(5, 8))
-    found = measure(linear.model, guide, linear.x, log_likelihood=linear.log_p, num_steps=120)
+    found = measure(linear.model, guide, linear.x, log_likelihood=linear.log_p, num_steps=60)
     for gap, least in (("approximation", 0.0), ("amortization", 0.5)):
         assert found[gap].mean() > least - 5 * math.hypot(*found[f"{gap}_se"].values) / 12 - 1e-9
     best, approximation = best_of(linear, families.mean_scale)[0].mean(), found.approximation

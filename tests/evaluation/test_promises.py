@@ -86,7 +86,7 @@ def test_nothing_moves(name, fails):
             raise RuntimeError("in the midst")
 
     handle = model.decoder.register_forward_hook(failing)
-    options = {} if fails or name == "simulate" else {"batch_size": 4}
+    options = {} if fails or name == "simulate" else {"batch_size": 5}
     options |= {"num_temperatures": 2} if name == "annealed_importance" else {}
     with pytest.raises(RuntimeError, match="in the midst") if fails else nullcontext():
         call(name, model, guide, x, seed=3, **options)

@@ -251,7 +251,7 @@ def small(**parts):
     return models.DeepMarkov(**(told | parts))
 
 
-@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("lengths", [LENGTHS, *[None] * LONG])
 def test_all_that_is_done_with_a_pair(lengths):
     torch.manual_seed(0)
     model = small()

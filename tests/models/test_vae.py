@@ -68,7 +68,7 @@ def test_every_likelihood_and_every_family_with_every_prior(kind, prior, family)
 
 
 #: what goes into a loop in every run of the tests; in the long form it is all, and compiled
-LOOPED = ["zeros", "mixed", "learned mixture"]
+LOOPED = ["mixed", "learned mixture"]
 
 
 @pytest.mark.parametrize("name", [n for n in [*LIKELIHOODS, *PRIORS] if LONG or n in LOOPED])
