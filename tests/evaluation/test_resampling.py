@@ -144,7 +144,7 @@ def test_draws_go_into_predictive():
         assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / 2000)
 
 
-@pytest.mark.parametrize("options", [{"num_candidates": 300}, {"num_temperatures": 60}])
+@pytest.mark.parametrize("options", [{"num_candidates": 300}, {"num_temperatures": 30}])
 def test_discrete_latents_are_drawn_given_the_others(options):
     """Their chances given the data are a mixture's; five standard errors, and the bias of 0.01."""
     weight, loc = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([-2.0, 0.0, 2.0])
