@@ -89,7 +89,7 @@ def test_the_more_candidates_the_higher_the_bound():
     assert bounds[0] == 0 and all(a < b for a, b in itertools.pairwise(bounds))
 
 
-@pytest.mark.parametrize(("vectorized", "temperatures"), in_turn([True, False], [4, 1], 1))
+@pytest.mark.parametrize(("vectorized", "temperatures"), in_turn([True, False], [1, 4], 1))
 def test_of_the_posterior_itself_nothing_is_gained(vectorized, temperatures):
     linear = Linear(size=6)
     options = {"num_samples": 3, "num_candidates": 4, "num_temperatures": temperatures}

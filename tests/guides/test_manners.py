@@ -120,9 +120,9 @@ QUANTILES = [(f, c) for f in FAMILIES for c in CASES if LONG or c in TURNS[f]]
 
 @pytest.mark.parametrize(("family", "case"), QUANTILES)
 def test_quantiles_are_those_of_draws(family, case):
-    """The share of 200 draws below a quantile p is p within five of its standard errors.
+    """The share of 2,000 draws below a quantile p is p within five of its standard errors.
 
-    Each is at most sqrt(p (1 - p) (1 / 200 + 1 / 1000)): the second for quantiles that are
+    Each is at most sqrt(p (1 - p) (1 / 2000 + 1 / 1000)): the second for quantiles that are
     themselves those of 1,000 draws. About 10,000 comparisons: a chance of 0.01 in all. The draws
     are made in a plate, where they are like single ones.
     """
@@ -136,11 +136,11 @@ def test_quantiles_are_those_of_draws(family, case):
     before = torch.get_rng_state()
     found = guide.quantiles(LEVELS, *case.args)
     assert torch.equal(before, torch.get_rng_state())
-    with torch.no_grad(), private_modules(), draws_plate(case.model, *case.args, draws=200):
+    with torch.no_grad(), private_modules(), draws_plate(case.model, *case.args, draws=2000):
         draws = guide(*case.args)
     for site in guide.sites:
         name, transform = site.name, biject_to(site.support)
-        values = draws[name].reshape(200, *case.latents[name])
+        values = draws[name].reshape(2000, *case.latents[name])
         assert found[name].shape == (3, *values.shape[1:])
         assert site.support.check(found[name]).all()
         for number, level in enumerate(LEVELS):
@@ -149,7 +149,7 @@ def test_quantiles_are_those_of_draws(family, case):
             if (free.std(0) < 1e-12).all():  # a point
                 assert torch.allclose(values[0], found[name][number])
                 continue
-            bound = 5 * (level * (1 - level) * (1 / 200 + 1 / 1000)) ** 0.5
+            bound = 5 * (level * (1 - level) * (1 / 2000 + 1 / 1000)) ** 0.5
             wanted = 1 - level if _falls(transform) else level
             assert (share - wanted).abs().max() <= bound
 
