@@ -33,13 +33,12 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves every n-th case of each test, the first one always, where `PPVAE_EVERY` is n."""
+    """Keeps every n-th test of each file, the first one always, where `PPVAE_EVERY` is n."""
     every, seen = int(os.environ.get("PPVAE_EVERY", "1")), Counter()
     kept, left = [], []
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        (left if seen[test] % every else kept).append(item)
-        seen[test] += 1
+        (left if seen[item.path] % every else kept).append(item)
+        seen[item.path] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

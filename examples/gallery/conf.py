@@ -58,7 +58,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / ".jupyter_cache" / _state())
 # its database is made here, where two processes, which would both make it, have not begun
 get_cache(nb_execution_cache_path).list_cache_records()
-nb_execution_timeout = 240
+nb_execution_timeout = 900  # of a cell: a minute or less, where nothing else is run
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_output_stderr = "remove"  # bars; `pages.py` has warnings printed

@@ -420,9 +420,7 @@ _DECISIONS = "DataDependent", "data-dependent control flow", "calling .item()"
 def one_line(error: BaseException) -> str:
     """The first line of what an error says."""
     words = f"{type(error).__name__} {error}"
-    if any(
-        word in words for word in ("DataDependent", "data-dependent control", "calling .item()")
-    ):
+    if any(word in words for word in _DECISIONS):
         return "a decision depends on the values of tensors (`if`, `while`, `int(x)`, `x.item()`)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else ""
