@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from bad_programs import FINE, PAIRED, PROGRAMS
 from cases import LONG, world
-from fuzzed import CALLS, FINE, LEFT_OUT, PAIRED, PROGRAMS, changes
+from changes import changes
+from fuzzed import CALLS, LEFT_OUT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyro.poutine import runtime
