@@ -78,7 +78,7 @@ def _shapes(rows: np.ndarray) -> np.ndarray:
     grid = (1 - np.sqrt(points / (np.arange(1, points + 1) - 0.5)))[:, None]
     grid = grid / (3 * tail[:, int(number / 4 + 0.5) - 1]) + 1 / tail[:, -1]
     shape = np.stack([np.log1p(-b[:, None] * tail).mean(1) for b in grid])
-    share = special.softmax(number * (np.log(-grid / shape) - shape - 1), 0)
+    share = special.softmax(number * (np.log(-grid / shape) - shape), 0)
     kept = share >= 10 * np.finfo(float).eps
     share = np.where(kept, share, 0.0)
     mean = (np.where(kept, grid, 0.0) * share).sum(0) / np.maximum(share.sum(0), 0.5)
