@@ -11,9 +11,10 @@ from ppvae.staging.gradients import Gradients
 from ppvae.staging.staged import NotStageable, one_line
 
 # Steps after which it has paid to stage a loss, and to compile it: held to eager steps of a small
-# network, staging takes 0.7 s and saves 1.0 ms of each, a loop takes 14 s, or 1.6 s where its file
-# is, and saves 2.0 ms (`examples/benchmark.py` measures all of these).
-STAGE, COMPILE = 1_000, 10_000
+# network, staging takes what 350 to 530 of them save, and half of that but for the first time in a
+# process; a loop takes 14 s, or 1.6 s where its file is, and saves 2.0 ms of each
+# (`examples/benchmark.py` measures all of these).
+STAGE, COMPILE = 500, 10_000
 
 _FASTER = {"eager": "staged", "staged": "compiled", "compiled": "looped"}
 LEAVE_TWO = "take a batch_size that leaves two or more"
