@@ -88,10 +88,18 @@ def plain_pyro():
 def interpreted(monkeypatch):
     """Runs the graphs of loops, and of gradients, as they are: what they compute is what is tested.
 
-    In the long form of the tests they are compiled, which takes ten seconds a graph.
+    In the long form of the tests they are compiled, which takes ten seconds a graph. Within a test
+    the graph of a loop is kept under its words, as its compiled code is kept in a file.
     """
     if not LONG:
-        monkeypatch.setattr(stride, "compiled", lambda words, made: _called_with_a_list(made()[0]))
+        kept = {}
+
+        def compiled(words, made):
+            if (name := tuple(words)) not in kept:
+                kept[name] = _called_with_a_list(made()[0])
+            return kept[name]
+
+        monkeypatch.setattr(stride, "compiled", compiled)
         monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
