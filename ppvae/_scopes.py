@@ -228,11 +228,15 @@ class double_precision(TorchFunctionMode):
 
     Args:
         device: where tensors are made inside.
+
+    Attributes:
+        needed: whether an operand was narrower.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.device = torch.device(device)
+        self.needed, self._looks = False, False
 
     def __enter__(self) -> Self:
         """Enters; the default dtype is remembered."""
@@ -240,14 +244,24 @@ class double_precision(TorchFunctionMode):
         torch.set_default_dtype(torch.float64)
         if self.device.type != "cpu":
             self.device.__enter__()
+        self._looks = True
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """Leaves; the default dtype is what it was."""
-        super().__exit__(*error)
+        self.look_no_more()
         if self.device.type != "cpu":
             self.device.__exit__(*error)
         torch.set_default_dtype(self.before)
+
+    def look_no_more(self) -> None:
+        """Leaves operands as they are from now on: to look at them takes as long as small ones do.
+
+        No other mode may have been entered that is not left yet.
+        """
+        if self._looks:
+            self._looks = False
+            super().__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -256,8 +270,18 @@ class double_precision(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name != "__get__" and name not in _VIEWS:
             kept = 1 if name == "__setitem__" or name.endswith("_") and name[:2] != "__" else 0
-            args = (*args[:kept], *map(_doubled, args[kept:] if kept else args))
+            args = (*args[:kept], *map(self._doubled, args[kept:] if kept else args))
         return func(*args, **(kwargs or {}))
+
+    def _doubled(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.dtype not in _NARROW:
+                return value
+            self.needed = True
+            return value.double()
+        if type(value) in (list, tuple):
+            return type(value)(self._doubled(each) for each in value)
+        return value
 
 
 #: Methods that give a view of a tensor, to which may be written. What reads it makes doubles of it.
@@ -267,16 +291,7 @@ _VIEWS = frozenset(
     "".split()
 )
 
-
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
-
-
-def _doubled(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype in _NARROW else value
-    if type(value) in (list, tuple):
-        return type(value)(_doubled(each) for each in value)
-    return value
 
 
 def unchecked() -> AbstractContextManager[Any]:

@@ -15,7 +15,13 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
+from ppvae._scopes import (
+    as_they_are,
+    double_precision,
+    private_modules,
+    random_state,
+    unchecked,
+)
 from ppvae.guides.chart import Chart
 from ppvae.programs.given_normals import GivenNormals
 from ppvae.programs.layout import Layout
@@ -54,6 +60,8 @@ class Average:
         at_once: how many draws are run together; 1 where the program cannot be mapped.
         own: whether each draw has tensors of its own then; see `mapped`.
         why_not: why it cannot be mapped, in words; empty where it can.
+        mixed: whether the program has numbers of its own that are narrower than doubles, or may
+            have some on a way that it was not seen to go.
     """
 
     def __init__(self, task: Task) -> None:
@@ -65,7 +73,7 @@ class Average:
         tensors = [*task.program.named_parameters(), *task.program.named_buffers()]
         self._state = {name: _double(value.detach()) for name, value in tensors}
         self.normals, self.smooth, self.at_once = 0, True, 1
-        self.own, self.why_not = False, ""
+        self.own, self.why_not, self.mixed = False, "", True
 
     def loss(self, values: list[Tensor], normals: Tensor | None) -> Tensor:
         """The loss of one draw; without normal numbers it draws zeros, and counts them."""
@@ -142,7 +150,7 @@ def average_of(task: Task) -> Average:
     """Makes the average of a task, by some runs of its program."""
     average = Average(task)
     values = [_double(parameter.detach()) for parameter in task.parameters]
-    with torch.no_grad(), private_modules(), random_state(0):
+    with torch.no_grad(), private_modules(), random_state(0), double_precision() as doubles:
         average.loss(values, None)
         (row, other) = 0.1 * matched(2, average.normals, seed=0)
         first, again = average.loss(values, row), average.loss(values, row)
@@ -161,6 +169,7 @@ def average_of(task: Task) -> Average:
             average.why_not = "the program gives other numbers when it runs for many"
         if average.why_not:
             average.at_once = 1
+    average.mixed = doubles.needed or bool(average.why_not)
     return average
 
 

@@ -153,7 +153,7 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         The optimum; None if there are too many latents.
     """
     with (
-        double_precision(task.parameters[0].device),
+        double_precision(task.parameters[0].device) as doubles,
         unchecked(),
         private_modules(),
         without_fallback_warnings(),
@@ -164,6 +164,8 @@ def optimise(task: Task, way: Way, *, steps: int, seed: int) -> Optimum | None:
         if potential.size > _LATENTS:
             return None
         potential = replace(potential, args=average.batch)
+        if not average.mixed:
+            doubles.look_no_more()
         start = _start(task, potential)
         near = gaussian_near(potential, seed, start)
         value = potential.slope_and_value(near.mean)[1].item()

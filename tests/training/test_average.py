@@ -4,10 +4,11 @@ from functools import partial
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from global_latents import labelled, logistic, noise, prepared
 
-from ppvae import FamilyGuide, families
+from ppvae import FamilyGuide, families, fit
 from ppvae._scopes import double_precision, private_modules
 from ppvae.guides.chart import Chart
 from ppvae.programs.matched_normals import matched
@@ -60,6 +61,45 @@ def test_operands_are_doubles_and_what_is_written_to_stays(single):
     assert all(product.dtype == torch.float64 for product in products)
     assert torch.equal(products[0], wide + wide) and torch.equal(products[3][0], wide)
     assert written.dtype == torch.float32 and torch.equal(written, torch.full((2, 2), 2 / 3))
+
+
+def test_who_looks_no_more_leaves_operands_as_they_are_and_no_trace(single):
+    narrow, before = torch.ones(2), torch._C._len_torch_function_stack()
+    with double_precision() as doubles:
+        assert not doubles.needed and (narrow / 3).dtype == torch.float64 and doubles.needed
+        for _ in range(2):
+            doubles.look_no_more()
+            assert (narrow / 3).dtype == torch.float32 and torch.ones(2).dtype == torch.float64
+            assert torch._C._len_torch_function_stack() == before
+    assert torch.get_default_dtype() == torch.float32
+    with double_precision() as doubles:
+        assert torch.cat([torch.ones(2), 2 * torch.arange(2)]).dtype == torch.float64
+    assert not doubles.needed and torch._C._len_torch_function_stack() == before
+
+
+@pytest.mark.filterwarnings("ignore::ppvae.NarrowFamily")
+def test_operands_are_looked_at_where_a_program_has_narrow_ones_or_may_have_some(single):
+    """A fit of it ends where one that gets them as data does, to rounding of the parameters."""
+    x, y = labelled()
+
+    def model(columns, y, *, decides=False):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 4.0).to_event(1))
+        if decides and w[0] > 10:
+            w = columns[:2] @ w
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=columns @ w), obs=y)
+
+    columns, found = torch.stack([torch.ones_like(x), x], -1), []
+    for program, args in ((model, (columns, y)), (partial(model, columns), (y,))):
+        for decides in (False, True):
+            called = partial(program, decides=decides)
+            task = prepared(called, FamilyGuide(called, families.full_rank), args)
+            with double_precision(), private_modules():
+                assert average_of(task).mixed == (decides or program is not model)
+        guide = FamilyGuide(program, families.full_rank)
+        fit(program, guide, args, progress=False, seed=0)
+        found.append(guide.heads["w"](None).mean)
+    assert torch.allclose(*found, rtol=1e-6)
 
 
 def test_a_slope_is_the_gradient_of_the_mean_loss_in_any_chunks():
