@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ppvae._scopes import as_they_are, private_modules, random_state, unchecked
 from ppvae.programs.layout import Layout
+from ppvae.programs.mapped import UNMAPPED, many
 from ppvae.programs.masks import log_prob
 from ppvae.programs.nodes import counts, latent_nodes, prototype, summed_nodes
+from ppvae.programs.runs import BUDGET, largest_tensor
 from ppvae.programs.tracing import Args, kept_nodes, run_model
 
 
@@ -59,13 +61,21 @@ class Potential:
             return torch.full_like(state, math.nan), state.new_tensor(math.inf)
         return torch.autograd.grad(value, state)[0], value.detach()
 
-    def value(self, state: Tensor) -> float:
-        """The potential as a number; infinite where it is none."""
+    def values(self, states: list[Tensor]) -> list[float]:
+        """The potential at some states as numbers; infinite where it is none."""
+        at_once = max(1, BUDGET // largest_tensor(self.args))
         try:
-            value = self(state).item()
+            found = [many(self, some) for some in torch.stack(states).split(at_once)]
+        except UNMAPPED:
+            found = [self._value(state) for state in states]
+        return [math.inf if math.isnan(value) else value for value in torch.cat(found).tolist()]
+
+    def _value(self, state: Tensor) -> Tensor:
+        """The potential at one state, of shape `(1,)`; infinite without a Cholesky factor."""
+        try:
+            return self(state).reshape(1)
         except torch.linalg.LinAlgError:
-            return math.inf
-        return math.inf if math.isnan(value) else value
+            return state.new_full((1,), math.inf)
 
     def prior_draws(self, count: int, seed: int) -> list[Tensor]:
         """States drawn from the prior, each of shape `(size,)`.

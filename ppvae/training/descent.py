@@ -17,6 +17,19 @@ _NEARBY = 0.5  # in the units of the coordinates: how far away a kink is looked 
 SlopeAndValue = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def remembered(function: SlopeAndValue) -> SlopeAndValue:
+    """A function that is not worked out again at the place where it was asked last."""
+    last: list[Any] = []
+
+    def at(place: Tensor) -> tuple[Tensor, Tensor]:
+        if not (last and torch.equal(last[0], place)):
+            last[:] = place.detach().clone(), function(place)
+        found: tuple[Tensor, Tensor] = last[1]
+        return found
+
+    return at
+
+
 def lbfgs(
     slope_and_value: SlopeAndValue,
     start: Tensor,
@@ -36,6 +49,7 @@ def lbfgs(
     """
     from scipy import optimize  # takes half a second to import
 
+    slope_and_value = remembered(slope_and_value)  # SciPy asks at the start again
     top = slope_and_value(start)[1].item()
     top = top if math.isfinite(top) else FAR
 

@@ -10,7 +10,7 @@ from ppvae._process import interrupted
 from ppvae.programs.mapped import UNMAPPED, many
 from ppvae.programs.matched_normals import matched
 from ppvae.programs.potential import Potential
-from ppvae.training.descent import FAR, lbfgs
+from ppvae.training.descent import FAR, lbfgs, remembered
 
 _DRAWS = 24  # of the prior, of which the best that is far from the mode is one more start
 _CANDIDATES = 20  # points on the way, of which the best is taken where there is no mode
@@ -119,23 +119,25 @@ class _Found(NamedTuple):
 
 def _descent(potential: Potential, begin: Tensor) -> tuple[float, Tensor, list[Tensor]]:
     """The potential where L-BFGS ends, the place, and the way there."""
-    way: list[Tensor] = [begin]
+    way, slope_and_value = [begin], remembered(potential.slope_and_value)
 
     def after(place: Tensor, _: float) -> bool:
         way.append(place)
         return interrupted()
 
-    end = lbfgs(potential.slope_and_value, begin, steps=500, tolerance=1e-8, after=after)
-    return potential.slope_and_value(end)[1].item(), end, way
+    end = lbfgs(slope_and_value, begin, steps=500, tolerance=1e-8, after=after)
+    return slope_and_value(end)[1].item(), end, way
 
 
 def _far_draw(potential: Potential, mode: _Found, seed: int) -> Tensor | None:
     """The most likely of some draws of the prior that are far from a mode; None, if none is."""
     far = [state for state in potential.prior_draws(_DRAWS, seed) if mode.is_far(state)]
+    if not far:
+        return None
     with torch.no_grad():
-        values = [potential.value(state) for state in far]
-    best = min(range(len(far)), key=values.__getitem__, default=None)
-    return None if best is None or not math.isfinite(values[best]) else far[best]
+        values = potential.values(far)
+    best = min(range(len(far)), key=values.__getitem__)
+    return far[best] if math.isfinite(values[best]) else None
 
 
 def natural_gradients(

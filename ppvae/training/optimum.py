@@ -213,10 +213,10 @@ def _with_fixed_draws(
     most = max(_MOST, 8 * average.normals)
     while True:
         normals = matched(draws, average.normals, seed) if draws > 1 else torch.zeros(1, 0)
+        alone = ~chart.known()
+        if not way.losses and alone.any():
+            chart.units[alone] = units_of(Surface(average, chart, normals), place, alone)
         surface = Surface(average, chart, normals)
-        if not way.losses:
-            alone = ~chart.known()
-            chart.units[alone] = units_of(surface, place, alone)
         descend = partial(_descend, surface, steps + len(way.losses), way)
         place = descend(place, free, tolerance=_ROUGH)
         if way.ended:

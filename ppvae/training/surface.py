@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.guides.chart import Chart
 from ppvae.training.average import Average
+from ppvae.training.descent import remembered
 
 _ALONE = 100  # parameters of which nothing is known, which are looked at one by one
 _MOVE = 1e-4  # in the units of a coordinate
@@ -20,34 +21,35 @@ EXCESS = 0.01  # nats: what few draws may cost, unless they are as many as there
 ERROR = 0.1  # posterior sds: the Monte Carlo error of a mean that is let pass
 
 
-@dataclass(frozen=True)
 class Surface:
     """The mean loss of some draws, in nats for all data, over the coordinates of a chart.
 
-    Attributes:
+    Args:
         average: the losses of draws.
-        chart: from coordinates to parameters.
+        chart: from coordinates to parameters; it stays as it is.
         normals: the normal numbers of the draws, shape `(draws, normals)`.
+
+    Attributes:
+        losses: at a place, the loss of each draw and the slope of their mean.
     """
 
-    average: Average
-    chart: Chart
-    normals: Tensor
+    def __init__(self, average: Average, chart: Chart, normals: Tensor) -> None:
+        self.average, self.chart, self.normals = average, chart, normals
+        self.losses = remembered(self._losses)
 
     def __call__(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """The slope, and the value."""
         losses, slope = self.losses(place)
         return slope, losses.mean()
 
-    def losses(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each draw, and the slope of their mean."""
+    def _losses(self, place: Tensor) -> tuple[Tensor, Tensor]:
         return self.average.slope(self.chart, place, self.normals)
 
     def losses_beside(self, place: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """The same, a small move away along one coordinate."""
         moved = place.clone()
         moved[axis] += _MOVE
-        return self.losses(moved)
+        return self._losses(moved)
 
 
 def units_of(surface: Surface, place: Tensor, alone: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ def test_it_is_minus_the_log_joint_with_its_slope_and_curvature():
     assert torch.allclose(slope, torch.func.grad(written)(STATE), atol=1e-11)
     curvature = torch.func.hessian(written)(STATE)
     assert torch.allclose(potential.hessian(STATE), curvature, atol=1e-10)
+    states = [STATE, -STATE, 0.1 * STATE]
+    assert potential.values(states) == pytest.approx([written(each).item() for each in states])
 
 
 def test_differences_stand_in_for_a_second_derivative():
@@ -69,9 +71,11 @@ def test_differences_stand_in_for_a_second_derivative():
         return -prior - dist.Normal(w.sum(), w[0].exp()).log_prob(X).sum()
 
     state = torch.tensor([0.3, -0.6])
-    found = potential_of(decides, (X,)).hessian(state)
+    potential = potential_of(decides, (X,))
     expected = torch.func.hessian(by_hand)(state)
-    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(potential.hessian(state), expected, rtol=1e-6, atol=1e-6)
+    values = potential.values([state, 2 * state])  # one by one
+    assert values == pytest.approx([by_hand(state).item(), by_hand(2 * state).item()])
 
 
 def test_a_matrix_without_a_factor_is_a_step_too_far():
@@ -87,7 +91,9 @@ def test_a_matrix_without_a_factor_is_a_step_too_far():
     potential = potential_of(fails, (X,))
     slope, value = potential.slope_and_value(torch.tensor([-1.0]))
     assert torch.isnan(slope).all() and value == math.inf
-    assert torch.isfinite(potential.slope_and_value(torch.tensor([1.0]))[0]).all()
+    good = torch.tensor([1.0])
+    assert torch.isfinite(potential.slope_and_value(good)[0]).all()
+    assert potential.values([good, -good]) == [potential(good).item(), math.inf]
 
 
 def test_a_flat_prior_adds_nothing():

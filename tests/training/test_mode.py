@@ -1,6 +1,7 @@
 """The mode of a posterior and its curvature, and the ways down to it."""
 
 import math
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -175,7 +176,10 @@ def test_newton_steps_are_damped(monkeypatch):
 def test_a_descent_turns_back_where_the_objective_is_not_finite(broken):
     """Hyperbolas, nearly straight far out: the second step leads to where a coordinate is < 0."""
 
+    asked = []
+
     def hyperbolas(place):
+        asked.append(place)
         away, beyond = place - 1, 0.0 if (place > 0).all() else math.nan
         value = (1 + away**2).sqrt().sum() + (beyond if "value" in broken else 0.0)
         return away / (1 + away**2).sqrt() + (beyond if "slope" in broken else 0.0), value
@@ -187,6 +191,7 @@ def test_a_descent_turns_back_where_the_objective_is_not_finite(broken):
     assert torch.allclose(end, torch.ones(2), atol=1e-6)
     assert len(way) > 2 and way[-1][1] == pytest.approx(2.0)
     assert torch.equal(way[-1][0], end) and not torch.equal(way[0][0], end)
+    assert not any(torch.equal(*pair) for pair in pairwise(asked))  # no place twice in a row
     second = lbfgs(hyperbolas, torch.tensor([5.0, 0.1]), **told, after=lambda _, v: v == way[1][1])
     assert torch.equal(second, way[1][0])
     assert len(lbfgs(hyperbolas, torch.tensor([5.0]), steps=1, tolerance=0.0)) == 1
