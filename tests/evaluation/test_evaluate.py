@@ -270,8 +270,12 @@ def test_khat_is_that_of_arviz(size):
     kinds = [normal, -normal.cumsum(1), (2 * normal).round(), 900 * normal, np.maximum(normal, 0.5)]
     rows = np.concatenate([*kinds, rng.standard_cauchy((4, size))])
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
-        known = [float(array_stats.psislw(-row)[1]) for row in rows]
-    assert close(weights.khat(torch.as_tensor(rows).T), known, 1e-10)
+        known = np.array([float(array_stats.psislw(-row)[1]) for row in rows])
+    # newer versions have none for a tail of six of which two are its smallest value
+    told = torch.as_tensor(np.isfinite(known))
+    assert told.sum() >= len(rows) - (3 if size == 30 else 0)
+    found = weights.khat(torch.as_tensor(rows).T)
+    assert found.isfinite().all() and close(found[told], known[told.numpy()], 1e-10)
 
 
 def test_khat_of_a_tail_of_one_value_is_zero():
