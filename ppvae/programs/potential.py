@@ -64,10 +64,11 @@ class Potential:
     def values(self, states: list[Tensor]) -> list[float]:
         """The potential at some states as numbers; infinite where it is none."""
         at_once = max(1, BUDGET // largest_tensor(self.args))
-        try:
-            found = [many(self, some) for some in torch.stack(states).split(at_once)]
-        except UNMAPPED:
-            found = [self._value(state) for state in states]
+        with torch.no_grad():
+            try:
+                found = [many(self, some) for some in torch.stack(states).split(at_once)]
+            except UNMAPPED:
+                found = [self._value(state) for state in states]
         return [math.inf if math.isnan(value) else value for value in torch.cat(found).tolist()]
 
     def _value(self, state: Tensor) -> Tensor:

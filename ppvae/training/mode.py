@@ -134,8 +134,7 @@ def _far_draw(potential: Potential, mode: _Found, seed: int) -> Tensor | None:
     far = [state for state in potential.prior_draws(_DRAWS, seed) if mode.is_far(state)]
     if not far:
         return None
-    with torch.no_grad():
-        values = potential.values(far)
+    values = potential.values(far)
     best = min(range(len(far)), key=values.__getitem__)
     return far[best] if math.isfinite(values[best]) else None
 
@@ -251,10 +250,6 @@ def _factor(curvature: Tensor) -> Tensor:
 def _elbo(potential: Potential, mean: Tensor, factor: Tensor) -> float:
     """The ELBO of a Gaussian, up to a constant, by a few draws."""
     states = mean + matched(32, len(mean), seed=0) @ factor.T
-    try:
-        with torch.no_grad():
-            values = many(potential, states)
-    except UNMAPPED:
-        values = torch.stack([potential.slope_and_value(state)[1] for state in states])
-    elbo = (factor.diagonal().log().sum() - values.mean()).item()
+    values = torch.tensor(potential.values([*states]))
+    elbo = factor.diagonal().log().sum().item() - values.mean().item()
     return elbo if math.isfinite(elbo) else -FAR
