@@ -414,7 +414,7 @@ def alike(outcome: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 #: of errors that say, each in its way, that a value is wanted where there are none, or many
-_DECISIONS = "DataDependent", "data-dependent control flow", "calling .item()"
+_DECISIONS = "DataDependent", "data-dependent control", "calling .item()"
 
 
 def one_line(error: BaseException) -> str:

@@ -15,13 +15,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppvae._scopes import (
-    as_they_are,
-    double_precision,
-    private_modules,
-    random_state,
-    unchecked,
-)
+from ppvae._scopes import as_they_are, double_precision, private_modules, random_state, unchecked
 from ppvae.guides.chart import Chart
 from ppvae.programs.given_normals import GivenNormals
 from ppvae.programs.layout import Layout

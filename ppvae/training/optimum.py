@@ -216,7 +216,7 @@ def _with_fixed_draws(
         alone = ~chart.known()
         if not way.losses and alone.any():
             chart.units[alone] = units_of(Surface(average, chart, normals), place, alone)
-        surface = Surface(average, chart, normals)
+        surface = Surface(average, chart, normals)  # one that has seen these units only
         descend = partial(_descend, surface, steps + len(way.losses), way)
         place = descend(place, free, tolerance=_ROUGH)
         if way.ended:
